@@ -1,0 +1,35 @@
+# Everything runs in .venv, which each target makes for itself. On a bare machine one command is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/bitfast demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# torch comes first and the build shares it: an isolated build would download torch a second time.
+# The pinned release is the newest that the tests ran on; TORCH= picks another.
+TORCH ?= torch==2.13.0
+$(INSTALLED): $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bitfast/*.so

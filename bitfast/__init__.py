@@ -1,0 +1,26 @@
+"""The Big Transfer (BiT) classes of transformers 4.56: same names, same checkpoints, same numbers.
+
+``from bitfast import BitModel`` instead of ``from transformers import BitModel``.
+"""
+
+from bitfast.backends import BackendUnavailableError, use_backend
+from bitfast.batch_feature import BatchFeature
+from bitfast.checkpoints.files import CheckpointError
+from bitfast.configuration import BitConfig
+from bitfast.image_processing import BitImageProcessor
+from bitfast.modeling import BitBackbone, BitForImageClassification, BitModel, BitPreTrainedModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "BatchFeature",
+    "BitBackbone",
+    "BitConfig",
+    "BitForImageClassification",
+    "BitImageProcessor",
+    "BitModel",
+    "BitPreTrainedModel",
+    "CheckpointError",
+    "use_backend",
+]

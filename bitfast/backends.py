@@ -1,0 +1,167 @@
+"""Which implementation of each op runs: the registry, the default choice and the explicit override.
+
+A *backend* is one way to compute an op: ``"triton"`` (GPU kernels), ``"native"`` (the C++/CUDA
+extension) or ``"reference"`` (plain PyTorch, always there). By default the first of these that can
+serve the tensor at hand is used. :func:`use_backend` demands one instead, and a demand that cannot be
+met is an error that says why; it never falls back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("triton", "native", "reference")
+"""Every backend name, in order of preference."""
+
+OPS = ("weight_standardization", "group_norm_act", "same_padding", "resize_normalize")
+"""Every op name."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly requested backend cannot run the op; the message says why."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one backend offers for one op on one device type."""
+
+    dtypes: frozenset[torch.dtype]
+    unavailable: Callable[[], str | None]
+    """Returns why the kernel cannot run on this machine, or None when it can."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the backend table that ``bitfast env`` prints."""
+
+    op: str
+    device: str
+    backend: str
+    available: bool
+    default: bool
+    reason: str
+
+
+_kernels: dict[tuple[str, str, str], Kernel] = {}
+
+
+class _Requested(threading.local):
+    """The backend each op was asked to use in this thread (empty: the default choice).
+
+    A thread-local rather than a ContextVar because torch.compile can trace and guard the former only.
+    """
+
+    def __init__(self) -> None:
+        self.by_op: dict[str, str] = {}
+
+
+_requested = _Requested()
+
+
+def register_kernel(
+    op: str,
+    backend: str,
+    device_type: str,
+    dtypes: frozenset[torch.dtype],
+    unavailable: Callable[[], str | None],
+) -> None:
+    """Announce that ``backend`` implements ``op`` for ``dtypes`` on ``device_type`` ("cpu", "cuda").
+
+    Called once per kernel by ``bitfast/ops/<op>.py`` when it is imported. ``unavailable`` is asked
+    only when the op first meets such a tensor, so announcing a kernel loads nothing.
+    """
+    _kernels[op, backend, device_type] = Kernel(dtypes, unavailable)
+
+
+def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """Return the backend that runs ``op`` for a tensor of this device type and dtype.
+
+    Raises:
+        BackendUnavailableError: :func:`use_backend` demands one that cannot.
+    """
+    requested = requested_backend(op)
+    if requested is not None:
+        reason = why_unavailable(op, requested, device_type, dtype)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}")
+        return requested
+    for backend in BACKENDS:
+        if why_unavailable(op, backend, device_type, dtype) is None:
+            return backend
+    raise AssertionError("unreachable: the reference serves every tensor")
+
+
+def requested_backend(op: str) -> str | None:
+    """Return the backend that :func:`use_backend` demands for ``op`` in this thread, or None."""
+    return _requested.by_op.get(op)
+
+
+def why_unavailable(
+    op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
+) -> str | None:
+    """Say why ``backend`` cannot run ``op`` on such a tensor; None when it can.
+
+    ``dtype=None`` asks about the device type alone.
+    """
+    if backend == "reference":
+        return None
+    kernel = _kernels.get((op, backend, device_type))
+    if kernel is None:
+        return f"no {backend} kernel of {op} exists for {device_type} tensors"
+    if dtype is not None and dtype not in kernel.dtypes:
+        supported = ", ".join(sorted(str(d) for d in kernel.dtypes))
+        return f"it supports {supported}, not {dtype}"
+    return kernel.unavailable()
+
+
+@contextmanager
+def use_backend(backend: str | None = None, **backend_by_op: str) -> Iterator[None]:
+    """Demand a backend for every op (``use_backend("reference")``) or for some of them
+    (``use_backend(same_padding="native")``), in this thread, until the block ends.
+
+    Blocks nest; an inner one wins for the ops that it names. An op whose demanded backend cannot
+    serve the tensor it is given raises :class:`BackendUnavailableError`.
+
+    Raises:
+        ValueError: an unknown backend or op name, or nothing demanded.
+    """
+    if backend is None and not backend_by_op:
+        raise ValueError(f"use_backend needs a backend; choose from {', '.join(BACKENDS)}")
+    demanded = dict.fromkeys(OPS, backend) if backend is not None else {}
+    demanded.update(backend_by_op)
+    for op, name in demanded.items():
+        if op not in OPS:
+            raise ValueError(f"unknown op {op!r}; choose from {', '.join(OPS)}")
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    previous = _requested.by_op
+    _requested.by_op = {**previous, **demanded}
+    try:
+        yield
+    finally:
+        _requested.by_op = previous
+
+
+def backend_table() -> list[Row]:
+    """List every backend of every op on "cpu" and "cuda", whether it can run here, and why not."""
+    import bitfast.ops  # noqa: F401  (announces the kernels)
+
+    rows = []
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            chosen = False
+            for backend in BACKENDS:
+                reason = why_unavailable(op, backend, device)
+                if reason is None and device == "cuda" and not torch.cuda.is_available():
+                    reason = "torch sees no CUDA device"
+                available = reason is None
+                rows.append(
+                    Row(op, device, backend, available, available and not chosen, reason or "")
+                )
+                chosen = chosen or available
+    return rows

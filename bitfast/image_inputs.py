@@ -1,0 +1,253 @@
+"""What the image processor is given, in every form it accepts, made into one form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from enum import Enum
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class ChannelDimension(str, Enum):
+    """Where an image array has its channels."""
+
+    FIRST = "channels_first"
+    LAST = "channels_last"
+
+
+Size = dict[str, int]
+
+SIZE_KEYS = (
+    {"height", "width"},
+    {"shortest_edge"},
+    {"shortest_edge", "longest_edge"},
+    {"longest_edge"},
+    {"max_height", "max_width"},
+)
+"""The sets of keys that a size may have, as in the configuration files of transformers."""
+
+INFERRED_CHANNELS = (1, 3)
+"""The numbers of channels by which the channel axis of an array is recognised."""
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+def list_images(images: Any) -> list[Any]:
+    """Return the images of one image, a list or tuple of images, or a 4-D array of them.
+
+    Raises:
+        ValueError: no image, or something else.
+    """
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("images must hold at least one image, got an empty list")
+        return list(images)
+    if not isinstance(images, Image.Image) and getattr(images, "ndim", None) == 4:
+        if len(images) == 0:
+            raise ValueError(
+                f"images must hold at least one image, got shape {tuple(images.shape)}"
+            )
+        return list(images)
+    return [images]
+
+
+def read_images(
+    images: list[Any], convert_rgb: bool, input_data_format: Any
+) -> tuple[list[np.ndarray], list[ChannelDimension]]:
+    """Return each image as an array of shape (H, W, C), and the layout that it came in.
+
+    Args:
+        images: PIL images, or numpy arrays or torch tensors (or anything that numpy converts) of
+            shape (H, W, C), (C, H, W) or (H, W).
+        convert_rgb: Whether to convert PIL images to mode "RGB"; arrays stay as they are.
+        input_data_format: Layout of the arrays, or None: the one that the shape of the first array
+            shows by a first or last axis of 1 or 3 (channels_first, with a warning, if both).
+
+    Raises:
+        OSError: a PIL image cannot be decoded.
+        ValueError: an image that is none, has no pixels or another layout; the message says which.
+    """
+    arrays = [_read_image(i, image, convert_rgb) for i, image in enumerate(images)]
+    explicit = parse_channel_dimension("input_data_format", input_data_format, two_dimensional=True)
+    layout = explicit
+    result, layouts = [], []
+    for i, (image, array) in enumerate(zip(images, arrays, strict=True)):
+        if isinstance(image, Image.Image) or array.ndim == 2:
+            own = ChannelDimension.LAST
+            array = array[:, :, None] if array.ndim == 2 else array
+        else:
+            layout = layout or infer_channel_dimension(array.shape, f"images[{i}]")
+            own = layout
+            if explicit is None:
+                _check_layout(i, array.shape, layout)
+        if 0 in array.shape:
+            raise ValueError(f"images[{i}] must have pixels, got shape {array.shape}")
+        result.append(to_channels_last(array, own))
+        layouts.append(own)
+    return result, layouts
+
+
+def _read_image(i: int, image: Any, convert_rgb: bool) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        try:
+            return np.array(image.convert("RGB") if convert_rgb and image.mode != "RGB" else image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:  # as Pillow's decoders do
+            raise OSError(f"images[{i}] cannot be decoded: {error}") from error
+    if isinstance(image, torch.Tensor):
+        # numpy has no bfloat16; float32 holds each of its values.
+        image = image.detach().cpu()
+        array = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    elif hasattr(image, "__array__"):
+        array = np.asarray(image)
+    else:
+        hint = "; open a file with PIL.Image.open" if isinstance(image, str) else ""
+        raise ValueError(
+            f"images[{i}] must be a PIL.Image.Image, numpy.ndarray or torch.Tensor, "
+            f"got {type(image).__name__}{hint}"
+        )
+    if array.ndim not in (2, 3):
+        raise ValueError(
+            f"images[{i}] must have shape (H, W, C), (C, H, W) or (H, W), got {array.shape}"
+        )
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"images[{i}] must hold real numbers, got dtype {array.dtype}")
+    return array
+
+
+def _check_layout(i: int, shape: tuple[int, ...], layout: ChannelDimension) -> None:
+    """Refuse an image that cannot have the layout inferred from the first one, but has the other."""
+    first, last = shape[0] in INFERRED_CHANNELS, shape[-1] in INFERRED_CHANNELS
+    fits, fits_other = (first, last) if layout == ChannelDimension.FIRST else (last, first)
+    if fits_other and not fits:
+        raise ValueError(
+            f"images[{i}] must be {layout.value}, as the first array is, got shape {shape}"
+        )
+
+
+def infer_channel_dimension(shape: Sequence[int], name: str = "image") -> ChannelDimension:
+    """Return the layout of an image (or of a batch of them) by its axis of 1 or 3 channels.
+
+    Raises:
+        ValueError: there is no such axis.
+    """
+    first = len(shape) >= 3 and shape[-3] in INFERRED_CHANNELS
+    last = len(shape) >= 3 and shape[-1] in INFERRED_CHANNELS
+    if first and last:
+        warnings.warn(
+            f"{name} of shape {tuple(shape)} may be channels_first or channels_last; it is taken as "
+            "channels_first. Pass input_data_format to say which.",
+            stacklevel=2,
+        )
+    if first or last:
+        return ChannelDimension.FIRST if first else ChannelDimension.LAST
+    raise ValueError(
+        f"{name} must have 1 or 3 channels on its first or last axis, or input_data_format must say "
+        f"which axis holds the channels, got shape {tuple(shape)}"
+    )
+
+
+def to_channels_last(image: np.ndarray, layout: ChannelDimension) -> np.ndarray:
+    """Return a view of shape (..., H, W, C)."""
+    return np.moveaxis(image, -3, -1) if layout == ChannelDimension.FIRST else image
+
+
+def from_channels_last(image: np.ndarray, layout: ChannelDimension) -> np.ndarray:
+    """Return a view of an image of shape (..., H, W, C) in the layout asked for."""
+    return np.moveaxis(image, -1, -3) if layout == ChannelDimension.FIRST else image
+
+
+def is_scaled(image: np.ndarray) -> bool:
+    """Say whether the pixels look like numbers between 0 and 1 rather than between 0 and 255."""
+    return image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def parse_channel_dimension(
+    name: str, value: Any, two_dimensional: bool = False
+) -> ChannelDimension | None:
+    """Return the layout that a string or an enumeration's member names; None for None.
+
+    ``two_dimensional`` also admits "none", which says that images are (H, W).
+    """
+    value = getattr(value, "value", value)
+    if value is None or (two_dimensional and value == "none"):
+        return None
+    if value in list(ChannelDimension):
+        return ChannelDimension(value)
+    raise ValueError(f'{name} must be "channels_first", "channels_last" or None, got {value!r}')
+
+
+def parse_resampling(name: str, value: Any) -> Image.Resampling:
+    """Return the Pillow filter that a number, a name or a member of an enumeration stands for.
+
+    Members of torchvision's ``InterpolationMode`` are understood by their names.
+    """
+    value = getattr(value, "value", value)
+    if isinstance(value, str):
+        key = value.upper().removesuffix("-EXACT")
+        if key in Image.Resampling.__members__:
+            return Image.Resampling[key]
+    elif not isinstance(value, bool) and value in list(Image.Resampling):
+        return Image.Resampling(value)
+    allowed = ", ".join(f"{f.value} ({f.name.lower()})" for f in Image.Resampling)
+    raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def parse_size(name: str, value: Any, default_to_square: bool) -> Size:
+    """Return a size as a dictionary.
+
+    Args:
+        name: The argument's, for messages.
+        value: A dictionary whose keys are one of :data:`SIZE_KEYS`, (height, width), or one integer.
+        default_to_square: Whether one integer means height and width, or the shortest edge.
+
+    Raises:
+        ValueError: anything else, or an edge that is no positive integer.
+    """
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        size: Any = {"height": value[0], "width": value[1]}
+    elif isinstance(value, Real):
+        size = dict.fromkeys(
+            ("height", "width") if default_to_square else ("shortest_edge",), value
+        )
+    else:
+        size = value
+    if not isinstance(size, dict) or set(size) not in SIZE_KEYS:
+        allowed = " or ".join(str(sorted(keys)) for keys in SIZE_KEYS)
+        raise ValueError(
+            f"{name} must be an integer, (height, width) or a dict with the keys {allowed}, "
+            f"got {value!r}"
+        )
+    for key, edge in size.items():
+        whole = isinstance(edge, Real) and not isinstance(edge, bool) and float(edge).is_integer()
+        if not whole or edge < 1:
+            raise ValueError(f"{name}: {key} must be an integer of at least 1, got {edge!r}")
+    return {key: int(edge) for key, edge in size.items()}
+
+
+def resized_size(height: int, width: int, size: Size) -> tuple[int, int]:
+    """Return (height, width) after resizing: as given, or by the shortest edge, keeping the ratio.
+
+    The longer edge is rounded down. A "longest_edge" beside "shortest_edge" has no effect.
+
+    Raises:
+        ValueError: ``size`` has neither "shortest_edge" nor "height" and "width".
+    """
+    if "height" in size:
+        return size["height"], size["width"]
+    if "shortest_edge" not in size:
+        raise ValueError(
+            f"size must hold shortest_edge, or height and width, to resize by, got {size!r}"
+        )
+    edge = size["shortest_edge"]
+    if width <= height:
+        return int(edge * height / width), edge
+    return edge, int(edge * width / height)

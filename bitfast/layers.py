@@ -1,0 +1,139 @@
+"""The layers BiT is made of. They hold parameters and call ops; they never name a backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitfast.ops.group_norm_act import group_norm_act
+from bitfast.ops.same_padding import same_max_pool, same_pad
+from bitfast.ops.weight_standardization import weight_standardization
+
+WEIGHT_EPS = 1e-8
+"""Added to a filter's variance in BiT's transformers checkpoints (Google's own code uses 1e-10)."""
+
+
+class WeightStandardizedConv2d(nn.Conv2d):
+    """Convolution without bias whose filters are standardized before use.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Height and width of the filters.
+        stride: In both axes.
+        dilation: In both axes.
+        padding: None: (kernel span - 1 + stride - 1) // 2 zeros on each side. "VALID": none. "SAME":
+            TensorFlow's, which depends on the input's size whenever it is not symmetric.
+        eps: Added to each filter's variance.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: str | None = None,
+        eps: float = WEIGHT_EPS,
+    ) -> None:
+        span = dilation * (kernel_size - 1)
+        is_symmetric = stride == 1 and span % 2 == 0
+        self_padded = padding == "SAME" and not is_symmetric
+        zeros = 0 if padding == "VALID" or self_padded else (stride - 1 + span) // 2
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=zeros,
+            dilation=dilation,
+            bias=False,
+        )
+        self.eps = eps
+        self.has_dynamic_padding = self_padded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in, H, W) to (N, out, H', W')."""
+        weight = weight_standardization(self.weight, self.eps)
+        if self.has_dynamic_padding:
+            x = same_pad(x, self.kernel_size, self.stride, self.dilation)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+
+
+class GroupNormActivation(nn.GroupNorm):
+    """GroupNorm with scale and shift, followed by an activation.
+
+    Args:
+        num_groups: Divides ``num_channels``.
+        num_channels: Channels of the input.
+        activation: "none", "relu", "gelu", "gelu_new" or "selu".
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, activation: str) -> None:
+        super().__init__(num_groups, num_channels, eps=1e-5)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        return group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, self.activation)
+
+    def extra_repr(self) -> str:
+        """Describe the layer for ``print(model)``."""
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class MaxPool2d(nn.Module):
+    """3x3 max-pool with stride 2 whose zero padding takes part in the maximum.
+
+    Args:
+        zero_pad: Zeros on all four sides.
+        dynamic_padding: Then, TensorFlow's "same" zeros for the size at hand.
+    """
+
+    def __init__(self, *, zero_pad: int, dynamic_padding: bool) -> None:
+        super().__init__()
+        self.zero_pad = zero_pad
+        self.dynamic_padding = dynamic_padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, H', W')."""
+        sides = (self.zero_pad,) * 4
+        if not self.dynamic_padding:
+            return same_max_pool(x, 3, 2, padding=sides)
+        if self.zero_pad:
+            x = F.pad(x, sides)
+        return same_max_pool(x, 3, 2, padding="same")
+
+    def extra_repr(self) -> str:
+        """Describe the layer for ``print(model)``."""
+        return f"zero_pad={self.zero_pad}, dynamic_padding={self.dynamic_padding}"
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero the whole branch of an image with probability ``rate``.
+
+    Huang et al., "Deep Networks with Stochastic Depth", 2016 (https://arxiv.org/abs/1603.09382).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, ...) to the same shape; what survives is divided by its probability."""
+        if self.rate == 0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        # The draw and its order are those of transformers, so that equal seeds give equal runs.
+        draw = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        return x.div(keep) * (keep + draw).floor()
+
+    def extra_repr(self) -> str:
+        """Describe the layer for ``print(model)``."""
+        return f"rate={self.rate}"
+
+
+__all__ = ["DropPath", "GroupNormActivation", "MaxPool2d", "WeightStandardizedConv2d"]

@@ -1,0 +1,19 @@
+"""The one rule for layouts: channels_last in, channels_last out; everything else comes back contiguous."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Say whether x is dense with channels innermost.
+
+    A tensor that is dense both ways (one channel, or 1x1 spatially) counts as contiguous.
+    """
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format that a result takes after its input x."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format

@@ -1,0 +1,314 @@
+"""The network of Big Transfer: stem, bottleneck blocks, stages, encoder.
+
+A ResNet-v2 (He et al., "Identity Mappings in Deep Residual Networks", 2016,
+https://arxiv.org/abs/1603.05027) with GroupNorm for BatchNorm and standardized convolution weights.
+``layer_type="bottleneck"`` is the post-activation form that ViT hybrids use. Modules are named as in
+transformers, so that checkpoints fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bitfast.activations import ACTIVATIONS
+from bitfast.configuration import BitConfig
+from bitfast.layers import DropPath, GroupNormActivation, MaxPool2d, WeightStandardizedConv2d
+
+
+def round_to_multiple(width: float, divisor: int = 8) -> int:
+    """Round a channel count to a multiple of ``divisor``, losing at most a tenth of it."""
+    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * width else rounded
+
+
+def stage_widths(config: BitConfig) -> list[int]:
+    """Return the channels of each stage's output; ``depths`` and ``hidden_sizes`` pair up like zip."""
+    sizes = config.hidden_sizes[: len(config.depths)]
+    return [round_to_multiple(size * config.width_factor) for size in sizes]
+
+
+def smallest_image(config: BitConfig) -> int:
+    """Return the least height and width of which the stem leaves at least one pixel."""
+    if config.global_padding == "VALID":
+        return 7
+    return 5 if config.global_padding == "SAME" and not config.embedding_dynamic_padding else 1
+
+
+def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """Add the two halves of a block; a branch that its convolutions left one pixel of is repeated.
+
+    Raises:
+        ValueError: the convolutions have no padding and left the branch smaller than the shortcut.
+    """
+    if not torch.compiler.is_compiling() and branch.shape != shortcut.shape:
+        for small, large in zip(branch.shape[2:], shortcut.shape[2:], strict=True):
+            if small not in (1, large):
+                raise ValueError(
+                    f"a block's branch of shape {tuple(branch.shape)} cannot be added to its shortcut of shape"
+                    f" {tuple(shortcut.shape)}: with global_padding='valid' 3x3 convolutions lose the border,"
+                    " which fits only where they leave one pixel; use 'same' or None"
+                )
+    return branch + shortcut
+
+
+class BitEmbeddings(nn.Module):
+    """The stem: 7x7 convolution, zero pad, (norm), 3x3 max-pool; to a quarter of the resolution."""
+
+    def __init__(self, config: BitConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.min_size = smallest_image(config)
+        self.convolution = WeightStandardizedConv2d(
+            config.num_channels,
+            config.embedding_size,
+            7,
+            stride=2,
+            padding=config.global_padding,
+        )
+        zero_pad = 0 if config.global_padding == "SAME" else 1
+        dynamic = config.embedding_dynamic_padding
+        if config.layer_type == "preactivation":
+            self.pad = nn.Identity()
+            self.norm = nn.Identity()
+            self.pooler = MaxPool2d(zero_pad=zero_pad, dynamic_padding=dynamic)
+        else:
+            # The norm stands between the zeros and the pool, so the pool cannot add them itself.
+            self.pad = nn.ZeroPad2d(zero_pad) if zero_pad else nn.Identity()
+            self.norm = GroupNormActivation(
+                config.num_groups, config.embedding_size, config.hidden_act
+            )
+            self.pooler = MaxPool2d(zero_pad=0, dynamic_padding=dynamic)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map images (N, num_channels, H, W) to (N, embedding_size, about H/4, about W/4)."""
+        self._check(pixel_values)
+        return self.pooler(self.norm(self.pad(self.convolution(pixel_values))))
+
+    def _check(self, pixel_values: Tensor) -> None:
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(
+                f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}"
+            )
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must have shape (batch, {self.num_channels}, height, width), the channels as"
+                f" config.num_channels says; got {tuple(pixel_values.shape)}"
+            )
+        dtype = self.convolution.weight.dtype
+        converts = torch.is_autocast_enabled(pixel_values.device.type)
+        if pixel_values.dtype != dtype and not (converts and pixel_values.is_floating_point()):
+            raise TypeError(
+                f"pixel_values must have the dtype of the model's parameters, {dtype}; got {pixel_values.dtype}"
+            )
+        # While tracing, a symbolic size must not be compared: that would restrict the program to it.
+        if not torch.compiler.is_compiling() and min(pixel_values.shape[2:]) < self.min_size:
+            raise ValueError(
+                f"pixel_values must be at least {self.min_size} pixels high and wide for this configuration,"
+                f" got {tuple(pixel_values.shape)}"
+            )
+
+
+class BitDownsampleConv(nn.Module):
+    """The shortcut of a stage's first block: 1x1 convolution, in the bottleneck form with a norm."""
+
+    def __init__(self, config: BitConfig, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = WeightStandardizedConv2d(
+            in_channels, out_channels, 1, stride=stride, padding=config.global_padding
+        )
+        self.norm = (
+            nn.Identity()
+            if config.layer_type == "preactivation"
+            else GroupNormActivation(config.num_groups, out_channels, "none")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
+        return self.norm(self.conv(x))
+
+
+class BitPreActivationBottleneckLayer(nn.Module):
+    """Norm-activation before each of three convolutions (1x1, 3x3, 1x1), added to the shortcut.
+
+    ``dilation`` is not used: transformers' own layer ignores it, so at ``output_stride`` 8 and 16 the
+    stages keep their resolution and convolve undilated.
+    """
+
+    def __init__(
+        self,
+        config: BitConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        dilation: int,
+        drop_path_rate: float,
+        is_first_layer: bool,
+    ) -> None:
+        super().__init__()
+        groups, act, padding = config.num_groups, config.hidden_act, config.global_padding
+        mid_channels = round_to_multiple(out_channels / 4)
+        self.downsample = (
+            BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
+        )
+        self.norm1 = GroupNormActivation(groups, in_channels, act)
+        self.conv1 = WeightStandardizedConv2d(in_channels, mid_channels, 1, padding=padding)
+        self.norm2 = GroupNormActivation(groups, mid_channels, act)
+        self.conv2 = WeightStandardizedConv2d(
+            mid_channels, mid_channels, 3, stride=stride, padding=padding
+        )
+        self.norm3 = GroupNormActivation(groups, mid_channels, act)
+        self.conv3 = WeightStandardizedConv2d(mid_channels, out_channels, 1, padding=padding)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
+        preactivated = self.norm1(x)
+        shortcut = x if self.downsample is None else self.downsample(preactivated)
+        branch = self.conv1(preactivated)
+        branch = self.conv2(self.norm2(branch))
+        branch = self.conv3(self.norm3(branch))
+        return add_to_shortcut(self.drop_path(branch), shortcut)
+
+
+class BitBottleneckLayer(nn.Module):
+    """Three convolutions (1x1, 3x3, 1x1), each followed by its norm, added to the shortcut, activated."""
+
+    def __init__(
+        self,
+        config: BitConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        dilation: int,
+        drop_path_rate: float,
+        is_first_layer: bool,
+    ) -> None:
+        super().__init__()
+        groups, act, padding = config.num_groups, config.hidden_act, config.global_padding
+        mid_channels = round_to_multiple(out_channels / 4)
+        self.downsample = (
+            BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
+        )
+        self.conv1 = WeightStandardizedConv2d(in_channels, mid_channels, 1, padding=padding)
+        self.norm1 = GroupNormActivation(groups, mid_channels, act)
+        self.conv2 = WeightStandardizedConv2d(
+            mid_channels, mid_channels, 3, stride=stride, dilation=dilation, padding=padding
+        )
+        self.norm2 = GroupNormActivation(groups, mid_channels, act)
+        self.conv3 = WeightStandardizedConv2d(mid_channels, out_channels, 1, padding=padding)
+        self.norm3 = GroupNormActivation(groups, out_channels, "none")
+        self.drop_path = DropPath(drop_path_rate)
+        self.activation = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        branch = self.norm1(self.conv1(x))
+        branch = self.norm2(self.conv2(branch))
+        branch = self.norm3(self.conv3(branch))
+        return ACTIVATIONS[self.activation](add_to_shortcut(self.drop_path(branch), shortcut))
+
+
+LAYERS = {
+    "preactivation": BitPreActivationBottleneckLayer,
+    "bottleneck": BitBottleneckLayer,
+}
+
+
+class BitStage(nn.Module):
+    """Blocks of one width; the first of them changes the width and the resolution."""
+
+    def __init__(
+        self,
+        config: BitConfig,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        dilation: int,
+        drop_path_rates: Sequence[float],
+    ) -> None:
+        super().__init__()
+        layer_class = LAYERS[config.layer_type]
+        first_dilation = 1 if dilation in (1, 2) else 2
+        self.layers = nn.Sequential(
+            *(
+                layer_class(
+                    config,
+                    in_channels if index == 0 else out_channels,
+                    out_channels,
+                    stride=stride if index == 0 else 1,
+                    dilation=first_dilation if index == 0 else dilation,
+                    drop_path_rate=rate,
+                    is_first_layer=index == 0,
+                )
+                for index, rate in enumerate(drop_path_rates)
+            )
+        )
+        self.gradient_checkpointing = False
+        self.checkpoint_options: dict[str, Any] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, **self.checkpoint_options)
+            else:
+                x = layer(x)
+        return x
+
+
+class BitEncoder(nn.Module):
+    """The stages, one after the other."""
+
+    def __init__(self, config: BitConfig) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        rates = drop_path_rates(config)
+        in_channels, current_stride, dilation = config.embedding_size, 4, 1
+        for index, out_channels in enumerate(stage_widths(config)):
+            stride = 1 if index == 0 else 2
+            if current_stride >= config.output_stride:
+                dilation *= stride
+                stride = 1
+            self.stages.append(
+                BitStage(
+                    config,
+                    in_channels,
+                    out_channels,
+                    stride=stride,
+                    dilation=dilation,
+                    drop_path_rates=rates[index],
+                )
+            )
+            in_channels = out_channels
+            current_stride *= stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the stem's output to the last stage's."""
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_stages(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Return x and the outputs of the first ``count`` stages."""
+        outputs = [x]
+        for stage in self.stages[:count]:
+            outputs.append(stage(outputs[-1]))
+        return tuple(outputs)
+
+
+def drop_path_rates(config: BitConfig) -> list[list[float]]:
+    """Return each stage's drop-path rates: over all blocks they rise evenly from 0 to the configured."""
+    # On the CPU even where the model is built elsewhere, for instance on the meta device.
+    rates = torch.linspace(
+        0, config.drop_path_rate, sum(config.depths), dtype=torch.float64, device="cpu"
+    )
+    return [stage.tolist() for stage in rates.float().split(list(config.depths))]

@@ -1,0 +1,304 @@
+"""TensorFlow's "same" padding, computed from the input's size, and max-pooling that pads as it reads.
+
+The rule is that of https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2: the output has
+ceil(size / stride) pixels, and where the zeros cannot be shared out evenly the odd one comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfast import extension, reference
+from bitfast.backends import register_kernel, requested_backend, select_backend
+from bitfast.memory_format import memory_format_of
+from bitfast.ops.common import (
+    LIBRARY,
+    check_nchw,
+    check_pair,
+    complete_operator,
+    define_operator,
+)
+
+OP = "same_padding"
+
+PAD_SIGNATURE = "(Tensor x, SymInt[] padding, float value) -> Tensor"
+"""What every kernel of the pad takes and returns. ``padding`` is (top, bottom, left, right); a negative
+number crops, so that the gradient of a pad is the pad by the negated numbers."""
+
+MAX_POOL_SIGNATURE = (
+    "(Tensor x, int[] kernel_size, int[] stride, int[] dilation, SymInt[] padding, float value,"
+    " bool with_taps) -> (Tensor, Tensor)"
+)
+"""What every kernel of the pool takes and returns: the result, and if ``with_taps`` for each of its
+pixels the number of the window's pixel that it came from, row by row from 0, as int16 (else nothing, of
+shape (0,)). The first of equal pixels counts, a NaN beats all."""
+
+MAX_POOL_BACKWARD_SIGNATURE = (
+    "(Tensor grad, Tensor taps, SymInt[] size, int[] kernel_size, int[] stride, int[] dilation,"
+    " SymInt[] padding) -> Tensor"
+)
+"""What every backward kernel of the pool takes and returns: the gradient of x, of (height, width)
+``size``; what came from the padding is dropped."""
+
+MAX_WINDOW = torch.iinfo(torch.int16).max
+"""Most pixels that a pooling window may have."""
+
+NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def same_pad(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    value: float = 0.0,
+) -> Tensor:
+    """Pad so that a convolution or pooling of this geometry gives ceil(size / stride) pixels per axis.
+
+    Autocast has no influence: the result has the dtype of x.
+
+    Args:
+        x: Shape (N, C, H, W), floating point, any strides.
+        kernel_size: Of the window to come; one integer or (height, width), as the next two.
+        stride: Of the window to come.
+        dilation: Of the window to come.
+        value: What the padding holds.
+
+    Returns:
+        Shape (N, C, H', W'), channels_last if x is, else contiguous; x itself where it needs no padding
+        (while tracing, only where no size would).
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor.
+        ValueError: another shape of ``x``, a geometry that is not positive.
+    """
+    check_nchw(OP, "x", x)
+    window = _check_window(kernel_size, stride, dilation)
+    if window[0] == (1, 1):
+        return x
+    padding = same_padding(x.shape[2:], *window)
+    # While tracing, whether a symbolic size needs padding must not decide what is traced.
+    if not torch.compiler.is_compiling() and not any(padding):
+        return x
+    backend = _select(x)
+    if backend == "reference":
+        return reference.same_pad_forward(x, padding, value)
+    return getattr(torch.ops.bitfast.same_pad, backend)(x, padding, value)
+
+
+def same_max_pool(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    *,
+    padding: str | Sequence[int] = "same",
+    value: float = 0.0,
+) -> Tensor:
+    """Max-pool an input that is padded with ``value``, which takes part in the maximum.
+
+    Autocast has no influence: the result has the dtype of x.
+
+    Args:
+        x: Shape (N, C, H, W), floating point, any strides, H and W at least 1.
+        kernel_size: Of the window, of at most 32,767 pixels; one integer or (height, width), as the
+            next two.
+        stride: Of the window.
+        dilation: Of the window.
+        padding: "same", as :func:`same_pad` does it, or (top, bottom, left, right).
+        value: What the padding holds.
+
+    Returns:
+        Shape (N, C, H', W'), channels_last if x is, else contiguous.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor.
+        ValueError: another shape of ``x``, a geometry that is not positive, a window that is larger
+            than the padded input.
+    """
+    check_nchw(OP, "x", x)
+    window = _check_window(kernel_size, stride, dilation)
+    if window[0][0] * window[0][1] > MAX_WINDOW:
+        raise ValueError(
+            f"{OP}: kernel_size must cover at most {MAX_WINDOW} pixels, got {kernel_size!r}"
+        )
+    sides = _check_padding(x, padding, window)
+    if not torch.compiler.is_compiling():
+        _check_output(x, sides, window)
+    backend = _select(x)
+    if backend == "reference":
+        return reference.same_max_pool(x, *window, sides, value)
+    with_taps = x.requires_grad and torch.is_grad_enabled()
+    pool = getattr(torch.ops.bitfast.same_max_pool, backend)
+    return pool(x, *window, sides, value, with_taps)[0]
+
+
+def same_padding(
+    size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Return (top, bottom, left, right) of the "same" padding of an input of (height, width) ``size``."""
+    sides = []
+    for n, k, s, d in zip(size, kernel_size, stride, dilation, strict=True):
+        last_start = (n + s - 1) // s * s - s
+        total = torch.sym_max(last_start + (k - 1) * d + 1 - n, 0)
+        sides += [total // 2, total - total // 2]
+    return sides
+
+
+def _select(x: Tensor) -> str:
+    """Choose the backend; traced, and none demanded, plain shape arithmetic that compilers can fuse."""
+    if torch.compiler.is_compiling() and requested_backend(OP) is None:
+        return "reference"
+    return select_backend(OP, x.device.type, x.dtype)
+
+
+# ---- argument checks ----------------------------------------------------------------------------
+
+Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""Kernel size, stride and dilation, each as (height, width)."""
+
+
+def _check_window(
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+) -> Window:
+    return (
+        check_pair(OP, "kernel_size", kernel_size),
+        check_pair(OP, "stride", stride),
+        check_pair(OP, "dilation", dilation),
+    )
+
+
+def _check_padding(x: Tensor, padding: str | Sequence[int], window: Window) -> list[int]:
+    if isinstance(padding, str):
+        if padding == "same":
+            return same_padding(x.shape[2:], *window)
+    elif len(padding) == 4 and all(isinstance(side, int) and side >= 0 for side in padding):
+        return list(padding)
+    raise ValueError(
+        f'{OP}: padding must be "same" or four integers >= 0 (top, bottom, left, right),'
+        f" got {padding!r}"
+    )
+
+
+def _check_output(x: Tensor, padding: list[int], window: Window) -> None:
+    if 0 in x.shape[2:] or min(reference.pooled_size(x.shape[2:], *window, padding)) < 1:
+        raise ValueError(
+            f"{OP}: x must be at least as large as the window once it is padded, got shape"
+            f" {tuple(x.shape)} for kernel_size {window[0]}, dilation {window[2]} and padding {padding}"
+        )
+
+
+# ---- the contract of the kernels ----------------------------------------------------------------
+
+
+def _fake_pad(x: Tensor, padding: Sequence[int], value: float) -> Tensor:
+    height, width = reference.padded_size(x.shape[2:], padding)
+    return _new_empty(x, height, width)
+
+
+def _fake_max_pool(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    value: float,
+    with_taps: bool,
+) -> tuple[Tensor, Tensor]:
+    height, width = reference.pooled_size(x.shape[2:], kernel_size, stride, dilation, padding)
+    result = _new_empty(x, height, width)
+    if with_taps:
+        return result, torch.empty_like(result, dtype=torch.int16)
+    return result, x.new_empty((0,), dtype=torch.int16)
+
+
+def _fake_max_pool_backward(
+    grad: Tensor,
+    taps: Tensor,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    return _new_empty(taps, *size).to(grad.dtype)
+
+
+def _new_empty(like: Tensor, height: int, width: int) -> Tensor:
+    return torch.empty(
+        (like.shape[0], like.shape[1], height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=memory_format_of(like),
+    )
+
+
+def _save_padding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.padding, _ = inputs
+
+
+def _save_taps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *ctx.window, ctx.padding, _, ctx.with_taps = inputs
+    _, taps = output
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(taps)
+    ctx.mark_non_differentiable(taps)
+
+
+def _connect_gradients(backend: str) -> None:
+    """Tell autograd how the operators of one backend belong together."""
+    pad = getattr(torch.ops.bitfast.same_pad, backend)
+    pool_backward = getattr(torch.ops.bitfast.same_max_pool_backward, backend)
+
+    def backward_of_pad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return pad(grad, [-side for side in ctx.padding], 0.0), None, None
+
+    def backward_of_pool(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        if not ctx.with_taps:
+            raise RuntimeError("same_max_pool has no gradient unless it ran with with_taps=True")
+        grad_x = pool_backward(grad, *ctx.saved_tensors, ctx.size, *ctx.window, ctx.padding)
+        return grad_x, *(None,) * 6
+
+    torch.library.register_autograd(
+        f"bitfast::same_pad.{backend}", backward_of_pad, setup_context=_save_padding, lib=LIBRARY
+    )
+    torch.library.register_autograd(
+        f"bitfast::same_max_pool.{backend}",
+        backward_of_pool,
+        setup_context=_save_taps,
+        lib=LIBRARY,
+    )
+
+
+define_operator("same_pad", "reference", PAD_SIGNATURE, reference.same_pad_forward, _fake_pad)
+define_operator(
+    "same_max_pool",
+    "reference",
+    MAX_POOL_SIGNATURE,
+    reference.same_max_pool_forward,
+    _fake_max_pool,
+)
+define_operator(
+    "same_max_pool_backward",
+    "reference",
+    MAX_POOL_BACKWARD_SIGNATURE,
+    reference.same_max_pool_backward,
+    _fake_max_pool_backward,
+)
+_connect_gradients("reference")
+
+register_kernel(OP, "native", "cpu", NATIVE_DTYPES, lambda: extension.CPU.problem)
+register_kernel(OP, "native", "cuda", NATIVE_DTYPES, lambda: extension.CUDA.problem)
+if extension.CPU.problem is None:  # then csrc/same_padding.cpp has defined the schemas
+    complete_operator("same_pad", "native", PAD_SIGNATURE, _fake_pad)
+    complete_operator("same_max_pool", "native", MAX_POOL_SIGNATURE, _fake_max_pool)
+    complete_operator(
+        "same_max_pool_backward", "native", MAX_POOL_BACKWARD_SIGNATURE, _fake_max_pool_backward
+    )
+    _connect_gradients("native")

@@ -1,0 +1,419 @@
+"""The oracle of every op: plain, differentiable PyTorch, right in any floating dtype.
+
+These functions define what the ops mean. Kernels are tested against them in float64, and where no
+kernel can serve a tensor they are what runs. Each follows its input's memory format: channels_last
+in, channels_last out; everything else comes back contiguous.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitfast.activations import ACTIVATIONS
+from bitfast.memory_format import is_channels_last, memory_format_of
+
+# ---- weight_standardization ---------------------------------------------------------------------
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics for data of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _center(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x - mean, mean and rstd over ``dims``, which the two statistics keep with size 1.
+
+    Subtracting a mean of 100 standard deviations leaves what its own rounding was off by, so the mean
+    of the difference is subtracted too.
+    """
+    variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
+    centered = x - mean
+    left_over = centered.mean(dim=dims, keepdim=True)
+    return centered - left_over, mean + left_over, torch.rsqrt(variance + eps)
+
+
+def weight_standardization_forward(
+    weight: Tensor, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardize each output filter; return (result, mean, rstd), the statistics of shape (out,)."""
+    flat = weight.flatten(1).to(compute_dtype(weight.dtype))
+    centered, mean, rstd = _center(flat, (1,), eps)
+    result = (centered * rstd).to(dtype or weight.dtype).view(weight.shape)
+    return (
+        result.contiguous(memory_format=memory_format_of(weight)),
+        mean.squeeze(1),
+        rstd.squeeze(1),
+    )
+
+
+def weight_standardization_backward(
+    grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """Return dL/dweight from grad = dL/dresult and the statistics that the forward returned.
+
+    With w the weight and h = (w - mean) rstd its standardized form:
+    dw = rstd (dh - mean(dh) - h mean(dh h)), the means over one filter.
+    """
+    flat = weight.flatten(1).to(mean.dtype)
+    grad_flat = grad.flatten(1).to(mean.dtype)
+    standardized = (flat - mean[:, None]) * rstd[:, None]
+    grad_mean = grad_flat.mean(dim=1, keepdim=True)
+    projection = (grad_flat * standardized).mean(dim=1, keepdim=True)
+    result = rstd[:, None] * (grad_flat - grad_mean - standardized * projection)
+    result = result.to(weight.dtype).view(weight.shape)
+    return result.contiguous(memory_format=memory_format_of(weight))
+
+
+# ---- group_norm_act -----------------------------------------------------------------------------
+
+
+def group_norm_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize groups of channels, scale, shift and activate; return (result, mean, rstd).
+
+    The statistics have shape (N, num_groups). torch's own GroupNorm serves contiguous tensors. For
+    channels_last ones it squares before it subtracts on the CPU (an error of 1e-2 where the mean is
+    100 times the standard deviation) and changes the layout on older GPUs, so those are computed here.
+    """
+    if is_channels_last(x):
+        normalized, mean, rstd = _group_norm_channels_last(x, weight, bias, num_groups, eps)
+    else:
+        batch, channels, height, width = x.shape
+        normalized, mean, rstd = torch.native_group_norm(
+            x.contiguous(),
+            weight.to(x.dtype),
+            bias.to(x.dtype),
+            batch,
+            channels,
+            height * width,
+            num_groups,
+            eps,
+        )
+        mean, rstd = mean.to(compute_dtype(x.dtype)), rstd.to(compute_dtype(x.dtype))
+    return ACTIVATIONS[activation](normalized), mean, rstd
+
+
+def _group_norm_channels_last(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # In the order of memory, so that autograd's gradients come out channels_last too.
+    dtype = compute_dtype(x.dtype)
+    groups = x.permute(0, 2, 3, 1).unflatten(3, (num_groups, -1)).to(dtype)
+    centered, mean, rstd = _center(groups, (1, 2, 4), eps)
+    scale, shift = (p.to(dtype).unflatten(0, (num_groups, -1)) for p in (weight, bias))
+    normalized = torch.addcmul(shift, centered, rstd * scale)
+    result = normalized.to(x.dtype).flatten(3).permute(0, 3, 1, 2)
+    return result, mean.view(-1, num_groups), rstd.view(-1, num_groups)
+
+
+def _per_channel(statistic: Tensor, channels_per_group: int) -> Tensor:
+    """Repeat a statistic of shape (N, groups) for each channel: (N, channels, 1, 1)."""
+    return statistic.repeat_interleave(channels_per_group, dim=1)[:, :, None, None]
+
+
+def group_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dL/dx, dL/dweight, dL/dbias) from grad = dL/dresult and the forward's statistics.
+
+    The activation is recomputed from x and the statistics, so that none has to be stored. With
+    h = (x - mean) rstd and g = dL/dh: dx = rstd (g - mean(g) - h mean(g h)), the means over one group.
+    """
+    dtype = compute_dtype(x.dtype)
+    per_group = x.shape[1] // num_groups
+    scale = weight.to(dtype).view(1, -1, 1, 1)
+    mean_c, rstd_c = (_per_channel(s.to(dtype), per_group) for s in (mean, rstd))
+    normalized = (x.to(dtype) - mean_c) * rstd_c
+    with torch.enable_grad():
+        before = (normalized * scale + bias.to(dtype).view(1, -1, 1, 1)).detach().requires_grad_()
+        (grad_before,) = torch.autograd.grad(
+            ACTIVATIONS[activation](before) + 0, before, grad.to(dtype)
+        )
+    grad_weight = (grad_before * normalized).sum(dim=(0, 2, 3))
+    grad_bias = grad_before.sum(dim=(0, 2, 3))
+    g = (grad_before * scale).unflatten(1, (num_groups, -1))
+    h = normalized.unflatten(1, (num_groups, -1))
+    group_dims = (2, 3, 4)
+    g_mean = g.mean(dim=group_dims, keepdim=True)
+    projection = (g * h).mean(dim=group_dims, keepdim=True)
+    grad_x = (g - g_mean - h * projection).flatten(1, 2) * rstd_c
+    return (
+        grad_x.to(x.dtype).contiguous(memory_format=memory_format_of(x)),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
+    )
+
+
+# ---- same_padding ---------------------------------------------------------------------------------
+
+
+def padded_size(size: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) after padding by (top, bottom, left, right)."""
+    height, width = size
+    top, bottom, left, right = padding
+    return height + top + bottom, width + left + right
+
+
+def pooled_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[int, int]:
+    """Return (height, width) after padding and pooling."""
+    height, width = (
+        (n - (k - 1) * d - 1) // s + 1
+        for n, k, s, d in zip(
+            padded_size(size, padding), kernel_size, stride, dilation, strict=True
+        )
+    )
+    return height, width
+
+
+def same_pad_forward(x: Tensor, padding: Sequence[int], value: float) -> Tensor:
+    """Pad by (top, bottom, left, right), where negative numbers crop."""
+    top, bottom, left, right = padding
+    result = F.pad(x, (left, right, top, bottom), value=value)
+    return result.contiguous(memory_format=memory_format_of(x))
+
+
+def same_max_pool(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    value: float,
+) -> Tensor:
+    """Pad, then take the maximum of each window."""
+    padded = same_pad_forward(x, padding, value)
+    result = F.max_pool2d(padded, kernel_size, stride, 0, dilation)
+    return result.contiguous(memory_format=memory_format_of(x))
+
+
+def same_max_pool_forward(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    value: float,
+    with_taps: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pad and pool; also return the number, within its window, of the pixel that was the maximum."""
+    if not with_taps:
+        result = same_max_pool(x, kernel_size, stride, dilation, padding, value)
+        return result, x.new_empty((0,), dtype=torch.int16)
+    memory_format = memory_format_of(x)
+    padded = same_pad_forward(x, padding, value)
+    result, index = F.max_pool2d(padded, kernel_size, stride, 0, dilation, return_indices=True)
+    row, column = _window_starts(result, stride)
+    tap_row = (index // padded.shape[3] - row) // dilation[0]
+    tap_column = (index % padded.shape[3] - column) // dilation[1]
+    taps = (tap_row * kernel_size[1] + tap_column).to(torch.int16)
+    return (
+        result.contiguous(memory_format=memory_format),
+        taps.contiguous(memory_format=memory_format),
+    )
+
+
+def same_max_pool_backward(
+    grad: Tensor,
+    taps: Tensor,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """Add each gradient to the pixel that its maximum came from; drop what falls into the padding."""
+    height, width = padded_size(size, padding)
+    row, column = _window_starts(taps, stride)
+    row = row + taps.long() // kernel_size[1] * dilation[0]
+    column = column + taps.long() % kernel_size[1] * dilation[1]
+    padded = grad.new_zeros((*taps.shape[:2], height * width), dtype=compute_dtype(grad.dtype))
+    padded.scatter_add_(2, (row * width + column).flatten(2), grad.flatten(2).to(padded.dtype))
+    result = padded.unflatten(2, (height, width))
+    result = F.pad(result, [-side for side in (*padding[2:], *padding[:2])])
+    return result.to(grad.dtype).contiguous(memory_format=memory_format_of(taps))
+
+
+def _window_starts(pooled: Tensor, stride: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the first row and the first column of each window, to broadcast over a pooled tensor."""
+    row, column = (
+        torch.arange(n, device=pooled.device) * s
+        for n, s in zip(pooled.shape[2:], stride, strict=True)
+    )
+    return row[:, None], column
+
+
+# ---- resize_normalize ---------------------------------------------------------------------------
+
+PRECISION_BITS = 32 - 8 - 2
+"""Fractional bits of the integer filter weights that Pillow uses for 8-bit images."""
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    a = -0.5
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0))
+
+
+def _sine(x: Tensor) -> Tensor:
+    """sin(x), rounded as the C library rounds it; torch's vectorised sine may differ in the last bit."""
+    return x.new_tensor([math.sin(v) for v in x.flatten().tolist()]).view(x.shape)
+
+
+def _cosine(x: Tensor) -> Tensor:
+    return x.new_tensor([math.cos(v) for v in x.flatten().tolist()]).view(x.shape)
+
+
+def _sinc(x: Tensor) -> Tensor:
+    x = x * math.pi
+    return torch.where(x == 0, 1.0, _sine(x) / x)
+
+
+def _hamming(x: Tensor) -> Tensor:
+    # Pillow writes the two constants in single precision, where they do not add up to 1.
+    a, b = (torch.tensor(v, dtype=torch.float32).item() for v in (0.54, 0.46))
+    window = torch.where(x == 0, 1.0, a + b * _cosine(x * math.pi))
+    return torch.where(x < 1.0, _sinc(x) * window, 0.0)
+
+
+RESAMPLING_FILTERS: dict[int, tuple[float, Callable[[Tensor], Tensor]]] = {
+    1: (3.0, lambda x: torch.where((x >= -3.0) & (x < 3.0), _sinc(x) * _sinc(x / 3), 0.0)),
+    2: (1.0, lambda x: (1.0 - x.abs()).clamp_min(0.0)),
+    3: (2.0, lambda x: _bicubic(x.abs())),
+    4: (0.5, lambda x: torch.where((x > -0.5) & (x <= 0.5), 1.0, 0.0).to(x.dtype)),
+    5: (1.0, lambda x: _hamming(x.abs())),
+}
+"""Support and kernel of Pillow's filters LANCZOS, BILINEAR, BICUBIC, BOX and HAMMING, by number."""
+
+NEAREST = 0
+"""The number of Pillow's filter that copies pixels."""
+
+
+def resampling_weights(in_size: int, out_size: int, resample: int) -> tuple[Tensor, Tensor]:
+    """Return (index, weight), each (taps, out_size): where each output pixel reads, how much of it.
+
+    The weights are float64, sum to 1 over the taps and round as Pillow's do, which takes the same
+    operations in the same order. A tap that an output pixel does not need has weight 0.
+    """
+    support, kernel = RESAMPLING_FILTERS[resample]
+    scale = in_size / out_size
+    filter_scale = max(scale, 1.0)
+    support *= filter_scale
+    center = (torch.arange(out_size, dtype=torch.float64) + 0.5) * scale
+    first = (center - support + 0.5).trunc().clamp_min(0)
+    last = (center + support + 0.5).trunc().clamp_max(in_size)
+    tap = torch.arange(int((last - first).max()), dtype=torch.float64)[:, None]
+    weight = kernel((tap + first - center + 0.5) * (1.0 / filter_scale))
+    weight = torch.where(first + tap < last, weight, 0.0)
+    total = torch.zeros_like(center)
+    for row in weight:
+        total += row
+    weight = torch.where(total != 0.0, weight / total, weight)
+    return (first + tap).clamp_max(in_size - 1).long(), weight
+
+
+def _nearest_index(in_size: int, out_size: int) -> Tensor:
+    """Return the source of each output pixel: positions advance by repeated addition, as Pillow's do."""
+    scale = in_size / out_size
+    positions = itertools.accumulate(itertools.repeat(scale, out_size - 1), initial=scale * 0.5)
+    return torch.tensor([min(int(p), in_size - 1) for p in positions])
+
+
+def _resample_axis(image: Tensor, axis: int, out_size: int, resample: int) -> Tensor:
+    """Resample one axis of a (C, H, W) image, uint8 or floating, to ``out_size``."""
+    in_size = image.shape[axis]
+    if out_size == in_size:
+        return image
+    if resample == NEAREST:
+        return image.index_select(axis, _nearest_index(in_size, out_size).to(image.device))
+    index, weight = resampling_weights(in_size, out_size, resample)
+    integer = image.dtype == torch.uint8
+    if integer:  # round halves away from zero
+        scaled = weight * (1 << PRECISION_BITS)
+        weight = (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc().to(torch.int32)
+    index, weight = index.to(image.device), weight.to(image.device)
+    weight = weight[:, None, :, None] if axis == 1 else weight[:, None, None, :]
+    total = torch.zeros((), dtype=weight.dtype, device=image.device)
+    for tap_index, tap_weight in zip(index, weight, strict=True):
+        total = total + image.index_select(axis, tap_index) * tap_weight
+    if integer:
+        total = ((total + (1 << (PRECISION_BITS - 1))) >> PRECISION_BITS).clamp(0, 255)
+    return total.to(image.dtype)
+
+
+def _center_crop(image: Tensor, height: int, width: int) -> Tensor:
+    """Cut the center out of a (C, H, W) image; where the image is too small, zeros surround it."""
+    result = image.new_zeros((image.shape[0], height, width))
+    source, target = [slice(None)], [slice(None)]
+    for have, want in zip(image.shape[1:], (height, width), strict=True):
+        offset = (have - want) // 2  # floors: an odd remainder puts the window one pixel earlier
+        source.append(slice(max(offset, 0), min(offset + want, have)))
+        target.append(slice(max(-offset, 0), max(-offset, 0) + min(have, want)))
+    result[tuple(target)] = image[tuple(source)]
+    return result
+
+
+def resize_normalize_forward(
+    images: list[Tensor],
+    sizes: list[int],
+    crop: list[int] | None,
+    resample: int,
+    rescale_factor: float | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+    layout: str,
+    first_axes: list[int],
+) -> Tensor:
+    """Resize, center-crop, rescale and normalize images of any sizes into one (N, C, H, W) batch.
+
+    ``sizes`` holds (height, width) after resizing of one image after another, ``first_axes`` the axis
+    that is resampled first, 0 (height) or 1 (width): the second pass reads what the first one rounded
+    and clipped, so the order shows. Integers are resampled in Pillow's integer arithmetic; floating
+    pixels as Pillow's mode "F": in float64, and stored between the two passes. The product with
+    ``rescale_factor`` is rounded once, from float64.
+    """
+    batch = []
+    for i, image in enumerate(images):
+        pixels = image.permute(2, 0, 1) if layout == "HWC" else image
+        if pixels.is_floating_point():
+            pixels = pixels.to(compute_dtype(pixels.dtype))
+        passes = [(1, sizes[2 * i]), (2, sizes[2 * i + 1])]
+        if first_axes[i] == 1:
+            passes.reverse()
+        for axis, out_size in passes:
+            pixels = _resample_axis(pixels, axis, out_size, resample)
+        batch.append(pixels if crop is None else _center_crop(pixels, *crop))
+    result = torch.stack(batch)
+    if rescale_factor is not None:
+        result = (result.double() * rescale_factor).to(compute_dtype(dtype))
+    if mean is not None and std is not None:
+        result = result.to(compute_dtype(dtype))
+        shape = (1, -1, 1, 1)
+        result = (result - result.new_tensor(mean).view(shape)) / result.new_tensor(std).view(shape)
+    return result.to(dtype).contiguous(memory_format=_memory_format(channels_last))
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,24 @@
+"""A fresh seed for every test of every run, printed where a test fails."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import settings
+
+# One example may include a first-use compilation; the shapes, not the seconds, are under test.
+settings.register_profile("bitfast", deadline=None, print_blob=True)
+settings.load_profile("bitfast")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed torch and random from BITFAST_TEST_SEED, or anew; pytest shows the line when a test fails."""
+    value = int(os.environ.get("BITFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"BITFAST_TEST_SEED={value}")
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
