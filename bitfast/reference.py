@@ -32,10 +32,13 @@ def _center(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tenso
     Subtracting a mean of 100 standard deviations leaves what its own rounding was off by, so the mean
     of the difference is subtracted too.
     """
-    variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
+    mean = x.mean(dim=dims, keepdim=True)
     centered = x - mean
     left_over = centered.mean(dim=dims, keepdim=True)
-    return centered - left_over, mean + left_over, torch.rsqrt(variance + eps)
+    centered = centered - left_over
+    # Not torch.var, which takes ten times as long where x is not contiguous.
+    variance = centered.square().mean(dim=dims, keepdim=True)
+    return centered, mean + left_over, torch.rsqrt(variance + eps)
 
 
 def weight_standardization_forward(

@@ -1,0 +1,230 @@
+"""The command ``bitfast``: its arguments, its exit statuses and what it prints.
+
+What a subcommand needs is imported when it runs, so that help and usage errors come quickly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+SUCCESS = 0
+SOME_FAILED = 1
+USAGE_ERROR = 2
+INTERRUPTED = 130
+"""128 + SIGINT."""
+PIPE_CLOSED = 141
+"""128 + SIGPIPE, as for every program whose reader leaves early."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+CLASSIFY_HELP = """\
+Print the most probable labels of each image.
+
+An IMAGE is a file, a folder or a pattern:
+  file     taken whatever its name is
+  folder   stands for the image files in it and below, sorted; hidden ones are left out
+  pattern  (*, ?, [...], and ** for any depth; quote it) stands for its matches, sorted, as if
+           each had been given
+A file that several of them lead to is classified once, where it comes first."""
+
+CLASSIFY_EPILOG = """\
+Results go to standard output, everything else to standard error.
+With --json each line is {"path", "predictions": [{"label", "index", "score"}, ...]}, or
+{"path", "error"} for what could not be classified.
+
+exit status: 0 all classified; 1 some failed; 2 wrong arguments or no usable model;
+130 interrupted; 141 the reader of the output is gone"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Raises:
+        SystemExit: argparse answers ``--help``, ``--version`` and wrong arguments (status 2) itself.
+    """
+    arguments = build_parser().parse_args(argv)
+    # A file name or label that the terminal's encoding lacks must not end the run.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("bitfast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return PIPE_CLOSED
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; the chosen subcommand's function is its result's ``run``."""
+    import bitfast
+
+    parser = argparse.ArgumentParser(
+        prog="bitfast", description="Big Transfer (BiT) image models, fast."
+    )
+    parser.add_argument("--version", action="version", version=f"bitfast {bitfast.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_classify(commands)
+    _add_demo(commands)
+    _add_env(commands)
+    return parser
+
+
+def _add_classify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "classify",
+        help="print the most probable labels of images",
+        description=CLASSIFY_HELP,
+        epilog=CLASSIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
+    parser.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="a checkpoint's folder, or its name on the Hugging Face Hub "
+        "(default: the model of handwritten digits that comes with bitfast)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=positive_integer,
+        default=5,
+        metavar="K",
+        help="labels per image, at most as many as the model has (default: 5)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_integer,
+        default=8,
+        metavar="N",
+        help="images that go through the model together (default: 8)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"default: {DTYPES[0]}")
+    parser.add_argument(
+        "--device", help='such as "cpu" or "cuda:1" (default: cuda where there is one, else cpu)'
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
+    parser.set_defaults(run=run_classify)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="classify digits, and compare with transformers on this machine",
+        description="Classify held-out digits with the model that comes with bitfast, then run a full "
+        "R50x1 through transformers and bitfast, on the CPU: check that they agree, and measure both.",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_integer,
+        metavar="N",
+        help="CPU threads (default: as many as torch chooses)",
+    )
+    parser.set_defaults(run=run_demo)
+
+
+def _add_env(commands: Any) -> None:
+    parser = commands.add_parser(
+        "env",
+        help="print versions, hardware and which backends run here, or why not",
+        description="Print versions, hardware and which backend runs each op here, or why not.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run_env)
+
+
+def positive_integer(text: str) -> int:
+    """Return the integer that an argument holds.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or less than 1.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+# ---- bitfast classify ---------------------------------------------------------------------------
+
+
+def run_classify(arguments: argparse.Namespace) -> int:
+    """Classify the images and return the exit status."""
+    from bitfast import classify
+    from bitfast.image_files import find_images, one_line
+
+    try:
+        device = classify.find_device(arguments.device)
+    except ValueError as error:
+        return _usage_error(f"argument --device: {one_line(error)}")
+    model = str(classify.default_model()) if arguments.model is None else arguments.model
+    try:
+        classifier = classify.Classifier.load(model, device, arguments.dtype)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        return _usage_error(f"the model {model!r} cannot be loaded: {one_line(error)}")
+
+    started = time.perf_counter()
+    candidates = find_images(arguments.images)
+    failed = 0
+    with classify.Printer(len(candidates), arguments.json) as printer:
+        for outcomes in classifier.classify_files(
+            candidates, arguments.batch_size, arguments.top_k
+        ):
+            for outcome in outcomes:
+                printer.show(outcome)
+                failed += outcome.error is not None
+            sys.stdout.flush()
+    seconds = time.perf_counter() - started
+    classified = len(candidates) - failed
+    print(f"{classified} classified, {failed} failed, in {seconds:.1f} s", file=sys.stderr)
+    return SOME_FAILED if failed else SUCCESS
+
+
+# ---- the other commands -------------------------------------------------------------------------
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Run the demo and return the exit status: 1 if bitfast and transformers disagree."""
+    from bitfast import demo
+
+    return SUCCESS if demo.run(arguments.threads) else SOME_FAILED
+
+
+def run_env(arguments: argparse.Namespace) -> int:
+    """Print what ``bitfast.environment`` finds."""
+    from bitfast import environment
+
+    found = environment.describe()
+    print(json.dumps(found, indent=2) if arguments.json else environment.as_text(found))
+    return SUCCESS
+
+
+def _usage_error(message: str) -> int:
+    print(f"bitfast: error: {message}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _discard_output() -> None:
+    """Let the interpreter's last flush go nowhere: a closed pipe would make it complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What ``bitfast env`` says, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+import bitfast
+from bitfast import cli, environment
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split(maxsplit=1) for line in out.splitlines() if line]
+    found = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert found["bitfast"] == bitfast.__version__
+    assert found["torch"].startswith(torch.__version__.partition("+")[0])
+    assert {"python", "triton", "numpy", "pillow", "safetensors", "cpu", "cuda"} <= set(found)
+    for row in bitfast.backends.backend_table():
+        mark = "*" if row.default else ""
+        line = next(
+            line
+            for line in out.splitlines()
+            if [row.op, row.device, row.backend + mark] == line.split()[:3]
+        )
+        assert line.endswith("  runs" if row.available else f"  no: {row.reason}")
+
+
+def test_env_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["bitfast"] == bitfast.__version__
+    assert found["cpu"]["cores"] == os.cpu_count()
+    assert found["cpu"]["torch_threads"] == torch.get_num_threads()
+    assert found["cuda"]["devices"] or found["cuda"]["problem"]
+    for half in ("cpu", "cuda"):
+        assert found["extension"][half]["path"] or found["extension"][half]["problem"]
+    assert len(found["backends"]) == len(bitfast.backends.backend_table())
+    for row in found["backends"]:
+        assert row["available"] or row["reason"]
+
+
+def test_env_without_some_packages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
+    assert cli.main(["env"]) == 0
+    assert "no-such-package  not installed\n" in capsys.readouterr().out
+    assert environment.describe()["versions"]["no-such-package"] is None
+
+
+def test_env_with_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, major, minor, total_memory = "A Fast One", 9, 0, 80 * 2**30
+
+    monkeypatch.setattr(environment, "cuda_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    text = environment.as_text(environment.describe())
+    assert "A Fast One, capability 9.0, 80.0 GiB\n" in text
+
+
+def test_env_with_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("No CUDA GPUs\nare available")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    reason = environment.cuda_problem()
+    assert reason == "No CUDA GPUs are available (CUDA_VISIBLE_DEVICES='')"
