@@ -73,8 +73,8 @@ class BitEmbeddings(nn.Module):
         zero_pad = 0 if config.global_padding == "SAME" else 1
         dynamic = config.embedding_dynamic_padding
         if config.layer_type == "preactivation":
-            self.pad = nn.Identity()
-            self.norm = nn.Identity()
+            self.pad: nn.Module = nn.Identity()
+            self.norm: nn.Module = nn.Identity()
             self.pooler = MaxPool2d(zero_pad=zero_pad, dynamic_padding=dynamic)
         else:
             # The norm stands between the zeros and the pool, so the pool cannot add them itself.

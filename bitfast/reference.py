@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -163,8 +163,11 @@ def group_norm_act_backward(
 
 # ---- same_padding ---------------------------------------------------------------------------------
 
+Ints = list[int] | tuple[int, ...]
+"""Two sizes (height, width), or four sides (top, bottom, left, right)."""
 
-def padded_size(size: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
+
+def padded_size(size: Ints, padding: Ints) -> tuple[int, int]:
     """Return (height, width) after padding by (top, bottom, left, right)."""
     height, width = size
     top, bottom, left, right = padding
@@ -172,11 +175,11 @@ def padded_size(size: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
 
 
 def pooled_size(
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
+    size: Ints,
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    padding: Ints,
 ) -> tuple[int, int]:
     """Return (height, width) after padding and pooling."""
     height, width = (
@@ -188,7 +191,7 @@ def pooled_size(
     return height, width
 
 
-def same_pad_forward(x: Tensor, padding: Sequence[int], value: float) -> Tensor:
+def same_pad_forward(x: Tensor, padding: Ints, value: float) -> Tensor:
     """Pad by (top, bottom, left, right), where negative numbers crop."""
     top, bottom, left, right = padding
     result = F.pad(x, (left, right, top, bottom), value=value)
@@ -197,10 +200,10 @@ def same_pad_forward(x: Tensor, padding: Sequence[int], value: float) -> Tensor:
 
 def same_max_pool(
     x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    padding: Ints,
     value: float,
 ) -> Tensor:
     """Pad, then take the maximum of each window."""
@@ -211,10 +214,10 @@ def same_max_pool(
 
 def same_max_pool_forward(
     x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    padding: Ints,
     value: float,
     with_taps: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -238,11 +241,11 @@ def same_max_pool_forward(
 def same_max_pool_backward(
     grad: Tensor,
     taps: Tensor,
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
+    size: Ints,
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    padding: Ints,
 ) -> Tensor:
     """Add each gradient to the pixel that its maximum came from; drop what falls into the padding."""
     height, width = padded_size(size, padding)
@@ -256,7 +259,7 @@ def same_max_pool_backward(
     return result.to(grad.dtype).contiguous(memory_format=memory_format_of(taps))
 
 
-def _window_starts(pooled: Tensor, stride: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _window_starts(pooled: Tensor, stride: Ints) -> tuple[Tensor, Tensor]:
     """Return the first row and the first column of each window, to broadcast over a pooled tensor."""
     row, column = (
         torch.arange(n, device=pooled.device) * s

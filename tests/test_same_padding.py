@@ -15,12 +15,11 @@ from torch import Tensor
 from bitfast import extension
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.ops.same_padding import same_max_pool, same_pad, same_padding
+from tests.feature_maps import DTYPES, LAYOUTS, make
 from tests.tolerances import assert_within_contract
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("native", "reference")
-SENTINEL = 12345.0
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def test_the_extension_is_here() -> None:
@@ -31,19 +30,6 @@ def test_the_extension_is_here() -> None:
 def windows() -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
     pair = st.tuples(st.integers(1, 4), st.integers(1, 4))
     return st.tuples(pair, pair, st.tuples(st.integers(1, 3), st.integers(1, 3)))
-
-
-def make(
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-    layout: torch.memory_format = torch.contiguous_format,
-    seed: int | None = None,
-) -> Tensor:
-    """Return numbers with many ties, as ReLU leaves them, between -1 and 2."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    x = torch.randint(-4, 9, shape).clamp_min(-2) / 4
-    return x.to(dtype).contiguous(memory_format=layout)
 
 
 def padded_by_hand(x: Tensor, sides: list[int], value: float) -> Tensor:
@@ -347,11 +333,15 @@ def test_compiles_with_dynamic_sizes(backend: str | None, layout: torch.memory_f
             actual = compiled(x)
         expected = pad_and_pool(x)
         assert torch.equal(actual, expected)
-        assert actual.stride() == expected.stride()
+        if TORCH > (2, 11):  # whose tracer loses track of the layout between two ops
+            assert actual.stride() == expected.stride()
         ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected))
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.skipif(
+    TORCH <= (2, 11), reason="torch 2.11 cannot prove its own guard that A - A % 2 is even"
+)
 @pytest.mark.parametrize(("backend", "traced"), [(None, "aten"), ("native", "bitfast")])
 def test_traced_as_shape_arithmetic_unless_a_backend_is_demanded(
     backend: str | None, traced: str

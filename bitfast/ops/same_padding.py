@@ -22,6 +22,7 @@ from bitfast.ops.common import (
     complete_operator,
     define_operator,
 )
+from bitfast.reference import Ints
 
 OP = "same_padding"
 
@@ -52,9 +53,9 @@ NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 def same_pad(
     x: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int],
-    dilation: int | tuple[int, int] = 1,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
     value: float = 0.0,
 ) -> Tensor:
     """Pad so that a convolution or pooling of this geometry gives ceil(size / stride) pixels per axis.
@@ -92,9 +93,9 @@ def same_pad(
 
 def same_max_pool(
     x: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int],
-    dilation: int | tuple[int, int] = 1,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
     *,
     padding: str | Sequence[int] = "same",
     value: float = 0.0,
@@ -137,14 +138,14 @@ def same_max_pool(
     return pool(x, *window, sides, value, with_taps)[0]
 
 
-def same_padding(
-    size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
+def same_padding(size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) -> list[int]:
     """Return (top, bottom, left, right) of the "same" padding of an input of (height, width) ``size``."""
     sides = []
     for n, k, s, d in zip(size, kernel_size, stride, dilation, strict=True):
-        last_start = (n + s - 1) // s * s - s
-        total = torch.sym_max(last_start + (k - 1) * d + 1 - n, 0)
+        reach = (k - 1) * d
+        total = reach - (n - 1) % s  # what the last window, which starts at n - 1 - (n - 1) % s, lacks
+        if reach < s - 1:
+            total = torch.sym_max(total, 0)
         sides += [total // 2, total - total // 2]
     return sides
 
@@ -163,9 +164,9 @@ Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
 def _check_window(
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int],
-    dilation: int | tuple[int, int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
 ) -> Window:
     return (
         check_pair(OP, "kernel_size", kernel_size),
@@ -197,17 +198,17 @@ def _check_output(x: Tensor, padding: list[int], window: Window) -> None:
 # ---- the contract of the kernels ----------------------------------------------------------------
 
 
-def _fake_pad(x: Tensor, padding: Sequence[int], value: float) -> Tensor:
+def _fake_pad(x: Tensor, padding: Ints, value: float) -> Tensor:
     height, width = reference.padded_size(x.shape[2:], padding)
     return _new_empty(x, height, width)
 
 
 def _fake_max_pool(
     x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    padding: Ints,
     value: float,
     with_taps: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -221,11 +222,11 @@ def _fake_max_pool(
 def _fake_max_pool_backward(
     grad: Tensor,
     taps: Tensor,
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
+    size: Ints,
+    kernel_size: Ints,
+    stride: Ints,
+    dilation: Ints,
+    padding: Ints,
 ) -> Tensor:
     return _new_empty(taps, *size).to(grad.dtype)
 
