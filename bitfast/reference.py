@@ -26,33 +26,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _center(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x - mean, mean and rstd over ``dims``, which the two statistics keep with size 1.
-
-    Subtracting a mean of 100 standard deviations leaves what its own rounding was off by, so the mean
-    of the difference is subtracted too.
-    """
-    mean = x.mean(dim=dims, keepdim=True)
-    centered = x - mean
-    left_over = centered.mean(dim=dims, keepdim=True)
-    centered = centered - left_over
-    # Not torch.var, which takes ten times as long where x is not contiguous.
-    variance = centered.square().mean(dim=dims, keepdim=True)
-    return centered, mean + left_over, torch.rsqrt(variance + eps)
-
-
 def weight_standardization_forward(
     weight: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardize each output filter; return (result, mean, rstd), the statistics of shape (out,)."""
+    """Standardize each output filter; return (result, mean, rstd), the statistics of shape (out,).
+
+    A batch norm whose channels are the filters: the fewest passes over memory that plain PyTorch can
+    do it in, and what transformers does, so that float32 results are the same to the last bit.
+    """
     flat = weight.flatten(1).to(compute_dtype(weight.dtype))
-    centered, mean, rstd = _center(flat, (1,), eps)
-    result = (centered * rstd).to(dtype or weight.dtype).view(weight.shape)
-    return (
-        result.contiguous(memory_format=memory_format_of(weight)),
-        mean.squeeze(1),
-        rstd.squeeze(1),
+    result, mean, rstd = torch.native_batch_norm(
+        flat[None], None, None, None, None, training=True, momentum=0.0, eps=eps
     )
+    result = result.to(dtype or weight.dtype).view(weight.shape)
+    return result.contiguous(memory_format=memory_format_of(weight)), mean, rstd
 
 
 def weight_standardization_backward(
@@ -109,11 +96,26 @@ def _group_norm_channels_last(
     # In the order of memory, so that autograd's gradients come out channels_last too.
     dtype = compute_dtype(x.dtype)
     groups = x.permute(0, 2, 3, 1).unflatten(3, (num_groups, -1)).to(dtype)
-    centered, mean, rstd = _center(groups, (1, 2, 4), eps)
+    centered, mean, variance = _center(groups, (1, 2, 4))
+    rstd = torch.rsqrt(variance + eps)
     scale, shift = (p.to(dtype).unflatten(0, (num_groups, -1)) for p in (weight, bias))
     normalized = torch.addcmul(shift, centered, rstd * scale)
     result = normalized.to(x.dtype).flatten(3).permute(0, 3, 1, 2)
     return result, mean.view(-1, num_groups), rstd.view(-1, num_groups)
+
+
+def _center(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x - mean, mean and variance over ``dims``, which the two statistics keep with size 1.
+
+    Subtracting a mean of 100 standard deviations leaves what its own rounding was off by, so the mean
+    of the difference is subtracted too.
+    """
+    mean = x.mean(dim=dims, keepdim=True)
+    centered = x - mean
+    left_over = centered.mean(dim=dims, keepdim=True)
+    centered -= left_over
+    # Not torch.var, which takes several times as long on the CPU.
+    return centered, mean + left_over, centered.square().mean(dim=dims, keepdim=True)
 
 
 def _per_channel(statistic: Tensor, channels_per_group: int) -> Tensor:

@@ -43,12 +43,12 @@ def weight_standardization(
 
     Raises:
         TypeError: ``weight`` or ``dtype`` is not floating point.
-        ValueError: ``weight`` is not four-dimensional or has empty filters, or ``eps`` is negative.
+        ValueError: ``weight`` is not four-dimensional or is empty, or ``eps`` is negative.
     """
     check_floating(OP, "weight", weight)
-    if weight.dim() != 4 or 0 in weight.shape[1:]:
+    if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(
-            f"{OP}: weight must have shape (out, in, height, width) with nothing empty but out,"
+            f"{OP}: weight must have shape (out, in, height, width), each at least 1,"
             f" got {tuple(weight.shape)}"
         )
     if eps < 0:
