@@ -57,8 +57,8 @@ class ModelOutput(OrderedDict):
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        constructor, _, *state = super().__reduce__()
-        return constructor, tuple(getattr(self, name) for name in _field_names(self)), *state
+        reduced: tuple[Any, ...] = super().__reduce__()  # type: ignore[assignment]
+        return reduced[0], tuple(getattr(self, name) for name in _field_names(self)), *reduced[2:]
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the values that are not None, in order."""
@@ -102,7 +102,7 @@ def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
     return list(output.values()), list(output.keys())
 
 
-def _flatten_with_keys(output: ModelOutput) -> tuple[Iterable[Any], list[str]]:
+def _flatten_with_keys(output: ModelOutput) -> tuple[list[Any], list[str]]:
     return [(pytree.MappingKey(name), value) for name, value in output.items()], list(output.keys())
 
 

@@ -96,26 +96,25 @@ def _group_norm_channels_last(
     # In the order of memory, so that autograd's gradients come out channels_last too.
     dtype = compute_dtype(x.dtype)
     groups = x.permute(0, 2, 3, 1).unflatten(3, (num_groups, -1)).to(dtype)
-    centered, mean, variance = _center(groups, (1, 2, 4))
-    rstd = torch.rsqrt(variance + eps)
+    mean = _group_mean(groups)
+    centered = groups - mean
+    # What the rounding of the mean was off by; it shows where the mean is 100 standard deviations.
+    left_over = _group_mean(centered)
+    centered -= left_over
+    # Not torch.var, which takes several times as long on the CPU.
+    rstd = torch.rsqrt(_group_mean(centered.square()) + eps)
     scale, shift = (p.to(dtype).unflatten(0, (num_groups, -1)) for p in (weight, bias))
     normalized = torch.addcmul(shift, centered, rstd * scale)
     result = normalized.to(x.dtype).flatten(3).permute(0, 3, 1, 2)
-    return result, mean.view(-1, num_groups), rstd.view(-1, num_groups)
+    return result, (mean + left_over).view(-1, num_groups), rstd.view(-1, num_groups)
 
 
-def _center(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x - mean, mean and variance over ``dims``, which the two statistics keep with size 1.
+def _group_mean(x: Tensor) -> Tensor:
+    """Average (N, H, W, groups, channels) over all but images and groups.
 
-    Subtracting a mean of 100 standard deviations leaves what its own rounding was off by, so the mean
-    of the difference is subtracted too.
+    In two steps, because torch's CPU sum over both at once adds pixel to pixel and loses digits.
     """
-    mean = x.mean(dim=dims, keepdim=True)
-    centered = x - mean
-    left_over = centered.mean(dim=dims, keepdim=True)
-    centered -= left_over
-    # Not torch.var, which takes several times as long on the CPU.
-    return centered, mean + left_over, centered.square().mean(dim=dims, keepdim=True)
+    return x.mean(dim=(1, 2), keepdim=True).mean(dim=4, keepdim=True)
 
 
 def _per_channel(statistic: Tensor, channels_per_group: int) -> Tensor:

@@ -339,9 +339,6 @@ def test_compiles_with_dynamic_sizes(backend: str | None, layout: torch.memory_f
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.skipif(
-    TORCH <= (2, 11), reason="torch 2.11 cannot prove its own guard that A - A % 2 is even"
-)
 @pytest.mark.parametrize(("backend", "traced"), [(None, "aten"), ("native", "bitfast")])
 def test_traced_as_shape_arithmetic_unless_a_backend_is_demanded(
     backend: str | None, traced: str

@@ -143,9 +143,9 @@ def same_padding(size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) ->
     sides = []
     for n, k, s, d in zip(size, kernel_size, stride, dilation, strict=True):
         reach = (k - 1) * d
-        total = (
-            reach - (n - 1) % s
-        )  # what the last window, which starts at n - 1 - (n - 1) % s, lacks
+        # What the last window lacks. Written with %, torch.export could not bound the padded size, and
+        # inductor would take minutes over it.
+        total = (n - 1) // s * s + reach + 1 - n
         if reach < s - 1:
             total = torch.sym_max(total, 0)
         sides += [total // 2, total - total // 2]
