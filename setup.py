@@ -84,7 +84,10 @@ def extensions(cuda_home: Path | None) -> list[Extension]:
                 "bitfast._native_cuda",
                 glob("csrc/*.cu"),
                 include_dirs=[*include_paths(), str(cuda_home / "include")],
-                define_macros=[*MACROS, ("USE_CUDA", "1")],  # torch's header declares the stream then
+                define_macros=[
+                    *MACROS,
+                    ("USE_CUDA", "1"),
+                ],  # torch's header declares the stream then
                 extra_objects=[str(cudart_static(cuda_home))],
                 # libtorch.so, though unused itself, leads the loader to the libtorch_cuda.so of a torch
                 # with CUDA; the torch of the build may have none to link with.

@@ -19,6 +19,13 @@ int64_t rows_per_task(int64_t elements_per_row) {
   return std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements_per_row));
 }
 
+// Compiles a loop for several instruction sets, of which the loader takes the best that the CPU has.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define BITFAST_FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define BITFAST_FOR_EACH_CPU
+#endif
+
 // ---- pad --------------------------------------------------------------------------------------------
 
 // Writes `length` elements: the `available` elements of `row` starting at position `left` (which may be
@@ -102,7 +109,7 @@ Columns inside_columns(const Window& window, int64_t tap_column, int64_t width, 
 
 // Lets `count` values compete with the best so far.
 template <typename T>
-void compete(const T* values, int64_t stride, int64_t count, Tap tap, float* best, Tap* best_tap) {
+BITFAST_FOR_EACH_CPU void compete(const T* values, int64_t stride, int64_t count, Tap tap, float* best, Tap* best_tap) {
   if (best_tap == nullptr) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(values[i * stride]);
@@ -209,7 +216,7 @@ std::tuple<Tensor, Tensor> same_max_pool(
 
 // Adds `count` gradients to those of the input pixels `stride` apart, where the maximum came from `tap`.
 template <typename T>
-void pass_on(const T* grad, const Tap* taps, Tap tap, int64_t count, int64_t stride, float* sum) {
+BITFAST_FOR_EACH_CPU void pass_on(const T* grad, const Tap* taps, Tap tap, int64_t count, int64_t stride, float* sum) {
   for (int64_t i = 0; i < count; ++i) {
     const float g = static_cast<float>(grad[i]);
     sum[i * stride] += taps[i] == tap ? g : 0.0f;
