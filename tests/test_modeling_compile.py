@@ -21,6 +21,7 @@ from tests.model_pairs import (
     gradients,
     our_model,
 )
+from tests.versions import TRACER_KEEPS_LAYOUTS
 
 SHALLOW = {"depths": [1, 1], "hidden_sizes": [16, 32]}
 ONE_STAGE = {"depths": [1], "hidden_sizes": [16]}
@@ -48,8 +49,9 @@ def on_every_size(compiled: Any, model: nn.Module, bound: float, **settings: Any
             expected = model(images, output_hidden_states=True)
         assert type(actual) is type(expected)
         assert_close(actual, expected, bound)
-        for a, e in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
-            assert a.stride() == e.stride()
+        if TRACER_KEEPS_LAYOUTS:
+            for a, e in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+                assert a.stride() == e.stride()
 
 
 @PADDINGS
@@ -114,7 +116,7 @@ def test_training_compiles(layer_type, checkpointing):
 
 
 def test_drop_path_compiles():
-    model = our_model("BitModel", **SHALLOW, drop_path_rate=0.9).train()
+    model = our_model("BitModel", **SHALLOW, drop_path_rate=0.5).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images = torch.randn(16, 3, 32, 32)
     with torch.no_grad():

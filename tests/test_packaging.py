@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 
 import bitfast.kernels
+from tests.versions import TORCH
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("bitfast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -229,4 +229,4 @@ def test_an_import_costs_little_and_loads_nothing_heavy() -> None:
 
 def test_no_version_of_torch_below_the_oldest_supported() -> None:
     """setup.py compiles for torch 2.11; what runs here must not be older."""
-    assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+    assert TORCH >= (2, 11)
