@@ -208,25 +208,9 @@ def same_max_pool(
     value: float,
 ) -> Tensor:
     """Pad, then take the maximum of each window."""
-    padded = same_pad_forward(x, _padding_read(x, kernel_size, stride, dilation, padding), value)
+    padded = same_pad_forward(x, padding, value)
     result = F.max_pool2d(padded, kernel_size, stride, 0, dilation)
     return result.contiguous(memory_format=memory_format_of(x))
-
-
-def _padding_read(
-    x: Tensor, kernel_size: Ints, stride: Ints, dilation: Ints, padding: Ints
-) -> list[int]:
-    """Return the padding without the last rows and columns that no window reads.
-
-    Traced with a symbolic size, a pool that leaves nothing over needs no guard on whether it does.
-    """
-    sides = []
-    pooled = pooled_size(x.shape[2:], kernel_size, stride, dilation, padding)
-    for axis in (0, 1):
-        before = padding[2 * axis]
-        end = (pooled[axis] - 1) * stride[axis] + (kernel_size[axis] - 1) * dilation[axis] + 1
-        sides += [before, end - before - x.shape[2 + axis]]
-    return sides
 
 
 def same_max_pool_forward(

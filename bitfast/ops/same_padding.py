@@ -132,6 +132,8 @@ def same_max_pool(
         _check_output(x, sides, window)
     backend = _select(x)
     if backend == "reference":
+        if padding != "same":
+            sides = _padding_read(x.shape[2:], window, sides)
         return reference.same_max_pool(x, *window, sides, value)
     with_taps = x.requires_grad and torch.is_grad_enabled()
     pool = getattr(torch.ops.bitfast.same_max_pool, backend)
@@ -149,6 +151,22 @@ def same_padding(size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) ->
         if reach < s - 1:
             total = torch.sym_max(total, 0)
         sides += [total // 2, total - total // 2]
+    return sides
+
+
+def _padding_read(size: Ints, window: Window, padding: Ints) -> list[int]:
+    """Return the padding without the last rows and columns that no window reads (negative: of x).
+
+    Traced with a symbolic size, a pool that leaves nothing over needs no guard on whether it does.
+    """
+    sides = []
+    pooled = reference.pooled_size(size, *window, padding)
+    for axis, (n, k, s, d) in enumerate(zip(size, *window, strict=True)):
+        before, after = padding[2 * axis : 2 * axis + 2]
+        span = (k - 1) * d + 1
+        if before <= span:  # else windows may lie in the padding alone, and x has less to crop
+            after = (pooled[axis] - 1) * s + span - before - n
+        sides += [before, after]
     return sides
 
 
