@@ -281,20 +281,26 @@ def test_width_factor_fails_in_transformers_with_preactivation():
 
 
 def test_the_released_r50x3_is_width_factor_3():
-    with torch.device("meta"):
-        by_factor = bitfast.modeling.BitForImageClassification(
-            BitConfig(embedding_size=64 * 3, width_factor=3, num_labels=1000)
+    sizes = {"embedding_size": 64 * 3, "num_labels": 1000}
+    wide = [3 * size for size in (256, 512, 1024, 2048)]
+    with torch.device("meta"):  # the whole networks, 217 million weights, drawn once and shared
+        by_factor, by_size = (
+            bitfast.modeling.BitForImageClassification(BitConfig(**sizes, **widths)).eval()
+            for widths in ({"width_factor": 3}, {"hidden_sizes": wide})
         )
-        wide = {"embedding_size": 64 * 3, "hidden_sizes": [256 * 3, 512 * 3, 1024 * 3, 2048 * 3]}
-        by_size = bitfast.modeling.BitForImageClassification(BitConfig(**wide, num_labels=1000))
-        theirs = transformers.BitForImageClassification(
-            transformers.BitConfig(**wide, num_labels=1000)
+        theirs = their_model(
+            "BitForImageClassification", **{**R50X1, **sizes, "hidden_sizes": wide}
         )
-    expected = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    weights = {name: torch.empty(p.shape) for name, p in theirs.state_dict().items()}
+    for name, weight in weights.items():
+        weight.uniform_(0.5, 1.5) if "norm" in name else weight.uniform_(-0.05, 0.05)
+    images, logits = torch.randn(1, 3, 33, 32), []
     for model in (by_factor, by_size):
-        assert {name: tensor.shape for name, tensor in model.state_dict().items()} == expected
-    # 217.3 million: R50x3 of the BiT paper, with a head of 1000 classes.
-    assert by_factor.num_parameters() == theirs.num_parameters() == 217_319_080
+        model.load_state_dict(weights, assign=True)
+        assert model.num_parameters() == 217_319_080
+        with torch.no_grad():
+            logits.append(model(images).logits)
+    assert torch.equal(*logits)
 
 
 # ---- initialisation and construction ------------------------------------------------------------
