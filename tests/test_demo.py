@@ -165,7 +165,6 @@ def test_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_photographs() -> None:
-    pytest.importorskip("skimage")
     images, kind = demo.example_images(10)
     assert kind == "photographs"
     assert len(images) == 10
