@@ -34,6 +34,9 @@ class Kernel:
     unavailable: Callable[[], str | None]
     """Returns why the kernel cannot run on this machine, or None when it can."""
 
+    on_demand: bool
+    """Runs only where :func:`use_backend` asks for it: it is there for tests, not for speed."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,13 +72,15 @@ def register_kernel(
     device_type: str,
     dtypes: frozenset[torch.dtype],
     unavailable: Callable[[], str | None],
+    on_demand: bool = False,
 ) -> None:
     """Announce that ``backend`` implements ``op`` for ``dtypes`` on ``device_type`` ("cpu", "cuda").
 
     Called once per kernel by ``bitfast/ops/<op>.py`` when it is imported. ``unavailable`` is asked
-    only when the op first meets such a tensor, so announcing a kernel loads nothing.
+    only when the op first meets such a tensor, so announcing a kernel loads nothing. An ``on_demand``
+    kernel is never the default.
     """
-    _kernels[op, backend, device_type] = Kernel(dtypes, unavailable)
+    _kernels[op, backend, device_type] = Kernel(dtypes, unavailable, on_demand)
 
 
 def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
@@ -91,7 +96,9 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
             raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}")
         return requested
     for backend in BACKENDS:
-        if why_unavailable(op, backend, device_type, dtype) is None:
+        if not _is_on_demand(op, backend, device_type) and (
+            why_unavailable(op, backend, device_type, dtype) is None
+        ):
             return backend
     raise AssertionError("unreachable: the reference serves every tensor")
 
@@ -117,6 +124,11 @@ def why_unavailable(
         supported = ", ".join(sorted(str(d) for d in kernel.dtypes))
         return f"it supports {supported}, not {dtype}"
     return kernel.unavailable()
+
+
+def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
+    kernel = _kernels.get((op, backend, device_type))
+    return kernel is not None and kernel.on_demand
 
 
 @contextmanager
@@ -160,8 +172,7 @@ def backend_table() -> list[Row]:
                 if reason is None and device == "cuda" and not torch.cuda.is_available():
                     reason = "torch sees no CUDA device"
                 available = reason is None
-                rows.append(
-                    Row(op, device, backend, available, available and not chosen, reason or "")
-                )
-                chosen = chosen or available
+                default = available and not chosen and not _is_on_demand(op, backend, device)
+                rows.append(Row(op, device, backend, available, default, reason or ""))
+                chosen = chosen or default
     return rows

@@ -6,12 +6,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfast.ops.group_norm_act import group_norm_act
+from bitfast.backends import select_backend
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.same_padding import same_max_pool, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
+from bitfast.prepared_weights import prepared_weight
 
 WEIGHT_EPS = 1e-8
 """Added to a filter's variance in BiT's transformers checkpoints (Google's own code uses 1e-10)."""
+
+
+def runs_as_written(module: nn.Module) -> bool:
+    """Say whether calling the module does what its class says: no hooks, no replaced or compiled call.
+
+    Only then may its work be done by another module, as part of a fused op.
+    """
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    )
+
+
+def runs_channels_last(x: Tensor) -> bool:
+    """Say whether a network on such a tensor should run channels_last, whatever the layout of x.
+
+    It should where the norms run in Triton: those kernels and the GPU's convolutions are fastest there.
+    """
+    return x.dim() == 4 and select_backend("group_norm_act", x.device.type, x.dtype) == "triton"
+
+
+def standardized_convolutions(*modules: nn.Module) -> list[WeightStandardizedConv2d]:
+    """Return the weight-standardized convolutions in these modules."""
+    return [
+        inner
+        for module in modules
+        for inner in module.modules()
+        if isinstance(inner, WeightStandardizedConv2d)
+    ]
 
 
 class WeightStandardizedConv2d(nn.Conv2d):
@@ -57,7 +92,9 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H', W')."""
-        weight = weight_standardization(self.weight, self.eps)
+        weight = prepared_weight(self)
+        if weight is None:
+            weight = weight_standardization(self.weight, self.eps)
         if self.has_dynamic_padding:
             x = same_pad(x, self.kernel_size, self.stride, self.dilation)
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
@@ -79,6 +116,12 @@ class GroupNormActivation(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         return group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, self.activation)
+
+    def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + residual and what :meth:`forward` makes of that sum; all of shape (N, C, H, W)."""
+        return add_group_norm_act(
+            x, residual, self.weight, self.bias, self.num_groups, self.eps, self.activation
+        )
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print(model)``."""
@@ -136,4 +179,12 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-__all__ = ["DropPath", "GroupNormActivation", "MaxPool2d", "WeightStandardizedConv2d"]
+__all__ = [
+    "DropPath",
+    "GroupNormActivation",
+    "MaxPool2d",
+    "WeightStandardizedConv2d",
+    "runs_as_written",
+    "runs_channels_last",
+    "standardized_convolutions",
+]

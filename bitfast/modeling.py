@@ -7,7 +7,7 @@ Kolesnikov et al., "Big Transfer (BiT): General Visual Representation Learning",
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from bitfast.checkpoints.hub import PretrainedModelMixin
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import align_output_stages
-from bitfast.layers import GroupNormActivation
+from bitfast.layers import GroupNormActivation, runs_channels_last, standardized_convolutions
+from bitfast.memory_format import memory_format_of
 from bitfast.network import (
     BitEmbeddings,
     BitEncoder,
     BitStage,
+    fusable_norm,
     round_to_multiple,
     stage_widths,
 )
@@ -30,6 +32,7 @@ from bitfast.outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
+from bitfast.prepared_weights import PreparedWeights
 
 
 class BitPreTrainedModel(PretrainedModelMixin, nn.Module):
@@ -119,6 +122,7 @@ class BitModel(BitPreTrainedModel):
             else nn.Identity()
         )
         self.pooler = nn.AdaptiveAvgPool2d((1, 1))
+        self.prepared_weights = PreparedWeights()
         self.post_init()
 
     def forward(
@@ -141,16 +145,59 @@ class BitModel(BitPreTrainedModel):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        hidden_states = None
-        x = self.embedder(pixel_values)
-        if output_hidden_states:
-            hidden_states = self.encoder.forward_stages(x, len(self.encoder.stages))
-            x = hidden_states[-1]
-        else:
-            x = self.encoder(x)
-        x = self.norm(x)
-        output = BaseModelOutputWithPoolingAndNoAttention(x, self.pooler(x), hidden_states)
+        last = len(self.encoder.stages)
+        hidden_states, normalized = self.run(
+            pixel_values, last, range(last + 1) if output_hidden_states else (), self.norm
+        )
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            normalized, self.pooler(normalized), tuple(hidden_states) or None
+        )
         return output if return_dict else output.to_tuple()
+
+    def run(
+        self, pixel_values: Tensor, last: int, wanted: Container[int], norm: nn.Module | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compute the stem (0) and the stages from 1 to ``last``.
+
+        Args:
+            pixel_values: (N, num_channels, H, W).
+            last: The last stage to compute.
+            wanted: The stages whose outputs to return.
+            norm: Applied to the output of the last, or None.
+
+        Returns:
+            The wanted outputs, in order, and what ``norm`` makes of the last one. NCHW images give NCHW
+            outputs also where the network runs channels_last.
+        """
+        self.embedder.check(pixel_values)
+        stages = list(self.encoder.stages)[:last]
+        channels_last = runs_channels_last(pixel_values)
+        gives_nchw = channels_last and memory_format_of(pixel_values) == torch.contiguous_format
+        if channels_last:
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        convolutions = standardized_convolutions(self.embedder, *stages)
+        with self.prepared_weights.prepared(convolutions, channels_last):
+            x, preactivated = self.embedder(pixel_values), None
+            outputs = [x] if 0 in wanted else []
+            following = None if norm is None else fusable_norm(norm)
+            steps = self.encoder.run(x, last, following)
+            for number, (x, preactivated) in enumerate(steps, start=1):  # noqa: B007
+                if number in wanted:
+                    outputs.append(x)
+            if norm is not None:
+                x = norm(x) if preactivated is None else preactivated
+        if gives_nchw:
+            return [output.contiguous() for output in outputs], x.contiguous()
+        return outputs, x
+
+    def train(self, mode: bool = True) -> BitModel:
+        """Switch between training and evaluation, and forget the weights kept for inference."""
+        self.prepared_weights.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BitModel:
+        self.prepared_weights.drop()
+        return super()._apply(fn, recurse)
 
 
 class BitForImageClassification(BitPreTrainedModel):
@@ -303,10 +350,11 @@ class BitBackbone(BitPreTrainedModel):
         )
         chosen = [self.stage_names.index(name) for name in self.out_features]
         last = len(self.bit.encoder.stages) if output_hidden_states else max(chosen, default=0)
-        hidden_states = self.bit.encoder.forward_stages(self.bit.embedder(pixel_values), last)
+        computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
+        outputs, _ = self.bit.run(pixel_values, last, computed, norm=None)
         output = BackboneOutput(
-            feature_maps=tuple(hidden_states[index] for index in chosen),
-            hidden_states=hidden_states if output_hidden_states else None,
+            feature_maps=tuple(outputs[computed.index(index)] for index in chosen),
+            hidden_states=tuple(outputs) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
 

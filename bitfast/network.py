@@ -8,7 +8,7 @@ transformers, so that checkpoints fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from bitfast.activations import ACTIVATIONS
 from bitfast.configuration import BitConfig
-from bitfast.layers import DropPath, GroupNormActivation, MaxPool2d, WeightStandardizedConv2d
+from bitfast.layers import (
+    DropPath,
+    GroupNormActivation,
+    MaxPool2d,
+    WeightStandardizedConv2d,
+    runs_as_written,
+)
 
 
 def round_to_multiple(width: float, divisor: int = 8) -> int:
@@ -45,6 +51,12 @@ def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
     Raises:
         ValueError: the convolutions have no padding and left the branch smaller than the shortcut.
     """
+    check_summands(branch, shortcut)
+    return branch + shortcut
+
+
+def check_summands(branch: Tensor, shortcut: Tensor) -> None:
+    """Raise ValueError unless :func:`add_to_shortcut` can add the two."""
     if not torch.compiler.is_compiling() and branch.shape != shortcut.shape:
         for small, large in zip(branch.shape[2:], shortcut.shape[2:], strict=True):
             if small not in (1, large):
@@ -53,7 +65,6 @@ def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
                     f" {tuple(shortcut.shape)}: with global_padding='valid' 3x3 convolutions lose the border,"
                     " which fits only where they leave one pixel; use 'same' or None"
                 )
-    return branch + shortcut
 
 
 class BitEmbeddings(nn.Module):
@@ -86,10 +97,11 @@ class BitEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images (N, num_channels, H, W) to (N, embedding_size, about H/4, about W/4)."""
-        self._check(pixel_values)
+        self.check(pixel_values)
         return self.pooler(self.norm(self.pad(self.convolution(pixel_values))))
 
-    def _check(self, pixel_values: Tensor) -> None:
+    def check(self, pixel_values: Tensor) -> None:
+        """Raise TypeError or ValueError unless :meth:`forward` can take the images."""
         if not isinstance(pixel_values, Tensor):
             raise TypeError(
                 f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}"
@@ -165,15 +177,34 @@ class BitPreActivationBottleneckLayer(nn.Module):
         self.norm3 = GroupNormActivation(groups, mid_channels, act)
         self.conv3 = WeightStandardizedConv2d(mid_channels, out_channels, 1, padding=padding)
         self.drop_path = DropPath(drop_path_rate)
+        self.may_shrink = padding == "VALID"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        preactivated = self.norm1(x)
+        return self.run(x, None, None)[0]
+
+    def run(
+        self, x: Tensor, preactivated: Tensor | None, following: GroupNormActivation | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do the same, together with the norm that comes next.
+
+        Args:
+            x: The input.
+            preactivated: ``norm1(x)``, if the block before has computed it.
+            following: The norm to apply to the output, if this block is to do it.
+
+        Returns:
+            The output, and ``following(output)`` or None.
+        """
+        if preactivated is None:
+            preactivated = self.norm1(x)
         shortcut = x if self.downsample is None else self.downsample(preactivated)
         branch = self.conv1(preactivated)
         branch = self.conv2(self.norm2(branch))
-        branch = self.conv3(self.norm3(branch))
-        return add_to_shortcut(self.drop_path(branch), shortcut)
+        branch = self.drop_path(self.conv3(self.norm3(branch)))
+        if following is None or self.may_shrink:
+            return add_to_shortcut(branch, shortcut), None
+        return following.add_and_norm(branch, shortcut)
 
 
 class BitBottleneckLayer(nn.Module):
@@ -257,12 +288,44 @@ class BitStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        for layer in self.layers:
+        return self.run(x, None, None)[0]
+
+    def run(
+        self, x: Tensor, preactivated: Tensor | None, following: GroupNormActivation | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do the same, each block applying the norm that comes next: see the block's ``run``."""
+        layers: list[Any] = list(self.layers)
+        next_norms = [*(first_norm(layer) for layer in layers[1:]), following]
+        for layer, next_norm in zip(layers, next_norms, strict=False):  # a stage may be empty
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, **self.checkpoint_options)
+                x, preactivated = checkpoint(layer, x, **self.checkpoint_options), None
+            elif first_norm(layer) is None:
+                x, preactivated = layer(x), None
             else:
-                x = layer(x)
-        return x
+                x, preactivated = layer.run(x, preactivated, next_norm)
+        return x, preactivated
+
+
+def first_norm(module: nn.Module) -> GroupNormActivation | None:
+    """Return the norm that a stage or block begins with, if what comes before it may apply it.
+
+    It may where nobody watches the modules in between, which are then not called as such.
+    """
+    inner: nn.Module | None = module
+    if type(inner) is BitStage:
+        if not runs_as_written(inner) or not runs_as_written(inner.layers):
+            return None
+        if inner.gradient_checkpointing and inner.training:
+            return None
+        inner = next(iter(inner.layers), None)
+    if type(inner) is not BitPreActivationBottleneckLayer or not runs_as_written(inner):
+        return None
+    return fusable_norm(inner.norm1)
+
+
+def fusable_norm(norm: nn.Module) -> GroupNormActivation | None:
+    """Return the norm if what comes before it may apply it, else None."""
+    return norm if type(norm) is GroupNormActivation and runs_as_written(norm) else None
 
 
 class BitEncoder(nn.Module):
@@ -293,16 +356,29 @@ class BitEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stem's output to the last stage's."""
-        for stage in self.stages:
-            x = stage(x)
+        for output, _ in self.run(x, len(self.stages), None):
+            x = output
         return x
 
-    def forward_stages(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Return x and the outputs of the first ``count`` stages."""
-        outputs = [x]
-        for stage in self.stages[:count]:
-            outputs.append(stage(outputs[-1]))
-        return tuple(outputs)
+    def run(
+        self, x: Tensor, count: int, following: GroupNormActivation | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the outputs of the first ``count`` stages, each with what its last block's ``run`` returns.
+
+        Args:
+            x: The stem's output.
+            count: Of stages, from the first.
+            following: The norm that comes after the last of them, if that is to apply it.
+        """
+        stages: list[Any] = list(self.stages)[:count]
+        next_norms = [*(first_norm(stage) for stage in stages[1:]), following]
+        preactivated = None
+        for stage, next_norm in zip(stages, next_norms, strict=False):
+            if first_norm(stage) is None:
+                x, preactivated = stage(x), None
+            else:
+                x, preactivated = stage.run(x, preactivated, next_norm)
+            yield x, preactivated
 
 
 def drop_path_rates(config: BitConfig) -> list[list[float]]:

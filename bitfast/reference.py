@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,8 +123,17 @@ def _per_channel(statistic: Tensor, channels_per_group: int) -> Tensor:
     return statistic.repeat_interleave(channels_per_group, dim=1)[:, :, None, None]
 
 
+def add_group_norm_act_forward(
+    x: Tensor, residual: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add the residual, then do what :func:`group_norm_act_forward` does; also return the sum."""
+    total = (x + residual).contiguous(memory_format=memory_format_of(x))
+    return total, *group_norm_act_forward(total, *arguments)
+
+
 def group_norm_act_backward(
     grad: Tensor,
+    grad_total: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -136,6 +146,7 @@ def group_norm_act_backward(
 
     The activation is recomputed from x and the statistics, so that none has to be stored. With
     h = (x - mean) rstd and g = dL/dh: dx = rstd (g - mean(g) - h mean(g h)), the means over one group.
+    ``grad_total``, if given, is what reached x by another way; it is added to dx.
     """
     dtype = compute_dtype(x.dtype)
     per_group = x.shape[1] // num_groups
@@ -155,6 +166,8 @@ def group_norm_act_backward(
     g_mean = g.mean(dim=group_dims, keepdim=True)
     projection = (g * h).mean(dim=group_dims, keepdim=True)
     grad_x = (g - g_mean - h * projection).flatten(1, 2) * rstd_c
+    if grad_total is not None:
+        grad_x = grad_x + grad_total
     return (
         grad_x.to(x.dtype).contiguous(memory_format=memory_format_of(x)),
         grad_weight.to(weight.dtype),

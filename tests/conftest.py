@@ -8,6 +8,10 @@ import random
 import pytest
 import torch
 
+from tests import interpreter
+
+interpreter.enable()
+
 try:
     from hypothesis import settings
 except ImportError:  # a machine with a GPU may have what tests/gpu needs, and no more

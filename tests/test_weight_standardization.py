@@ -132,7 +132,7 @@ def test_compiles_without_graph_breaks():
 
 def test_explicit_backend_never_degrades():
     with (
-        use_backend(weight_standardization="triton"),
+        use_backend(weight_standardization="native"),
         pytest.raises(BackendUnavailableError, match="weight_standardization"),
     ):
         weight_standardization(torch.randn(2, 2, 1, 1))

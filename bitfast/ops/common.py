@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bitfast.backends import register_kernel
 
 LIBRARY = torch.library.Library("bitfast", "FRAGMENT")
 """Owns every schema that Python defines. An operator is called ``bitfast::<name>.<backend>``: one
@@ -76,3 +81,74 @@ def check_pair(op: str, name: str, value: int | Sequence[int], minimum: int = 1)
             f"{op}: {name} must be an integer >= {minimum} or two of them (height, width), got {value!r}"
         )
     return pair
+
+
+# ---- Triton ---------------------------------------------------------------------------------------
+
+TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""What the Triton kernels take; float64 is left to the reference."""
+
+OLDEST_TRITON = (3, 6)
+OLDEST_GPU = (8, 0)
+"""Compute capability of the oldest GPU that the Triton kernels are compiled for in the tests."""
+
+
+def announce_triton_kernels(op: str) -> None:
+    """Announce the Triton kernels of ``op``: for GPUs, and on demand for the CPU's interpreter."""
+    register_kernel(op, "triton", "cuda", TRITON_DTYPES, why_no_triton)
+    register_kernel(op, "triton", "cpu", TRITON_DTYPES, why_no_interpreter, on_demand=True)
+
+
+def why_no_triton() -> str | None:
+    """Say why Triton kernels cannot run on this machine's GPU; None when they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if _is_interpreting():
+        return "TRITON_INTERPRET is set, so that kernels are interpreted, not compiled"
+    return _why_triton_cannot_compile()
+
+
+@lru_cache
+def _why_triton_cannot_compile() -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels were never tried on AMD GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if torch.cuda.get_device_capability() < OLDEST_GPU:
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the GPU's compute capability is {capability}, 8.0 is needed"
+    return None
+
+
+def why_no_interpreter() -> str | None:
+    """Say why Triton kernels cannot run on CPU tensors; None in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _is_interpreting():
+        return (
+            "Triton kernels run on GPUs; TRITON_INTERPRET=1 interprets them on the CPU, for tests"
+        )
+    return None
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
+why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_no_interpreter._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_interpreting() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def run_launches(launches: Sequence[Any], x: Tensor) -> None:
+    """Run launches of ``bitfast.kernels`` one after the other, on the device of x."""
+    with torch.cuda.device_of(x):
+        for launch in launches:
+            launch.run()

@@ -5,6 +5,7 @@ Wu & He, "Group Normalization", 2018 (https://arxiv.org/abs/1803.08494).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from bitfast.backends import select_backend
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import (
     LIBRARY,
+    announce_triton_kernels,
     autocast_dtype,
     check_floating,
     check_nchw,
     define_operator,
+    run_launches,
 )
 
 OP = "group_norm_act"
+ADD_OP = "add_group_norm_act"
 
 SIGNATURE = (
     "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, str activation)"
@@ -31,11 +35,18 @@ SIGNATURE = (
 """What every kernel takes and returns: the result, and the mean and 1/std of each (image, group), in
 float32 (float64 for float64 data)."""
 
+ADD_SIGNATURE = (
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, int num_groups, float eps,"
+    " str activation) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+"""The same with a residual: x + residual, the result, and the statistics of the sum."""
+
 BACKWARD_SIGNATURE = (
-    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,"
+    "(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,"
     " int num_groups, str activation) -> (Tensor, Tensor, Tensor)"
 )
-"""What every backward kernel takes and returns: the gradients of x, weight and bias."""
+"""What every backward kernel takes and returns: the gradients of x, weight and bias. For the form with a
+residual, x is the sum, and ``grad_total`` what reached the sum by another way, to be added."""
 
 
 def group_norm_act(
@@ -66,43 +77,92 @@ def group_norm_act(
         TypeError: an argument is not a floating-point tensor.
         ValueError: a wrong shape, ``num_groups`` that does not divide C, an unknown activation.
     """
-    _check(x, weight, bias, num_groups, eps, activation)
-    target = autocast_dtype(x)
+    _check(OP, x, weight, bias, num_groups, eps, activation)
     backend = select_backend(OP, x.device.type, x.dtype)
-    if target is None:
-        return _run(backend, x, weight, bias, num_groups, eps, activation)
-    with torch.autocast(x.device.type, enabled=False):
-        return _run(backend, x, weight, bias, num_groups, eps, activation).to(target)
+    arguments = (x, weight, bias, num_groups, eps, activation)
+    with _no_autocast(x):
+        if backend == "reference":
+            result = reference.group_norm_act_forward(*arguments)[0]
+        else:
+            result = getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
+    return result.to(autocast_dtype(x) or x.dtype)
 
 
-def _run(backend: str, *arguments: Any) -> Tensor:
-    if backend == "reference":
-        return reference.group_norm_act_forward(*arguments)[0]
-    return getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
+def add_group_norm_act(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    activation: str = "relu",
+) -> tuple[Tensor, Tensor]:
+    """Return x + residual, and :func:`group_norm_act` of that sum (as it was rounded to its dtype).
+
+    What a preactivation network needs between two blocks, reading and writing each tensor once.
+
+    Args:
+        x, residual: Shape (N, C, H, W), floating point, of one dtype; any strides.
+        weight, bias, num_groups, eps, activation: As in :func:`group_norm_act`.
+
+    Returns:
+        Two tensors like x; channels_last if x is, else contiguous.
+
+    Raises:
+        TypeError, ValueError: As :func:`group_norm_act`; ``residual`` has another shape, dtype or device.
+    """
+    _check(ADD_OP, x, weight, bias, num_groups, eps, activation)
+    check_nchw(ADD_OP, "residual", residual)
+    for name in ("shape", "dtype", "device"):
+        ours, theirs = getattr(residual, name), getattr(x, name)
+        if ours != theirs:
+            raise ValueError(f"{ADD_OP}: residual must have the {name} of x, {theirs}; got {ours}")
+    backend = select_backend(OP, x.device.type, x.dtype)
+    arguments = (weight, bias, num_groups, eps, activation)
+    with _no_autocast(x):
+        if backend == "reference":
+            total, result, *_ = reference.add_group_norm_act_forward(x, residual, *arguments)
+        else:
+            operator = getattr(torch.ops.bitfast.add_group_norm_act, backend)
+            total, result, *_ = operator(x, residual, *arguments)
+    return total, result.to(autocast_dtype(x) or x.dtype)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Keep autocast from the steps in between: they compute in float32, only the result is rounded."""
+    if autocast_dtype(x) is None:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, activation: str
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
 ) -> None:
-    check_nchw(OP, "x", x)
+    check_nchw(op, "x", x)
     channels = x.shape[1]
     if channels == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{OP}: x must have C, H and W of at least 1, got shape {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must have C, H and W of at least 1, got shape {tuple(x.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        check_floating(OP, name, parameter)
+        check_floating(op, name, parameter)
         if parameter.dim() != 1 or parameter.shape[0] != channels:
             raise ValueError(
-                f"{OP}: {name} must have shape ({channels},) to match x, got {tuple(parameter.shape)}"
+                f"{op}: {name} must have shape ({channels},) to match x, got {tuple(parameter.shape)}"
             )
     if num_groups < 1 or channels % num_groups != 0:
         raise ValueError(
-            f"{OP}: num_groups must divide the {channels} channels of x, got {num_groups}"
+            f"{op}: num_groups must divide the {channels} channels of x, got {num_groups}"
         )
     if eps < 0:
-        raise ValueError(f"{OP}: eps must be at least 0, got {eps}")
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
     if activation not in ACTIVATIONS:
         allowed = ", ".join(ACTIVATIONS)
-        raise ValueError(f"{OP}: activation must be one of {allowed}, got {activation!r}")
+        raise ValueError(f"{op}: activation must be one of {allowed}, got {activation!r}")
 
 
 # ---- the contract of the kernels ----------------------------------------------------------------
@@ -116,8 +176,16 @@ def _fake(
     return result, statistics, torch.empty_like(statistics)
 
 
+def _add_fake(
+    x: Tensor, residual: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result, mean, rstd = _fake(x, *arguments)
+    return torch.empty_like(result), result, mean, rstd
+
+
 def _fake_backward(
     grad: Tensor,
+    grad_total: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -131,29 +199,132 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, ctx.num_groups, _, ctx.activation = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    *_, weight, bias, ctx.num_groups, _, ctx.activation = inputs
+    *_, mean, rstd = output
+    normalized = inputs[0] if len(inputs) == 6 else output[0]  # x, or its sum with the residual
+    ctx.save_for_backward(normalized, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
-def define_kernel(backend: str, forward: Any, backward: Any) -> None:
-    """Define ``bitfast::group_norm_act.<backend>`` and its backward, differentiable and traceable."""
+def define_kernel(backend: str, forward: Any, add_forward: Any, backward: Any) -> None:
+    """Define both operators of a backend and their backward, differentiable and traceable."""
     define_operator(OP, backend, SIGNATURE, forward, _fake)
+    define_operator(ADD_OP, backend, ADD_SIGNATURE, add_forward, _add_fake)
     backward_op = define_operator(
         f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, _fake_backward
     )
 
-    def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients = backward_op(grad, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
-        return (*gradients, None, None, None)
+    def gradients(
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return grad_total, None, None
+        return backward_op(grad, grad_total, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
 
-    torch.library.register_autograd(
-        f"bitfast::{OP}.{backend}",
-        run_backward,
-        setup_context=_setup_context,
-        lib=LIBRARY,
+    def run_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return (*gradients(ctx, grad, None), None, None, None)
+
+    def run_add_backward(
+        ctx: Any, grad_total: Tensor | None, grad: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        grad_x, *others = gradients(ctx, grad, grad_total)
+        return (grad_x, grad_x, *others, None, None, None)
+
+    for op, run in ((OP, run_backward), (ADD_OP, run_add_backward)):
+        torch.library.register_autograd(
+            f"bitfast::{op}.{backend}", run, setup_context=_setup_context, lib=LIBRARY
+        )
+
+
+define_kernel(
+    "reference",
+    reference.group_norm_act_forward,
+    reference.add_group_norm_act_forward,
+    reference.group_norm_act_backward,
+)
+
+
+# ---- Triton ---------------------------------------------------------------------------------------
+
+
+def _triton_add_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from bitfast.kernels import group_norm_act as kernels
+
+    memory_format = memory_format_of(x)
+    x = x.contiguous(memory_format=memory_format)
+    total = x
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+        total = torch.empty_like(x)
+    result = torch.empty_like(x)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    launches = kernels.forward_launches(
+        x,
+        residual,
+        weight.contiguous(),
+        bias.contiguous(),
+        eps,
+        activation,
+        memory_format == torch.channels_last,
+        total=total,
+        result=result,
+        mean=mean,
+        rstd=rstd,
     )
+    run_launches(launches, x)
+    return total, result, mean, rstd
 
 
-define_kernel("reference", reference.group_norm_act_forward, reference.group_norm_act_backward)
+def _triton_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, result, mean, rstd = _triton_add_forward(x, None, *arguments)
+    return result, mean, rstd
+
+
+def _triton_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from bitfast.kernels import group_norm_act as kernels
+
+    memory_format = memory_format_of(x)
+    x = x.contiguous(memory_format=memory_format)
+    if grad_total is not None:
+        grad_total = grad_total.contiguous(memory_format=memory_format)
+    grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    launches = kernels.backward_launches(
+        grad.contiguous(memory_format=memory_format),
+        grad_total,
+        x,
+        weight.contiguous(),
+        bias.contiguous(),
+        mean,
+        rstd,
+        activation,
+        memory_format == torch.channels_last,
+        grad_x=grads[0],
+        grad_weight=grads[1],
+        grad_bias=grads[2],
+    )
+    run_launches(launches, x)
+    return grads
+
+
+define_kernel("triton", _triton_forward, _triton_add_forward, _triton_backward)
+announce_triton_kernels(OP)

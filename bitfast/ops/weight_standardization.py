@@ -6,6 +6,7 @@ Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,15 @@ from torch import Tensor
 
 from bitfast import reference
 from bitfast.backends import select_backend
-from bitfast.memory_format import memory_format_of
-from bitfast.ops.common import LIBRARY, autocast_dtype, check_floating, define_operator
+from bitfast.memory_format import is_channels_last, memory_format_of
+from bitfast.ops.common import (
+    LIBRARY,
+    announce_triton_kernels,
+    autocast_dtype,
+    check_floating,
+    define_operator,
+    run_launches,
+)
 
 OP = "weight_standardization"
 
@@ -24,6 +32,18 @@ SIGNATURE = "(Tensor weight, float eps, ScalarType? dtype) -> (Tensor, Tensor, T
 
 BACKWARD_SIGNATURE = "(Tensor grad, Tensor weight, Tensor mean, Tensor rstd) -> Tensor"
 """What every backward kernel takes and returns: the gradient of weight."""
+
+ALL_SIGNATURE = (
+    "(Tensor[] weights, float eps, ScalarType? dtype, bool channels_last)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+"""The same of several weights: the results in one buffer, as ``starts_of`` says, and the statistics of
+all filters one after the other. With ``channels_last`` every result has that layout."""
+
+ALL_BACKWARD_SIGNATURE = (
+    "(Tensor grad, Tensor[] weights, Tensor mean, Tensor rstd, bool channels_last) -> Tensor"
+)
+"""What their backward takes and returns: the gradients in one buffer, in the layouts of the weights."""
 
 
 def weight_standardization(
@@ -45,21 +65,120 @@ def weight_standardization(
         TypeError: ``weight`` or ``dtype`` is not floating point.
         ValueError: ``weight`` is not four-dimensional or is empty, or ``eps`` is negative.
     """
-    check_floating(OP, "weight", weight)
+    _check("weight", weight, eps, dtype)
+    dtype = dtype or autocast_dtype(weight)
+    backend = select_backend(OP, weight.device.type, weight.dtype)
+    if backend == "reference":
+        return reference.weight_standardization_forward(weight, eps, dtype)[0]
+    return getattr(torch.ops.bitfast.weight_standardization, backend)(weight, eps, dtype)[0]
+
+
+def weight_standardization_all(
+    weights: Sequence[Tensor],
+    eps: float = 1e-8,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> list[Tensor]:
+    """Standardize several weights, those of one dtype and device in one launch where there is a GPU.
+
+    Args:
+        weights: Each as in :func:`weight_standardization`.
+        eps: Added to each variance before the square root.
+        dtype: Of the results. Default: under autocast the autocast dtype, else that of each weight.
+        channels_last: Return channels_last whatever the layouts of the weights.
+
+    Returns:
+        A result for each weight. They may share storage.
+
+    Raises:
+        TypeError, ValueError: As :func:`weight_standardization`, with the number of the weight.
+    """
+    for number, weight in enumerate(weights):
+        _check(f"weights[{number}]", weight, eps, dtype)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, weight in enumerate(weights):
+        alike.setdefault((weight.device, weight.dtype), []).append(number)
+    results: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        members = [weights[number] for number in numbers]
+        results |= zip(numbers, _standardize_alike(members, eps, dtype, channels_last), strict=True)
+    return [results[number] for number in range(len(weights))]
+
+
+def standardizes_together(weight: Tensor) -> bool:
+    """Say whether the backend for such a weight gains from :func:`weight_standardization_all`."""
+    return select_backend(OP, weight.device.type, weight.dtype) != "reference"
+
+
+def _standardize_alike(
+    weights: list[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
+) -> list[Tensor]:
+    """Standardize weights of one dtype on one device."""
+    dtype = dtype or autocast_dtype(weights[0])
+    backend = select_backend(OP, weights[0].device.type, weights[0].dtype)
+    if backend == "reference":
+        results = [reference.weight_standardization_forward(w, eps, dtype)[0] for w in weights]
+        if channels_last:
+            results = [r.contiguous(memory_format=torch.channels_last) for r in results]
+        return results
+    operator = getattr(torch.ops.bitfast.weight_standardization_all, backend)
+    packed, _, _ = operator(weights, eps, dtype, channels_last)
+    return unpack(packed, weights, channels_last)
+
+
+def _check(name: str, weight: Tensor, eps: float, dtype: torch.dtype | None) -> None:
+    check_floating(OP, name, weight)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(
-            f"{OP}: weight must have shape (out, in, height, width), each at least 1,"
+            f"{OP}: {name} must have shape (out, in, height, width), each at least 1,"
             f" got {tuple(weight.shape)}"
         )
     if eps < 0:
         raise ValueError(f"{OP}: eps must be at least 0, got {eps}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"{OP}: dtype must be a floating-point dtype, got {dtype}")
-    dtype = dtype or autocast_dtype(weight)
-    backend = select_backend(OP, weight.device.type, weight.dtype)
-    if backend == "reference":
-        return reference.weight_standardization_forward(weight, eps, dtype)[0]
-    return getattr(torch.ops.bitfast.weight_standardization, backend)(weight, eps, dtype)[0]
+
+
+# ---- the buffer of several weights ----------------------------------------------------------------
+
+ALIGNMENT = 64
+"""Elements. Each weight begins at a multiple: in 16-bit types a cache line of 128 bytes."""
+
+
+def starts_of(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Return where weights of these sizes begin in the buffer, and the buffer's size; in elements."""
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return starts, end
+
+
+def unpack(packed: Tensor, weights: Sequence[Tensor], channels_last: bool) -> list[Tensor]:
+    """Return views of the buffer in the shapes of the weights, differentiable.
+
+    Each is channels_last if its weight is, or if ``channels_last``; else contiguous.
+    """
+    starts, end = starts_of([weight.numel() for weight in weights])
+    lengths = [b - a for a, b in zip(starts, [*starts[1:], end], strict=True)]
+    views = []
+    for piece, weight in zip(packed.split(lengths), weights, strict=True):
+        out, channels, height, width = weight.shape
+        flat = piece if piece.shape[0] == weight.numel() else piece[: weight.numel()]
+        if channels_last or is_channels_last(weight):
+            views.append(flat.view(out, height, width, channels).permute(0, 3, 1, 2))
+        else:
+            views.append(flat.view(weight.shape))
+    return views
+
+
+def pack(tensors: Sequence[Tensor], channels_last: bool, like: Sequence[Tensor]) -> Tensor:
+    """Return a buffer of which :func:`unpack` gives these tensors, shaped ``like`` the weights."""
+    _, end = starts_of([tensor.numel() for tensor in tensors])
+    packed = tensors[0].new_zeros((end,))
+    for view, tensor in zip(unpack(packed, like, channels_last), tensors, strict=True):
+        view.copy_(tensor)
+    return packed
 
 
 # ---- the contract of the kernels ----------------------------------------------------------------
@@ -98,8 +217,132 @@ def define_kernel(backend: str, forward: Any, backward: Any) -> None:
     )
 
 
+def _fake_all(
+    weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = weights[0]
+    _, end = starts_of([weight.numel() for weight in weights])
+    packed = like.new_empty((end,), dtype=dtype or like.dtype)
+    filters = sum(weight.shape[0] for weight in weights)
+    mean = like.new_empty((filters,), dtype=reference.compute_dtype(like.dtype))
+    return packed, mean, torch.empty_like(mean)
+
+
+def _fake_all_backward(
+    grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
+) -> Tensor:
+    return torch.empty_like(grad, dtype=weights[0].dtype)
+
+
+def _setup_all_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weights, _, _, ctx.channels_last = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(*weights, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def define_all_kernel(backend: str, forward: Any, backward: Any) -> None:
+    """Define ``bitfast::weight_standardization_all.<backend>`` and its backward."""
+    name = f"{OP}_all"
+    define_operator(name, backend, ALL_SIGNATURE, forward, _fake_all)
+    backward_op = define_operator(
+        f"{name}_backward", backend, ALL_BACKWARD_SIGNATURE, backward, _fake_all_backward
+    )
+
+    def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[list[Tensor] | None, ...]:
+        *weights, mean, rstd = ctx.saved_tensors
+        packed = backward_op(grad, weights, mean, rstd, ctx.channels_last)
+        return unpack(packed, weights, channels_last=False), None, None, None
+
+    torch.library.register_autograd(
+        f"bitfast::{name}.{backend}", run_backward, setup_context=_setup_all_context, lib=LIBRARY
+    )
+
+
+def _reference_all(
+    weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    results, means, rstds = zip(
+        *(reference.weight_standardization_forward(w, eps, dtype) for w in weights), strict=True
+    )
+    return pack(results, channels_last, weights), torch.cat(means), torch.cat(rstds)
+
+
+def _reference_all_backward(
+    grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
+) -> Tensor:
+    filters = [weight.shape[0] for weight in weights]
+    per_weight = zip(
+        unpack(grad, weights, channels_last), weights, mean.split(filters), rstd.split(filters),
+        strict=True,
+    )  # fmt: skip
+    gradients = [reference.weight_standardization_backward(*arguments) for arguments in per_weight]
+    return pack(gradients, False, weights)
+
+
 define_kernel(
     "reference",
     reference.weight_standardization_forward,
     reference.weight_standardization_backward,
 )
+define_all_kernel("reference", _reference_all, _reference_all_backward)
+
+
+# ---- Triton ---------------------------------------------------------------------------------------
+
+
+def _triton_forward(
+    weight: Tensor, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from bitfast.kernels import weight_standardization as kernels
+
+    weight = weight.contiguous(memory_format=memory_format_of(weight))
+    result, mean, rstd = _fake(weight, eps, dtype)
+    launch = kernels.forward_launch(weight, eps, False, result=result, mean=mean, rstd=rstd)
+    run_launches([launch], weight)
+    return result, mean, rstd
+
+
+def _triton_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    from bitfast.kernels import weight_standardization as kernels
+
+    memory_format = memory_format_of(weight)
+    weight = weight.contiguous(memory_format=memory_format)
+    grad = grad.contiguous(memory_format=memory_format)
+    result = torch.empty_like(weight)
+    launch = kernels.backward_launch(grad, weight, mean, rstd, False, grad_weight=result)
+    run_launches([launch], weight)
+    return result
+
+
+def _triton_all(
+    weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from bitfast.kernels import weight_standardization as kernels
+
+    weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
+    result, mean, rstd = _fake_all(weights, eps, dtype, channels_last)
+    table = kernels.table_of(weights, starts_of([w.numel() for w in weights])[0], channels_last)
+    launch = kernels.forward_all_launch(table, weights, eps, result=result, mean=mean, rstd=rstd)
+    run_launches([launch], weights[0])
+    return result, mean, rstd
+
+
+def _triton_all_backward(
+    grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
+) -> Tensor:
+    from bitfast.kernels import weight_standardization as kernels
+
+    weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
+    result = _fake_all_backward(grad, weights, mean, rstd, channels_last)
+    table = kernels.table_of(weights, starts_of([w.numel() for w in weights])[0], channels_last)
+    launch = kernels.backward_all_launch(
+        table, grad.contiguous(), weights, mean, rstd, grad_weight=result
+    )
+    run_launches([launch], weights[0])
+    return result
+
+
+define_kernel("triton", _triton_forward, _triton_backward)
+define_all_kernel("triton", _triton_all, _triton_all_backward)
+announce_triton_kernels(OP)

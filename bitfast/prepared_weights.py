@@ -1,0 +1,196 @@
+"""Standardizing a model's convolution weights together, before its layers run.
+
+Where the backend can, all weights take one launch instead of one each. Results that need no gradient are
+kept for the next forward pass and used again while nothing has changed: see :class:`PreparedWeights`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitfast.backends import select_backend
+from bitfast.ops.common import autocast_dtype
+from bitfast.ops.weight_standardization import (
+    OP,
+    standardizes_together,
+    weight_standardization_all,
+)
+
+
+class _Current(threading.local):
+    """The standardized weights of the forward pass that this thread is in, by layer."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[nn.Module, Tensor] = {}
+
+
+_current = _Current()
+
+
+def prepared_weight(layer: nn.Module) -> Tensor | None:
+    """Return the layer's standardized weight if the forward pass has prepared it, else None."""
+    return _current.by_layer.get(layer)
+
+
+class _Source(NamedTuple):
+    """What a kept result was computed from; it is used again only for exactly the same."""
+
+    layer: nn.Module
+    weight: nn.Parameter
+    address: int
+    version: int
+    storage: torch.UntypedStorage
+    """Held so that no other tensor can come to lie at the same address."""
+
+    @classmethod
+    def of(cls, layer: Any) -> _Source:
+        weight = layer.weight
+        return cls(layer, weight, weight.data_ptr(), weight._version, weight.untyped_storage())
+
+    def is_current(self) -> bool:
+        weight = self.layer._parameters.get("weight")
+        return (
+            weight is self.weight
+            and weight.data_ptr() == self.address
+            and weight._version == self.version
+        )
+
+
+class _Kept(NamedTuple):
+    manner: tuple[Any, ...]
+    sources: tuple[_Source, ...]
+    results: dict[nn.Module, Tensor]
+
+    def serves(self, layers: Sequence[nn.Module], manner: tuple[Any, ...]) -> bool:
+        return (
+            self.manner == manner
+            and all(layer in self.results for layer in layers)
+            and all(source.is_current() for source in self.sources)
+        )
+
+
+class PreparedWeights:
+    """The standardized weights of one model; the model owns it, copies of the model start without any.
+
+    Results that autograd records are computed in each forward pass. Others are kept, which costs one copy
+    of the weights in the dtype of computation, and computed again when a parameter was changed in place (by
+    an optimizer, ``load_state_dict``, ``copy_``...), replaced, moved or converted, or when the dtype, layout
+    or backend asked for differs. :meth:`drop` forgets them; models call it when they are moved, converted
+    or switched between training and evaluation.
+
+    One change escapes: writing through ``parameter.data`` or a numpy view, which torch does not count.
+    After that call ``model.eval()`` again, which drops what was kept.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedWeights:
+        return PreparedWeights()
+
+    def __reduce__(self) -> tuple[type[PreparedWeights], tuple[()]]:
+        return PreparedWeights, ()
+
+    def drop(self) -> None:
+        """Forget what was kept, and free its memory."""
+        self._kept = None
+
+    @contextmanager
+    def prepared(self, layers: Sequence[Any], channels_last: bool) -> Iterator[None]:
+        """Within the block, :func:`prepared_weight` serves these layers in this thread.
+
+        Args:
+            layers: Convolutions with an ``eps``. Those whose weight is computed or brought by somebody
+                else when the layer is called (hooks, parametrizations, sharding) are left to themselves.
+            channels_last: The layout of the results; else that of each weight.
+        """
+        outer = _current.by_layer
+        _current.by_layer = {**outer, **self._prepare(layers, channels_last)}
+        try:
+            yield
+        finally:
+            _current.by_layer = outer
+
+    def _prepare(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
+        if torch.compiler.is_compiling():
+            # A compiler sees the parameters, not whether they change: it computes them every time.
+            together = [layer for layer in layers if standardizes_together(layer.weight)]
+            return _standardize(together, channels_last)
+        layers = [layer for layer in layers if _has_plain_weight(layer)]
+        recorded = [
+            layer for layer in layers if torch.is_grad_enabled() and layer.weight.requires_grad
+        ]
+        results = _standardize(
+            [layer for layer in recorded if standardizes_together(layer.weight)], channels_last
+        )
+        keepable = [layer for layer in layers if layer not in set(recorded)]
+        return results | self._keep(keepable, channels_last)
+
+    def _keep(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
+        """Return the kept results of these layers, after bringing them up to date."""
+        layers = [layer for layer in layers if not layer.weight.is_inference()]
+        if not layers or torch.jit.is_tracing():
+            return {}
+        manner = _manner(layers[0].weight, channels_last)
+        kept = self._kept
+        if kept is not None and kept.serves(layers, manner):
+            return kept.results
+        sources = tuple(_Source.of(layer) for layer in layers)
+        # Not as inference tensors: autograd could not save those if it uses these weights later.
+        with torch.inference_mode(False), torch.no_grad():
+            results = _standardize(layers, channels_last)
+        if any(result.is_cuda for result in results.values()):
+            if torch.cuda.is_current_stream_capturing():
+                return results  # a replayed graph computes them again
+            _wait_for(results.values())
+        # A weight that another thread changed meanwhile, or that is not really there, is not kept.
+        if all(source.is_current() for source in sources) and all(
+            type(result) is Tensor for result in results.values()
+        ):
+            self._kept = _Kept(manner, sources, results)
+        return results
+
+
+def _standardize(layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
+    """Standardize the weights of these layers; a weight that several share, once."""
+    by_eps: dict[float, list[Any]] = {}
+    for layer in layers:
+        by_eps.setdefault(layer.eps, []).append(layer)
+    results: dict[nn.Module, Tensor] = {}
+    for eps, members in by_eps.items():
+        weights = list(dict.fromkeys(layer.weight for layer in members))
+        standardized = weight_standardization_all(weights, eps, channels_last=channels_last)
+        by_weight = dict(zip(weights, standardized, strict=True))
+        results |= {layer: by_weight[layer.weight] for layer in members}
+    return results
+
+
+def _has_plain_weight(layer: nn.Module) -> bool:
+    """Say whether the layer's weight is there already, before the layer is called."""
+    weight = layer._parameters.get("weight")
+    return (
+        type(weight) is nn.Parameter
+        and not weight.is_meta
+        and weight.dim() == 4
+        and 0 not in weight.shape
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+def _manner(weight: Tensor, channels_last: bool) -> tuple[Any, ...]:
+    """Return what besides the weights the results depend on."""
+    backend = select_backend(OP, weight.device.type, weight.dtype)
+    return backend, autocast_dtype(weight), channels_last
+
+
+def _wait_for(results: Any) -> None:
+    """Wait until the results are there: other threads may use them on other streams."""
+    for device in {result.device for result in results if result.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()

@@ -1,0 +1,409 @@
+"""GroupNorm, activation and the residual sum before them, in Triton: launch shapes and launches.
+
+A program works on some channels of one image: all its pixels ("whole"), or, where the batch alone cannot
+fill the device, a range of them ("split"). Channels come in whole groups, so that a program has all it
+needs for its statistics; ranges of the same image share them through a table of partial results, which
+the next launch merges in a fixed order. There are no atomics: equal inputs give equal bits.
+
+The kernels are in ``group_norm_act_forward`` and ``group_norm_act_backward``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import group_norm_act_backward as backward_kernels
+from . import group_norm_act_forward as forward_kernels
+from .launch import Device, Launch, ceil_div, device_of, next_power_of_two
+
+# ---- launch shapes --------------------------------------------------------------------------------
+
+TILE_IN_REGISTERS = 16384
+"""Elements that a program keeps in registers between its two uses of them: 32 per thread of 16 warps."""
+
+STREAM_BYTES = 32768
+"""Size of a tile that moves over all pixels. There is about one such program per multiprocessor, and so
+many bytes must be under way there to keep the memory busy."""
+
+SPLIT_BYTES = 8192
+"""Size of a tile that moves over a range of the pixels."""
+
+SMALLEST_TILE = 2048
+"""Elements below which an NCHW tile takes in another group. (A channels_last one has its row.)"""
+
+WIDEST_TILE = 1024
+"""Channels. Wider groups are cut into parts."""
+
+MOST_PARTIALS = 256
+"""Partial results per image and group, all of which every program of the second launch reads."""
+
+
+class Plan(NamedTuple):
+    """How one call is cut into programs.
+
+    Attributes:
+        is_whole: One launch, each program having all pixels of its channels; else two launches.
+        one_tile: Whole, and all the pixels stay in registers.
+        programs: Of each launch.
+        block_pixels, block_groups, padded, parts: The tile, see ``group_norm_act_tiles``.
+        splits, pixels_per_split: How an image's pixels are shared out, if not whole.
+        warps: Per program.
+        is_wide: Offsets within an image need 64 bits.
+    """
+
+    is_whole: bool
+    one_tile: bool
+    programs: int
+    block_pixels: int
+    block_groups: int
+    padded: int
+    parts: int
+    splits: int
+    pixels_per_split: int
+    warps: int
+    is_wide: bool
+
+
+def plan(
+    batch: int,
+    pixels: int,
+    channels: int,
+    groups: int,
+    itemsize: int,
+    is_channels_last: bool,
+    tensors: int,
+    device: Device,
+) -> Plan:
+    """Choose the launch shapes, the same for equal arguments: nothing is tried out at run time.
+
+    1. A row of a channels_last tile is 128 bytes, or one group if that is wider. It is halved while there
+       are fewer programs than multiprocessors, down to a memory sector of 32 bytes. It is halved to 64
+       bytes if all pixels then fit in registers, or if the tensors exceed half of the L2 cache.
+    2. Where all pixels fit in registers, one launch reads everything once.
+    3. Else, where the tensors exceed half of the L2 cache, one launch of so few programs that what they
+       are at work on stays in that half for the second reading. (They must still fill half the device.)
+    4. Else two launches, an image's pixels being shared out among programs until there are four for
+       each multiprocessor.
+
+    Args:
+        batch: Images, at least 1.
+        pixels: Height times width.
+        channels: Divisible by ``groups``.
+        groups: In which the channels are normalized.
+        itemsize: Bytes per element.
+        is_channels_last: Else contiguous NCHW.
+        tensors: That are read twice: 1 forward, 2 backward.
+        device: What to fill.
+    """
+    per_group = channels // groups
+    padded = min(next_power_of_two(per_group), WIDEST_TILE)
+    parts = ceil_div(per_group, padded)
+    registers = TILE_IN_REGISTERS // tensors
+    all_pixels = next_power_of_two(pixels)
+    cache = device.l2_bytes // 2
+    exceeds_cache = batch * pixels * channels * itemsize * tensors > cache
+
+    def programs(block_groups: int) -> int:
+        return batch * ceil_div(groups, block_groups) * parts
+
+    def fits(block_groups: int) -> bool:
+        return parts == 1 and all_pixels * block_groups * padded <= registers
+
+    block_groups, most = 1, next_power_of_two(groups) if parts == 1 else 1
+    if is_channels_last:
+        row, half_row, sector = (max(n // itemsize // padded, 1) for n in (128, 64, 32))
+        block_groups = min(row, most)
+        while block_groups > sector and programs(block_groups) < device.multiprocessors:
+            block_groups //= 2
+        if not fits(block_groups) and (fits(half_row) or exceeds_cache):
+            block_groups = min(block_groups, half_row)
+    else:
+        while block_groups < most and 2 * block_groups * padded * all_pixels <= SMALLEST_TILE:
+            block_groups *= 2
+
+    block_channels = block_groups * padded
+    items = programs(block_groups)
+    one_tile = fits(block_groups)
+    at_work = min(cache // (pixels * block_channels * itemsize * tensors), items)
+    streams = parts == 1 and exceeds_cache and at_work >= device.multiprocessors // 2
+    is_whole = one_tile or streams
+    if one_tile:
+        block_pixels = all_pixels
+        warps = warps_for(all_pixels * block_channels * tensors)
+    else:
+        tile = (STREAM_BYTES if is_whole else SPLIT_BYTES) // itemsize
+        block_pixels = max(min(all_pixels, tile // block_channels), 1)
+        warps = 16 if is_whole else 8
+
+    splits, pixels_per_split = 1, pixels
+    if not is_whole:
+        wanted = ceil_div(4 * device.multiprocessors, items)
+        splits = min(wanted, max(MOST_PARTIALS // parts, 1), ceil_div(pixels, block_pixels))
+        pixels_per_split = ceil_div(ceil_div(pixels, splits), block_pixels) * block_pixels
+        splits = ceil_div(pixels, pixels_per_split)
+    return Plan(
+        is_whole,
+        one_tile,
+        items if one_tile else at_work if streams else items * splits,
+        block_pixels,
+        block_groups,
+        padded,
+        parts,
+        splits,
+        pixels_per_split,
+        warps,
+        is_wide(pixels, channels, block_pixels, block_channels),
+    )
+
+
+def warps_for(elements: int) -> int:
+    """Return the warps that hold ``elements`` in registers with at most 32 in a thread."""
+    return min(max(next_power_of_two(ceil_div(elements, 32 * 32)), 4), 16)
+
+
+def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) -> bool:
+    """Say whether an offset within one image, masked ones included, may not fit in 32 bits.
+
+    (The offset of the image itself always has 64.)
+    """
+    return (pixels + block_pixels) * (channels + block_channels) >= 2**31
+
+
+# ---- launches -------------------------------------------------------------------------------------
+
+
+def _plan_for(x: Tensor, groups: int, is_channels_last: bool, tensors: int) -> Plan:
+    batch, channels, height, width = x.shape
+    return plan(
+        batch,
+        height * width,
+        channels,
+        groups,
+        x.element_size(),
+        is_channels_last,
+        tensors,
+        device_of(x.device),
+    )
+
+
+def _constants(p: Plan, x: Tensor, groups: int, is_channels_last: bool) -> dict[str, int | bool]:
+    return {
+        "GROUPS": groups,
+        "PER_GROUP": x.shape[1] // groups,
+        "CHANNELS_LAST": is_channels_last,
+        "WIDE": p.is_wide,
+        "BLOCK_P": p.block_pixels,
+        "BLOCK_G": p.block_groups,
+        "PADDED": p.padded,
+    }
+
+
+def forward_launches(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str,
+    is_channels_last: bool,
+    *,
+    total: Tensor | None,
+    result: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> list[Launch]:
+    """Return the launches that fill ``total`` (x + residual), ``result``, ``mean`` and ``rstd``.
+
+    Args:
+        x, residual, total, result: (N, C, H, W), dense in one layout, of one dtype; ``residual`` and
+            ``total`` may both be missing.
+        weight, bias: (C,), contiguous.
+        eps, activation: As in the op.
+        is_channels_last: The layout; else NCHW.
+        mean, rstd: (N, groups), float32.
+    """
+    batch, _, height, width = x.shape
+    if batch == 0:
+        return []
+    groups, pixels = mean.shape[1], height * width
+    p = _plan_for(x, groups, is_channels_last, tensors=1)
+    constants = _constants(p, x, groups, is_channels_last)
+    has_residual = residual is not None
+    # What is missing is never touched; some pointer must stand there.
+    inputs = {"x": x, "residual": residual if has_residual else x}
+    outputs = {"result": result, "mean": mean, "rstd": rstd}
+    tensor = x.numel() * x.element_size()
+    first_reads, first_writes = (2 * tensor, tensor) if has_residual else (tensor, 0)
+    if p.is_whole:
+        arguments = {
+            **inputs,
+            "total": total if has_residual else x,
+            "weight": weight,
+            "bias": bias,
+            **outputs,
+            "images": batch,
+            "pixels": pixels,
+            "eps": eps,
+        }
+        constants |= {
+            "ACTIVATION": activation, "HAS_RESIDUAL": has_residual, "ONE_TILE": p.one_tile
+        }  # fmt: skip
+        kernel = forward_kernels.forward_kernel
+        return [
+            Launch(
+                kernel,
+                p.programs,
+                arguments,
+                constants,
+                p.warps,
+                first_reads,
+                first_writes + tensor,
+            )
+        ]
+    partial = torch.empty(
+        (2, batch, p.splits * p.parts, groups), dtype=torch.float32, device=x.device
+    )
+    partials = {"partial_mean": partial[0], "partial_squares": partial[1]}
+    ranges = {"pixels": pixels, "pixels_per_split": p.pixels_per_split, "splits": p.splits}
+    constants["PARTS"] = p.parts
+    moments = Launch(
+        forward_kernels.moments_kernel,
+        p.programs,
+        {**inputs, "total": total if has_residual else x, **partials, **ranges},
+        {**constants, "HAS_RESIDUAL": has_residual},
+        p.warps,
+        first_reads,
+        first_writes + partial.nbytes,
+    )
+    apply = Launch(
+        forward_kernels.apply_kernel,
+        p.programs,
+        {
+            "total": total if has_residual else x,
+            "weight": weight,
+            "bias": bias,
+            **partials,
+            **outputs,
+            **ranges,
+            "eps": eps,
+        },
+        {
+            **constants,
+            "ACTIVATION": activation,
+            "TABLE": next_power_of_two(p.splits * p.parts),
+        },
+        p.warps,
+        tensor + partial.nbytes,
+        tensor,
+    )
+    return [moments, apply]
+
+
+def backward_launches(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+    is_channels_last: bool,
+    *,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+) -> list[Launch]:
+    """Return the launches that fill the gradients.
+
+    Args:
+        grad: Of the result; dense in the layout of x.
+        grad_total: What reached x by another way and is added to its gradient, likewise; or None.
+        x: What was normalized: with a residual, the sum.
+        weight, bias, mean, rstd, activation, is_channels_last: As in the forward launches.
+        grad_x, grad_weight, grad_bias: To fill, in the dtypes of x, weight and bias.
+    """
+    batch, channels, height, width = x.shape
+    groups, pixels = mean.shape[1], height * width
+    if batch == 0:
+        return [_parameter_launch(x.new_empty((2, 0, channels)), grad_weight, grad_bias)]
+    p = _plan_for(x, groups, is_channels_last, tensors=2)
+    constants = {**_constants(p, x, groups, is_channels_last), "ACTIVATION": activation}
+    has_grad_total = grad_total is not None
+    sums = torch.empty((2, batch * p.splits, channels), dtype=torch.float32, device=x.device)
+    channel_sums = {"channel_d": sums[0], "channel_dh": sums[1]}
+    norm = {"weight": weight, "bias": bias, "mean": mean, "rstd": rstd}
+    gradients = {"grad": grad, "grad_total": grad_total if has_grad_total else grad}
+    tensor = x.numel() * x.element_size()
+    last = _parameter_launch(sums, grad_weight, grad_bias)
+    if p.is_whole:
+        whole = Launch(
+            backward_kernels.backward_kernel,
+            p.programs,
+            {
+                **gradients,
+                "x": x,
+                **norm,
+                "grad_x": grad_x,
+                **channel_sums,
+                "images": batch,
+                "pixels": pixels,
+            },
+            {**constants, "HAS_GRAD_TOTAL": has_grad_total, "ONE_TILE": p.one_tile},
+            p.warps,
+            (2 + has_grad_total) * tensor,
+            tensor + sums.nbytes,
+        )
+        return [whole, last]
+    partial = torch.empty(
+        (2, batch, p.splits * p.parts, groups), dtype=torch.float32, device=x.device
+    )
+    partials = {"partial_d": partial[0], "partial_dh": partial[1]}
+    ranges = {"pixels": pixels, "pixels_per_split": p.pixels_per_split, "splits": p.splits}
+    constants["PARTS"] = p.parts
+    first = Launch(
+        backward_kernels.backward_sums_kernel,
+        p.programs,
+        {"grad": grad, "x": x, **norm, **channel_sums, **partials, **ranges},
+        constants,
+        p.warps,
+        2 * tensor,
+        sums.nbytes + partial.nbytes,
+    )
+    second = Launch(
+        backward_kernels.backward_apply_kernel,
+        p.programs,
+        {**gradients, "x": x, **norm, **partials, "grad_x": grad_x, **ranges},
+        {
+            **constants,
+            "HAS_GRAD_TOTAL": has_grad_total,
+            "TABLE": next_power_of_two(p.splits * p.parts),
+        },
+        p.warps,
+        (2 + has_grad_total) * tensor + partial.nbytes,
+        tensor,
+    )
+    return [first, second, last]
+
+
+def _parameter_launch(sums: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> Launch:
+    _, rows, channels = sums.shape
+    block_channels = 32
+    return Launch(
+        backward_kernels.parameter_gradients_kernel,
+        ceil_div(channels, block_channels),
+        {
+            "channel_d": sums[0],
+            "channel_dh": sums[1],
+            "grad_weight": grad_weight,
+            "grad_bias": grad_bias,
+            "rows": rows,
+        },
+        {"C": channels, "BLOCK_R": 64, "BLOCK_C": block_channels},
+        4,
+        sums.nbytes,
+        grad_weight.nbytes + grad_bias.nbytes,
+    )

@@ -1,0 +1,155 @@
+"""What the forward and backward kernels of group_norm_act share: activations and geometry.
+
+Tiles are [BLOCK_P pixels, BLOCK_C channels] in both layouts; only the strides differ. BLOCK_C is BLOCK_G
+groups of PADDED channels, PADDED being the channels of a group rounded up to a power of two. A group
+wider than a tile is cut into PARTS, each with partial results of its own.
+"""
+
+import triton
+import triton.language as tl
+
+# ---- activations ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gelu_new_exponent(z):
+    """Return e with which the tanh approximation of gelu is z / (1 + e)."""
+    return tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """Return the activation of z; the comparisons stand so that NaN passes through."""
+    if ACTIVATION == "relu":
+        return tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_new":
+        return z / (1 + _gelu_new_exponent(z))
+    elif ACTIVATION == "selu":
+        negative = 1.6732632423543772 * (tl.exp(tl.where(z > 0, 0.0, z)) - 1)
+        return 1.0507009873554805 * tl.where(z > 0, z, negative)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return z
+
+
+@triton.jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """Return the derivative of the activation at z."""
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, 1.0)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density
+    elif ACTIVATION == "gelu_new":
+        slope = 1.5957691216057308 * (1 + 3 * 0.044715 * z * z)
+        below, above = 1 / (1 + _gelu_new_exponent(z)), 1 / (1 + _gelu_new_exponent(-z))
+        return below + z * below * above * slope
+    elif ACTIVATION == "selu":
+        negative = 1.6732632423543772 * tl.exp(tl.where(z > 0, 0.0, z))
+        return 1.0507009873554805 * tl.where(z > 0, 1.0, negative)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return z * 0 + 1
+
+
+# ---- geometry -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def channels(
+    block,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Return a block's channels and which of them exist [BLOCK_C], its groups [BLOCK_G], its part."""
+    lane = tl.arange(0, BLOCK_G * PADDED)
+    part = block % PARTS
+    group = block // PARTS * BLOCK_G
+    if PARTS * PADDED == PER_GROUP:
+        channel = block * (BLOCK_G * PADDED) + lane  # without gaps, which allows wide loads
+        exists = channel < GROUPS * PER_GROUP
+    else:
+        within = part * PADDED + lane % PADDED
+        channel = (group + lane // PADDED) * PER_GROUP + within
+        exists = (within < PER_GROUP) & (group + lane // PADDED < GROUPS)
+    return channel, exists, group + tl.arange(0, BLOCK_G), part
+
+
+@triton.jit
+def part_size(part, PER_GROUP: tl.constexpr, PADDED: tl.constexpr):
+    """Return how many channels of a group its given part has."""
+    return tl.minimum(PER_GROUP - part * PADDED, PADDED)
+
+
+@triton.jit
+def offsets(
+    pixel, channel, pixels, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr
+):
+    """Return where a tile lies within its image; WIDE where that may exceed 32 bits."""
+    if WIDE:
+        pixel = pixel.to(tl.int64)
+        channel = channel.to(tl.int64)
+    if CHANNELS_LAST:
+        return pixel[:, None] * C + channel[None, :]
+    else:
+        return pixel[:, None] + channel[None, :] * pixels
+
+
+@triton.jit
+def sum_groups(values, BLOCK_G: tl.constexpr, PADDED: tl.constexpr):
+    """Sum [BLOCK_C] over the channels of each group: [BLOCK_G]."""
+    return tl.sum(tl.reshape(values, [BLOCK_G, PADDED]), axis=1)
+
+
+@triton.jit
+def per_channel(values, BLOCK_G: tl.constexpr, PADDED: tl.constexpr):
+    """Repeat [BLOCK_G] for each channel: [BLOCK_C]."""
+    return tl.reshape(tl.broadcast_to(values[:, None], [BLOCK_G, PADDED]), [BLOCK_G * PADDED])
+
+
+@triton.jit
+def reciprocal_std(square_sum, count, eps):
+    """Return 1 / sqrt(variance + eps), rounded correctly: one per group, so its cost does not show."""
+    return tl.div_rn(1.0, tl.sqrt_rn(square_sum / count + eps))
+
+
+@triton.jit
+def split_of_program(
+    program,
+    pixels,
+    pixels_per_split,
+    splits,
+    GROUPS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Return a program's image, split, first and last pixel, and block: neighbours share pixels."""
+    blocks = tl.cdiv(GROUPS, BLOCK_G) * PARTS
+    split = program // blocks % splits
+    start = split * pixels_per_split
+    if WIDE:
+        start = split.to(tl.int64) * pixels_per_split
+    stop = tl.minimum(start + pixels_per_split, pixels)
+    return (program // blocks // splits).to(tl.int64), split, start, stop, program % blocks
+
+
+@triton.jit
+def partials(image, group, splits, GROUPS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr):
+    """Return where an image's partial results lie [TABLE, BLOCK_G], which exist, and their numbers."""
+    number = tl.arange(0, TABLE)
+    place = image * splits * PARTS * GROUPS + number[:, None] * GROUPS + group[None, :]
+    exists = (number < splits * PARTS)[:, None] & (group < GROUPS)[None, :]
+    return place, exists, number
+
+
+@triton.jit
+def scale_and_shift(weight, bias, channel, exists):
+    """Load the scale and the shift of each channel: [BLOCK_C] each."""
+    scale = tl.load(weight + channel, exists, other=0.0).to(tl.float32)
+    return scale, tl.load(bias + channel, exists, other=0.0).to(tl.float32)
