@@ -7,12 +7,14 @@ kept for the next forward pass and used again while nothing has changed: see :cl
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bitfast.backends import select_backend
 from bitfast.ops.common import autocast_dtype
@@ -80,12 +82,12 @@ class PreparedWeights:
 
     Results that autograd records are computed in each forward pass. Others are kept, which costs one copy
     of the weights in the dtype of computation, and computed again when a parameter was changed in place (by
-    an optimizer, ``load_state_dict``, ``copy_``...), replaced, moved or converted, or when the dtype, layout
-    or backend asked for differs. :meth:`drop` forgets them; models call it when they are moved, converted
-    or switched between training and evaluation.
+    ``load_state_dict``, ``copy_``...), stepped by an optimizer, replaced, moved or converted, or when the
+    dtype, layout or backend asked for differs. :meth:`drop` forgets them; models call it when they are
+    moved, converted or switched between training and evaluation.
 
-    One change escapes: writing through ``parameter.data`` or a numpy view, which torch does not count.
-    After that call ``model.eval()`` again, which drops what was kept.
+    Writing through ``parameter.data`` or a numpy view, and the replay of a CUDA graph that trains, escape
+    torch's own count of changes. After those call ``model.eval()`` again, which drops what was kept.
     """
 
     def __init__(self) -> None:
@@ -100,6 +102,12 @@ class PreparedWeights:
     def drop(self) -> None:
         """Forget what was kept, and free its memory."""
         self._kept = None
+
+    def drop_if_from(self, weights: set[int]) -> None:
+        """Forget what was kept if any of it comes from the parameters with these ids."""
+        kept = self._kept
+        if kept is not None and any(id(source.weight) in weights for source in kept.sources):
+            self.drop()
 
     @contextmanager
     def prepared(self, layers: Sequence[Any], channels_last: bool) -> Iterator[None]:
@@ -126,6 +134,8 @@ class PreparedWeights:
         recorded = [
             layer for layer in layers if torch.is_grad_enabled() and layer.weight.requires_grad
         ]
+        # Who records a weight is going to change it.
+        self.drop_if_from({id(layer.weight) for layer in recorded})
         results = _standardize(
             [layer for layer in recorded if standardizes_together(layer.weight)], channels_last
         )
@@ -153,8 +163,38 @@ class PreparedWeights:
         if all(source.is_current() for source in sources) and all(
             type(result) is Tensor for result in results.values()
         ):
+            _watch_optimizers(self)
             self._kept = _Kept(manner, sources, results)
         return results
+
+
+# ---- optimizers -----------------------------------------------------------------------------------
+
+_watching: weakref.WeakSet[PreparedWeights] = weakref.WeakSet()
+"""Whom the steps of optimizers concern. (Fused ones change weights without torch counting it.)"""
+
+_watching_lock = threading.Lock()
+_is_hooked = threading.Event()
+
+
+def _watch_optimizers(keeper: PreparedWeights) -> None:
+    """Let the keeper drop what it has kept when any optimizer steps the weights that it came from."""
+    with _watching_lock:
+        if not _is_hooked.is_set():
+            register_optimizer_step_post_hook(_after_optimizer_step)
+            _is_hooked.set()
+        _watching.add(keeper)
+
+
+def _after_optimizer_step(optimizer: Any, *_: Any) -> None:
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    with _watching_lock:
+        keepers = list(_watching)
+    for keeper in keepers:
+        keeper.drop_if_from(stepped)
+
+
+# ---- helpers --------------------------------------------------------------------------------------
 
 
 def _standardize(layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:

@@ -1,0 +1,535 @@
+"""Weights standardized together, and kept in inference until something changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from bitfast import BitBackbone, BitForImageClassification, BitModel, prepared_weights
+from bitfast.backends import use_backend
+from bitfast.layers import WeightStandardizedConv2d
+from bitfast.ops.weight_standardization import weight_standardization
+from tests.tiny_models import ours
+
+
+@pytest.fixture
+def model() -> BitModel:
+    return ours("BitModel").eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 33, 47)
+
+
+@pytest.fixture
+def computed(monkeypatch: Any) -> list[int]:
+    """How many weights each preparation has standardized."""
+    counts: list[int] = []
+    original = prepared_weights.weight_standardization_all
+
+    def count(weights: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
+        counts.append(len(weights))
+        return original(weights, *args, **kwargs)
+
+    monkeypatch.setattr(prepared_weights, "weight_standardization_all", count)
+    return counts
+
+
+def convolutions(model: nn.Module) -> list[WeightStandardizedConv2d]:
+    return [m for m in model.modules() if isinstance(m, WeightStandardizedConv2d)]
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).last_hidden_state
+
+
+def fresh(model: BitModel, x: Tensor) -> Tensor:
+    """What a model that has never kept anything computes."""
+    with torch.no_grad():
+        return features(copy.deepcopy(model), x)
+
+
+def test_kept_weights_are_used_again(model, x, computed):
+    with torch.no_grad():
+        first, second = features(model, x), features(model, x)
+    assert computed == [len(convolutions(model))]
+    assert torch.equal(first, second)
+    with torch.no_grad():
+        by_layer = copy.deepcopy(model)
+        for layer in convolutions(by_layer):
+            layer.register_forward_pre_hook(lambda *_: None)  # leaves it to the layer
+        assert torch.equal(features(by_layer, x), first)
+    assert len(computed) == 1
+
+
+# ---- what makes them stale ------------------------------------------------------------------------
+
+
+def edit_in_place(model: BitModel) -> None:
+    with torch.no_grad():
+        convolutions(model)[1].weight.mul_(torch.rand_like(convolutions(model)[1].weight))
+
+
+def edit_in_inference_mode(model: BitModel) -> None:
+    with torch.inference_mode():
+        convolutions(model)[1].weight.add_(torch.randn_like(convolutions(model)[1].weight))
+
+
+def edit_a_detached_alias(model: BitModel) -> None:
+    convolutions(model)[2].weight.detach().normal_()
+
+
+def step_an_optimizer(model: BitModel) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def step_a_foreach_optimizer(model: BitModel) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=0.1, foreach=True).step()
+
+
+def step_a_fused_optimizer(model: BitModel) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+
+
+def other_state(model: BitModel) -> dict[str, Tensor]:
+    return {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+
+
+def load_a_state_dict(model: BitModel) -> None:
+    model.load_state_dict(other_state(model))
+
+
+def load_by_assignment(model: BitModel) -> None:
+    model.load_state_dict(other_state(model), assign=True)
+
+
+def replace_a_parameter(model: BitModel) -> None:
+    layer = convolutions(model)[0]
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+
+
+def swap_the_data(model: BitModel) -> None:
+    layer = convolutions(model)[0]
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
+def free_and_swap_the_data(model: BitModel) -> None:
+    """The new numbers must not pass for the old ones because they come to lie at the same address."""
+    weight = convolutions(model)[0].weight
+    shape = weight.shape
+    weight.data = torch.empty(0)
+    gc.collect()
+    weight.data = torch.randn(shape)
+
+
+def edit_the_data_and_evaluate(model: BitModel) -> None:
+    convolutions(model)[0].weight.data.normal_()  # which torch does not count
+    model.eval()
+
+
+def train_a_step(model: BitModel) -> None:
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    features(model, torch.randn(2, 3, 33, 47)).square().sum().backward()
+    optimizer.step()
+    model.eval()
+
+
+def tie_two_weights(model: BitModel) -> None:
+    first, second = alike(model)
+    second.weight = first.weight
+
+
+def alike(model: BitModel) -> tuple[WeightStandardizedConv2d, WeightStandardizedConv2d]:
+    """Two convolutions whose weights have one shape."""
+    by_shape: dict[torch.Size, WeightStandardizedConv2d] = {}
+    for layer in convolutions(model):
+        if layer.weight.shape in by_shape:
+            return by_shape[layer.weight.shape], layer
+        by_shape[layer.weight.shape] = layer
+    raise AssertionError("no two weights have one shape")
+
+
+CHANGES = [
+    edit_in_place,
+    edit_in_inference_mode,
+    edit_a_detached_alias,
+    step_an_optimizer,
+    step_a_foreach_optimizer,
+    step_a_fused_optimizer,
+    load_a_state_dict,
+    load_by_assignment,
+    replace_a_parameter,
+    swap_the_data,
+    free_and_swap_the_data,
+    edit_the_data_and_evaluate,
+    train_a_step,
+    tie_two_weights,
+]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(model, x, change: Callable[[BitModel], None], mode):
+    with mode():
+        before = features(model, x)
+    change(model)
+    with mode():
+        after = features(model, x)
+    assert torch.equal(after, fresh(model, x))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.to(torch.float64),
+        lambda model: model.double(),
+        lambda model: model.bfloat16(),
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: model.float(),
+    ],
+)
+def test_a_conversion_is_followed(model, x, convert, computed):
+    with torch.no_grad():
+        features(model, x)
+        kept = [weakref.ref(t) for t in model.prepared_weights._kept.results.values()]
+        convert(model)
+        gc.collect()
+        assert all(reference() is None for reference in kept), "their memory was not freed"
+        x = x.to(next(model.parameters()).dtype)
+        result = features(model, x)
+    assert len(computed) == 2
+    assert torch.equal(result, fresh(model, x))
+
+
+def test_moving_an_outer_module_counts_too(x):
+    model = ours("BitForImageClassification").eval()
+    with torch.no_grad():
+        model(x)
+        assert model.bit.prepared_weights._kept is not None
+        nn.Sequential(model).double()
+        assert model.bit.prepared_weights._kept is None
+        model(x.double())
+
+
+@pytest.mark.parametrize("switch", [lambda model: model.train(), lambda model: model.eval()])
+def test_switching_between_training_and_evaluation_frees_them(model, x, switch):
+    with torch.no_grad():
+        features(model, x)
+    switch(model)
+    assert model.prepared_weights._kept is None
+
+
+@pytest.mark.parametrize(
+    "modes", [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad)]
+)
+def test_no_grad_and_inference_mode_share_them(model, x, modes, computed):
+    results = []
+    for mode in modes:
+        with mode():
+            results.append(features(model, x).clone())
+    assert len(computed) == 1
+    assert torch.equal(*results)
+    # What inference mode has left behind must serve autograd, which saves the weights.
+    for layer in convolutions(model):
+        layer.weight.requires_grad_(False)
+    x.requires_grad_()
+    features(model, x).sum().backward()
+    assert x.grad is not None
+    assert len(computed) == 1
+
+
+def test_parameters_made_in_inference_mode_are_not_kept(x):
+    with torch.inference_mode():
+        model = ours("BitModel").eval()
+        features(model, x)
+        before = features(model, x)
+        for layer in convolutions(model):
+            layer.weight.normal_()
+        assert not torch.equal(features(model, x), before)
+    assert model.prepared_weights._kept is None
+
+
+def test_autocast_and_backends_are_told_apart(model, x, computed):
+    with torch.no_grad():
+        plain = features(model, x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert features(model, x).dtype == torch.bfloat16
+        assert torch.equal(features(model, x), plain)
+        with use_backend(weight_standardization="triton"):
+            torch.testing.assert_close(features(model, x), plain, rtol=1e-4, atol=1e-5)
+    assert len(computed) == 4
+
+
+def test_a_step_between_two_evaluations_is_seen(model, x):
+    """A fused optimizer changes weights without torch's version counter telling so."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        features(model, x).square().sum().backward()
+        with torch.no_grad():
+            before = features(model, x)
+        optimizer.step()
+        with torch.no_grad():
+            after = features(model, x)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, fresh(model, x))
+
+
+def test_the_optimizer_of_another_model_changes_nothing(model, x, computed):
+    other = ours("BitModel")
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(3):
+        with torch.no_grad():
+            features(model, x)
+        features(other, x).sum().backward()
+        optimizer.step()
+    assert len(computed) == 1
+
+
+# ---- who keeps what -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "torch.save"])
+def test_copies_start_without_any(model, x, copied):
+    with torch.no_grad():
+        expected = features(model, x)
+    size = len(pickle.dumps(ours("BitModel")))
+    if copied == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif copied == "pickle":
+        data = pickle.dumps(model)
+        assert len(data) < 1.1 * size
+        twin = pickle.loads(data)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert twin.prepared_weights is not model.prepared_weights
+    assert twin.prepared_weights._kept is None
+    with torch.no_grad():
+        convolutions(twin)[0].weight.normal_()
+        assert torch.equal(features(model, x), expected)
+        assert not torch.equal(features(twin, x), expected)
+    assert set(twin.state_dict()) == set(model.state_dict())
+
+
+def test_they_are_no_part_of_the_state(model, x):
+    names = set(model.state_dict()), {n for n, _ in model.named_parameters()}, set(model._buffers)
+    with torch.no_grad():
+        features(model, x)
+    assert names == (
+        set(model.state_dict()), {n for n, _ in model.named_parameters()}, set(model._buffers)
+    )  # fmt: skip
+
+
+def test_tied_weights_are_standardized_once_and_share_their_gradient(model, x, computed):
+    tie_two_weights(model)
+    count = len({id(layer.weight) for layer in convolutions(model)})
+    assert count == len(convolutions(model)) - 1
+    with torch.no_grad():
+        expected = features(model, x)
+    assert computed == [count]
+    with use_backend(weight_standardization="triton"):
+        result = features(model, x)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        result.square().sum().backward()
+    assert computed == [count, count]
+    shared = alike(model)[0].weight
+    actual = shared.grad.clone()
+    model.zero_grad()
+    features(model, x).square().sum().backward()
+    torch.testing.assert_close(actual, shared.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_training_standardizes_all_weights_together_where_that_pays(model, x, computed):
+    model.train()
+    features(model, x).sum().backward()
+    assert computed == []  # plain PyTorch gains nothing from it
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with use_backend(weight_standardization="triton"):
+        features(model, x).sum().backward()
+        assert computed == [len(convolutions(model))]
+        features(model, x)
+        assert len(computed) == 2  # and anew in each forward pass
+    assert model.prepared_weights._kept is None
+    for actual, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, actual, rtol=1e-3, atol=1e-3)
+
+
+def test_frozen_weights_are_kept_while_others_are_trained(model, x, computed):
+    trained = convolutions(model)[-1]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trained.weight.requires_grad_()
+    with use_backend(weight_standardization="triton"):
+        for _ in range(2):
+            features(model, x).square().sum().backward()
+    frozen = len(convolutions(model)) - 1
+    assert computed == [1, frozen, 1]
+    assert trained.weight.grad is not None
+
+
+def test_a_backbone_prepares_only_what_it_computes(x, computed):
+    model: BitBackbone = ours("BitBackbone", out_features=["stage1"]).eval()
+    with torch.no_grad():
+        model(x)
+        model(x)
+        needed = convolutions(model.bit.embedder) + convolutions(model.bit.encoder.stages[0])
+        assert computed == [len(needed)]
+        model(x, output_hidden_states=True)
+        model(x)  # what is kept for all stages serves one
+    assert computed == [len(needed), len(convolutions(model))]
+
+
+def test_layers_whose_weight_comes_later_are_left_to_themselves(model, x):
+    """Hooks, parametrizations, pruning and replaced calls decide about a weight when the layer runs."""
+    layers = convolutions(model)
+    prune.random_unstructured(layers[0], "weight", amount=0.5)
+    parametrize.register_parametrization(layers[1], "weight", Doubled())
+    layers[2].register_forward_pre_hook(turn_round)
+    forward = layers[3].forward
+    layers[3].forward = lambda x: 2 * forward(x)
+    with torch.no_grad():
+        first = features(model, x)
+        prepared = set(model.prepared_weights._kept.results)
+        assert prepared == set(layers[4:])
+        assert not torch.equal(features(model, x), first)  # the hook has turned a weight round
+        assert torch.equal(features(model, x), first)
+
+
+def turn_round(layer: nn.Module, _: Any) -> None:
+    layer.weight.data.mul_(-1)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_functional_calls_see_the_weights_they_are_given(model, x):
+    with torch.no_grad():
+        before = features(model, x)
+        other = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        result = torch.func.functional_call(model, other, (x,)).last_hidden_state
+        assert not torch.equal(result, before)
+        assert torch.equal(features(model, x), before)
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(other)
+        assert torch.equal(features(twin, x), result)
+
+
+def test_traced_models_hold_their_parameters(model, x):
+    with torch.no_grad():
+        features(model, x)
+        traced = torch.jit.trace(Features(model), x, check_trace=False)
+        before = traced(x)
+        assert torch.equal(before, features(model, x))
+        edit_in_place(model)
+        assert not torch.equal(traced(x), before), "the weights were baked in"
+        assert torch.equal(traced(x), features(model, x))
+
+
+class Features(nn.Module):
+    """A model with a tensor for its output, which tracing needs."""
+
+    def __init__(self, model: BitModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return features(self.model, x)
+
+
+def test_threads_share_them(model, x, computed):
+    with torch.no_grad():
+        expected = features(model, x)
+    model.eval()
+    results: list[bool] = []
+
+    def work() -> None:
+        with torch.inference_mode():
+            for _ in range(5):
+                results.append(torch.equal(features(model, x), expected))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 20
+
+
+def test_a_thread_sees_only_its_own_forward_pass(model):
+    layer = convolutions(model)[0]
+    with torch.no_grad(), model.prepared_weights.prepared([layer], False):
+        assert prepared_weights.prepared_weight(layer) is not None
+        seen: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: seen.append(prepared_weights.prepared_weight(layer))
+        )
+        thread.start()
+        thread.join()
+    assert seen == [None]
+    assert prepared_weights.prepared_weight(layer) is None
+
+
+def test_an_error_in_a_forward_pass_leaves_nothing_behind(model):
+    with torch.no_grad(), pytest.raises(ValueError, match="pixel_values"):
+        model(torch.zeros(1, 4, 32, 32))
+    broken = model.encoder.stages[0].layers[0]
+    broken.register_forward_hook(lambda *_: 1 / 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        model(torch.zeros(1, 3, 32, 32))
+    assert prepared_weights.prepared_weight(convolutions(model)[0]) is None
+
+
+def test_different_eps_are_respected(model, x):
+    layers = convolutions(model)
+    layers[0].eps = 0.5
+    with torch.no_grad():
+        features(model, x)
+        results = model.prepared_weights._kept.results
+        for layer in layers[:2]:
+            expected = weight_standardization(layer.weight, layer.eps)
+            torch.testing.assert_close(results[layer], expected)
+
+
+def test_the_memory_it_costs_is_one_copy(model, x):
+    with torch.no_grad():
+        features(model, x)
+    storages = {
+        r.untyped_storage().data_ptr(): r for r in model.prepared_weights._kept.results.values()
+    }
+    kept = sum(r.untyped_storage().nbytes() for r in storages.values())
+    weights = sum(layer.weight.nbytes for layer in convolutions(model))
+    assert weights <= kept <= 1.1 * weights
+
+
+def test_classifier_and_backbone_share_the_mechanism(x):
+    for name in ("BitForImageClassification", "BitBackbone"):
+        model: BitForImageClassification | BitBackbone = ours(name).eval()
+        with torch.no_grad():
+            model(x)
+        assert model.bit.prepared_weights._kept is not None
