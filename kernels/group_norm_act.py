@@ -263,10 +263,7 @@ def forward_launches(
                 first_writes + tensor,
             )
         ]
-    partial = torch.empty(
-        (2, batch, p.splits * p.parts, groups), dtype=torch.float32, device=x.device
-    )
-    partials = {"partial_mean": partial[0], "partial_squares": partial[1]}
+    partials = _buffers(x, (batch, p.splits * p.parts, groups), "partial_mean", "partial_squares")
     ranges = {"pixels": pixels, "pixels_per_split": p.pixels_per_split, "splits": p.splits}
     constants["PARTS"] = p.parts
     moments = Launch(
@@ -276,7 +273,7 @@ def forward_launches(
         {**constants, "HAS_RESIDUAL": has_residual},
         p.warps,
         first_reads,
-        first_writes + partial.nbytes,
+        first_writes + _nbytes(partials),
     )
     apply = Launch(
         forward_kernels.apply_kernel,
@@ -296,7 +293,7 @@ def forward_launches(
             "TABLE": next_power_of_two(p.splits * p.parts),
         },
         p.warps,
-        tensor + partial.nbytes,
+        tensor + _nbytes(partials),
         tensor,
     )
     return [moments, apply]
@@ -329,12 +326,12 @@ def backward_launches(
     batch, channels, height, width = x.shape
     groups, pixels = mean.shape[1], height * width
     if batch == 0:
-        return [_parameter_launch(x.new_empty((2, 0, channels)), grad_weight, grad_bias)]
+        nothing = _buffers(x, (0, channels), "channel_d", "channel_dh")
+        return [_parameter_launch(nothing, grad_weight, grad_bias)]
     p = _plan_for(x, groups, is_channels_last, tensors=2)
     constants = {**_constants(p, x, groups, is_channels_last), "ACTIVATION": activation}
     has_grad_total = grad_total is not None
-    sums = torch.empty((2, batch * p.splits, channels), dtype=torch.float32, device=x.device)
-    channel_sums = {"channel_d": sums[0], "channel_dh": sums[1]}
+    sums = _buffers(x, (batch * p.splits, channels), "channel_d", "channel_dh")
     norm = {"weight": weight, "bias": bias, "mean": mean, "rstd": rstd}
     gradients = {"grad": grad, "grad_total": grad_total if has_grad_total else grad}
     tensor = x.numel() * x.element_size()
@@ -348,30 +345,27 @@ def backward_launches(
                 "x": x,
                 **norm,
                 "grad_x": grad_x,
-                **channel_sums,
+                **sums,
                 "images": batch,
                 "pixels": pixels,
             },
             {**constants, "HAS_GRAD_TOTAL": has_grad_total, "ONE_TILE": p.one_tile},
             p.warps,
             (2 + has_grad_total) * tensor,
-            tensor + sums.nbytes,
+            tensor + _nbytes(sums),
         )
         return [whole, last]
-    partial = torch.empty(
-        (2, batch, p.splits * p.parts, groups), dtype=torch.float32, device=x.device
-    )
-    partials = {"partial_d": partial[0], "partial_dh": partial[1]}
+    partials = _buffers(x, (batch, p.splits * p.parts, groups), "partial_d", "partial_dh")
     ranges = {"pixels": pixels, "pixels_per_split": p.pixels_per_split, "splits": p.splits}
     constants["PARTS"] = p.parts
     first = Launch(
         backward_kernels.backward_sums_kernel,
         p.programs,
-        {"grad": grad, "x": x, **norm, **channel_sums, **partials, **ranges},
+        {"grad": grad, "x": x, **norm, **sums, **partials, **ranges},
         constants,
         p.warps,
         2 * tensor,
-        sums.nbytes + partial.nbytes,
+        _nbytes(sums) + _nbytes(partials),
     )
     second = Launch(
         backward_kernels.backward_apply_kernel,
@@ -383,27 +377,29 @@ def backward_launches(
             "TABLE": next_power_of_two(p.splits * p.parts),
         },
         p.warps,
-        (2 + has_grad_total) * tensor + partial.nbytes,
+        (2 + has_grad_total) * tensor + _nbytes(partials),
         tensor,
     )
     return [first, second, last]
 
 
-def _parameter_launch(sums: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> Launch:
-    _, rows, channels = sums.shape
+def _parameter_launch(sums: dict[str, Tensor], grad_weight: Tensor, grad_bias: Tensor) -> Launch:
+    rows, channels = sums["channel_d"].shape
     block_channels = 32
     return Launch(
         backward_kernels.parameter_gradients_kernel,
         ceil_div(channels, block_channels),
-        {
-            "channel_d": sums[0],
-            "channel_dh": sums[1],
-            "grad_weight": grad_weight,
-            "grad_bias": grad_bias,
-            "rows": rows,
-        },
+        {**sums, "grad_weight": grad_weight, "grad_bias": grad_bias, "rows": rows},
         {"C": channels, "BLOCK_R": 64, "BLOCK_C": block_channels},
         4,
-        sums.nbytes,
+        _nbytes(sums),
         grad_weight.nbytes + grad_bias.nbytes,
     )
+
+
+def _buffers(x: Tensor, shape: tuple[int, ...], *names: str) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, dtype=torch.float32, device=x.device) for name in names}
+
+
+def _nbytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -83,12 +83,13 @@ def filters_of(weight: Tensor, to_channels_last: bool) -> Filters:
     return Filters(rows, inner * height * width, 1)
 
 
-def kind_of(filters: Filters, is_aligned: bool) -> int:
+def kind_of(filters: Filters, is_aligned: bool = True) -> int:
     """Return the number of the first KIND that can work on such filters.
 
     Args:
         filters: Their number and size.
-        is_aligned: The weight begins at a multiple of 16 bytes.
+        is_aligned: The weight begins at a multiple of 16 bytes. Triton finds that out by itself where it
+            is given the weight, not where a table holds its address.
     """
     is_turned = filters.taps > 1
     # Wide loads and stores need rows that begin at multiples of 16 bytes too.
@@ -114,7 +115,7 @@ def forward_launch(
 ) -> Launch:
     """Return the launch that fills ``result``, in its own dtype, and the statistics (out,), float32."""
     filters = filters_of(weight, to_channels_last)
-    kind = kind_of(filters, _is_aligned(weight))
+    kind = kind_of(filters)
     return Launch(
         kernels.forward_kernel,
         ceil_div(filters.rows, KINDS[kind].rows),
@@ -143,7 +144,7 @@ def backward_launch(
     ``from_channels_last`` says that ``grad`` is channels_last; else it has the layout of ``weight``.
     """
     filters = filters_of(weight, from_channels_last)
-    kind = kind_of(filters, _is_aligned(weight) and _is_aligned(grad))
+    kind = kind_of(filters)
     return Launch(
         kernels.backward_kernel,
         ceil_div(filters.rows, KINDS[kind].rows),
@@ -156,10 +157,6 @@ def backward_launch(
         grad.nbytes + weight.nbytes + mean.nbytes + rstd.nbytes,
         grad_weight.nbytes,
     )  # fmt: skip
-
-
-def _is_aligned(x: Tensor) -> bool:
-    return x.device.type == "meta" or x.data_ptr() % 16 == 0
 
 
 # ---- all weights ----------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.utils._pytree import tree_leaves
 
 from bitfast.backends import register_kernel
 
@@ -148,7 +150,35 @@ def _is_interpreting() -> bool:
 
 
 def run_launches(launches: Sequence[Any], x: Tensor) -> None:
-    """Run launches of ``bitfast.kernels`` one after the other, on the device of x."""
+    """Run launches of ``bitfast.kernels`` one after the other, on the device of x.
+
+    While a compiler traces (see :func:`show_launches`), they are recorded instead.
+    """
+    if isinstance(x, FunctionalTensor):
+        for launch in launches:
+            launch.run(torch.library.wrap_triton(launch.kernel))
+        return
     with torch.cuda.device_of(x):
         for launch in launches:
             launch.run()
+
+
+def show_launches(name: str, implementation: Callable[..., Any]) -> None:
+    """Let compilers see the launches that ``bitfast::<name>.triton`` consists of.
+
+    Inductor then launches them itself, without the cost of an operator call, and plans their memory. What
+    is launched depends on the sizes; where those are symbolic, and in ``torch.export``, which keeps
+    operators whole, the operator stays one.
+    """
+
+    def decompose(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        has_symbols = any(isinstance(n, torch.SymInt) for t in tensors for n in t.shape)
+        if has_symbols or torch.compiler.is_exporting() or _is_interpreting():
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode:
+            return implementation(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(
+        f"bitfast::{name}.triton", FunctionalTensorMode, decompose, lib=LIBRARY
+    )

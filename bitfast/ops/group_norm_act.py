@@ -23,6 +23,7 @@ from bitfast.ops.common import (
     check_nchw,
     define_operator,
     run_launches,
+    show_launches,
 )
 
 OP = "group_norm_act"
@@ -327,4 +328,7 @@ def _triton_backward(
 
 
 define_kernel("triton", _triton_forward, _triton_add_forward, _triton_backward)
+show_launches(OP, _triton_forward)
+show_launches(ADD_OP, _triton_add_forward)
+show_launches(f"{OP}_backward", _triton_backward)
 announce_triton_kernels(OP)

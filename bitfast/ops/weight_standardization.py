@@ -22,6 +22,7 @@ from bitfast.ops.common import (
     check_floating,
     define_operator,
     run_launches,
+    show_launches,
 )
 
 OP = "weight_standardization"
@@ -345,4 +346,7 @@ def _triton_all_backward(
 
 define_kernel("triton", _triton_forward, _triton_backward)
 define_all_kernel("triton", _triton_all, _triton_all_backward)
+# Not those of all weights: their table holds addresses, which exist only when they run.
+show_launches(OP, _triton_forward)
+show_launches(f"{OP}_backward", _triton_backward)
 announce_triton_kernels(OP)
