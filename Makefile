@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-report clean
 
 demo: $(INSTALLED)
 	$(BIN)/bitfast demo
@@ -20,6 +20,12 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# On a machine with a GPU, with what its own Python has: no virtual environment, nothing downloaded.
+# ONLY="models_eager dispatch" runs those parts alone.
+gpu-report:
+	@test -n "$(OUT)" || { echo "usage: make gpu-report OUT=<folder>"; exit 2; }
+	$(PYTHON) -m bench.gpu_report --build --output "$(OUT)" $(addprefix --only ,$(ONLY))
 
 # torch comes first and the build shares it: an isolated build would download torch a second time.
 # The pinned release is the newest that the tests ran on; TORCH= picks another.

@@ -24,6 +24,7 @@ from bitfast.layers import (
     WeightStandardizedConv2d,
     runs_as_written,
 )
+from bitfast.ops.common import is_autocast_on
 
 
 def round_to_multiple(width: float, divisor: int = 8) -> int:
@@ -112,7 +113,7 @@ class BitEmbeddings(nn.Module):
                 f" config.num_channels says; got {tuple(pixel_values.shape)}"
             )
         dtype = self.convolution.weight.dtype
-        converts = torch.is_autocast_enabled(pixel_values.device.type)
+        converts = is_autocast_on(pixel_values.device.type)
         if pixel_values.dtype != dtype and not (converts and pixel_values.is_floating_point()):
             raise TypeError(
                 f"pixel_values must have the dtype of the model's parameters, {dtype}; got {pixel_values.dtype}"

@@ -24,9 +24,8 @@ from .launch import Device, Launch, ceil_div, device_of, next_power_of_two
 TILE_IN_REGISTERS = 16384
 """Elements that a program keeps in registers between its two uses of them: 32 per thread of 16 warps."""
 
-STREAM_BYTES = 32768
-"""Size of a tile that moves over all pixels. There is about one such program per multiprocessor, and so
-many bytes must be under way there to keep the memory busy."""
+STREAM_TILE = 8192
+"""Elements of a tile that moves over all pixels, 16 per thread: with 32 the registers did not suffice."""
 
 SPLIT_BYTES = 8192
 """Size of a tile that moves over a range of the pixels."""
@@ -132,9 +131,9 @@ def plan(
     is_whole = one_tile or streams
     if one_tile:
         block_pixels = all_pixels
-        warps = warps_for(all_pixels * block_channels * tensors)
+        warps = warps_for(all_pixels * block_channels)
     else:
-        tile = (STREAM_BYTES if is_whole else SPLIT_BYTES) // itemsize
+        tile = STREAM_TILE if is_whole else SPLIT_BYTES // itemsize
         block_pixels = max(min(all_pixels, tile // block_channels), 1)
         warps = 16 if is_whole else 8
 

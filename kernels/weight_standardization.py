@@ -20,6 +20,9 @@ from .launch import Launch, ceil_div
 WARPS = 8
 """Per program: 32 numbers of a tile in each thread."""
 
+BACKWARD_WARPS = 16
+"""Per program: 16 numbers of each of two tiles."""
+
 SEGMENT_FIELDS = ("address", "first_filter", "start", "rows", "inner", "taps", "kind")
 
 
@@ -153,7 +156,7 @@ def backward_launch(
             "rows": filters.rows, "inner": filters.inner, "taps": filters.taps,
         },
         {"KIND": kind, "ROWS": KINDS[kind].rows},
-        WARPS,
+        BACKWARD_WARPS,
         grad.nbytes + weight.nbytes + mean.nbytes + rstd.nbytes,
         grad_weight.nbytes,
     )  # fmt: skip
@@ -256,7 +259,7 @@ def backward_all_launch(
             "like": weights[0], "mean": mean, "rstd": rstd, "grad_weight": grad_weight,
         },
         {"FIELDS": len(SEGMENT_FIELDS)},
-        WARPS,
+        BACKWARD_WARPS,
         numel * (weights[0].element_size() + grad.element_size()) + 2 * mean.nbytes
         + table.segments.nbytes + table.programs.nbytes,
         numel * weights[0].element_size(),

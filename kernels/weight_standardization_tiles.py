@@ -19,7 +19,7 @@ LOOP_BLOCK = tl.constexpr(2048)
 @triton.jit
 def _straight(first_row, rows, fan_in, ROWS: tl.constexpr, FAN: tl.constexpr):
     """Return rows, whether they exist, offsets of a [ROWS, FAN] tile and which of those exist."""
-    fan_in = tl.multiple_of(fan_in, 16)
+    fan_in = fan_in // 16 * 16  # as it is, which the compiler does not know
     row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, FAN)
     offset = row.to(tl.int64)[:, None] * fan_in + column[None, :]
@@ -29,10 +29,10 @@ def _straight(first_row, rows, fan_in, ROWS: tl.constexpr, FAN: tl.constexpr):
 @triton.jit
 def _turned(row, inner, taps, INNER: tl.constexpr, TAPS: tl.constexpr):
     """Return where an [INNER, TAPS] tile comes from, where it goes to, and which of it exists."""
-    inner = tl.multiple_of(inner, 16)
+    inner = inner // 16 * 16  # as it is, which the compiler does not know
     i = tl.arange(0, INNER)[:, None]
     tap = tl.arange(0, TAPS)[None, :]
-    start = tl.multiple_of(row.to(tl.int64) * (inner * taps), 16)
+    start = row.to(tl.int64) * (inner * taps)
     return start + i * taps + tap, start + tap * inner + i, (i < inner) & (tap < taps)
 
 
@@ -172,8 +172,9 @@ def _segment(programs, segments, FIELDS: tl.constexpr):
 def forward_all_kernel(programs, segments, like, result, mean, rstd, eps, FIELDS: tl.constexpr):
     """Standardize all weights that ``segments`` lists; ``like`` is any pointer of their dtype."""
     address, first, start, rows, inner, taps, kind, row = _segment(programs, segments, FIELDS)
-    weight = tl.multiple_of(address.to(like.dtype), 16)
-    result += tl.multiple_of(start, 16)
+    unaligned = address.to(like.dtype)
+    weight = tl.multiple_of((address // 16 * 16).to(like.dtype), 16)
+    result += start // 16 * 16
     mean += first
     rstd += first
     if kind == 0:
@@ -189,9 +190,9 @@ def forward_all_kernel(programs, segments, like, result, mean, rstd, eps, FIELDS
     elif kind == 5:
         _forward(weight, result, mean, rstd, row, rows, inner, taps, eps, KIND=5)
     elif kind == 6:
-        _forward(weight, result, mean, rstd, row, rows, inner, taps, eps, KIND=6)
+        _forward(unaligned, result, mean, rstd, row, rows, inner, taps, eps, KIND=6)
     else:
-        _forward(weight, result, mean, rstd, row, rows, inner, taps, eps, KIND=7)
+        _forward(unaligned, result, mean, rstd, row, rows, inner, taps, eps, KIND=7)
 
 
 # ---- backward -------------------------------------------------------------------------------------
@@ -317,8 +318,9 @@ def backward_all_kernel(
 ):
     """Return the gradients of all weights, one after the other as ``grad`` has them."""
     address, first, start, rows, inner, taps, kind, row = _segment(programs, segments, FIELDS)
-    weight = tl.multiple_of(address.to(like.dtype), 16)
-    start = tl.multiple_of(start, 16)
+    unaligned = address.to(like.dtype)
+    weight = tl.multiple_of((address // 16 * 16).to(like.dtype), 16)
+    start = start // 16 * 16
     grad += start
     out = grad_weight + start
     mean += first
@@ -336,6 +338,6 @@ def backward_all_kernel(
     elif kind == 5:
         _backward(grad, weight, mean, rstd, out, row, rows, inner, taps, KIND=5)
     elif kind == 6:
-        _backward(grad, weight, mean, rstd, out, row, rows, inner, taps, KIND=6)
+        _backward(grad, unaligned, mean, rstd, out, row, rows, inner, taps, KIND=6)
     else:
-        _backward(grad, weight, mean, rstd, out, row, rows, inner, taps, KIND=7)
+        _backward(grad, unaligned, mean, rstd, out, row, rows, inner, taps, KIND=7)

@@ -28,7 +28,7 @@ NAMES = sorted(ACTIVATIONS)
 
 WAYS = {
     "one tile": {},
-    "stream": {"TILE_IN_REGISTERS": 16, "STREAM_BYTES": 1024},
+    "stream": {"TILE_IN_REGISTERS": 16, "STREAM_TILE": 256},
     "split": {"TILE_IN_REGISTERS": 16, "SPLIT_BYTES": 1024},
     "parts": {"TILE_IN_REGISTERS": 16, "SPLIT_BYTES": 512, "WIDEST_TILE": 4},
 }

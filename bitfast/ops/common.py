@@ -54,10 +54,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
     float64 tensors are left alone, as torch's own autocast leaves them.
     """
-    device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if x.dtype == torch.float64 or not is_autocast_on(x.device.type):
         return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Say whether autocast is on for a type of device, also one that has none, such as "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:

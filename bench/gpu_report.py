@@ -1,0 +1,447 @@
+"""``make gpu-report OUT=<folder>``: everything that is to be learnt on a machine with a GPU, in one command.
+
+It builds the extension, runs the GPU tests and the sanitizer, measures the kernels and whole models beside
+the peers that are installed, and leaves report.json, report.md, plots and log.txt. Each part is a process
+with a time limit of its own; one that fails, crashes or hangs is recorded, and the others still run. The
+exit status is 1 if anything failed.
+
+This file needs nothing but Python: what is broken on the machine shall break a part, not the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, TextIO
+from xml.etree import ElementTree
+
+from bench.gpu_summary import add_ratios, draw_plots, markdown, short_table, targets
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 520.0
+"""Of the whole report: under nine minutes, with what Python needs to start and stop."""
+
+GRACE = 6.0
+"""Seconds that an interrupted part has to write what it knows."""
+
+NOTHING_BEGINS = 12.0
+"""Seconds before the end in which no part is started."""
+
+
+@dataclass
+class Part:
+    """One process of the report.
+
+    Attributes:
+        name: For people.
+        command: What runs.
+        seconds: Its time limit.
+        environment: Variables beside those of every part.
+        is_optional: Running out of time is no failure.
+        skipped: Why it cannot run here, or "".
+        junit: Where pytest leaves its results, or None.
+        rows: Where the part leaves its rows.
+    """
+
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    is_optional: bool = False
+    skipped: str = ""
+    junit: Path | None = None
+    rows: Path | None = None
+
+
+@dataclass
+class Running:
+    """A part that was started."""
+
+    part: Part
+    process: subprocess.Popen[bytes]
+    output: Path
+    began: float
+    ends: float
+    is_late: bool = False
+
+
+# ---- what runs ------------------------------------------------------------------------------------
+
+
+class Plan:
+    """The parts, in groups: those of a group run side by side, one group after the other."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self.folder = folder
+
+    def groups(self) -> list[list[Part]]:
+        """Return all parts. Times are taken by one part at a time; checks may share the GPU."""
+        kernels, models = "bench.gpu_kernels", "bench.gpu_models"
+        groups = [
+            [self.module("environment", "bench.gpu_device", 40)],
+            [
+                *self.all_tests(125),
+                self.sanitizer("memcheck", 125),
+                self.sanitizer("racecheck", 125),
+                # Kernels are compiled here; the parts that take times find them in Triton's cache.
+                self.module("group_norm_act", kernels, 120, "--check-only"),
+            ],
+            [self.module("ceilings", "bench.gpu_device", 30)],
+            [self.module("weight_standardization", kernels, 45)],
+            [self.module("models_eager", models, 95)],
+            [self.module("group_norm_act", kernels, 55)],
+            [self.module("models_compiled", models, 130)],
+            [self.module("same_padding", kernels, 15)],
+            [self.module("dispatch", "bench.gpu_device", 15)],
+            [self.module("models_peers", models, 80)],
+            [self.module("models_autotuned", models, 240, is_optional=True)],
+        ]
+        if self.options.smoke:
+            groups[-1][0].skipped = "a smoke run generates no code: see models_compiled"
+        only = self.options.only
+        if only:
+            groups = [[part for part in group if part.name in only] for group in groups]
+        return [[self.spoilt(part) for part in group] for group in groups if group]
+
+    def module(
+        self, name: str, module: str, seconds: float, *more: str, is_optional: bool = False
+    ) -> Part:
+        """Return a part that is a part of one of our modules."""
+        label = f"{name}_check" if "--check-only" in more else name
+        rows = self.folder / f"{label}.jsonl"
+        command = [sys.executable, "-m", module, "--part", name, "--rows", str(rows), *more]
+        return Part(label, [*command, *self.device()], seconds, is_optional=is_optional, rows=rows)
+
+    def all_tests(self, seconds: float) -> list[Part]:
+        """Return a part for each file of GPU tests: most of their time goes into compiling kernels."""
+        files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py"))
+        parts = [
+            self.tests("tests_gpu_" + Path(f).stem.removeprefix("test_"), [f], seconds)
+            for f in files
+        ]
+        parts.append(self.tests("tests_kernels", KERNEL_TESTS, seconds))
+        if self.options.smoke:
+            for part in parts[1:]:
+                part.skipped = "a smoke run runs one file of tests"
+        return parts
+
+    def tests(self, name: str, paths: list[str], seconds: float) -> Part:
+        """Return a part that runs tests."""
+        junit = self.folder / f"{name}.xml"
+        there = [path for path in paths if (ROOT / path).exists()]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+        if name == "tests_kernels" and importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(min(6, os.cpu_count() or 1))]
+        skipped = "" if there else f"not in this checkout: {', '.join(paths)}"
+        return Part(
+            name, [*command, f"--junitxml={junit}", *there], seconds, skipped=skipped, junit=junit
+        )
+
+    def sanitizer(self, tool: str, seconds: float) -> Part:
+        """Return a part that runs every kernel under compute-sanitizer."""
+        watched = [sys.executable, "-m", "bench.sanitizer_cases", *self.device()]
+        if self.options.smoke:
+            skipped = "" if tool == "memcheck" else "a smoke run runs the cases once, unwatched"
+            return Part(f"sanitizer_{tool}", watched, seconds, skipped=skipped)
+        found = shutil.which("compute-sanitizer")
+        command = [
+            str(found),
+            "--tool", tool, "--error-exitcode", "9", "--print-limit", "20",
+            # Calls that torch makes to ask what the driver can do are no errors of ours.
+            *(["--report-api-errors", "no"] if tool == "memcheck" else []),
+            *watched,
+        ]  # fmt: skip
+        # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        skipped = "" if found else "compute-sanitizer is not installed"
+        return Part(f"sanitizer_{tool}", command, seconds, environment, skipped=skipped)
+
+    def device(self) -> list[str]:
+        """Return the options that say where a part computes."""
+        return ["--device", self.options.device, *(["--smoke"] if self.options.smoke else [])]
+
+    def spoilt(self, part: Part) -> Part:
+        """Return the part, or one that fails in its place if a test asks for that."""
+        if part.name in self.options.sabotage:
+            part.command = [sys.executable, "-c", "raise RuntimeError('sabotaged')"]
+        return part
+
+    def builds(self) -> list[Part]:
+        """Return the ways to build, each tried if the one before failed."""
+        command = [
+            sys.executable,
+            "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
+            "--editable", str(ROOT),
+        ]  # fmt: skip
+        pip = {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        return [
+            self.spoilt(
+                Part(f"build_{choice}", command, limit, {**pip, "BITFAST_EXTENSION": choice})
+            )
+            for choice, limit in (("cuda", 150.0), ("cpu", 60.0), ("none", 40.0))
+        ]
+
+
+KERNEL_TESTS = [
+    "tests/test_group_norm_act_kernels.py",
+    "tests/test_weight_standardization_kernels.py",
+]
+
+
+# ---- running it -----------------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs parts, and keeps how they ended and the rows that they left."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, log: TextIO) -> None:
+        self.options = options
+        self.folder = folder
+        self.log = log
+        self.ends = time.monotonic() + options.seconds
+        self.parts: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self, group: list[Part]) -> None:
+        """Run the parts of one group side by side."""
+        started = []
+        for part in group:
+            left = self.ends - time.monotonic()
+            if not part.skipped and left < NOTHING_BEGINS:
+                part.skipped = "the report is out of time"
+            if part.skipped:
+                self.ended(part, "skipped", 0.0, part.skipped)
+            else:
+                started.append(self.start(part, min(part.seconds, left - GRACE)))
+        while started:
+            for running in [r for r in started if self.has_ended(r)]:
+                started.remove(running)
+                self.finish(running)
+            time.sleep(0.1)
+
+    def start(self, part: Part, seconds: float) -> Running:
+        """Start a part, in a process group of its own."""
+        command = part.command
+        if part.rows is not None and "--part" in command:
+            # It should end by itself: what began must be able to end within the limit.
+            command = [*command, "--seconds", f"{0.8 * seconds:.0f}"]
+        output = self.folder / f"{part.name}.txt"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=self.environment(part),
+                start_new_session=True,
+            )
+        now = time.monotonic()
+        print(f"{part.name}: started, {seconds:.0f} s at most", flush=True)
+        return Running(part, process, output, now, now + seconds)
+
+    def environment(self, part: Part) -> dict[str, str]:
+        """Return the variables of a part; kernels are interpreted only in a smoke run on the CPU."""
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
+        environment.pop("TRITON_INTERPRET", None)
+        if self.options.device == "cpu" and importlib.util.find_spec("triton") is not None:
+            environment["TRITON_INTERPRET"] = "1"
+        if self.options.device == "cpu":
+            environment["OMP_NUM_THREADS"] = "1"  # the sizes are tiny
+        return environment
+
+    def has_ended(self, running: Running) -> bool:
+        """Say whether a part has ended; interrupt it at its limit, and end it soon after."""
+        process, now = running.process, time.monotonic()
+        if process.poll() is not None:
+            return True
+        if now > running.ends and not running.is_late:
+            running.is_late = True
+            os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
+        if now > running.ends + GRACE:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return process.poll() is not None
+
+    def finish(self, running: Running) -> None:
+        """Note how a part ended, and the rows that it left."""
+        part, process, is_late = running.part, running.process, running.is_late
+        seconds = time.monotonic() - running.began
+        text = running.output.read_text(errors="replace")
+        self.log.write(f"\n===== {part.name}: {' '.join(part.command)}\n{text}")
+        self.log.flush()
+        self.rows += rows_in(part)
+        if is_late:
+            status = "out of time" if part.is_optional else "timed out"
+        else:
+            status = "done" if process.returncode == 0 else "failed"
+        problem = "" if status == "done" else "\n".join(text.strip().splitlines()[-12:])[-2500:]
+        if status == "failed":
+            problem += f"\nexit status {process.returncode}"
+        said = (text.strip().splitlines() or [""])[-1]
+        is_telling = part.name.startswith(("tests", "sanitizer"))  # of others the rows say more
+        self.ended(part, status, seconds, problem, said[:160] if is_telling else "")
+
+    def ended(
+        self, part: Part, status: str, seconds: float, problem: str, last_words: str = ""
+    ) -> None:
+        """Note how a part ended."""
+        self.parts.append(
+            {
+                "part": part.name,
+                "status": status,
+                "seconds": seconds,
+                "problem": problem,
+                "last_words": problem if status == "skipped" else last_words,
+            }
+        )
+        print(f"{part.name}: {status} after {seconds:.0f} s", flush=True)
+
+    def build(self, builds: list[Part]) -> None:
+        """Build the extension; with less of it where that fails, so that the Triton kernels can run."""
+        for part in builds:
+            self.run([part])
+            if self.parts[-1]["status"] == "done":
+                return
+
+    def succeeded(self) -> bool:
+        """Say whether nothing failed."""
+        fine = {"done", "skipped", "out of time"}
+        return all(part["status"] in fine for part in self.parts) and not any(
+            row["status"] == "failed" for row in self.rows
+        )
+
+
+def rows_in(part: Part) -> list[dict[str, Any]]:
+    """Return the rows that a part left, also one that did not get to its end."""
+    if part.junit is not None and part.junit.exists():
+        return test_rows(part.name, part.junit)
+    if part.rows is None or not part.rows.exists():
+        return []
+    rows = []
+    for line in part.rows.read_text().splitlines():
+        try:
+            rows.append({**json.loads(line), "part": part.name})
+        except json.JSONDecodeError:  # cut off in the middle
+            continue
+    return rows
+
+
+def test_rows(part: str, junit: Path) -> list[dict[str, Any]]:
+    """Return a row for each test file, and one for each test that failed."""
+    counts: dict[str, dict[str, int]] = {}
+    failures = []
+    for case in ElementTree.parse(junit).iter("testcase"):
+        name = case.get("classname", "") or case.get("name", "")
+        found = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        outcome = found[0].tag if found else "passed"
+        outcome = "failed" if outcome in ("failure", "error") else outcome
+        counts.setdefault(name, {"passed": 0, "failed": 0, "skipped": 0})[outcome] += 1
+        if outcome == "failed":
+            message = (found[0].text or found[0].get("message") or "").strip()
+            failures.append((f"{name}::{case.get('name')}", "\n".join(message.splitlines()[-6:])))
+    rows = []
+    for name, count in counts.items():
+        note = ", ".join(f"{n} {outcome}" for outcome, n in count.items())
+        rows.append(test_row(part, name, "checked", note[:600]))
+    return rows + [test_row(part, name, "failed", note[-1500:]) for name, note in failures]
+
+
+def test_row(part: str, case: str, status: str, note: str) -> dict[str, Any]:
+    """Return a row without a time."""
+    empty = dict.fromkeys(("seconds", "spread", "ratio", "fraction_of_floor", "check"))
+    return {
+        "part": part, "case": case, "contestant": "pytest", "status": status, **empty,
+        "device": "", "smoke": False, "note": note,
+    }  # fmt: skip
+
+
+# ---- the report -----------------------------------------------------------------------------------
+
+
+def report_of(runner: Runner, output: Path) -> dict[str, Any]:
+    """Return the report, and draw its plots."""
+    options, rows = runner.options, runner.rows
+    described = [row["facts"] for row in rows if "facts" in row]
+    for row in rows:
+        row["smoke"] = options.smoke
+    add_ratios(rows)
+    names, problem = draw_plots(rows, output)
+    return {
+        "date": date.today().isoformat(),
+        "smoke": options.smoke,
+        "succeeded": runner.succeeded(),
+        "environment": described[0] if described else None,
+        "parts": runner.parts,
+        "targets": targets(rows),
+        "plots": names,
+        "plots_problem": problem,
+        "rows": [row for row in rows if "facts" not in row],
+    }
+
+
+def write(report: dict[str, Any], output: Path) -> None:
+    """Write report.json and report.md."""
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "report.md").write_text(markdown(report))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--build", action="store_true", help="build and install in place first")
+    parser.add_argument("--only", action="append", default=[], metavar="PART")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the whole report")
+    parser.add_argument("--commit", help="where this is a copy without git's history")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes: shows that the report works, no figures"
+    )
+    # For the tests: these parts fail.
+    parser.add_argument("--sabotage", action="append", default=[], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and not options.smoke:
+        parser.error("--device cpu needs --smoke: times from a CPU say nothing about a GPU")
+    if options.commit:
+        os.environ["BITFAST_COMMIT"] = options.commit
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the report."""
+    options = parse(arguments)
+    options.output = options.output.resolve()
+    options.output.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (options.output / "log.txt").open("w") as log,
+    ):
+        runner = Runner(options, Path(folder), log)
+        plan = Plan(options, Path(folder))
+        if options.build:
+            runner.build(plan.builds())
+        for group in plan.groups():
+            runner.run(group)
+            write(report_of(runner, options.output), options.output)
+    report = report_of(runner, options.output)
+    write(report, options.output)
+    print(f"\n{options.output / 'report.md'}\n\n{short_table(report)}")
+    if not report["succeeded"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""``python -m bench.kernel_builds``: build the Triton kernels for three chips, without a GPU, and look inside.
+
+Every launch that the norms and weights of R50x1 and R152x4 take is compiled ahead of time as Triton would
+compile it on the first call. From the machine code come registers, spills, shared memory and the width of
+every access to global memory.
+
+Each access of the PTX code carries the line of the kernel that asked for it, which says whether it is to a
+whole feature map or weight (these should be 16 bytes wide) or to a few numbers beside it. The machine code
+has the same accesses, but no such lines; there they are counted by width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import linecache
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from bench.kernel_variants import Job, all_jobs, quick_jobs
+
+REGISTERS_PER_THREAD = 255
+REGISTERS_PER_MULTIPROCESSOR = 65536
+SHARED_PER_PROGRAM = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+# ---- one build ----------------------------------------------------------------------------------
+
+
+def build(job: Job) -> dict[str, Any]:
+    """Compile a variant for a chip and say what its code is like.
+
+    Returns:
+        ``registers`` per thread; ``spills``: bytes of stack and local memory per thread plus the
+        instructions that use them; ``shared``: bytes per program; ``code``: the instructions that reach
+        global memory, and ``asked``: the same in PTX, by :func:`category`. Both by width, as "16x4 4x2":
+        four of 16 bytes and two of 4.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    variant, architecture = job
+    module, name = variant.kernel.split(".")
+    kernel = getattr(import_module(f"bitfast.kernels.{module}"), name)
+    place = {parameter: (number,) for number, parameter in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(variant.signature),
+        constexprs={place[name]: value for name, value in variant.constants},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": variant.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool_output("cuobjdump", "-res-usage", file.name)
+        code = tool_output("cuobjdump", "-sass", file.name)
+    sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    in_code, local = machine_accesses(code)
+    return {
+        "registers": sizes["REG"],
+        "spills": sizes["STACK"] + sizes["LOCAL"] + local,
+        "shared": compiled.metadata.shared,
+        "code": by_width(in_code),
+        "asked": by_width(asked_accesses(compiled.asm["ptx"])),
+    }
+
+
+def tool_output(tool: str, *arguments: str) -> str:
+    """Run one of the CUDA tools that come with Triton."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+MACHINE_ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LD|ST|LDL|STL)((?:\.\w+)*) ")
+
+
+def machine_accesses(code: str) -> tuple[Counter[tuple[str, int]], int]:
+    """Count the accesses to global memory in machine code by ("load|store", bytes), and to local memory."""
+    counts: Counter[tuple[str, int]] = Counter()
+    local = 0
+    for name, modifiers in MACHINE_ACCESS.findall(code):
+        if name in ("LDL", "STL"):
+            local += 1
+        else:
+            counts["store" if name.startswith("ST") else "load", width_of(modifiers)] += 1
+    return counts, local
+
+
+def width_of(modifiers: str) -> int:
+    """Return the bytes of a machine instruction, 4 unless it says otherwise."""
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+    return next((widths[part] for part in modifiers.split(".") if part in widths), 4)
+
+
+def by_width(counts: Counter[tuple[str, int]]) -> dict[str, str]:
+    """Turn counts of (what, width) into {what: "16x4 4x2"}."""
+    result: dict[str, str] = {}
+    for (what, width), count in sorted(counts.items(), key=lambda item: (item[0][0], -item[0][1])):
+        result[what] = f"{result.get(what, '')} {width}x{count}".lstrip()
+    return result
+
+
+def widths(text: str | None) -> dict[int, int]:
+    """Turn "16x4 4x2" into {16: 4, 4: 2}."""
+    pairs = (part.split("x") for part in (text or "").split())
+    return {int(width): int(count) for width, count in pairs}
+
+
+PTX_FILE = re.compile(r'\s*\.file\s+(\d+) "(.*)"')
+PTX_LINE = re.compile(r"\s*\.loc\s+(\d+) (\d+) ")
+PTX_ACCESS = re.compile(r"\b(ld|st)\.(?:\w+\.)*?global\.(?:[\w:]+\.)*?(?:v(\d)\.)?[busf](\d+) ")
+
+
+def asked_accesses(ptx: str) -> Counter[tuple[str, int]]:
+    """Count the accesses to global memory in PTX by ("category load|store", bytes)."""
+    files = dict(PTX_FILE.findall(ptx))
+    counts: Counter[tuple[str, int]] = Counter()
+    line, is_inline, is_known = ("", 0), False, False
+    for text in ptx.splitlines():
+        if "inline asm" in text:
+            is_inline, is_known = "begin" in text, False
+        elif found := PTX_LINE.match(text):
+            # Within inline assembly LLVM counts on from line to line: the first one is right.
+            if not is_known:
+                line = (files.get(found[1], ""), int(found[2]))
+            is_known = is_inline
+        elif found := PTX_ACCESS.search(text):
+            action = {"ld": "load", "st": "store"}[found[1]]
+            counts[f"{category(*line)} {action}", int(found[2] or 1) * int(found[3]) // 8] += 1
+    return counts
+
+
+VECTOR = re.compile(
+    r"tl\.(load|store)\("
+    r"((weight|bias|grad_weight|grad_bias|mean|rstd|channel_d|channel_dh) \+ (channel|image|row)\b"
+    r"|(mean|rstd), |partial_\w+ \+ place|channel_\w+ \+ place, sum_|programs|entry)"
+)
+"""Accesses to what has a number per channel, group or filter, and to the table of all weights."""
+
+
+@cache
+def category(file: str, line: int) -> str:
+    """Say what an access is to, by the line of the kernel that it stands in.
+
+    "vector": numbers per channel, group or filter, few beside the tensors themselves. "turned": the side of
+    a weight where neighbouring threads have neighbouring filters' pixels, 4 bytes each by design.
+    "looped": filters too long for a tile, or unaligned ones. "tile": all else, and anything unknown.
+    """
+    text = linecache.getline(file, line)
+    if VECTOR.search(text):
+        return "vector"
+    function = function_at(file, line)
+    if function.endswith("_looped"):
+        return "looped"
+    return "turned" if function.endswith("_turned") and "+ source" in text else "tile"
+
+
+@cache
+def functions_in(file: str) -> list[tuple[int, int, str]]:
+    """Return the first line, last line and name of each function of a file."""
+    nodes = ast.walk(ast.parse(Path(file).read_text()))
+    return [
+        (node.lineno, node.end_lineno or node.lineno, node.name)
+        for node in nodes
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+def function_at(file: str, line: int) -> str:
+    """Return the function that a line is in, or nothing."""
+    if not Path(file).exists():
+        return ""
+    return next((name for first, last, name in functions_in(file) if first <= line <= last), "")
+
+
+# ---- the sweep ----------------------------------------------------------------------------------
+
+
+def build_all(jobs: list[Job], workers: int) -> dict[str, dict[str, Any]]:
+    """Build in parallel, from nothing; return the results by variant and chip.
+
+    (A cached build may name lines of a file that has changed since.)
+    """
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for (variant, architecture), result in zip(
+                jobs, pool.map(build, jobs, chunksize=8), strict=True
+            ):
+                results.setdefault(variant.title, {})[str(architecture)] = result
+    return results
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """Return a Markdown table: the worst of every kernel on every chip."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for title, by_chip in results.items():
+        for chip, result in by_chip.items():
+            rows.setdefault((title.partition("(")[0], chip), []).append(result)
+    lines = [
+        "| kernel | chip | variants | registers | spilling | shared bytes | narrowest tile access |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for (kernel, chip), members in sorted(rows.items()):
+        tiles = [
+            width
+            for member in members
+            for what in ("tile load", "tile store")
+            for width in widths(member["asked"].get(what))
+        ]
+        lines.append(
+            f"| {kernel} | sm_{chip} | {len(members)} | {max(m['registers'] for m in members)}"
+            f" | {sum(m['spills'] > 0 for m in members)} | {max(m['shared'] for m in members)}"
+            f" | {min(tiles, default='-')} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the builds from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the part that the tests build")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="write JSON here")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
+    jobs = quick_jobs() if options.quick else all_jobs()
+    start = time.perf_counter()
+    results = build_all(jobs, options.workers)
+    seconds = time.perf_counter() - start
+    print(f"{len(jobs)} builds in {seconds:.0f} s", file=sys.stderr)
+    print(summary(results))
+    if options.output is not None:
+        options.output.write_text(to_json(results))
+
+
+def to_json(results: dict[str, dict[str, Any]]) -> str:
+    """Return the table of results, with one line per variant."""
+    rows = (f"  {json.dumps(title)}: {json.dumps(row)}" for title, row in results.items())
+    version = json.dumps(metadata.version("triton"))
+    return f'{{\n "triton": {version},\n "variants": {{\n' + ",\n".join(rows) + "\n }\n}\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Which variants of the Triton kernels the norms and weights of whole models take: what to build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.shapes import (
+    Dtypes,
+    Norm,
+    all_weights_launch,
+    norm_launches,
+    shapes_of,
+    weight_launch,
+)
+from bitfast.activations import ACTIVATIONS
+from bitfast.kernels.launch import Launch
+
+ARCHITECTURES = (80, 90, 100)
+"""Compute capability times ten: A100, H100 and H200, B200."""
+
+BATCHES = {"R50x1": (1, 8, 128), "R152x4": (1, 16)}
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (
+    Dtypes(FLOAT32, FLOAT32),
+    Dtypes(BFLOAT16, FLOAT32),
+    Dtypes(FLOAT16, FLOAT16),
+)
+"""float32; 16 bits under autocast; 16 bits throughout. (The two 16-bit types give the same code but for the
+conversions.)"""
+
+TRITON_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Variant(NamedTuple):
+    """What one compilation depends on, besides the chip.
+
+    Attributes:
+        kernel: "module.function", within ``bitfast.kernels``.
+        signature: "name: type" of every parameter; the type is "constexpr" for constants.
+        aligned: The parameters that are multiples of 16.
+        constants: "name=value" of every constant.
+        warps: Per program.
+    """
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    aligned: tuple[str, ...]
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+
+    @classmethod
+    def of(cls, launch: Launch) -> Variant:
+        """Return what Triton would compile for a launch: it specializes on ones and multiples of 16."""
+        signature, aligned, constants = [], [], dict(launch.constants)
+        for name in launch.kernel.arg_names:
+            value = launch.arguments.get(name)
+            if name in constants:
+                kind = "constexpr"
+            elif isinstance(value, Tensor):
+                kind = TRITON_TYPES[value.dtype]
+                if value.storage_offset() * value.element_size() % 16 == 0:
+                    aligned.append(name)
+            elif isinstance(value, float):
+                kind = "fp32"
+            elif value == 1:
+                kind, constants[name] = "constexpr", 1
+            else:
+                kind = "i32" if value < 2**31 else "i64"
+                if value % 16 == 0:
+                    aligned.append(name)
+            signature.append((name, kind))
+        module = launch.kernel.fn.__module__.removeprefix("bitfast.kernels.")
+        return cls(
+            f"{module}.{launch.kernel.fn.__name__}",
+            tuple(signature),
+            tuple(aligned),
+            tuple(constants.items()),
+            launch.warps,
+        )
+
+    @property
+    def title(self) -> str:
+        """All of it in one line: the key of the table of results. ":16" marks multiples of 16."""
+        types = " ".join(
+            kind + (":16" if name in self.aligned else "")
+            for name, kind in self.signature
+            if kind != "constexpr"
+        )
+        constants = " ".join(f"{name}={value}" for name, value in self.constants)
+        return f"{self.kernel}({types}) {constants} warps={self.warps}"
+
+    @property
+    def compute_type(self) -> str:
+        """The type of the feature maps or standardized weights."""
+        types = dict(self.signature)
+        return next(
+            types[name] for name in ("x", "total", "result", "grad", "grad_bias") if name in types
+        )
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        """Return the value of a constant."""
+        return dict(self.constants).get(name, default)
+
+
+# ---- which variants there are -------------------------------------------------------------------
+
+
+def variants_of(launches: Iterable[Launch]) -> list[Variant]:
+    """Return the distinct variants, in order."""
+    return list(dict.fromkeys(Variant.of(launch) for launch in launches))
+
+
+def norms_of(model: str) -> list[Norm]:
+    """Return the distinct norms of a model at 224x224."""
+    return list(dict.fromkeys(shapes_of(model, 224).norms))
+
+
+def model_launches(model: str, dtypes: Dtypes) -> Iterator[Launch]:
+    """Yield the launches of a model's norms, channels_last, and weights, forward and backward."""
+    weights = shapes_of(model, 224).weights
+    for backward in (False, True):
+        for norm, batch in product(norms_of(model), BATCHES[model]):
+            yield from norm_launches(norm, batch, dtypes, backward=backward)
+        for shape, turned in product(dict.fromkeys(weights), (False, True)):
+            yield weight_launch(shape, dtypes, backward=backward, to_channels_last=turned)
+        yield all_weights_launch(weights, dtypes, backward=backward)
+
+
+def activation_launches(dtypes: Dtypes) -> Iterator[Launch]:
+    """Yield launches with every activation: in two launches, in one tile, in a moving tile."""
+    norms = ((Norm(256, 56, 56, True, True), (8, 128)), (Norm(1024, 14, 14, True, True), (8,)))
+    for activation, (norm, batches) in product(ACTIVATIONS, norms):
+        for batch, backward in product(batches, (False, True)):
+            yield from norm_launches(norm, batch, dtypes, backward=backward, activation=activation)
+
+
+def nchw_launches(norms: Iterable[Norm], dtypes: Dtypes) -> Iterator[Launch]:
+    """Yield the launches of norms at batch 8 in the other layout."""
+    for norm, backward in product(norms, (False, True)):
+        yield from norm_launches(norm, 8, dtypes, backward=backward, is_channels_last=False)
+
+
+def wide_launches(dtypes: Dtypes) -> Iterator[Launch]:
+    """Yield launches of over 2^31 elements in an image: in two launches, in one tile, in a moving tile."""
+    norms = {
+        Norm(64, 4096, 8192, True, True): 32,
+        Norm(2**25, 7, 7, True, True): 2**20,
+        Norm(2**20, 56, 56, True, True): 2**15,
+    }
+    for (norm, groups), backward in product(norms.items(), (False, True)):
+        yield from norm_launches(norm, 2, dtypes, backward=backward, groups=groups)
+
+
+Job = tuple[Variant, int]
+"""A variant and the chip to build it for."""
+
+
+def all_jobs() -> list[Job]:
+    """Return the full sweep."""
+    launches = [model_launches(model, dtypes) for model, dtypes in product(BATCHES, DTYPES)]
+    for dtypes in DTYPES[:2]:
+        launches += (
+            activation_launches(dtypes),
+            nchw_launches(norms_of("R50x1"), dtypes),
+            wide_launches(dtypes),
+        )
+    return list(product(variants_of(chain(*launches)), ARCHITECTURES))
+
+
+def quick_jobs() -> list[Job]:
+    """Return a part of the sweep for every change.
+
+    Every kind of kernel in every dtype for every chip; and for one chip, under autocast to bfloat16, every
+    tile of the models, every activation, both layouts and 64-bit offsets.
+    """
+    jobs: dict[Any, Job] = {}
+    for variant, architecture in all_jobs():
+        details = ("ONE_TILE", "KIND", "like") if architecture == 90 else ("ONE_TILE",)
+        what = [variant.constant(name, dict(variant.signature).get(name)) for name in details]
+        kind = (variant.kernel, variant.compute_type, architecture, *what)
+        jobs.setdefault(kind, (variant, architecture))
+    dtypes = Dtypes(BFLOAT16, FLOAT32)
+    launches = chain(
+        *(model_launches(model, dtypes) for model in BATCHES),
+        activation_launches(dtypes),
+        nchw_launches(norms_of("R50x1")[::5], dtypes),
+        wide_launches(dtypes),
+    )
+    for variant in variants_of(launches):
+        jobs.setdefault((variant.kernel, variant.constants, variant.warps), (variant, 90))
+    return list(dict.fromkeys(jobs.values()))
+
+
+__all__ = ["ARCHITECTURES", "Job", "Variant", "all_jobs", "quick_jobs"]

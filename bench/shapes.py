@@ -1,0 +1,222 @@
+"""The norms and the convolution weights of whole models, and the kernel launches that they take.
+
+The network itself is run, forward and backward, on tensors without contents, so that what fuses with what
+is what it really fuses.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bitfast import BitConfig, BitModel, layers
+from bitfast.kernels import group_norm_act as norm_kernels
+from bitfast.kernels import weight_standardization as weight_kernels
+from bitfast.kernels.launch import Launch
+from bitfast.ops.weight_standardization import starts_of
+
+MODELS: dict[str, dict[str, Any]] = {
+    "R50x1": {},
+    "R101x3": {
+        "embedding_size": 192,
+        "hidden_sizes": [768, 1536, 3072, 6144],
+        "depths": [3, 4, 23, 3],
+    },
+    "R152x4": {
+        "embedding_size": 256,
+        "hidden_sizes": [1024, 2048, 4096, 8192],
+        "depths": [3, 8, 36, 3],
+    },
+}
+"""What differs from the default configuration."""
+
+GROUPS = 32
+EPS = 1e-5
+
+
+class Norm(NamedTuple):
+    """One norm of a model.
+
+    Attributes:
+        channels, height, width: Of the feature map.
+        has_residual: A residual is added first, and the sum kept.
+        is_sum_used: The sum goes elsewhere too, so that the backward pass adds a gradient to its own.
+    """
+
+    channels: int
+    height: int
+    width: int
+    has_residual: bool
+    is_sum_used: bool
+
+    @property
+    def pixels(self) -> int:
+        """Height times width."""
+        return self.height * self.width
+
+    @property
+    def numel(self) -> int:
+        """Elements of one image's feature map."""
+        return self.channels * self.pixels
+
+
+class Shapes(NamedTuple):
+    """A model's norms, in order of execution, and its standardized weights, likewise."""
+
+    norms: list[Norm]
+    weights: list[tuple[int, ...]]
+
+
+# ---- what a model runs ----------------------------------------------------------------------------
+
+
+class _Recorder:
+    """Stands in for the ops and notes their calls."""
+
+    def __init__(self) -> None:
+        self.weights: list[tuple[int, ...]] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.residuals: set[int] = set()
+        self.used_sums: set[int] = set()
+
+    def weight(self, weight: Tensor, *_: Any) -> Tensor:
+        self.weights.append(tuple(weight.shape))
+        return weight
+
+    def norm(self, x: Tensor, *_: Any) -> Tensor:
+        self.shapes.append(tuple(x.shape[1:]))
+        return x.clone()
+
+    def add_and_norm(self, x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        number = len(self.shapes)
+        self.shapes.append(tuple(x.shape[1:]))
+        self.residuals.add(number)
+        return _RecordedSum.apply(x, residual, number, self)
+
+
+class _RecordedSum(torch.autograd.Function):
+    """add_group_norm_act without the arithmetic: it notes whether its sum gets a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, number: int, recorder: _Recorder
+    ) -> tuple[Tensor, Tensor]:
+        ctx.number, ctx.recorder = number, recorder
+        ctx.set_materialize_grads(False)
+        return torch.empty_like(x), torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad_sum is not None:
+            ctx.recorder.used_sums.add(ctx.number)
+        return grad, grad, None, None
+
+
+@lru_cache
+def shapes_of(model: str, image_size: int) -> Shapes:
+    """Return what a model of ``MODELS`` runs on square images, by running it on one without contents."""
+    recorder = _Recorder()
+    with (
+        torch.device("meta"),
+        mock.patch.object(layers, "weight_standardization", recorder.weight),
+        mock.patch.object(layers, "group_norm_act", recorder.norm),
+        mock.patch.object(layers, "add_group_norm_act", recorder.add_and_norm),
+    ):
+        network = BitModel(BitConfig(num_groups=GROUPS, **MODELS[model])).train()
+        features = network(torch.empty(1, 3, image_size, image_size)).pooler_output
+        features.backward(torch.empty_like(features))
+    norms = [
+        Norm(*shape, number in recorder.residuals, number in recorder.used_sums)
+        for number, shape in enumerate(recorder.shapes)
+    ]
+    return Shapes(norms, recorder.weights)
+
+
+# ---- the launches that it takes -------------------------------------------------------------------
+
+
+class Dtypes(NamedTuple):
+    """Of the feature maps and prepared weights, and of the parameters that they come from."""
+
+    compute: torch.dtype
+    parameter: torch.dtype
+
+
+def norm_launches(
+    norm: Norm,
+    batch: int,
+    dtypes: Dtypes,
+    *,
+    backward: bool,
+    activation: str = "relu",
+    is_channels_last: bool = True,
+    groups: int = GROUPS,
+) -> list[Launch]:
+    """Return the launches of one norm, on meta tensors, as they are planned without a GPU."""
+    shape = (batch, norm.channels, norm.height, norm.width)
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtypes.compute, device="meta", memory_format=layout)
+    parameter = torch.empty(norm.channels, dtype=dtypes.parameter, device="meta")
+    statistic = torch.empty(batch, groups, device="meta")
+    if backward:
+        return norm_kernels.backward_launches(
+            x, x if norm.is_sum_used else None, x, parameter, parameter, statistic, statistic,
+            activation, is_channels_last, grad_x=x, grad_weight=parameter, grad_bias=parameter,
+        )  # fmt: skip
+    other = x if norm.has_residual else None
+    return norm_kernels.forward_launches(
+        x, other, parameter, parameter, EPS, activation, is_channels_last,
+        total=other, result=x, mean=statistic, rstd=statistic,
+    )  # fmt: skip
+
+
+def weight_launch(
+    shape: tuple[int, ...], dtypes: Dtypes, *, backward: bool, to_channels_last: bool
+) -> Launch:
+    """Return the launch for one contiguous weight, on meta tensors."""
+    weight = torch.empty(shape, dtype=dtypes.parameter, device="meta")
+    result = torch.empty(shape, dtype=dtypes.compute, device="meta")
+    statistic = torch.empty(shape[0], device="meta")
+    if backward:
+        return weight_kernels.backward_launch(
+            result, weight, statistic, statistic, to_channels_last, grad_weight=weight
+        )
+    return weight_kernels.forward_launch(
+        weight, 1e-8, to_channels_last, result=result, mean=statistic, rstd=statistic
+    )
+
+
+def all_weights_launch(
+    shapes: list[tuple[int, ...]], dtypes: Dtypes, *, backward: bool, to_channels_last: bool = True
+) -> Launch:
+    """Return the launch for all weights of a model, contiguous, on meta tensors."""
+    weights = [torch.empty(shape, dtype=dtypes.parameter, device="meta") for shape in shapes]
+    starts, end = starts_of([weight.numel() for weight in weights])
+    table = weight_kernels.table_of(weights, starts, to_channels_last)
+    buffer = torch.empty(end, dtype=dtypes.compute, device="meta")
+    statistic = torch.empty(sum(shape[0] for shape in shapes), device="meta")
+    if backward:
+        return weight_kernels.backward_all_launch(
+            table, buffer, weights, statistic, statistic,
+            grad_weight=torch.empty(end, dtype=dtypes.parameter, device="meta"),
+        )  # fmt: skip
+    return weight_kernels.forward_all_launch(
+        table, weights, 1e-8, result=buffer, mean=statistic, rstd=statistic
+    )
+
+
+__all__ = [
+    "GROUPS",
+    "MODELS",
+    "Dtypes",
+    "Norm",
+    "Shapes",
+    "all_weights_launch",
+    "norm_launches",
+    "shapes_of",
+    "weight_launch",
+]
