@@ -1,5 +1,5 @@
-"""Triton kernels of bitfast, installed as ``bitfast.kernels``: one file per op, named after it.
+"""Triton kernels of bitfast, installed as ``bitfast.kernels``: the files of an op begin with its name.
 
-Nothing is here yet. A kernel file imports torch and triton only, and is itself imported by
-``bitfast/ops/<op>.py`` on the op's first launch.
+``<op>.py`` chooses launch shapes and lists launches, the files beside it hold the kernels. They import torch
+and triton only, and are imported by ``bitfast/ops/<op>.py`` on the op's first launch.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,10 +18,12 @@ from bitfast.backends import (
     OPS,
     BackendUnavailableError,
     backend_table,
+    register_kernel,
     select_backend,
     use_backend,
     why_unavailable,
 )
+from bitfast.ops import common, group_norm_act
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,3 +162,76 @@ def test_the_cuda_half_says_why_it_is_not_loaded() -> None:
         assert extension.CUDA.problem == "this torch was built without CUDA"
     else:
         assert extension.CUDA.problem is None
+
+
+# ---- Triton ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"torch.cuda.is_available": False}, "no CUDA device"),
+        ({"torch.version.hip": "6.0"}, "AMD"),
+        ({"importlib.util.find_spec": None}, "triton is not installed"),
+        ({"bitfast.ops.common._is_interpreting": True}, "TRITON_INTERPRET is set"),
+        ({"importlib.metadata.version": "3.5.1"}, r"triton 3.5.1 is older than 3.6"),
+        ({"torch.cuda.get_device_capability": (7, 5)}, r"capability is 7.5, 8.0 is needed"),
+        ({}, None),
+    ],
+)
+def test_why_there_are_no_triton_kernels(changes, reason, monkeypatch) -> None:
+    values = {
+        "torch.cuda.is_available": True,
+        "torch.version.hip": None,
+        "bitfast.ops.common._is_interpreting": False,
+        "importlib.metadata.version": "3.10.0",
+        "torch.cuda.get_device_capability": (9, 0),
+        **changes,
+    }
+    for name, value in values.items():
+        is_function = name != "torch.version.hip"
+        monkeypatch.setattr(name, (lambda *_, v=value: v) if is_function else value, raising=False)
+    found = common._why_no_triton.__wrapped__()
+    if reason is None:
+        assert found is None
+    else:
+        assert re.search(reason, found)
+
+
+def test_kernels_on_demand_are_no_default() -> None:
+    for op in ("group_norm_act", "weight_standardization"):
+        row = next(
+            r for r in backend_table() if (r.op, r.device, r.backend) == (op, "cpu", "triton")
+        )
+        assert row.available == (common.why_no_interpreter() is None)
+        assert not row.default
+        assert select_backend(op, "cpu", torch.float32) == "reference"
+        if row.available:
+            with use_backend("triton"):
+                assert select_backend(op, "cpu", torch.float32) == "triton"
+                with pytest.raises(BackendUnavailableError, match="float64"):
+                    select_backend(op, "cpu", torch.float64)
+
+
+def test_asking_for_triton_can_be_traced(monkeypatch) -> None:
+    """Neither question can be traced into; both have constant answers."""
+    monkeypatch.setattr(backends, "_kernels", dict(backends._kernels))
+    for device, reason in (("cpu", common.why_no_triton), ("meta", common.why_no_interpreter)):
+        register_kernel("group_norm_act", "triton", device, common.TRITON_DTYPES, reason)
+    torch._dynamo.reset()
+    x, ones = torch.randn(2, 4, 3, 3), torch.ones(4)
+    compiled = torch.compile(group_norm_act, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, ones, ones, 2), group_norm_act(x, ones, ones, 2))
+
+
+def test_the_commands_say_why_triton_does_not_serve_the_cpu() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-m", "bitfast", "env"],
+        env=environment, capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    line = next(
+        line for line in process.stdout.splitlines()
+        if "group_norm_act" in line and "cpu" in line and "triton" in line
+    )  # fmt: skip
+    assert "run on GPUs" in line

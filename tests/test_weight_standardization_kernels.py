@@ -281,6 +281,15 @@ def test_mixed_dtypes_and_a_weight_given_twice():
         torch.testing.assert_close(result, oracle(weight).to(weight.dtype))
 
 
+def test_weights_on_two_devices():
+    """Each device's weights are standardized there; the meta device stands for a second GPU."""
+    weights = [make((4, 3, 3, 3)), torch.empty(2, 5, 1, 1, device="meta"), make((2, 5, 1, 1))]
+    results = weight_standardization_all(weights)
+    assert [r.device for r in results] == [w.device for w in weights]
+    for number in (0, 2):
+        torch.testing.assert_close(results[number], plain(weights[number]))
+
+
 @settings(max_examples=100)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)), min_size=1),

@@ -60,8 +60,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def is_autocast_on(device_type: str) -> bool:
-    """Say whether autocast is on for a type of device, also one that has none, such as "meta"."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Say whether autocast is on for a type of device; the meta device has none to ask."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:
@@ -107,25 +107,25 @@ def announce_triton_kernels(op: str) -> None:
 
 def why_no_triton() -> str | None:
     """Say why Triton kernels cannot run on this machine's GPU; None when they can."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if _is_interpreting():
-        return "TRITON_INTERPRET is set, so that kernels are interpreted, not compiled"
-    return _why_triton_cannot_compile()
+    return _why_no_triton()
 
 
 @lru_cache
-def _why_triton_cannot_compile() -> str | None:
+def _why_no_triton() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if torch.version.hip is not None:
         return "the kernels were never tried on AMD GPUs"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if _is_interpreting():
+        return "TRITON_INTERPRET is set, so that kernels are interpreted, not compiled"
     version = metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
-    if torch.cuda.get_device_capability() < OLDEST_GPU:
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        return f"the GPU's compute capability is {capability}, 8.0 is needed"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_GPU:
+        return f"the GPU's compute capability is {'.'.join(map(str, capability))}, 8.0 is needed"
     return None
 
 
