@@ -238,18 +238,26 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the builds from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the part that the tests build")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT",
+        help="variants whose title contains it; the others stay in the output as they are",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write JSON here")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
     jobs = quick_jobs() if options.quick else all_jobs()
+    jobs = [job for job in jobs if options.only in job[0].title]
     start = time.perf_counter()
     results = build_all(jobs, options.workers)
     seconds = time.perf_counter() - start
     print(f"{len(jobs)} builds in {seconds:.0f} s", file=sys.stderr)
     print(summary(results))
     if options.output is not None:
+        if options.only and options.output.exists():
+            earlier = json.loads(options.output.read_text())["variants"]
+            results |= {title: row for title, row in earlier.items() if options.only not in title}
         options.output.write_text(to_json(results))
 
 

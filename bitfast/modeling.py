@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from bitfast.checkpoints.hub import PretrainedModelMixin
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import align_output_stages
-from bitfast.layers import GroupNormActivation, runs_channels_last, standardized_convolutions
+from bitfast.layers import GroupNormActivation, runs_channels_last
 from bitfast.memory_format import memory_format_of
 from bitfast.network import (
     BitEmbeddings,
     BitEncoder,
     BitStage,
     fusable_norm,
+    preparable_convolutions,
     round_to_multiple,
     stage_widths,
 )
@@ -175,7 +176,7 @@ class BitModel(BitPreTrainedModel):
         gives_nchw = channels_last and memory_format_of(pixel_values) == torch.contiguous_format
         if channels_last:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        convolutions = standardized_convolutions(self.embedder, *stages)
+        convolutions = preparable_convolutions(self.embedder, stages)
         with self.prepared_weights.prepared(convolutions, channels_last):
             x, preactivated = self.embedder(pixel_values), None
             outputs = [x] if 0 in wanted else []

@@ -23,6 +23,7 @@ from bitfast.layers import (
     MaxPool2d,
     WeightStandardizedConv2d,
     runs_as_written,
+    standardized_convolutions,
 )
 from bitfast.ops.common import is_autocast_on
 
@@ -287,6 +288,11 @@ class BitStage(nn.Module):
         self.gradient_checkpointing = False
         self.checkpoint_options: dict[str, Any] = {}
 
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether the backward pass runs the blocks a second time."""
+        return self.gradient_checkpointing and self.training
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
         return self.run(x, None, None)[0]
@@ -298,13 +304,36 @@ class BitStage(nn.Module):
         layers: list[Any] = list(self.layers)
         next_norms = [*(first_norm(layer) for layer in layers[1:]), following]
         for layer, next_norm in zip(layers, next_norms, strict=False):  # a stage may be empty
-            if self.gradient_checkpointing and self.training:
+            if self.is_recomputed:
                 x, preactivated = checkpoint(layer, x, **self.checkpoint_options), None
             elif first_norm(layer) is None:
                 x, preactivated = layer(x), None
             else:
                 x, preactivated = layer.run(x, preactivated, next_norm)
         return x, preactivated
+
+
+def preparable_convolutions(
+    embedder: nn.Module, stages: Sequence[nn.Module]
+) -> list[WeightStandardizedConv2d]:
+    """Return the convolutions whose weights may be standardized before the forward pass.
+
+    With gradients these are not those of blocks that may run a second time, in the backward pass, when
+    nothing is prepared: where activations are recomputed, by a stage or by whoever wraps or hooks a module.
+    """
+    if not torch.is_grad_enabled():
+        return standardized_convolutions(embedder, *stages)
+    modules: list[nn.Module] = []
+    if type(embedder) is BitEmbeddings and runs_as_written(embedder):
+        modules.append(embedder)
+    for stage in stages:
+        if type(stage) is BitStage and runs_as_written(stage) and not stage.is_recomputed:
+            modules += [
+                layer
+                for layer in stage.layers
+                if type(layer) in LAYERS.values() and runs_as_written(layer)
+            ]
+    return standardized_convolutions(*modules)
 
 
 def first_norm(module: nn.Module) -> GroupNormActivation | None:
@@ -316,7 +345,7 @@ def first_norm(module: nn.Module) -> GroupNormActivation | None:
     if type(inner) is BitStage:
         if not runs_as_written(inner) or not runs_as_written(inner.layers):
             return None
-        if inner.gradient_checkpointing and inner.training:
+        if inner.is_recomputed:
             return None
         inner = next(iter(inner.layers), None)
     if type(inner) is not BitPreActivationBottleneckLayer or not runs_as_written(inner):

@@ -44,7 +44,7 @@ KINDS = (
     Tile(8, 1024, 1, False),
     Tile(2, 4096, 1, False),
     Tile(1, 8192, 1, False),
-    Tile(1, 128, 16, True),
+    Tile(1, 256, 16, True),
     Tile(1, 512, 16, True),
     Tile(1, 0, 0, False, is_looped=True),
     Tile(1, 0, 0, True, is_looped=True),

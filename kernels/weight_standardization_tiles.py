@@ -142,7 +142,7 @@ def _forward(weight, result, mean, rstd, row, rows, inner, taps, eps, KIND: tl.c
     elif KIND == 3:
         _forward_straight(weight, result, mean, rstd, row, rows, fan_in, eps, ROWS=1, FAN=8192)
     elif KIND == 4:
-        _forward_turned(weight, result, mean, rstd, row, inner, taps, eps, INNER=128, TAPS=16)
+        _forward_turned(weight, result, mean, rstd, row, inner, taps, eps, INNER=256, TAPS=16)
     elif KIND == 5:
         _forward_turned(weight, result, mean, rstd, row, inner, taps, eps, INNER=512, TAPS=16)
     elif KIND == 6:
@@ -284,7 +284,7 @@ def _backward(grad, weight, mean, rstd, out, row, rows, inner, taps, KIND: tl.co
     elif KIND == 3:
         _backward_straight(grad, weight, mean, rstd, out, row, rows, fan_in, ROWS=1, FAN=8192)
     elif KIND == 4:
-        _backward_turned(grad, weight, mean, rstd, out, row, inner, taps, INNER=128, TAPS=16)
+        _backward_turned(grad, weight, mean, rstd, out, row, inner, taps, INNER=256, TAPS=16)
     elif KIND == 5:
         _backward_turned(grad, weight, mean, rstd, out, row, inner, taps, INNER=512, TAPS=16)
     elif KIND == 6:

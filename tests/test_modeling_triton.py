@@ -11,9 +11,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from bitfast import BitConfig, BitForImageClassification, backends
 from bitfast.backends import register_kernel, use_backend
+from bitfast.network import BitEmbeddings, BitPreActivationBottleneckLayer, BitStage
 from bitfast.ops.common import TRITON_DTYPES
 from tests.interpreter import DEVICE
 from tests.model_pairs import move_weights
@@ -125,6 +129,49 @@ def test_a_compiled_model_follows_changed_weights():
             actual, expected = compiled(x).last_hidden_state, model(x).last_hidden_state
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
             model.embedder.convolution.weight.normal_()
+
+
+# ---- recomputation --------------------------------------------------------------------------------
+
+
+def own_checkpointing(model: Any) -> None:
+    model.gradient_checkpointing_enable()
+
+
+def reentrant_checkpointing(model: Any) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def wrapped_blocks(model: Any) -> None:
+    apply_activation_checkpointing(
+        model, check_fn=lambda module: isinstance(module, BitPreActivationBottleneckLayer)
+    )
+
+
+def wrapped_stages_and_stem(model: Any) -> None:
+    apply_activation_checkpointing(
+        model, check_fn=lambda module: isinstance(module, (BitStage, BitEmbeddings))
+    )
+
+
+@pytest.mark.parametrize(
+    "way", [own_checkpointing, reentrant_checkpointing, wrapped_blocks, wrapped_stages_and_stem]
+)
+def test_recomputed_blocks_give_the_same_gradients(way):
+    """A block that runs again in the backward pass must do what it did in the forward pass."""
+    model = model_of(hidden_act="gelu").train()
+    x = torch.randn(2, 3, 40, 36, device=DEVICE, requires_grad=True)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        with triton():
+            model(x).last_hidden_state.sin().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    way(model)
+    for actual, reference in zip(gradients(), expected, strict=True):
+        assert relative_error(actual, reference) < 1e-4
 
 
 # ---- memory ---------------------------------------------------------------------------------------
