@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.backends import use_backend, why_unavailable
-from bitfast.ops import group_norm_act, same_max_pool, same_pad, weight_standardization
+from bitfast.ops import (
+    add_group_norm_act,
+    group_norm_act,
+    same_max_pool,
+    same_pad,
+    weight_standardization,
+)
 
 Contestants = Mapping[str, Callable[[], Tensor]]
 
@@ -134,6 +140,18 @@ def group_norm_case(dtype: torch.dtype, layout: str) -> Contestants:
     }
 
 
+def residual_norm_case(dtype: torch.dtype, layout: str) -> Contestants:
+    """The same after a residual sum; the result is the activated norm."""
+    x, residual = (image_batch((8, 256, 56, 56), dtype, layout) for _ in range(2))
+    weight, bias = torch.rand(256).to(dtype) + 0.5, torch.randn(256).to(dtype)
+    return {
+        "+, F.group_norm, F.relu": lambda: F.relu(F.group_norm(x + residual, 32, weight, bias)),
+        **on_every_backend(
+            "group_norm_act", lambda: add_group_norm_act(x, residual, weight, bias, 32)[1]
+        ),
+    }
+
+
 def standardization_case(dtype: torch.dtype, layout: str) -> Contestants:
     """The largest filters of R50x1."""
     weight = image_batch((512, 512, 3, 3), dtype, layout)
@@ -191,6 +209,7 @@ def cases() -> Iterator[Case]:
         ("same_padding", "max-pool 8x64x112x112", pool_case),
         ("same_padding", "max-pool 8x64x112x112 forward+backward", pool_training_case),
         ("group_norm_act", "8x256x56x56", group_norm_case),
+        ("group_norm_act", "8x256x56x56 with residual", residual_norm_case),
         ("weight_standardization", "512x512x3x3", standardization_case),
     ]
     for op, shape, make in ops:

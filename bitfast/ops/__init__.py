@@ -1,14 +1,19 @@
 """The seam: the four ops that the layers call, each with its checks, its contract and its dispatch."""
 
-from bitfast.ops.group_norm_act import group_norm_act
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.resize_normalize import resize_normalize
 from bitfast.ops.same_padding import same_max_pool, same_pad
-from bitfast.ops.weight_standardization import weight_standardization
+from bitfast.ops.weight_standardization import (
+    weight_standardization,
+    weight_standardization_all,
+)
 
 __all__ = [
+    "add_group_norm_act",
     "group_norm_act",
     "resize_normalize",
     "same_max_pool",
     "same_pad",
     "weight_standardization",
+    "weight_standardization_all",
 ]
