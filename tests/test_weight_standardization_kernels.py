@@ -20,7 +20,7 @@ from bitfast.ops.weight_standardization import (
     weight_standardization_all,
 )
 from tests.interpreter import DEVICE
-from tests.tolerances import assert_within_contract
+from tests.tolerances import Triples, assert_draws_within_contract
 
 hypothesis = pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis")
 from hypothesis import given, settings  # noqa: E402
@@ -75,20 +75,26 @@ def gradient(function: Any, weight: Tensor, grad: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kind(kind, dtype):
-    weight = make(SHAPES[kind], dtype, mean=-2.3)
     turned = kind in (4, 5, 7)
-    assert kernels.kind_of(kernels.filters_of(weight, turned), True) == kind
     layout = torch.channels_last if turned else torch.contiguous_format
-    result = torch.full_like(weight, float("nan"), memory_format=layout)
-    mean, rstd = (torch.full((weight.shape[0],), float("nan"), device=DEVICE) for _ in range(2))
-    kernels.forward_launch(weight, 1e-8, turned, result=result, mean=mean, rstd=rstd).run()
-    assert_within_contract(result, plain(weight), oracle(weight), "result")
 
-    grad = torch.randn(weight.shape).to(weight).contiguous(memory_format=layout)
-    grad_weight = torch.full_like(weight, float("nan"))
-    kernels.backward_launch(grad, weight, mean, rstd, turned, grad_weight=grad_weight).run()
-    baseline, exact = gradient(plain, weight, grad), gradient(oracle, weight.double(), grad)
-    assert_within_contract(grad_weight, baseline, exact, "gradient")
+    def draw() -> Triples:
+        weight = make(SHAPES[kind], dtype, mean=-2.3)
+        assert kernels.kind_of(kernels.filters_of(weight, turned)) == kind
+        result = torch.full_like(weight, float("nan"), memory_format=layout)
+        mean, rstd = (torch.full((weight.shape[0],), float("nan"), device=DEVICE) for _ in range(2))
+        kernels.forward_launch(weight, 1e-8, turned, result=result, mean=mean, rstd=rstd).run()
+        grad = torch.randn(weight.shape).to(weight).contiguous(memory_format=layout)
+        grad_weight = torch.full_like(weight, float("nan"))
+        kernels.backward_launch(grad, weight, mean, rstd, turned, grad_weight=grad_weight).run()
+        return {
+            "result": (result, plain(weight), oracle(weight)),
+            "gradient": (
+                grad_weight, gradient(plain, weight, grad), gradient(oracle, weight.double(), grad)
+            ),
+        }  # fmt: skip
+
+    assert_draws_within_contract(draw, 2)
 
 
 @settings(max_examples=60)
@@ -104,8 +110,8 @@ def test_every_kind(kind, dtype):
 )
 def test_drawn_shapes(out, channels, height, width, dtype, layout, mean, seed):
     torch.manual_seed(seed)
-    draws = []
-    for _ in range(4):  # together: the largest error of a few numbers is mere luck
+
+    def draw() -> Triples:
         weight = make((out, channels, height, width), dtype, layout, mean)
         grad = torch.randn(weight.shape).to(weight).contiguous(memory_format=layout)
         weight.requires_grad_()
@@ -114,20 +120,18 @@ def test_drawn_shapes(out, channels, height, width, dtype, layout, mean, seed):
             result.backward(grad)
         assert result.is_contiguous(memory_format=layout)
         assert weight.grad.is_contiguous(memory_format=layout)
-        weight, grad_weight = weight.detach(), weight.grad
-        numbers = channels * height * width
-        if numbers == 1:  # batch_norm refuses these; the result is zero
+        result, weight, grad_weight = result.detach(), weight.detach(), weight.grad
+        if channels * height * width == 1:  # batch_norm refuses these; the result is zero
             assert not result.any()
-            return
-        draws.append(
-            (
-                result.detach(), plain(weight.contiguous()), oracle(weight), grad_weight,
-                gradient(plain, weight.contiguous(), grad), gradient(oracle, weight.double(), grad),
-            )
-        )  # fmt: skip
-    pooled = [torch.stack(tensors) for tensors in zip(*draws, strict=True)]
-    assert_within_contract(*pooled[:3], "result")
-    assert_within_contract(*pooled[3:], "gradient")
+            return {}
+        baseline = gradient(plain, weight.contiguous(), grad)
+        exact = gradient(oracle, weight.double(), grad)
+        return {
+            "result": (result, plain(weight.contiguous()), oracle(weight)),
+            "gradient": (grad_weight, baseline, exact),
+        }
+
+    assert_draws_within_contract(draw, 4)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -194,12 +198,20 @@ def test_all_weights_equal_each_alone(dtype, result_dtype, layout, channels_last
 
 
 def test_all_weights_are_within_the_contract():
-    weights = weights_of()
-    with use_backend("triton"):
-        results = weight_standardization_all(weights, channels_last=True)
-    for weight, result in zip(weights, results, strict=True):
-        weight = weight.contiguous()
-        assert_within_contract(result.contiguous(), plain(weight), oracle(weight))
+    def draw() -> Triples:
+        weights = weights_of()
+        with use_backend("triton"):
+            results = weight_standardization_all(weights, channels_last=True)
+        return {
+            f"{tuple(weight.shape)}": (
+                result.contiguous(),
+                plain(weight.contiguous()),
+                oracle(weight),
+            )
+            for weight, result in zip(weights, results, strict=True)
+        }
+
+    assert_draws_within_contract(draw, 2)
 
 
 def test_one_launch_for_all_weights(monkeypatch):

@@ -6,6 +6,8 @@ same computation in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,29 @@ def assert_within_contract(actual: Tensor, plain: Tensor, oracle: Tensor, what: 
     rms = 2 * allowed.square().mean().sqrt() + rounding * oracle.square().mean().sqrt()
     error_rms = error.square().mean().sqrt()
     assert error_rms <= rms, f"{what}: root-mean-square error {error_rms:.3e} > {rms:.3e}"
+
+
+Triples = Mapping[str, tuple[Tensor, Tensor, Tensor]]
+"""By name: bitfast's result, plain PyTorch's, and float64's."""
+
+
+def assert_draws_within_contract(draw: Callable[[], Triples], count: int) -> Triples:
+    """Hold the results of several draws of fresh numbers together to the contract; return the first.
+
+    The largest error of a few numbers is much a matter of luck, for us and for plain PyTorch. So draws are
+    pooled, and where they fail, five times as many are judged: luck is gone then, a mistake is not.
+    """
+    draws = [draw() for _ in range(count)]
+    try:
+        _assert_pooled(draws)
+    except AssertionError as error:
+        print(f"judging more draws, because {error}")
+        draws += [draw() for _ in range(4 * count)]
+        _assert_pooled(draws)
+    return draws[0]
+
+
+def _assert_pooled(draws: list[Triples]) -> None:
+    for name in draws[0]:
+        pooled = zip(*(results[name] for results in draws), strict=True)
+        assert_within_contract(*(torch.stack(tensors) for tensors in pooled), name)
