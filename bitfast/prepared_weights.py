@@ -64,14 +64,18 @@ class _Source(NamedTuple):
         )
 
 
+Manners = dict[tuple[str, torch.dtype], tuple[Any, ...]]
+"""By type of device and dtype of a weight: what besides the weight its result depends on."""
+
+
 class _Kept(NamedTuple):
-    manner: tuple[Any, ...]
+    manners: Manners
     sources: tuple[_Source, ...]
     results: dict[nn.Module, Tensor]
 
-    def serves(self, layers: Sequence[nn.Module], manner: tuple[Any, ...]) -> bool:
+    def serves(self, layers: Sequence[nn.Module], manners: Manners) -> bool:
         return (
-            self.manner == manner
+            all(self.manners.get(kind) == manner for kind, manner in manners.items())
             and all(layer in self.results for layer in layers)
             and all(source.is_current() for source in self.sources)
         )
@@ -147,9 +151,9 @@ class PreparedWeights:
         layers = [layer for layer in layers if not layer.weight.is_inference()]
         if not layers or torch.jit.is_tracing():
             return {}
-        manner = _manner(layers[0].weight, channels_last)
+        manners = _manners(layers, channels_last)
         kept = self._kept
-        if kept is not None and kept.serves(layers, manner):
+        if kept is not None and kept.serves(layers, manners):
             return kept.results
         sources = tuple(_Source.of(layer) for layer in layers)
         # Not as inference tensors: autograd could not save those if it uses these weights later.
@@ -164,7 +168,7 @@ class PreparedWeights:
             type(result) is Tensor for result in results.values()
         ):
             _watch_optimizers(self)
-            self._kept = _Kept(manner, sources, results)
+            self._kept = _Kept(manners, sources, results)
         return results
 
 
@@ -224,10 +228,13 @@ def _has_plain_weight(layer: nn.Module) -> bool:
     )
 
 
-def _manner(weight: Tensor, channels_last: bool) -> tuple[Any, ...]:
-    """Return what besides the weights the results depend on."""
-    backend = select_backend(OP, weight.device.type, weight.dtype)
-    return backend, autocast_dtype(weight), channels_last
+def _manners(layers: Sequence[Any], channels_last: bool) -> Manners:
+    """Return the backend, the autocast dtype and the layout for each kind of weight in these layers."""
+    examples = {(layer.weight.device.type, layer.weight.dtype): layer.weight for layer in layers}
+    return {
+        kind: (select_backend(OP, *kind), autocast_dtype(weight), channels_last)
+        for kind, weight in examples.items()
+    }
 
 
 def _wait_for(results: Any) -> None:

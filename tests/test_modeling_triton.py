@@ -178,10 +178,9 @@ def test_recomputed_blocks_give_the_same_gradients(way):
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Return the bytes that autograd keeps of a forward pass, parameters and standardized weights aside.
+    """Return the bytes that autograd keeps of a forward pass, the parameters aside.
 
-    Those are the same for both: a copy in the dtype of the convolution, smaller than 1 % of the activations
-    here, except that they are told by their number of dimensions in the filters' place.
+    The standardized weights are among them; both libraries keep those for their convolutions.
     """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, tuple[int, Tensor]] = {}

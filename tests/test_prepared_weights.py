@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize, prune
 
 from bitfast import BitBackbone, BitForImageClassification, BitModel, prepared_weights
 from bitfast.backends import use_backend
+from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.weight_standardization import weight_standardization
 from tests.tiny_models import ours
 from tests.weight_changes import (
@@ -193,6 +194,21 @@ def test_the_optimizer_of_another_model_changes_nothing(model, x, computed):
         features(other, x).sum().backward()
         optimizer.step()
     assert len(computed) == 1
+
+
+def test_each_kind_of_weight_is_asked_how_it_is_to_be_computed():
+    """Weights of several dtypes (or devices) follow autocast each in its own way, whichever comes first."""
+    first, second = WeightStandardizedConv2d(3, 4, 3).double(), WeightStandardizedConv2d(3, 4, 3)
+    keeper = prepared_weights.PreparedWeights()
+
+    def dtypes() -> list[torch.dtype]:
+        with torch.no_grad(), keeper.prepared([first, second], False):
+            return [prepared_weights.prepared_weight(layer).dtype for layer in (first, second)]
+
+    assert dtypes() == [torch.float64, torch.float32]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dtypes() == [torch.float64, torch.bfloat16]
+    assert dtypes() == [torch.float64, torch.float32]
 
 
 # ---- who keeps what -------------------------------------------------------------------------------
