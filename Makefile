@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint bench gpu-report clean
+.PHONY: demo test lint bench readme-table gpu-report clean
 
 demo: $(INSTALLED)
 	$(BIN)/bitfast demo
@@ -18,8 +18,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What is compared with, too, and measured beside it: about half an hour. OUT= names the folder, BENCH= more arguments.
+OUT_BENCH = $(or $(OUT),build/bench)
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
+	mkdir -p "$(OUT_BENCH)"
+	$(BIN)/bitfast bench --threads 1 2 --output "$(OUT_BENCH)/report.json" \
+		--markdown "$(OUT_BENCH)/report.md" --charts "$(OUT_BENCH)" $(BENCH)
+
+# The tables of the README, from the JSON that it names.
+readme-table: $(INSTALLED)
+	$(BIN)/python -m bench.readme
 
 # On a machine with a GPU, with what its own Python has: no virtual environment, nothing downloaded.
 # ONLY="models_eager dispatch" runs those parts alone.

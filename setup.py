@@ -23,7 +23,7 @@ WITHOUT_EXTENSION = (
     "bitfast also works without its extension, more slowly: set BITFAST_EXTENSION=none "
     "(BITFAST_EXTENSION=cpu leaves out only the CUDA half) and install again."
 )
-COMPILE = ["-O3", "-std=c++17", "-g0"]
+COMPILE = ["-O3", "-std=c++17", "-g0", "-ffp-contract=fast"]
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # runs with torch 2.11 and everything after it
     ("Py_LIMITED_API", "0x030a0000"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.gpu_timing import (
+from .gpu_timing import (
     Session,
     WrongResultError,
     copy_sample,

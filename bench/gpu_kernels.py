@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_timing import Contest, Session, copy_bandwidth, l2_bytes, run_parts
+from .gpu_timing import Contest, Session, copy_bandwidth, l2_bytes, run_parts
 
 R50X1_NORMS = (
     (256, 56), (64, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14),

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpu_timing import (
+from .gpu_timing import (
     SMOKE_SLACK,
     Sample,
     Session,

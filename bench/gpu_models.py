@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.gpu_model_runs import (
+from .gpu_model_runs import (
     THEIRS,
     Checks,
     FixedBatch,
@@ -23,7 +23,7 @@ from bench.gpu_model_runs import (
     race,
     their_model,
 )
-from bench.gpu_timing import Session, last_lines, run_parts
+from .gpu_timing import Session, last_lines, run_parts
 
 
 def settings_of(session: Session) -> list[Setting]:

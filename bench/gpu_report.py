@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from xml.etree import ElementTree
 
-from bench.gpu_summary import add_ratios, draw_plots, markdown, short_table, targets
+from .gpu_summary import add_ratios, draw_plots, markdown, short_table, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 520.0

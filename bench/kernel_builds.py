@@ -29,7 +29,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from bench.kernel_variants import Job, all_jobs, quick_jobs
+from .kernel_variants import Job, all_jobs, quick_jobs
 
 REGISTERS_PER_THREAD = 255
 REGISTERS_PER_MULTIPROCESSOR = 65536

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.shapes import (
+from bitfast.activations import ACTIVATIONS
+from bitfast.kernels.launch import Launch
+
+from .shapes import (
     Dtypes,
     Norm,
     all_weights_launch,
@@ -17,8 +20,6 @@ from bench.shapes import (
     shapes_of,
     weight_launch,
 )
-from bitfast.activations import ACTIVATIONS
-from bitfast.kernels.launch import Launch
 
 ARCHITECTURES = (80, 90, 100)
 """Compute capability times ten: A100, H100 and H200, B200."""

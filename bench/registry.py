@@ -1,48 +1,83 @@
-"""The benchmark cases: one row each, with the contestants that compute the same thing.
+"""The cases that are about single ops: one row each, with the contestants that compute the same thing.
 
-The first contestant of a case is what a user has without bitfast; the others are set beside it, on the
-same inputs. ``check`` compares each result with the first one's before any time is taken.
+The first contestant of a case, plain PyTorch, is what a user has without bitfast; the others are set beside
+it, on the same inputs. Whole models are in ``models.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfast.backends import use_backend, why_unavailable
+from bitfast import BitConfig, BitModel
+from bitfast.backends import select_backend
+from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops import (
     add_group_norm_act,
     group_norm_act,
     same_max_pool,
     same_pad,
     weight_standardization,
+    weight_standardization_all,
 )
 
-Contestants = Mapping[str, Callable[[], Tensor]]
+PLAIN = "plain PyTorch"
+OURS = "bitfast"
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = (torch.float32, torch.bfloat16)
+GROUPS = 32
+CLEAR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Larger than what rounding does to a normalized number."""
+SIDES = (1, 1, 1, 1)
+"""The zeros that the stem puts around its output before the max-pool."""
+
+
+Results = Tensor | Sequence[Tensor]
+Function = Callable[..., Results]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a case computes, on inputs that have been drawn.
+
+    Attributes:
+        contestants: By name, the functions to be timed.
+        oracle: The same in float64.
+        bytes: The least that must be read and written: each tensor once. 0: it is not about bytes.
+        backend: Which of bitfast's backends serves the inputs.
+    """
+
+    contestants: dict[str, Callable[[], Results]]
+    oracle: Callable[[], Results]
+    bytes: int
+    backend: str
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is computed, on what, and by whom.
+    """One row: what is computed, on what.
 
     Attributes:
-        op: The word of the op, "dispatch" for the cost of a call as such, or "model".
+        op: The word of the op, or "dispatch" for the cost of a call as such.
         name: Shape, dtype and layout, for people.
-        make: Draws the inputs and returns the contestants.
-        tolerance: Largest relative difference (norm over norm) from the first contestant's result.
-        training: Whether autograd records what the contestants do.
+        dtype: Of the inputs.
+        make: Draws the inputs.
+        is_training: Whether autograd records what the contestants do.
+        is_quick: Whether it stands for its like, in ``--quick`` and in the README.
     """
 
     op: str
     name: str
-    make: Callable[[], Contestants]
-    tolerance: float
-    training: bool = False
+    dtype: torch.dtype
+    make: Callable[[], Problem]
+    is_training: bool = False
+    is_quick: bool = False
 
     @property
     def title(self) -> str:
@@ -50,184 +85,341 @@ class Case:
         return f"{self.op}: {self.name}"
 
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-# Plain PyTorch rounds to the dtype between its steps; two such roundings may differ.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-def check(result: Tensor, expected: Tensor, tolerance: float) -> float:
-    """Return the relative difference of two results.
-
-    Raises:
-        AssertionError: it is larger than ``tolerance``.
-    """
-    result, expected = result.detach().double(), expected.detach().double()
-    difference = (result - expected).norm() / expected.norm()
-    if not difference <= tolerance:
-        raise AssertionError(f"relative difference {difference:.2e} > {tolerance:.0e}: not timed")
-    return float(difference)
-
-
-def demanding(backend: str, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return the function with every op on the named backend."""
-
-    def run() -> Tensor:
-        with use_backend(backend):
-            return function()
-
-    return run
-
-
-def on_every_backend(op: str, function: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """Return the function once per backend that this machine has for an op on the CPU."""
-    return {
-        f"bitfast {backend}": demanding(backend, function)
-        for backend in ("native", "reference")
-        if why_unavailable(op, backend, "cpu") is None
-    }
-
-
-def image_batch(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    """Draw a batch of feature maps."""
+def feature_maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    """Draw a batch of feature maps, or a convolution's weight."""
     return torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    """Return the bytes of the tensors' elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def doubled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors in float64, wanting gradients as they do."""
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def problem(
+    op: str, inputs: Sequence[Tensor], plain: Function, ours: Function, count: int
+) -> Problem:
+    """Return the problem of computing ``plain(*inputs)``, which is also the oracle in float64."""
+    return Problem(
+        {PLAIN: lambda: plain(*inputs), OURS: lambda: ours(*inputs)},
+        lambda: plain(*doubled(inputs)),
+        count,
+        select_backend(op, "cpu", inputs[0].dtype),
+    )
+
+
+def training_problem(
+    op: str,
+    inputs: Sequence[Tensor],
+    plain: Function,
+    ours: Function,
+    grads: Sequence[Tensor],
+    count: int,
+) -> Problem:
+    """Return the problem of the gradients of all inputs, given those of the results."""
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def step(function: Function) -> Function:
+        def run(*tensors: Tensor) -> Results:
+            results = as_list(function(*tensors))
+            given = [g.to(r.dtype) for g, r in zip(grads, results, strict=True)]
+            return torch.autograd.grad(results, tensors, given)
+
+        return run
+
+    return problem(op, inputs, step(plain), step(ours), count)
+
+
+def as_list(results: Results) -> list[Tensor]:
+    """Return one result or several as a list."""
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
 # ---- the ops ------------------------------------------------------------------------------------
 
 
-def pad_case(dtype: torch.dtype, layout: str) -> Contestants:
-    """TensorFlow's padding of the stem's output, which is odd-sized nowhere: 0 before and 1 after."""
-    x = image_batch((8, 64, 112, 112), dtype, layout)
-    return {
-        "F.pad": lambda: F.pad(x, (0, 1, 0, 1)),
-        **on_every_backend("same_padding", lambda: same_pad(x, 3, 2)),
-    }
+def pad_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """TensorFlow's padding for a 3x3 convolution of stride 2 on an even size: 0 before and 1 after."""
+    x = feature_maps(shape, dtype, layout)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 1, 0, 1))
+
+    return problem("same_padding", [x], plain, lambda x: same_pad(x, 3, 2), bytes_of(x, plain(x)))
 
 
-def pool_case(dtype: torch.dtype, layout: str) -> Contestants:
+def plain_pool(x: Tensor) -> Tensor:
+    """Put zeros around feature maps and take the stem's max-pool."""
+    return F.max_pool2d(F.pad(x, SIDES), 3, 2)
+
+
+def our_pool(x: Tensor) -> Tensor:
+    """Do the same in one op."""
+    return same_max_pool(x, 3, 2, padding=SIDES)
+
+
+def pool_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
     """The stem's max-pool, whose zeros take part."""
-    x = image_batch((8, 64, 112, 112), dtype, layout)
-    sides = (1, 1, 1, 1)
-    return {
-        "F.pad, F.max_pool2d": lambda: F.max_pool2d(F.pad(x, sides), 3, 2),
-        **on_every_backend("same_padding", lambda: same_max_pool(x, 3, 2, padding=sides)),
-    }
+    x = feature_maps(shape, dtype, layout)
+    return problem("same_padding", [x], plain_pool, our_pool, bytes_of(x, plain_pool(x)))
 
 
-def pool_training_case(dtype: torch.dtype, layout: str) -> Contestants:
-    """The same, forward and backward; the result is the gradient."""
-    x = image_batch((8, 64, 112, 112), dtype, layout).requires_grad_()
-    grad = image_batch((8, 64, 56, 56), dtype, layout)
-    sides = (1, 1, 1, 1)
-
-    def step(pool: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return lambda: torch.autograd.grad(pool(), x, grad)[0]
-
-    ours = on_every_backend("same_padding", lambda: same_max_pool(x, 3, 2, padding=sides))
-    return {
-        "F.pad, F.max_pool2d": step(lambda: F.max_pool2d(F.pad(x, sides), 3, 2)),
-        **{name: step(pool) for name, pool in ours.items()},
-    }
+def pool_training_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """The same, forward and backward."""
+    x = feature_maps(shape, dtype, layout)
+    grad = torch.randn_like(plain_pool(x))
+    count = 2 * bytes_of(x, grad)  # the input and the result, and their gradients
+    return training_problem("same_padding", [x], plain_pool, our_pool, [grad], count)
 
 
-def group_norm_case(dtype: torch.dtype, layout: str) -> Contestants:
-    """A norm of the first stage of R50x1."""
-    x = image_batch((8, 256, 56, 56), dtype, layout)
-    weight, bias = torch.rand(256).to(dtype) + 0.5, torch.randn(256).to(dtype)
-    return {
-        "F.group_norm, F.relu": lambda: F.relu(F.group_norm(x, 32, weight, bias)),
-        **on_every_backend("group_norm_act", lambda: group_norm_act(x, weight, bias, 32)),
-    }
+def norm_inputs(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> list[Tensor]:
+    """Draw feature maps, and the norm's weight and bias."""
+    channels = shape[1]
+    x = feature_maps(shape, dtype, layout)
+    return [x, torch.rand(channels).to(dtype) + 0.5, torch.randn(channels).to(dtype)]
 
 
-def residual_norm_case(dtype: torch.dtype, layout: str) -> Contestants:
-    """The same after a residual sum; the result is the activated norm."""
-    x, residual = (image_batch((8, 256, 56, 56), dtype, layout) for _ in range(2))
-    weight, bias = torch.rand(256).to(dtype) + 0.5, torch.randn(256).to(dtype)
-    return {
-        "+, F.group_norm, F.relu": lambda: F.relu(F.group_norm(x + residual, 32, weight, bias)),
-        **on_every_backend(
-            "group_norm_act", lambda: add_group_norm_act(x, residual, weight, bias, 32)[1]
-        ),
-    }
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalize groups of channels, then ReLU."""
+    return F.relu(F.group_norm(x, GROUPS, weight, bias))
 
 
-def standardization_case(dtype: torch.dtype, layout: str) -> Contestants:
-    """The largest filters of R50x1."""
-    weight = image_batch((512, 512, 3, 3), dtype, layout)
-    flat = (1, 512, -1)
-    return {
-        "F.batch_norm": lambda: F.batch_norm(
-            weight.reshape(flat), None, None, training=True, momentum=0.0, eps=1e-8
-        ).reshape(weight.shape),
-        **on_every_backend("weight_standardization", lambda: weight_standardization(weight)),
-    }
+def our_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Do the same in one op."""
+    return group_norm_act(x, weight, bias, GROUPS)
 
 
-def dispatch_case(requires_grad: bool) -> Contestants:
+def norm_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """A norm with its activation."""
+    inputs = norm_inputs(shape, dtype, layout)
+    return problem("group_norm_act", inputs, plain_norm, our_norm, 2 * bytes_of(inputs[0]))
+
+
+def norm_training_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """The same, forward and backward.
+
+    Where the ReLU's argument is so near to 0 that rounding decides on which side, no gradient arrives: one
+    such pixel would make a difference of 1e-3, which says nothing about accuracy.
+    """
+    inputs = norm_inputs(shape, dtype, layout)
+    x, weight, bias = doubled(inputs)
+    is_clear = F.group_norm(x, GROUPS, weight, bias).abs() > CLEAR[dtype]
+    grad = torch.randn_like(inputs[0]) * is_clear
+    count = 5 * bytes_of(grad)  # x in either pass, the result, its gradient, that of x
+    return training_problem("group_norm_act", inputs, plain_norm, our_norm, [grad], count)
+
+
+def residual_norm_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """A residual is added first; the results are the sum and its activated norm."""
+    x, weight, bias = norm_inputs(shape, dtype, layout)
+    residual = feature_maps(shape, dtype, layout)
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Results:
+        total = x + residual
+        return total, plain_norm(total, weight, bias)
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Results:
+        return add_group_norm_act(x, residual, weight, bias, GROUPS)
+
+    return problem("group_norm_act", [x, residual, weight, bias], plain, ours, 4 * bytes_of(x))
+
+
+def plain_standardization(weight: Tensor) -> Tensor:
+    """Standardize a weight as transformers does: as a batch norm."""
+    flat = weight.reshape(1, weight.shape[0], -1)
+    result = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-8)
+    return result.reshape(weight.shape)
+
+
+def weight_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """One weight."""
+    weight = feature_maps(shape, dtype, layout)
+    functions = plain_standardization, weight_standardization
+    return problem("weight_standardization", [weight], *functions, 2 * bytes_of(weight))
+
+
+def weight_training_problem(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """One weight, forward and backward."""
+    weight = feature_maps(shape, dtype, layout)
+    functions = plain_standardization, weight_standardization
+    grads, count = [torch.randn_like(weight)], 5 * bytes_of(weight)
+    return training_problem("weight_standardization", [weight], *functions, grads, count)
+
+
+def standardized_weights(dtype: torch.dtype, layout: str) -> list[Tensor]:
+    """Draw all standardized weights of R50x1."""
+    with torch.device("meta"):
+        model = BitModel(BitConfig())
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, WeightStandardizedConv2d)]
+    return [feature_maps(tuple(shape), dtype, layout) for shape in shapes]
+
+
+def plain_standardizations(*weights: Tensor) -> Results:
+    """Standardize several weights, one after the other."""
+    return [plain_standardization(weight) for weight in weights]
+
+
+def our_standardizations(*weights: Tensor) -> Results:
+    """Do the same in one op."""
+    return weight_standardization_all(weights)
+
+
+def all_weights_problem(_: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """All weights of R50x1."""
+    weights = standardized_weights(dtype, layout)
+    functions = plain_standardizations, our_standardizations
+    return problem("weight_standardization", weights, *functions, 2 * bytes_of(*weights))
+
+
+def all_weights_training_problem(_: tuple[int, ...], dtype: torch.dtype, layout: str) -> Problem:
+    """All weights of R50x1, forward and backward."""
+    weights = standardized_weights(dtype, layout)
+    functions = plain_standardizations, our_standardizations
+    grads, count = [torch.randn_like(w) for w in weights], 5 * bytes_of(*weights)
+    return training_problem("weight_standardization", weights, *functions, grads, count)
+
+
+def dispatch_problem(is_recorded: bool) -> Problem:
     """The cost of a call as such: one pixel is padded to four."""
-    x = torch.ones(1, 1, 1, 1, requires_grad=requires_grad)
-    operators = torch.ops.bitfast.same_pad
-    return {
-        "F.pad": lambda: F.pad(x, (0, 1, 0, 1)),
-        "same_pad": lambda: same_pad(x, 2, 1),
-        "same_pad, reference": demanding("reference", lambda: same_pad(x, 2, 1)),
-        "operator, native": lambda: operators.native(x, [0, 1, 0, 1], 0.0),
-        "operator, reference": lambda: operators.reference(x, [0, 1, 0, 1], 0.0),
-    }
-
-
-# ---- whole models -------------------------------------------------------------------------------
-
-
-def resnet_case(batch: int, layout: str) -> Contestants:
-    """R50x1 with random weights at 224x224, float32, in evaluation."""
-    import transformers
-
-    from bitfast import BitConfig, BitForImageClassification
-
-    theirs = transformers.BitForImageClassification(transformers.BitConfig(num_labels=1000)).eval()
-    ours = BitForImageClassification(BitConfig(num_labels=1000)).eval()
-    ours.load_state_dict(theirs.state_dict())
-    x = image_batch((batch, 3, 224, 224), torch.float32, layout)
-    return {
-        "transformers": lambda: theirs(x).logits,
-        "bitfast": lambda: ours(x).logits,
-    }
+    x = torch.ones(1, 1, 1, 1, requires_grad=is_recorded)
+    sides = (0, 1, 0, 1)
+    return Problem(
+        {PLAIN: lambda: F.pad(x, sides), OURS: lambda: same_pad(x, 2, 1)},
+        lambda: F.pad(x.double(), sides),
+        0,
+        select_backend("same_padding", "cpu", x.dtype),
+    )
 
 
 # ---- the rows -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Family:
+    """Cases that differ in shape, dtype and layout alone.
+
+    Attributes:
+        op: The word of the op.
+        form: What is said after the shape.
+        make: Draws a problem of a shape, dtype and layout.
+        shapes: Of the feature maps (N, C, H, W) or of the weight (out, in, height, width).
+        quick: Which combinations of shape, dtype and layout stand for the rest.
+        is_training: Whether autograd records what the contestants do.
+    """
+
+    op: str
+    form: str
+    make: Callable[[tuple[int, ...], torch.dtype, str], Problem]
+    shapes: tuple[tuple[int, ...], ...]
+    quick: tuple[tuple[tuple[int, ...], torch.dtype, str], ...] = ()
+    is_training: bool = False
+
+    def cases(self) -> Iterator[Case]:
+        """Yield its rows."""
+        for shape in self.shapes:
+            for dtype in DTYPES:
+                for layout in LAYOUTS:
+                    words = ["x".join(map(str, shape)), self.form, name_of(dtype), layout]
+                    yield Case(
+                        self.op,
+                        " ".join(word for word in words if word),
+                        dtype,
+                        partial(self.make, shape, dtype, layout),
+                        self.is_training,
+                        (shape, dtype, layout) in self.quick,
+                    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+STEM = ((8, 64, 112, 112), (1, 64, 112, 112))
+"""The stem's output of R50x1 at 224x224."""
+STAGES = (
+    (8, 64, 56, 56),
+    (8, 256, 56, 56),
+    (8, 512, 28, 28),
+    (8, 1024, 14, 14),
+    (8, 2048, 7, 7),
+    (1, 256, 56, 56),
+    (1, 1024, 14, 14),
+)
+"""Feature maps in R50x1 at 224x224."""
+FEW_STAGES = ((8, 256, 56, 56), (8, 1024, 14, 14), (1, 256, 56, 56))
+LARGEST_WEIGHT = (512, 512, 3, 3)
+ALL_WEIGHTS: tuple[int, ...] = ()
+"""No single shape."""
+
+FLOAT, BFLOAT = DTYPES
+NCHW, CHANNELS_LAST = LAYOUTS
+STAGE = (8, 256, 56, 56)
+EACH_LAYOUT = tuple((STAGE, dtype, layout) for dtype in DTYPES for layout in LAYOUTS)
+EACH_STEM = tuple((STEM[0], dtype, layout) for dtype in DTYPES for layout in LAYOUTS)
+
+FAMILIES = (
+    Family("same_padding", "pad", pad_problem, STEM[:1]),
+    Family("same_padding", "max-pool", pool_problem, STEM, EACH_STEM),
+    Family(
+        "same_padding",
+        "max-pool forward+backward",
+        pool_training_problem,
+        STEM[:1],
+        ((STEM[0], FLOAT, NCHW),),
+        is_training=True,
+    ),
+    Family("group_norm_act", "", norm_problem, STAGES, EACH_LAYOUT),
+    Family("group_norm_act", "with residual", residual_norm_problem, FEW_STAGES, EACH_LAYOUT),
+    Family(
+        "group_norm_act",
+        "forward+backward",
+        norm_training_problem,
+        FEW_STAGES[:2],
+        ((STAGE, FLOAT, NCHW), (STAGE, FLOAT, CHANNELS_LAST)),
+        is_training=True,
+    ),
+    Family("weight_standardization", "", weight_problem, (LARGEST_WEIGHT, (1024, 256, 1, 1))),
+    Family(
+        "weight_standardization",
+        "forward+backward",
+        weight_training_problem,
+        (LARGEST_WEIGHT,),
+        is_training=True,
+    ),
+    Family(
+        "weight_standardization_all",
+        "R50x1",
+        all_weights_problem,
+        (ALL_WEIGHTS,),
+        ((ALL_WEIGHTS, FLOAT, NCHW), (ALL_WEIGHTS, BFLOAT, NCHW)),
+    ),
+    Family(
+        "weight_standardization_all",
+        "R50x1 forward+backward",
+        all_weights_training_problem,
+        (ALL_WEIGHTS,),
+        ((ALL_WEIGHTS, FLOAT, NCHW),),
+        is_training=True,
+    ),
+)
+
+
 def cases() -> Iterator[Case]:
     """Yield every row."""
-    for recorded in (False, True):
-        name = "same_pad of one pixel" + (", recorded by autograd" if recorded else "")
-        yield Case("dispatch", name, lambda r=recorded: dispatch_case(r), 0.0, recorded)
-    ops: list[tuple[str, str, Any]] = [
-        ("same_padding", "pad 8x64x112x112", pad_case),
-        ("same_padding", "max-pool 8x64x112x112", pool_case),
-        ("same_padding", "max-pool 8x64x112x112 forward+backward", pool_training_case),
-        ("group_norm_act", "8x256x56x56", group_norm_case),
-        ("group_norm_act", "8x256x56x56 with residual", residual_norm_case),
-        ("weight_standardization", "512x512x3x3", standardization_case),
-    ]
-    for op, shape, make in ops:
-        for dtype, tolerance in TOLERANCES.items():
-            for layout in LAYOUTS:
-                name = f"{shape} {str(dtype).removeprefix('torch.')} {layout}"
-                training = make is pool_training_case
-                yield Case(
-                    op, name, lambda m=make, d=dtype, la=layout: m(d, la), tolerance, training
-                )
-    for batch in (1, 8):
-        name = f"R50x1 224x224 batch {batch} float32 NCHW"
-        yield Case("model", name, lambda b=batch: resnet_case(b, "NCHW"), 1e-5)
-
-
-def select(pattern: str) -> list[Case]:
-    """Return the rows whose title contains the pattern."""
-    return [case for case in cases() if pattern in case.title]
-
-
-__all__ = ["Case", "Contestants", "cases", "check", "select"]
+    for is_recorded in (False, True):
+        yield Case(
+            "dispatch",
+            "same_pad of one pixel" + (", recorded by autograd" if is_recorded else ""),
+            torch.float32,
+            partial(dispatch_problem, is_recorded),
+            is_recorded,
+            is_quick=True,
+        )
+    for family in FAMILIES:
+        yield from family.cases()

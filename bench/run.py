@@ -1,153 +1,212 @@
-"""``python -m bench.run``: every case of the registry, checked and timed, as a table and as JSON.
+"""``bitfast bench``: ops and whole models beside others, checked, then timed.
 
-The contestants of a case take turns, so that what else the machine does meets all of them alike; the
-figure to read is the ratio of their medians, which comes with the spread of the single rounds' ratios.
+From a checkout that is not installed: ``python -m bench.run``. What a run needs is imported when it runs, so
+that help and usage errors come quickly.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from datetime import date
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from .models import ModelCase
+    from .registry import Case
+    from .rows import Report
 
-from bench.registry import Case, Contestants, check, select
+SUCCESS, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+ROUNDS, QUICK_ROUNDS = 15, 5
+RESTLESS = 0.25
+"""Distance of a time's quartiles, over the median, that is told."""
 
-SHORTEST_SAMPLE = 0.02
-"""Seconds. A call that takes less is repeated within one sample, for the clock's sake."""
+EPILOG = """\
+The Markdown table goes to standard output, everything else to standard error. No speed is shown of
+a result that is wrong. What is compared with comes by: pip install 'bitfast[bench]'; what is missing
+is listed as such.
 
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose title contains it")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each contestant")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help="write JSON here")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    rows = []
-    for case in select(options.only):
-        rows += run(case, options.rounds)
-        print(f"{case.title} done", file=sys.stderr)
-    print(table(rows))
-    if options.output is not None:
-        content = {"machine": machine(), "rows": rows}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+exit status: 0 bitfast's results are right; 1 one of them is not, or failed; 2 wrong arguments;
+130 interrupted"""
 
 
-def run(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Check and time one case; return a row per contestant."""
-    torch.manual_seed(0)
-    contestants = case.make()
-    baseline, *_ = contestants
-    with torch.set_grad_enabled(case.training):
-        differences = compare(contestants, case.tolerance)
-        samples = take_turns(contestants, rounds)
-    rows = []
-    for name, seconds in samples.items():
-        ratios = [a / b for a, b in zip(samples[baseline], seconds, strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        rows.append(
-            {
-                "op": case.op,
-                "case": case.name,
-                "contestant": name,
-                "seconds": statistics.median(seconds),
-                "ratio": statistics.median(samples[baseline]) / statistics.median(seconds),
-                "ratio_quartiles": [quartiles[0], quartiles[2]],
-                "relative_difference": differences[name],
-            }
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    from bitfast.cli import positive_integer
+
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="some ops and one model, without what must be compiled: under two minutes",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose title contains it (see --list)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases' titles and stop")
+    parser.add_argument(
+        "--threads",
+        type=positive_integer,
+        nargs="+",
+        metavar="N",
+        help="CPU threads; models run with each count, ops with the largest "
+        "(default: as many as torch chooses)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_integer,
+        metavar="N",
+        help=f"samples of each contestant (default: {ROUNDS}; quick: {QUICK_ROUNDS})",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument(
+        "--charts", type=Path, metavar="FOLDER", help="draw bar charts (PNG) into this folder"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the benchmark and return the exit status."""
+    import torch
+
+    thread_counts = sorted(set(arguments.threads or [torch.get_num_threads()]))
+    ops, models = select(arguments.only, arguments.quick, thread_counts)
+    if not ops and not models:
+        return usage_error(f"argument --only: no case's title contains {arguments.only!r}")
+    if arguments.list:
+        print("\n".join([*(case.title for case in ops), *(case.title for case in models)]))
+        return SUCCESS
+    problem = unusable(arguments)
+    if problem is not None:
+        return usage_error(problem)
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    report = measure(ops, models, thread_counts, rounds, arguments.output)
+    return show(report, arguments)
+
+
+def select(
+    text: str, is_quick: bool, thread_counts: Sequence[int]
+) -> tuple[list[Case], list[ModelCase]]:
+    """Return the cases about ops and about models whose titles contain the text."""
+    from . import models, registry
+
+    ops = [case for case in registry.cases() if text in case.title]
+    networks = [case for case in models.cases(thread_counts) if text in case.title]
+    if is_quick:
+        ops = [case for case in ops if case.is_quick]
+        networks = [case.quick() for case in networks if case.is_quick]
+    return ops, networks
+
+
+def unusable(arguments: argparse.Namespace) -> str | None:
+    """Say which of the files to be written cannot be, before anything is measured; None: all can."""
+    for name in ("output", "markdown"):
+        path: Path | None = getattr(arguments, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            return f"argument --{name}: the folder {str(path.parent)!r} does not exist"
+    if arguments.charts is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            return "argument --charts: matplotlib is not installed: pip install matplotlib"
+        if arguments.charts.exists() and not arguments.charts.is_dir():
+            return f"argument --charts: {str(arguments.charts)!r} is not a folder"
+    return None
+
+
+def measure(
+    ops: Sequence[Case],
+    models: Sequence[ModelCase],
+    thread_counts: Sequence[int],
+    rounds: int,
+    output: Path | None,
+) -> Report:
+    """Run the cases; what has been found out is written after each."""
+    from tqdm import tqdm
+
+    from . import contest, limits, model_contest, peers, rows
+
+    report = rows.Report(rows.machine(), peers=peers.installed())
+    needed = set(thread_counts) if models else {max(thread_counts)}
+    total = len(needed) + len(ops) + sum(model_contest.steps(case, rounds) for case in models)
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(total=total, file=sys.stderr, mininterval=interval, dynamic_ncols=True) as bar:
+
+        def progress(done: str) -> None:
+            bar.set_postfix_str(done, refresh=False)
+            bar.update()
+
+        bar.set_description("the machine's limits")
+        for threads in sorted(needed):
+            report.limits[threads] = limits.measure(threads)
+            progress(f"{threads} threads")
+        for case in ops:
+            bar.set_description(case.title)
+            threads = max(thread_counts)
+            report.rows += contest.run(case, threads, report.limits[threads], rounds)
+            progress("")
+            save(report, output)
+        for model in models:
+            bar.set_description(model.title)
+            done = bar.n
+            report.rows += model_contest.run(model, report.limits[model.threads], rounds, progress)
+            bar.update(done + model_contest.steps(model, rounds) - bar.n)
+            save(report, output)
+    return report
+
+
+def save(report: Report, output: Path | None) -> None:
+    """Write JSON, if asked to."""
+    if output is not None:
+        report.write(output)
+
+
+def show(report: Report, arguments: argparse.Namespace) -> int:
+    """Print and draw a report; return the exit status."""
+    from . import rows
+    from .report import markdown
+
+    text = markdown(report)
+    print(text, end="")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.charts is not None:
+        from .charts import draw
+
+        for path in draw(report, arguments.charts):
+            print(f"drew {path}", file=sys.stderr)
+    restless = [row for row in report.rows if row.spread > RESTLESS]
+    if restless:
+        print(
+            f"{len(restless)} of {len(report.rows)} times have quartiles more than {100 * RESTLESS:.0f} % "
+            "apart: the machine was busy with something else",
+            file=sys.stderr,
         )
-    return rows
+    failures = [row for row in report.rows if row.status == rows.FAILED]
+    for row in failures:
+        print(f"{row.title}: {row.contestant} failed: {row.note}", file=sys.stderr)
+    return FAILED if any(row.is_ours for row in failures) else SUCCESS
 
 
-def compare(contestants: Contestants, tolerance: float) -> dict[str, float]:
-    """Return each contestant's difference from the first; nothing is timed that differs too much."""
-    results = {name: function().detach() for name, function in contestants.items()}
-    expected = next(iter(results.values()))
-    return {name: check(result, expected, tolerance) for name, result in results.items()}
+def usage_error(message: str) -> int:
+    """Print what is wrong with the arguments; return the exit status."""
+    print(f"bitfast bench: error: {message}", file=sys.stderr)
+    return USAGE_ERROR
 
 
-def take_turns(contestants: Contestants, rounds: int) -> Mapping[str, list[float]]:
-    """Return the seconds per call of each contestant in each round."""
-    repeats = {name: calls_per_sample(function) for name, function in contestants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, function in contestants.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                function()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
-    return samples
-
-
-def calls_per_sample(function: Callable[[], Tensor]) -> int:
-    """Return how many calls fill the shortest sample, after a few to warm up."""
-    for _ in range(2):
-        function()
-    start = time.perf_counter()
-    function()
-    return max(1, int(SHORTEST_SAMPLE / (time.perf_counter() - start)))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [
-        "| case | contestant | time | ratio (quartiles) | difference |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['op']}: {row['case']} | {row['contestant']} | {duration(row['seconds'])} "
-            f"| {row['ratio']:.2f}x ({low:.2f}-{high:.2f}) | {row['relative_difference']:.0e} |"
-        )
-    return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Return a time with a unit that suits it."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.1f} us"
-    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def machine() -> dict[str, Any]:
-    """Describe what the figures were measured on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    packages = ("bitfast", "torch", "triton", "transformers", "numpy")
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "cpu": cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
-    }
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line without ``bitfast`` and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

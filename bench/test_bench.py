@@ -1,4 +1,7 @@
-"""The registry under pytest-benchmark: ``pytest bench --benchmark-only``."""
+"""The ops of the registry under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+One group per case, plain PyTorch beside bitfast. Whole models are timed by ``bitfast bench`` alone.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench.registry import Case, cases, check
+from .contest import checked_errors
+from .registry import OURS, PLAIN, Case, cases
 
 
+@pytest.mark.parametrize("contestant", [PLAIN, OURS])
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.title)
-def test_case(case: Case, benchmark: Any) -> None:
-    """Check every contestant against the first, then time the one that users get."""
-    contestants = case.make()
-    with torch.set_grad_enabled(case.training):
-        expected = next(iter(contestants.values()))()
-        for function in contestants.values():
-            check(function(), expected, case.tolerance)
-        chosen = next(name for name in contestants if "bitfast" in name or name == "same_pad")
-        benchmark(contestants[chosen])
+def test_op(case: Case, contestant: str, benchmark: Any) -> None:
+    """Check every contestant, then time one of them."""
+    benchmark.group = case.title
+    problem = case.make()
+    with torch.set_grad_enabled(case.is_training):
+        for result in checked_errors(problem, case.dtype).values():
+            assert result.problem is None
+        benchmark(problem.contestants[contestant])

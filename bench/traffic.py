@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.shapes import (
+from bitfast.kernels.launch import Launch
+
+from .shapes import (
     Dtypes,
     Norm,
     all_weights_launch,
     norm_launches,
     shapes_of,
 )
-from bitfast.kernels.launch import Launch
 
 MODEL, IMAGE_SIZE = "R50x1", 224
 BATCHES = (1, 8, 128)

@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_classify(commands)
     _add_demo(commands)
     _add_env(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -141,6 +142,21 @@ def _add_env(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run_env)
+
+
+def _add_bench(commands: Any) -> None:
+    from bitfast.bench import run as bench
+
+    parser = commands.add_parser(
+        "bench",
+        help="measure ops and whole models beside others on this machine",
+        description="Check and measure bitfast's ops beside plain PyTorch, and whole models beside "
+        "transformers, ONNX Runtime, OpenVINO and compiled forms, on the CPU.",
+        epilog=bench.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_arguments(parser)
+    parser.set_defaults(run=bench.run)
 
 
 def positive_integer(text: str) -> int:

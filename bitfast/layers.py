@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfast.backends import select_backend
-from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.common import autocast_dtype
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act, group_norm_act_into
+from bitfast.ops.packed_convolution import (
+    add_packed_convolution_,
+    can_pack,
+    packed_convolution,
+    packed_weights,
+    packs,
+)
 from bitfast.ops.same_padding import same_max_pool, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.prepared_weights import prepared_weight
@@ -34,9 +42,33 @@ def runs_as_written(module: nn.Module) -> bool:
 def runs_channels_last(x: Tensor) -> bool:
     """Say whether a network on such a tensor should run channels_last, whatever the layout of x.
 
-    It should where the norms run in Triton: those kernels and the GPU's convolutions are fastest there.
+    It should where the norms run in Triton, and on the CPU where they run in C++ and the convolutions in
+    oneDNN: these are fastest there.
     """
-    return x.dim() == 4 and select_backend("group_norm_act", x.device.type, x.dtype) == "triton"
+    if x.dim() != 4:
+        return False
+    backend = select_backend("group_norm_act", x.device.type, x.dtype)
+    return backend == "triton" or (backend == "native" and _packs(x))
+
+
+def runs_packed(x: Tensor) -> bool:
+    """Say whether the convolutions of a network on such a tensor run with packed weights."""
+    return not torch.is_grad_enabled() and _packs(x)
+
+
+def _packs(x: Tensor) -> bool:
+    return packs(x.device.type, autocast_dtype(x) or x.dtype)
+
+
+def drop_packed_weights(*modules: nn.Module) -> None:
+    """Forget the packed weights of the convolutions in these modules."""
+    packed_weights.drop(
+        [
+            weight
+            for convolution in standardized_convolutions(*modules)
+            if (weight := convolution._parameters.get("weight")) is not None
+        ]
+    )
 
 
 def standardized_convolutions(*modules: nn.Module) -> list[WeightStandardizedConv2d]:
@@ -89,15 +121,46 @@ class WeightStandardizedConv2d(nn.Conv2d):
         )
         self.eps = eps
         self.has_dynamic_padding = self_padded
+        self.geometry = ((stride, stride), (zeros, zeros), (dilation, dilation))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H', W')."""
+        if self.has_dynamic_padding:
+            x = same_pad(x, self.kernel_size, self.stride, self.dilation)
+        if not torch.is_grad_enabled():
+            x = _cast_for_autocast(x)
+            parameter = self.weight
+            if can_pack(x, parameter):
+                return packed_convolution(x, parameter, self.eps, self.geometry)
         weight = prepared_weight(self)
         if weight is None:
             weight = weight_standardization(self.weight, self.eps)
-        if self.has_dynamic_padding:
-            x = same_pad(x, self.kernel_size, self.stride, self.dilation)
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+
+    def add_to(self, total: Tensor, x: Tensor) -> bool:
+        """Add what :meth:`forward` makes of x to ``total`` in place, if that can be done in one pass.
+
+        Args:
+            total: Shape (N, out, H', W').
+            x: Shape (N, in, H, W).
+
+        Returns:
+            Whether it was done. If not, nothing was.
+        """
+        if torch.is_grad_enabled() or self.has_dynamic_padding:
+            return False
+        parameter = self.weight
+        fits = total.dtype == x.dtype and total.is_contiguous(memory_format=torch.channels_last)
+        if not fits or _cast_for_autocast(x) is not x or not can_pack(x, parameter):
+            return False
+        add_packed_convolution_(x, parameter, total, self.eps, self.geometry)
+        return True
+
+
+def _cast_for_autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype that autocast wants convolutions to have."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
 
 
 class GroupNormActivation(nn.GroupNorm):
@@ -116,6 +179,14 @@ class GroupNormActivation(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         return group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, self.activation)
+
+    def into(self, memory: Tensor, x: Tensor) -> Tensor:
+        """Do the same, in memory that may be overwritten (x itself, for instance) where that can be done."""
+        if torch.is_grad_enabled():
+            return self.forward(x)
+        return group_norm_act_into(
+            x, self.weight, self.bias, self.num_groups, self.eps, self.activation, memory
+        )
 
     def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + residual and what :meth:`forward` makes of that sum; all of shape (N, C, H, W)."""
@@ -184,7 +255,9 @@ __all__ = [
     "GroupNormActivation",
     "MaxPool2d",
     "WeightStandardizedConv2d",
+    "drop_packed_weights",
     "runs_as_written",
     "runs_channels_last",
+    "runs_packed",
     "standardized_convolutions",
 ]

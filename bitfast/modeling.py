@@ -7,7 +7,7 @@ Kolesnikov et al., "Big Transfer (BiT): General Visual Representation Learning",
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,14 @@ from torch import Tensor, nn
 from bitfast.checkpoints.hub import PretrainedModelMixin
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import align_output_stages
-from bitfast.layers import GroupNormActivation, runs_channels_last
-from bitfast.memory_format import memory_format_of
+from bitfast.layers import (
+    GroupNormActivation,
+    drop_packed_weights,
+    runs_as_written,
+    runs_channels_last,
+    runs_packed,
+)
+from bitfast.memory_format import is_channels_last
 from bitfast.network import (
     BitEmbeddings,
     BitEncoder,
@@ -28,6 +34,7 @@ from bitfast.network import (
     round_to_multiple,
     stage_widths,
 )
+from bitfast.ops.common import autocast_dtype
 from bitfast.outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
@@ -146,14 +153,29 @@ class BitModel(BitPreTrainedModel):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        last = len(self.encoder.stages)
-        hidden_states, normalized = self.run(
-            pixel_values, last, range(last + 1) if output_hidden_states else (), self.norm
-        )
+        hidden_states, normalized, pooled = self.features(pixel_values, output_hidden_states)
+        layout = self.layout_of_outputs(pixel_values)
         output = BaseModelOutputWithPoolingAndNoAttention(
-            normalized, self.pooler(normalized), tuple(hidden_states) or None
+            layout(normalized), layout(pooled), tuple(map(layout, hidden_states)) or None
         )
         return output if return_dict else output.to_tuple()
+
+    def features(
+        self, pixel_values: Tensor, output_hidden_states: bool
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the hidden states (or none), the last of them normalized, and its spatial mean.
+
+        Args:
+            pixel_values: (N, num_channels, H, W).
+            output_hidden_states: Also return the stem's and each stage's output.
+
+        Returns:
+            Feature maps in the layout that the network runs in.
+        """
+        last = len(self.encoder.stages)
+        wanted = range(last + 1) if output_hidden_states else ()
+        hidden_states, normalized = self.run(pixel_values, last, wanted, self.norm)
+        return hidden_states, normalized, self.pooler(normalized)
 
     def run(
         self, pixel_values: Tensor, last: int, wanted: Container[int], norm: nn.Module | None
@@ -167,38 +189,74 @@ class BitModel(BitPreTrainedModel):
             norm: Applied to the output of the last, or None.
 
         Returns:
-            The wanted outputs, in order, and what ``norm`` makes of the last one. NCHW images give NCHW
-            outputs also where the network runs channels_last.
+            The wanted outputs, in order, and what ``norm`` makes of the last one, in the layout that the
+            network runs in.
         """
         self.embedder.check(pixel_values)
-        stages = list(self.encoder.stages)[:last]
         channels_last = runs_channels_last(pixel_values)
-        gives_nchw = channels_last and memory_format_of(pixel_values) == torch.contiguous_format
         if channels_last:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        convolutions = preparable_convolutions(self.embedder, stages)
+        convolutions = []
+        if not runs_packed(pixel_values):
+            stages = list(self.encoder.stages)[:last]
+            convolutions = preparable_convolutions(self.embedder, stages)
         with self.prepared_weights.prepared(convolutions, channels_last):
-            x, preactivated = self.embedder(pixel_values), None
-            outputs = [x] if 0 in wanted else []
+            x, outputs, done = self._begin(pixel_values, last, wanted)
+            preactivated = None
             following = None if norm is None else fusable_norm(norm)
-            steps = self.encoder.run(x, last, following)
-            for number, (x, preactivated) in enumerate(steps, start=1):  # noqa: B007
+            steps = self.encoder.run(x, done, last, following)
+            for number, (x, preactivated) in enumerate(steps, start=done + 1):  # noqa: B007
                 if number in wanted:
                     outputs.append(x)
             if norm is not None:
                 x = norm(x) if preactivated is None else preactivated
-        if gives_nchw:
-            return [output.contiguous() for output in outputs], x.contiguous()
         return outputs, x
+
+    def _begin(
+        self, pixel_values: Tensor, last: int, wanted: Container[int]
+    ) -> tuple[Tensor, list[Tensor], int]:
+        """Compute the stem, and in inference on the CPU the stages of high resolution, a few images at a time.
+
+        Their feature maps are then still in a cache when the next layer reads them, and small enough for the
+        memory allocator to use the same pages again.
+
+        Returns:
+            The last output, the wanted ones, and the number of stages that were computed.
+        """
+        size = images_at_a_time(self, pixel_values)
+        if size >= pixel_values.shape[0]:
+            x = self.embedder(pixel_values)
+            return x, [x] if 0 in wanted else [], 0
+        done = min(last, STAGES_IN_SLICES)
+        slices = []
+        for images in pixel_values.split(size):
+            outputs = [self.embedder(images)]
+            outputs += [x for x, _ in self.encoder.run(outputs[0], 0, done, None)]
+            slices.append([x for n, x in enumerate(outputs) if n in wanted or n == done])
+        results = [torch.cat(parts) for parts in zip(*slices, strict=True)]
+        return results[-1], results if done in wanted else results[:-1], done
+
+    def layout_of_outputs(self, pixel_values: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what brings feature maps into the layout that plain convolutions would give them.
+
+        That is channels_last if the images or the weights are.
+        """
+        if is_channels_last(pixel_values) or is_channels_last(self.embedder.convolution.weight):
+            return lambda x: x.contiguous(memory_format=torch.channels_last)
+        return _nchw
 
     def train(self, mode: bool = True) -> BitModel:
         """Switch between training and evaluation, and forget the weights kept for inference."""
-        self.prepared_weights.drop()
+        self._forget_kept_weights()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BitModel:
-        self.prepared_weights.drop()
+        self._forget_kept_weights()
         return super()._apply(fn, recurse)
+
+    def _forget_kept_weights(self) -> None:
+        self.prepared_weights.drop()
+        drop_packed_weights(self)
 
 
 class BitForImageClassification(BitPreTrainedModel):
@@ -245,10 +303,16 @@ class BitForImageClassification(BitPreTrainedModel):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        features = self.bit(pixel_values, output_hidden_states, return_dict=True)
-        logits = self.classifier(features.pooler_output)
+        hidden_states: tuple[Tensor, ...] | None
+        if runs_as_written(self.bit) and not output_hidden_states:
+            hidden_states = None
+            *_, pooled = self.bit.features(pixel_values, output_hidden_states=False)
+        else:
+            features = self.bit(pixel_values, output_hidden_states, return_dict=True)
+            hidden_states, pooled = features.hidden_states, features.pooler_output
+        logits = self.classifier(pooled)
         loss = None if labels is None else self._loss(logits, labels)
-        output = ImageClassifierOutputWithNoAttention(loss, logits, features.hidden_states)
+        output = ImageClassifierOutputWithNoAttention(loss, logits, hidden_states)
         return output if return_dict else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -353,11 +417,44 @@ class BitBackbone(BitPreTrainedModel):
         last = len(self.bit.encoder.stages) if output_hidden_states else max(chosen, default=0)
         computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
         outputs, _ = self.bit.run(pixel_values, last, computed, norm=None)
+        outputs = [*map(self.bit.layout_of_outputs(pixel_values), outputs)]
         output = BackboneOutput(
             feature_maps=tuple(outputs[computed.index(index)] for index in chosen),
             hidden_states=tuple(outputs) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
+
+
+def _nchw(x: Tensor) -> Tensor:
+    """Return x contiguous, with the strides of a new tensor also where it is 1x1."""
+    x = x.contiguous()
+    return x.view(x.shape[:2])[:, :, None, None] if x.shape[2:] == (1, 1) else x
+
+
+SLICE_BYTES = 7 * 2**20
+"""Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
+
+STAGES_IN_SLICES = 2
+"""Later ones have small feature maps and large weights, which the whole batch should share."""
+
+
+def images_at_a_time(model: BitModel, pixel_values: Tensor) -> int:
+    """Return how many images should go through the first stages together; all where nothing is gained.
+
+    Nothing is where gradients are recorded or a compiler plans the memory. Nor is a batch cut where somebody
+    watches a module, and would see it called more than once.
+    """
+    count = pixel_values.shape[0]
+    if torch.compiler.is_compiling() or not runs_packed(pixel_values):
+        return count
+    height, width = (-(-n // 4) for n in pixel_values.shape[2:])
+    dtype = autocast_dtype(pixel_values) or pixel_values.dtype
+    per_image = stage_widths(model.config)[0] * height * width * dtype.itemsize
+    size = max(1, SLICE_BYTES // per_image)
+    early = (model.embedder, *list(model.encoder.stages)[:STAGES_IN_SLICES])
+    if size >= count or not all(runs_as_written(m) for part in early for m in part.modules()):
+        return count
+    return size
 
 
 def as_bit_config(config: Any) -> BitConfig:

@@ -69,6 +69,14 @@ def check_summands(branch: Tensor, shortcut: Tensor) -> None:
                 )
 
 
+def normed(norm: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
+    """Return norm(x), in the memory of x where nobody else gets to see what ``makers`` have made."""
+    fusable = fusable_norm(norm)
+    if fusable is not None and all(map(runs_as_written, makers)):
+        return fusable.into(x, x)
+    return norm(x)
+
+
 class BitEmbeddings(nn.Module):
     """The stem: 7x7 convolution, zero pad, (norm), 3x3 max-pool; to a quarter of the resolution."""
 
@@ -100,7 +108,8 @@ class BitEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images (N, num_channels, H, W) to (N, embedding_size, about H/4, about W/4)."""
         self.check(pixel_values)
-        return self.pooler(self.norm(self.pad(self.convolution(pixel_values))))
+        x = self.pad(self.convolution(pixel_values))
+        return self.pooler(normed(self.norm, x, self.convolution, self.pad))
 
     def check(self, pixel_values: Tensor) -> None:
         """Raise TypeError or ValueError unless :meth:`forward` can take the images."""
@@ -143,7 +152,11 @@ class BitDownsampleConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        return self.norm(self.conv(x))
+        return normed(self.norm, self.conv(x), self.conv)
+
+    def makes_new(self) -> bool:
+        """Say whether nobody but the caller gets to see the result."""
+        return all(runs_as_written(module) for module in (self, self.conv, self.norm))
 
 
 class BitPreActivationBottleneckLayer(nn.Module):
@@ -186,7 +199,11 @@ class BitPreActivationBottleneckLayer(nn.Module):
         return self.run(x, None, None)[0]
 
     def run(
-        self, x: Tensor, preactivated: Tensor | None, following: GroupNormActivation | None
+        self,
+        x: Tensor,
+        preactivated: Tensor | None,
+        following: GroupNormActivation | None,
+        owns_input: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Do the same, together with the norm that comes next.
 
@@ -194,6 +211,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
             x: The input.
             preactivated: ``norm1(x)``, if the block before has computed it.
             following: The norm to apply to the output, if this block is to do it.
+            owns_input: Nobody else needs x, so that it may be overwritten.
 
         Returns:
             The output, and ``following(output)`` or None.
@@ -201,12 +219,36 @@ class BitPreActivationBottleneckLayer(nn.Module):
         if preactivated is None:
             preactivated = self.norm1(x)
         shortcut = x if self.downsample is None else self.downsample(preactivated)
-        branch = self.conv1(preactivated)
-        branch = self.conv2(self.norm2(branch))
-        branch = self.drop_path(self.conv3(self.norm3(branch)))
+        owns_shortcut = owns_input if self.downsample is None else self.downsample.makes_new()
+        branch = normed(self.norm2, self.conv1(preactivated), self.conv1)
+        branch = normed(self.norm3, self.conv2(branch), self.conv2)
+        if owns_shortcut and self.adds_as_it_convolves() and self.conv3.add_to(shortcut, branch):
+            if following is None:
+                return shortcut, None
+            # What is normalized next takes the place of what was normalized before.
+            spare = preactivated if self.owns_preactivated() else None
+            return shortcut, following(shortcut) if spare is None else following.into(
+                spare, shortcut
+            )
+        branch = self.drop_path(self.conv3(branch))
         if following is None or self.may_shrink:
             return add_to_shortcut(branch, shortcut), None
         return following.add_and_norm(branch, shortcut)
+
+    def owns_preactivated(self) -> bool:
+        """Say whether nobody but the block gets to see what its first norm has made."""
+        return runs_as_written(self.conv1) and (
+            self.downsample is None or self.downsample.makes_new()
+        )
+
+    def adds_as_it_convolves(self) -> bool:
+        """Say whether the last convolution may add its result to the shortcut by itself."""
+        return (
+            not self.may_shrink
+            and not (self.training and self.drop_path.rate)
+            and runs_as_written(self.conv3)
+            and runs_as_written(self.drop_path)
+        )
 
 
 class BitBottleneckLayer(nn.Module):
@@ -243,9 +285,9 @@ class BitBottleneckLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        branch = self.norm1(self.conv1(x))
-        branch = self.norm2(self.conv2(branch))
-        branch = self.norm3(self.conv3(branch))
+        branch = normed(self.norm1, self.conv1(x), self.conv1)
+        branch = normed(self.norm2, self.conv2(branch), self.conv2)
+        branch = normed(self.norm3, self.conv3(branch), self.conv3)
         return ACTIVATIONS[self.activation](add_to_shortcut(self.drop_path(branch), shortcut))
 
 
@@ -303,13 +345,16 @@ class BitStage(nn.Module):
         """Do the same, each block applying the norm that comes next: see the block's ``run``."""
         layers: list[Any] = list(self.layers)
         next_norms = [*(first_norm(layer) for layer in layers[1:]), following]
+        owns_x = False
         for layer, next_norm in zip(layers, next_norms, strict=False):  # a stage may be empty
             if self.is_recomputed:
                 x, preactivated = checkpoint(layer, x, **self.checkpoint_options), None
             elif first_norm(layer) is None:
                 x, preactivated = layer(x), None
+                owns_x = False
             else:
-                x, preactivated = layer.run(x, preactivated, next_norm)
+                x, preactivated = layer.run(x, preactivated, next_norm, owns_x)
+                owns_x = True
         return x, preactivated
 
 
@@ -386,21 +431,21 @@ class BitEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stem's output to the last stage's."""
-        for output, _ in self.run(x, len(self.stages), None):
+        for output, _ in self.run(x, 0, len(self.stages), None):
             x = output
         return x
 
     def run(
-        self, x: Tensor, count: int, following: GroupNormActivation | None
+        self, x: Tensor, first: int, last: int, following: GroupNormActivation | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the outputs of the first ``count`` stages, each with what its last block's ``run`` returns.
+        """Yield the outputs of some stages, one one by one, each with what its last block's ``run`` returns.
 
         Args:
-            x: The stem's output.
-            count: Of stages, from the first.
+            x: The input of the first of them.
+            first, last: As in ``stages[first:last]``.
             following: The norm that comes after the last of them, if that is to apply it.
         """
-        stages: list[Any] = list(self.stages)[:count]
+        stages: list[Any] = list(self.stages)[first:last]
         next_norms = [*(first_norm(stage) for stage in stages[1:]), following]
         preactivated = None
         for stage, next_norm in zip(stages, next_norms, strict=False):

@@ -7,14 +7,12 @@ kept for the next forward pass and used again while nothing has changed: see :cl
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bitfast.backends import select_backend
 from bitfast.ops.common import autocast_dtype
@@ -23,6 +21,7 @@ from bitfast.ops.weight_standardization import (
     standardizes_together,
     weight_standardization_all,
 )
+from bitfast.optimizer_steps import watch_optimizers
 
 
 class _Current(threading.local):
@@ -167,35 +166,9 @@ class PreparedWeights:
         if all(source.is_current() for source in sources) and all(
             type(result) is Tensor for result in results.values()
         ):
-            _watch_optimizers(self)
+            watch_optimizers(self)
             self._kept = _Kept(manners, sources, results)
         return results
-
-
-# ---- optimizers -----------------------------------------------------------------------------------
-
-_watching: weakref.WeakSet[PreparedWeights] = weakref.WeakSet()
-"""Whom the steps of optimizers concern. (Fused ones change weights without torch counting it.)"""
-
-_watching_lock = threading.Lock()
-_is_hooked = threading.Event()
-
-
-def _watch_optimizers(keeper: PreparedWeights) -> None:
-    """Let the keeper drop what it has kept when any optimizer steps the weights that it came from."""
-    with _watching_lock:
-        if not _is_hooked.is_set():
-            register_optimizer_step_post_hook(_after_optimizer_step)
-            _is_hooked.set()
-        _watching.add(keeper)
-
-
-def _after_optimizer_step(optimizer: Any, *_: Any) -> None:
-    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    with _watching_lock:
-        keepers = list(_watching)
-    for keeper in keepers:
-        keeper.drop_if_from(stepped)
 
 
 # ---- helpers --------------------------------------------------------------------------------------

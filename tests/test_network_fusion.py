@@ -17,6 +17,12 @@ from tests.tiny_models import ours
 DEPTHS = {"depths": [2, 1, 2], "hidden_sizes": [16, 16, 32]}
 
 
+@pytest.fixture(autouse=True)
+def without_packed_weights(monkeypatch: Any) -> None:
+    """As on a GPU: convolutions do not add to the shortcut by themselves."""
+    monkeypatch.setattr(layers, "packs", lambda *_: False)
+
+
 @pytest.fixture
 def model() -> Any:
     return ours("BitModel", **DEPTHS).eval()

@@ -18,7 +18,16 @@ import bitfast.kernels
 from tests.versions import TORCH
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("bitfast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = (
+    "bitfast",
+    "bench",
+    "kernels",
+    "csrc",
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+)
 HAS_NVCC = shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
 
 
@@ -85,6 +94,7 @@ def test_the_wheel_serves_every_python_and_holds_everything(source: Path, tmp_pa
     assert "-cp310-abi3-" in wheel.name
     names = names_in(wheel)
     for needed in (
+        "bitfast/bench/contestant.py",
         "bitfast/kernels/__init__.py",
         "bitfast/ops/same_padding.py",
         "bitfast/checkpoints/hub.py",
@@ -180,7 +190,12 @@ def test_the_source_distribution_can_be_built_from(source: Path) -> None:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     expected = {
         str(path.relative_to(ROOT))
-        for folder, pattern in (("csrc", "*"), ("kernels", "*.py"), ("bitfast", "**/*.py"))
+        for folder, pattern in (
+            ("csrc", "*"),
+            ("bench", "*.py"),
+            ("kernels", "*.py"),
+            ("bitfast", "**/*.py"),
+        )
         for path in (ROOT / folder).glob(pattern)
     }
     expected |= {

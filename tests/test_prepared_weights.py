@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from bitfast import BitBackbone, BitForImageClassification, BitModel, prepared_weights
+from bitfast import BitBackbone, BitForImageClassification, BitModel, layers, prepared_weights
 from bitfast.backends import use_backend
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.weight_standardization import weight_standardization
@@ -29,6 +29,12 @@ from tests.weight_changes import (
     features,
     tie_two_weights,
 )
+
+
+@pytest.fixture(autouse=True)
+def without_packed_weights(monkeypatch: Any) -> None:
+    """As on a GPU, or with a torch without oneDNN."""
+    monkeypatch.setattr(layers, "packs", lambda *_: False)
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_explicit_backend_never_degrades():
         use_backend(weight_standardization="native"),
         pytest.raises(BackendUnavailableError, match="weight_standardization"),
     ):
-        weight_standardization(torch.randn(2, 2, 1, 1))
+        weight_standardization(torch.randn(2, 2, 1, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,9 @@ def check_pair(op: str, name: str, value: int | Sequence[int], minimum: int = 1)
     return pair
 
 
+NATIVE_CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
+"""What the C++ kernels of norms and weights take; the rest is left to the reference."""
+
 # ---- Triton ---------------------------------------------------------------------------------------
 
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})

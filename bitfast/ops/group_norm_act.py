@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfast import reference
+from bitfast import extension, reference
 from bitfast.activations import ACTIVATIONS
-from bitfast.backends import select_backend
+from bitfast.backends import register_kernel, select_backend
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import (
     LIBRARY,
+    NATIVE_CPU_DTYPES,
     announce_triton_kernels,
     autocast_dtype,
     check_floating,
     check_nchw,
+    complete_operator,
     define_operator,
     run_launches,
     show_launches,
@@ -35,6 +37,17 @@ SIGNATURE = (
 )
 """What every kernel takes and returns: the result, and the mean and 1/std of each (image, group), in
 float32 (float64 for float64 data)."""
+
+IN_PLACE_SIGNATURE = (
+    "(Tensor(a!) x, Tensor weight, Tensor bias, int num_groups, float eps, str activation) -> ()"
+)
+"""The same in the memory of x, for inference. Only the native backend has it."""
+
+INTO_SIGNATURE = (
+    "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, str activation,"
+    " Tensor(a!) result) -> ()"
+)
+"""The same into memory that is there already."""
 
 ADD_SIGNATURE = (
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, int num_groups, float eps,"
@@ -84,9 +97,49 @@ def group_norm_act(
     with _no_autocast(x):
         if backend == "reference":
             result = reference.group_norm_act_forward(*arguments)[0]
+        elif backend == "native" and _is_plain_inference(x):
+            result = torch.empty_like(x)
+            torch.ops.bitfast.group_norm_act_into.native(*arguments, result)
         else:
             result = getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
     return result.to(autocast_dtype(x) or x.dtype)
+
+
+def group_norm_act_into(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+    memory: Tensor,
+) -> Tensor:
+    """Do what :func:`group_norm_act` does, in memory that may be overwritten, where the backend can.
+
+    It can on the CPU where no gradient is recorded and ``memory`` is like the result.
+
+    Args:
+        memory: May be x itself.
+
+    Returns:
+        ``memory``, or another tensor; then ``memory`` is left as it is.
+    """
+    overwrites = (
+        not torch.is_grad_enabled()
+        and memory.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
+        and (memory is x or (memory.shape == x.shape and not torch.compiler.is_compiling()))
+        and select_backend(OP, x.device.type, x.dtype) == "native"
+        and _are_dense(x, memory)
+    )
+    if not overwrites:
+        return group_norm_act(x, weight, bias, num_groups, eps, activation)
+    _check(OP, x, weight, bias, num_groups, eps, activation)
+    operators = torch.ops.bitfast
+    if memory is x:
+        operators.group_norm_act_.native(x, weight, bias, num_groups, eps, activation)
+    else:
+        operators.group_norm_act_into.native(x, weight, bias, num_groups, eps, activation, memory)
+    return memory
 
 
 def add_group_norm_act(
@@ -127,6 +180,21 @@ def add_group_norm_act(
             operator = getattr(torch.ops.bitfast.add_group_norm_act, backend)
             total, result, *_ = operator(x, residual, *arguments)
     return total, result.to(autocast_dtype(x) or x.dtype)
+
+
+def _is_plain_inference(x: Tensor) -> bool:
+    """Say whether x is dense and no gradient, compiler or tracer has to see the operator.
+
+    Then the form that returns nothing serves, which costs half as much to call.
+    """
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _are_dense(x)
+
+
+def _are_dense(*tensors: Tensor) -> bool:
+    """Say whether all are contiguous or all channels_last."""
+    return all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors) or all(
+        x.is_contiguous() for x in tensors
+    )
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -212,9 +280,23 @@ def define_kernel(backend: str, forward: Any, add_forward: Any, backward: Any) -
     """Define both operators of a backend and their backward, differentiable and traceable."""
     define_operator(OP, backend, SIGNATURE, forward, _fake)
     define_operator(ADD_OP, backend, ADD_SIGNATURE, add_forward, _add_fake)
-    backward_op = define_operator(
-        f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, _fake_backward
-    )
+    define_operator(f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, _fake_backward)
+    _connect_gradients(backend)
+
+
+def _complete_native_kernel() -> None:
+    """Do the same for the operators that csrc/group_norm_act.cpp has defined."""
+    complete_operator(OP, "native", SIGNATURE, _fake)
+    complete_operator(f"{OP}_", "native", IN_PLACE_SIGNATURE, lambda *_: None)
+    complete_operator(f"{OP}_into", "native", INTO_SIGNATURE, lambda *_: None)
+    complete_operator(ADD_OP, "native", ADD_SIGNATURE, _add_fake)
+    complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, _fake_backward)
+    _connect_gradients("native")
+
+
+def _connect_gradients(backend: str) -> None:
+    """Tell autograd how the operators of one backend belong together."""
+    backward_op = getattr(torch.ops.bitfast.group_norm_act_backward, backend)
 
     def gradients(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None
@@ -332,3 +414,10 @@ show_launches(OP, _triton_forward)
 show_launches(ADD_OP, _triton_add_forward)
 show_launches(f"{OP}_backward", _triton_backward)
 announce_triton_kernels(OP)
+
+
+# ---- native ---------------------------------------------------------------------------------------
+
+register_kernel(OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: extension.CPU.problem)
+if extension.CPU.problem is None:
+    _complete_native_kernel()

@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfast import reference
-from bitfast.backends import select_backend
+from bitfast import extension, reference
+from bitfast.backends import register_kernel, select_backend
 from bitfast.memory_format import is_channels_last, memory_format_of
 from bitfast.ops.common import (
     LIBRARY,
+    NATIVE_CPU_DTYPES,
     announce_triton_kernels,
     autocast_dtype,
     check_floating,
+    complete_operator,
     define_operator,
     run_launches,
     show_launches,
 )
 
 OP = "weight_standardization"
+ALL_OP = "weight_standardization_all"
 
 SIGNATURE = "(Tensor weight, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)"
 """What every kernel takes and returns: the result, and the mean and 1/std of each filter, in float32
@@ -71,7 +74,9 @@ def weight_standardization(
     backend = select_backend(OP, weight.device.type, weight.dtype)
     if backend == "reference":
         return reference.weight_standardization_forward(weight, eps, dtype)[0]
-    return getattr(torch.ops.bitfast.weight_standardization, backend)(weight, eps, dtype)[0]
+    operator = getattr(torch.ops.bitfast.weight_standardization, backend)
+    result = operator(weight, eps, _kernel_dtype(backend, dtype))[0]
+    return result.to(dtype or weight.dtype)
 
 
 def weight_standardization_all(
@@ -107,8 +112,12 @@ def weight_standardization_all(
 
 
 def standardizes_together(weight: Tensor) -> bool:
-    """Say whether the backend for such a weight gains from :func:`weight_standardization_all`."""
-    return select_backend(OP, weight.device.type, weight.dtype) != "reference"
+    """Say whether the backend for such a weight gains from :func:`weight_standardization_all`.
+
+    On a GPU it saves launches. On the CPU there are none to save, and one large buffer costs more time than
+    it saves: its pages come from the system anew each time.
+    """
+    return select_backend(OP, weight.device.type, weight.dtype) == "triton"
 
 
 def _standardize_alike(
@@ -123,8 +132,15 @@ def _standardize_alike(
             results = [r.contiguous(memory_format=torch.channels_last) for r in results]
         return results
     operator = getattr(torch.ops.bitfast.weight_standardization_all, backend)
-    packed, _, _ = operator(weights, eps, dtype, channels_last)
-    return unpack(packed, weights, channels_last)
+    packed, _, _ = operator(weights, eps, _kernel_dtype(backend, dtype), channels_last)
+    return unpack(packed.to(dtype or weights[0].dtype), weights, channels_last)
+
+
+def _kernel_dtype(backend: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype to ask a kernel for: float32 where it cannot write the one that is wanted."""
+    if backend == "native" and dtype is not None and dtype not in NATIVE_CPU_DTYPES:
+        return torch.float32
+    return dtype
 
 
 def _check(name: str, weight: Tensor, eps: float, dtype: torch.dtype | None) -> None:
@@ -206,9 +222,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def define_kernel(backend: str, forward: Any, backward: Any) -> None:
     """Define ``bitfast::weight_standardization.<backend>`` and its backward."""
     define_operator(OP, backend, SIGNATURE, forward, _fake)
-    backward_op = define_operator(
-        f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, _fake_backward
-    )
+    define_operator(f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, _fake_backward)
+    _connect_gradients(backend)
+
+
+def _connect_gradients(backend: str) -> None:
+    backward_op = getattr(torch.ops.bitfast.weight_standardization_backward, backend)
 
     def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return backward_op(grad, *ctx.saved_tensors), None, None
@@ -244,11 +263,15 @@ def _setup_all_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def define_all_kernel(backend: str, forward: Any, backward: Any) -> None:
     """Define ``bitfast::weight_standardization_all.<backend>`` and its backward."""
-    name = f"{OP}_all"
-    define_operator(name, backend, ALL_SIGNATURE, forward, _fake_all)
-    backward_op = define_operator(
-        f"{name}_backward", backend, ALL_BACKWARD_SIGNATURE, backward, _fake_all_backward
+    define_operator(ALL_OP, backend, ALL_SIGNATURE, forward, _fake_all)
+    define_operator(
+        f"{ALL_OP}_backward", backend, ALL_BACKWARD_SIGNATURE, backward, _fake_all_backward
     )
+    _connect_all_gradients(backend)
+
+
+def _connect_all_gradients(backend: str) -> None:
+    backward_op = getattr(torch.ops.bitfast.weight_standardization_all_backward, backend)
 
     def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[list[Tensor] | None, ...]:
         *weights, mean, rstd = ctx.saved_tensors
@@ -256,7 +279,7 @@ def define_all_kernel(backend: str, forward: Any, backward: Any) -> None:
         return unpack(packed, weights, channels_last=False), None, None, None
 
     torch.library.register_autograd(
-        f"bitfast::{name}.{backend}", run_backward, setup_context=_setup_all_context, lib=LIBRARY
+        f"bitfast::{ALL_OP}.{backend}", run_backward, setup_context=_setup_all_context, lib=LIBRARY
     )
 
 
@@ -350,3 +373,15 @@ define_all_kernel("triton", _triton_all, _triton_all_backward)
 show_launches(OP, _triton_forward)
 show_launches(f"{OP}_backward", _triton_backward)
 announce_triton_kernels(OP)
+
+
+# ---- native ---------------------------------------------------------------------------------------
+
+register_kernel(OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: extension.CPU.problem)
+if extension.CPU.problem is None:  # then csrc/weight_standardization.cpp has defined the schemas
+    complete_operator(OP, "native", SIGNATURE, _fake)
+    complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, _fake_backward)
+    complete_operator(ALL_OP, "native", ALL_SIGNATURE, _fake_all)
+    complete_operator(f"{ALL_OP}_backward", "native", ALL_BACKWARD_SIGNATURE, _fake_all_backward)
+    _connect_gradients("native")
+    _connect_all_gradients("native")

@@ -1,0 +1,175 @@
+"""What a run finds out: a row per contestant of a case, and the report that holds them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfast import environment
+
+from .limits import Limits
+from .timing import Summary
+
+FORMAT = 2
+"""Of the JSON; what is older has no such number."""
+
+TIMED, FAILED, MISSING = "timed", "failed", "not installed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant of one case.
+
+    Attributes:
+        kind: "op" or "model".
+        op: The word of the op; for models "inference" or "training".
+        case: What was computed, without the threads.
+        threads: Of the CPU.
+        contestant: By whom, in which dtype and form.
+        dtype: In which it computes, "float32" or "bfloat16".
+        status: :data:`TIMED`, :data:`FAILED` or :data:`MISSING`; only the first has times.
+        note: Why there are none, or what else is to be known.
+        is_quick: Whether the case stands for its like.
+        seconds, quartiles: Per call, the median and the quartiles over the rounds.
+        ratio, ratio_quartiles: The baseline's time over this one's.
+        error, allowed_error: Relative to float64: the largest of the results', and what is allowed.
+        fraction: Of the machine's limit.
+        limit: Which limit that is, "arithmetic" or "copy".
+        first_result: Seconds from constructing to the first result, compilation included.
+        peak_memory: Bytes, of a process that does nothing else.
+    """
+
+    kind: str
+    op: str
+    case: str
+    threads: int
+    contestant: str
+    dtype: str
+    status: str = TIMED
+    note: str = ""
+    is_quick: bool = False
+    seconds: float | None = None
+    quartiles: tuple[float, float] | None = None
+    ratio: float | None = None
+    ratio_quartiles: tuple[float, float] | None = None
+    error: float | None = None
+    allowed_error: float | None = None
+    fraction: float | None = None
+    limit: str | None = None
+    first_result: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether bitfast computed it."""
+        return self.contestant.startswith("bitfast")
+
+    @property
+    def spread(self) -> float:
+        """The distance of a time's quartiles over the median; 0 without a time."""
+        if self.seconds is None or self.quartiles is None:
+            return 0.0
+        return (self.quartiles[1] - self.quartiles[0]) / self.seconds
+
+    @property
+    def title(self) -> str:
+        """The case in one line."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.op}: {self.case}, {threads}"
+
+    def timed(self, summary: Summary) -> Row:
+        """Return the row with its times."""
+        return dataclasses.replace(self, **summary._asdict())
+
+
+@dataclass
+class Report:
+    """Everything that a run finds out.
+
+    Attributes:
+        machine: Processor, versions, commit, date, and how many processes were busy at the start.
+        limits: By thread count.
+        peers: The version of each other runtime, or None: it is not installed.
+        rows: In the order of the cases.
+    """
+
+    machine: dict[str, Any]
+    limits: dict[int, Limits] = field(default_factory=dict)
+    peers: dict[str, str | None] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read JSON.
+
+        Raises:
+            ValueError: it is of another format.
+        """
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} is not of format {FORMAT}: make it anew with bitfast bench")
+        return cls(
+            content["machine"],
+            {int(threads): Limits(**limits) for threads, limits in content["limits"].items()},
+            content["peers"],
+            [Row(**row) for row in content["rows"]],
+        )
+
+
+def cases_of(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return the rows by title of their case, in order."""
+    by_title: dict[str, list[Row]] = {}
+    for row in rows:
+        by_title.setdefault(row.title, []).append(row)
+    return by_title
+
+
+# ---- the machine --------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Describe what the figures are measured on and with."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "cpu": environment.cpu_model(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": environment.versions(),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this file lies in, "-dirty" if it has changes, or None."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "registry.py"],
+            cwd=folder,
+            capture_output=True,
+            check=False,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    # An installation may lie within somebody else's checkout.
+    return finished.stdout.strip() if tracked.returncode == 0 else None

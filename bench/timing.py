@@ -1,0 +1,85 @@
+"""How times are taken: contestants in turns, and what is said of their samples."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+SHORTEST_SAMPLE = 0.02
+"""Seconds. A call that takes less is repeated within one sample, for the clock's sake."""
+
+Timer = Callable[[int], float]
+"""Makes so many calls and returns the seconds that they took together."""
+
+
+class Summary(NamedTuple):
+    """A contestant's samples beside the baseline's.
+
+    Attributes:
+        seconds: Per call, the median over the rounds.
+        quartiles: Of the seconds, the first and the third.
+        ratio: The baseline's median over this one's; None without a baseline.
+        ratio_quartiles: Of the single rounds' ratios.
+    """
+
+    seconds: float
+    quartiles: tuple[float, float]
+    ratio: float | None
+    ratio_quartiles: tuple[float, float] | None
+
+
+def timer_of(function: Callable[[], Any]) -> Timer:
+    """Return the timer of a function in this process."""
+
+    def run(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return time.perf_counter() - start
+
+    return run
+
+
+def calls_per_sample(timer: Timer) -> int:
+    """Return how many calls fill the shortest sample, after a few to warm up."""
+    timer(2)
+    return max(1, int(SHORTEST_SAMPLE / timer(1)))
+
+
+def take_turns(
+    timers: Mapping[str, Timer], rounds: int, after_round: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Return the seconds per call of each contestant in each round.
+
+    They take turns, so that what else the machine does meets all of them alike, in an order that is
+    reversed each round. A turn begins with a call that does not count: the caches, and the cores, on which
+    threads of the one before may still wait for work, become the contestant's own.
+    """
+    calls = {name: calls_per_sample(timer) for name, timer in timers.items()}
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for i in range(rounds):
+        for name in list(timers)[:: -1 if i % 2 else 1]:
+            timers[name](1)
+            samples[name].append(timers[name](calls[name]) / calls[name])
+        after_round()
+    return samples
+
+
+def summarize(seconds: list[float], baseline: list[float] | None) -> Summary:
+    """Return what is said of the samples; those of the baseline are of the same rounds."""
+    median = statistics.median(seconds)
+    if baseline is None:
+        return Summary(median, quartiles(seconds), None, None)
+    ratios = [b / s for b, s in zip(baseline, seconds, strict=True)]
+    ratio = statistics.median(baseline) / median
+    return Summary(median, quartiles(seconds), ratio, quartiles(ratios))
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """Return the first and the third quartile; of a single value, twice that."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third

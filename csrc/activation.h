@@ -1,0 +1,38 @@
+// The activations by the names that bitfast/activations.py gives them.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+namespace bitfast {
+
+enum class Activation { none, relu, gelu, gelu_new, selu };
+
+inline Activation activation_named(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_new") return Activation::gelu_new;
+  if (name == "selu") return Activation::selu;
+  STD_TORCH_CHECK(false, "activation must be none, relu, gelu, gelu_new or selu, got ", name);
+}
+
+// Calls function with the activation as a constant of the compiler's.
+template <typename Function>
+void dispatch_activation(Activation activation, const Function& function) {
+  switch (activation) {
+    case Activation::none:
+      return function(std::integral_constant<Activation, Activation::none>{});
+    case Activation::relu:
+      return function(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::gelu:
+      return function(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_new:
+      return function(std::integral_constant<Activation, Activation::gelu_new>{});
+    case Activation::selu:
+      return function(std::integral_constant<Activation, Activation::selu>{});
+  }
+}
+
+}  // namespace bitfast

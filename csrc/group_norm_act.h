@@ -1,0 +1,87 @@
+// What the loops of group_norm_act work on, and how the work is divided.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "activation.h"
+
+namespace bitfast::group_norm_act {
+
+// A batch of feature maps cut into tasks: an image, a block of channels (whole groups), a piece of the
+// pixels. With one piece a task sees all there is of its groups, and does everything in one go.
+struct Division {
+  int64_t images, channels, pixels, groups;
+  bool channels_last;
+  int64_t block;   // channels, a multiple of those in a group; the last block may have fewer
+  int64_t blocks;  // in an image
+  int64_t piece;   // pixels; the last piece may have fewer
+  int64_t pieces;  // in a block
+
+  int64_t tasks() const { return images * blocks * pieces; }
+  int64_t group_size() const { return channels / groups; }
+};
+
+struct Task {
+  int64_t image, piece;
+  int64_t first_channel, channels;
+  int64_t first_pixel, pixels;
+};
+
+inline Task task_of(const Division& division, int64_t number) {
+  Task task;
+  task.piece = number % division.pieces;
+  const int64_t block = number / division.pieces % division.blocks;
+  task.image = number / division.pieces / division.blocks;
+  task.first_channel = block * division.block;
+  task.channels = std::min(division.block, division.channels - task.first_channel);
+  task.first_pixel = task.piece * division.piece;
+  task.pixels = std::min(division.piece, division.pixels - task.first_pixel);
+  return task;
+}
+
+// Where a task's first element lies, in elements.
+inline int64_t offset_of(const Division& division, const Task& task) {
+  const int64_t image = task.image * division.channels * division.pixels;
+  return division.channels_last ? image + task.first_pixel * division.channels + task.first_channel
+                                : image + task.first_channel * division.pixels + task.first_pixel;
+}
+
+// Two numbers for each image, piece and channel: what the tasks of one block tell each other.
+struct Partial {
+  double *first, *second;
+};
+
+inline Partial partial_of(const Division& division, Partial partial, const Task& task, int64_t piece) {
+  const int64_t offset = (task.image * division.pieces + piece) * division.channels + task.first_channel;
+  return {partial.first + offset, partial.second + offset};
+}
+
+template <typename T>
+struct Forward {
+  Division division;
+  Activation activation;
+  double eps;
+  const T* x;
+  const T* residual;  // or null
+  T* total;           // x + residual
+  T* result;
+  const float *weight, *bias;
+  float *mean, *rstd;  // or null
+  Partial moments;  // mean, and sum of the squared differences from it
+};
+
+template <typename T>
+struct Backward {
+  Division division;
+  Activation activation;
+  const T* grad;
+  const T* grad_total;  // or null
+  const T* x;
+  T* grad_x;
+  const float *weight, *bias;
+  const float *mean, *rstd;
+  Partial sums;  // of the gradient before the activation, and of its product with the normalized x
+};
+
+}  // namespace bitfast::group_norm_act

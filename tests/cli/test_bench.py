@@ -1,0 +1,100 @@
+"""``bitfast bench``: its arguments, and a short run from end to end."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitfast.bench import contest
+from bitfast.bench.rows import FAILED, Report, Row
+from tests.cli.common import Run
+
+SHORT = ("bench", "--quick", "--only", "dispatch: same_pad of one pixel, recorded")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "perpetual motion"], "--only: no case's title contains 'perpetual motion'"),
+        (["--quick", "--only", "R101x1"], "no case's title contains 'R101x1'"),
+        (["--threads", "0"], "--threads: must be an integer of at least 1, got '0'"),
+        (["--rounds", "few"], "--rounds: must be an integer of at least 1, got 'few'"),
+        (["--output", "/no/such/folder/x.json"], "--output: the folder '/no/such/folder' does not"),
+        (["--markdown", "/no/such/folder/x.md"], "--markdown: the folder '/no/such/folder' does"),
+    ],
+    ids=str,
+)
+def test_usage_errors(run: Run, arguments: list[str], said: str) -> None:
+    status, out, err = run("bench", *arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_charts_without_matplotlib(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "matplotlib":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    status, out, err = run(*SHORT, "--charts", "charts")
+    assert (status, out) == (2, "")
+    assert "matplotlib is not installed: pip install matplotlib" in err
+
+
+def test_list(run: Run) -> None:
+    status, out, _ = run("bench", "--list", "--only", "R50x1 224x224 batch 1", "--threads", 2, 1)
+    assert status == 0
+    assert out.splitlines() == [
+        "inference: R50x1 224x224 batch 1, 1 thread",
+        "inference: R50x1 224x224 batch 1, 2 threads",
+    ]
+
+
+def test_a_short_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitfast.bench.limits.PROBE_SECONDS", 0.02)
+    output, table = tmp_path / "report.json", tmp_path / "report.md"
+    status, out, err = run(*SHORT, "--output", output, "--markdown", table, "--threads", 1)
+    assert status == 0, err
+    assert out == table.read_text()
+    assert "| dispatch | same_pad of one pixel, recorded by autograd | " in out
+    assert "1/1" not in out
+    assert "2/2" in err  # the progress bar: the limits, and the case
+    report = Report.read(output)
+    assert {"bitfast", "python", "torch"} <= set(report.machine["versions"])
+    assert {"date", "commit", "cpu"} <= set(report.machine)
+    assert set(report.peers) == {"transformers", "onnxruntime", "openvino"}
+    assert [row.contestant for row in report.rows] == ["plain PyTorch", "bitfast"]
+    assert {row.threads for row in report.rows} == {1}
+    limits = report.limits[1]
+    assert limits.flops["float32"] == max(
+        rate for name, rate in limits.probes.items() if name.startswith("float32")
+    )
+    assert limits.bandwidth > 1e8
+    assert json.loads(output.read_text())["format"] == 2
+
+
+def test_a_wrong_result_of_ours_is_a_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(case: Any, threads: int, *_: Any) -> list[Row]:
+        names = ("plain PyTorch", "bitfast")
+        return [
+            Row("op", case.op, case.name, threads, name, "float32", FAILED, "error 2: not timed")
+            for name in names
+        ]
+
+    from bitfast.bench import limits
+
+    monkeypatch.setattr(contest, "run", wrong)
+    monkeypatch.setattr(limits, "measure", lambda threads: limits.Limits({}, 1.0))
+    monkeypatch.setattr("bitfast.bench.report.limits_lines", lambda report: [])
+    status, out, err = run(*SHORT)
+    assert status == 1
+    assert "| failed | failed |" in out
+    assert "bitfast failed: error 2: not timed" in err

@@ -1,0 +1,290 @@
+"""The C++ kernels of group_norm_act on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bitfast import extension
+from bitfast.activations import ACTIVATIONS
+from bitfast.backends import use_backend
+from bitfast.ops import add_group_norm_act, group_norm_act, group_norm_act_into
+from tests.feature_maps import away_from_kinks
+from tests.guarded import Guarded
+from tests.tolerances import Triples, assert_draws_within_contract
+
+pytestmark = pytest.mark.skipif(
+    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
+)
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+DTYPES = (torch.float32, torch.bfloat16)
+NAMES = sorted(ACTIVATIONS)
+operators = torch.ops.bitfast
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fill what is allocated but not written with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2, 7])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def draw(
+    shape: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    activation: str,
+    mean: float,
+    with_residual: bool,
+) -> Triples:
+    """Return, of one forward and backward pass, the kernels' results, plain PyTorch's and float64's."""
+    x = (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout)
+    residual, grad, grad_total = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3)
+    )
+    weight, bias = (torch.rand(shape[1]) + 0.5).to(dtype), torch.randn(shape[1]).to(dtype)
+    arguments = (weight, bias, groups, 1e-5, activation)
+    if with_residual:
+        total, result, mean_, rstd = operators.add_group_norm_act.native(x, residual, *arguments)
+        assert torch.equal(total, x + residual)
+    else:
+        total = x
+        result, mean_, rstd = operators.group_norm_act.native(x, *arguments)
+    extra = grad_total if with_residual else None
+    grad = away_from_kinks(grad, total, weight, bias, groups, activation)
+    gradients = operators.group_norm_act_backward.native(
+        grad, extra, total, weight, bias, mean_, rstd, groups, activation
+    )
+    for tensor in (total, result, gradients[0]):
+        assert tensor.is_contiguous(memory_format=layout) or shape[0] == 0
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        # NCHW: torch's own channels_last kernel cancels where the mean is large.
+        leaves = [t.detach().to(dtype).contiguous().requires_grad_() for t in (total, weight, bias)]
+        normalized = torch.group_norm(leaves[0], groups, leaves[1], leaves[2], 1e-5)
+        output = ACTIVATIONS[activation](normalized)
+        found = torch.autograd.grad(output, leaves, grad.to(dtype))
+        added = 0 if extra is None else extra.to(dtype)
+        return [output.detach(), found[0] + added, *found[1:]]
+
+    names = ("result", "grad_x", "grad_weight", "grad_bias")
+    columns = zip((result, *gradients), plain(dtype), plain(torch.float64), strict=True)
+    return dict(zip(names, columns, strict=True))
+
+
+def check(count: int, *arguments: object) -> None:
+    assert_draws_within_contract(lambda: draw(*arguments), count)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", NAMES)
+def test_every_activation(activation, layout, mean):
+    check(4, (2, 48, 9, 7), 16, torch.float32, layout, activation, mean, False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 5),
+    per_group=st.integers(1, 40),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    activation=st.sampled_from(NAMES),
+    mean=st.sampled_from([0.0, -2.3, 100.0]),
+    with_residual=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_drawn_shapes(
+    batch, groups, per_group, height, width, dtype, layout, activation, mean, with_residual, seed
+):
+    torch.manual_seed(seed)
+    shape = (batch, groups * per_group, height, width)
+    check(4, shape, groups, dtype, layout, activation, mean, with_residual)
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["x", "x+residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 2, 32])
+def test_one_image_on_several_threads(threads, groups, layout, with_residual):
+    """Groups are cut into pieces of pixels where there are fewer of them than threads."""
+    check(1, (1, 64, 41, 83), groups, torch.float32, layout, "gelu", 1.0, with_residual)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 32, 1, 1), (3, 7, 1, 1), (2, 6, 1, 13)])
+def test_one_channel_per_group(shape, layout):
+    check(8, shape, shape[1], torch.float32, layout, "relu", 100.0, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_statistics_do_not_cancel(layout, threads):
+    """Where the mean is 1000 standard deviations, and where one pixel stands far from the others."""
+    for x in (torch.randn(1, 8, 99, 47) + 1000, 5 + 1e-3 * torch.randn(1, 8, 99, 47)):
+        x[0, :, 0, 0] += 1
+        x = x.contiguous(memory_format=layout)
+        ones = torch.ones(8)
+        _, mean, rstd = operators.group_norm_act.native(x, ones, ones, 2, 1e-5, "none")
+        grouped = x.double().reshape(1, 2, -1)
+        torch.testing.assert_close(mean.double(), grouped.mean(-1), rtol=2e-7, atol=0)
+        exact = (grouped.var(-1, correction=0) + 1e-5).rsqrt()
+        torch.testing.assert_close(rstd.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 24, 9, 7), (1, 5, 3, 3), (3, 67, 5, 4)])
+def test_writes_all_of_its_memory_and_nothing_beside(shape, layout, dtype):
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.rand(shape[1]), torch.randn(shape[1])
+    arguments = (weight, bias, 1, 1e-5, "gelu")
+    expected = operators.group_norm_act.native(x, *arguments)[0]
+    guarded, itself = Guarded(x), Guarded(x)
+    itself.tensor.copy_(x)
+    with torch.no_grad(), use_backend("native"):
+        assert group_norm_act_into(x, *arguments, guarded.tensor) is guarded.tensor
+        assert group_norm_act_into(itself.tensor, *arguments, itself.tensor) is itself.tensor
+    for memory in (guarded, itself):
+        memory.check()
+        assert torch.equal(memory.tensor, expected)
+
+
+def test_memory_that_does_not_fit_is_left_alone():
+    x = torch.randn(2, 8, 5, 5)
+    arguments = (torch.rand(8), torch.randn(8), 2, 1e-5, "relu")
+    expected = group_norm_act(x, *arguments)
+    unfit = [
+        torch.zeros(2, 8, 5, 4),
+        torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16),
+        torch.zeros(2, 8, 5, 5).contiguous(memory_format=torch.channels_last),
+    ]
+    with torch.no_grad():
+        for memory in unfit:
+            result = group_norm_act_into(x, *arguments, memory)
+            assert result is not memory
+            assert not memory.any()
+            assert torch.equal(result, expected)
+    fit = torch.zeros_like(x)
+    assert group_norm_act_into(x, *arguments, fit) is not fit  # a gradient may be asked for
+    with torch.no_grad(), use_backend("reference"):
+        assert group_norm_act_into(x, *arguments, fit) is not fit
+    assert not fit.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", NAMES)
+def test_not_a_number_and_infinity_go_through_as_in_torch(activation, layout):
+    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=layout)
+    residual, weight, bias = torch.randn_like(x), torch.rand(8), torch.randn(8)
+    x[0, 1, 2, 3], x[1, 5, 0, 0] = float("nan"), float("inf")
+    with use_backend("native"):
+        actual = group_norm_act(x, weight, bias, 2, activation=activation)
+        _, added = add_group_norm_act(x, residual, weight, bias, 2, activation=activation)
+
+    def plain(x: Tensor) -> Tensor:
+        return ACTIVATIONS[activation](torch.group_norm(x.contiguous(), 2, weight, bias, 1e-5))
+
+    assert torch.equal(actual.isnan(), plain(x).isnan())
+    assert actual.isnan().any()
+    assert torch.equal(added.isnan(), plain(x + residual).isnan())
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 1e-40, 3.3895e38, float("inf"), 1.00390625, 1.01171875]
+)
+def test_bfloat16_is_rounded_as_torch_rounds_it(value):
+    """Ties to even, and past the largest number to infinity; one group per value, so that it stays."""
+    bias = torch.full((17,), value)
+    x = torch.zeros(1, 17, 1, 1, dtype=torch.bfloat16)
+    result = operators.group_norm_act.native(x, torch.zeros(17), bias, 17, 1e-5, "none")[0]
+    assert torch.equal(result.flatten(), bias.bfloat16())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_inputs_give_equal_bits(layout, threads):
+    x, residual = (
+        torch.randn(2, 24, 9, 7).bfloat16().contiguous(memory_format=layout) for _ in "ab"
+    )
+    weight, bias = torch.rand(24), torch.randn(24)
+
+    def run() -> list[Tensor]:
+        inputs = [t.detach().clone().requires_grad_() for t in (x, residual, weight, bias)]
+        with use_backend("native"):
+            total, result = add_group_norm_act(*inputs, 4, activation="gelu")
+            (total.float().square().sum() + result.float().sum()).backward()
+        return [total, result, *(t.grad for t in inputs)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reads_views_and_nothing_beside_them(dtype):
+    buffer = torch.full((2, 40, 10, 20), float("nan"), dtype=dtype)
+    view = buffer[:, 4:36, 1:8, 2:16:2]
+    view.copy_(torch.randn(view.shape))
+    weight, bias = torch.rand(64)[::2], torch.randn(64)[::2]
+    with use_backend("native"):
+        actual = group_norm_act(view, weight, bias, 4)
+        expected = group_norm_act(view.contiguous(), weight.contiguous(), bias.contiguous(), 4)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_dtypes_that_it_does_not_take(dtype):
+    x, ones = torch.ones(1, 4, 2, 2, dtype=dtype), torch.ones(4)
+    with use_backend("native"), pytest.raises(RuntimeError, match="it supports"):
+        group_norm_act(x, ones, ones, 2)
+    with pytest.raises(RuntimeError, match="float32 and bfloat16"):
+        operators.group_norm_act.native(x, ones, ones, 2, 1e-5, "relu")
+
+
+def test_the_operator_checks_what_it_is_given():
+    x, ones = torch.ones(1, 4, 2, 2), torch.ones(4)
+    for arguments, message in (
+        ((x[0], ones, ones, 2, 1e-5, "relu"), "must have shape"),
+        ((x, ones, ones, 3, 1e-5, "relu"), "num_groups"),
+        ((x, ones[1:], ones, 2, 1e-5, "relu"), "weight and bias"),
+        ((x, ones, ones, 2, 1e-5, "tanh"), "activation"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operators.group_norm_act.native(*arguments)
+    with pytest.raises(RuntimeError, match="residual"):
+        operators.add_group_norm_act.native(x, x[..., :1], ones, ones, 2, 1e-5, "relu")
+    with pytest.raises(RuntimeError, match="result"):
+        operators.group_norm_act_into.native(x, ones, ones, 2, 1e-5, "relu", x.double())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype, layout):
+    torch.use_deterministic_algorithms(False)
+    x, residual = (torch.randn(2, 8, 4, 3).to(dtype).contiguous(memory_format=layout) for _ in "ab")
+    weight, bias = torch.rand(8, requires_grad=True), torch.randn(8, requires_grad=True)
+    arguments = (weight, bias, 2, 1e-5, "gelu")
+    torch.library.opcheck(operators.group_norm_act.native, (x.requires_grad_(), *arguments))
+    torch.library.opcheck(
+        operators.add_group_norm_act.native, (x, residual.requires_grad_(), *arguments)
+    )
+    arguments = (weight.detach(), bias.detach(), 2, 1e-5, "gelu")
+    torch.library.opcheck(operators.group_norm_act_.native, (x.detach(), *arguments))
+    memory = torch.empty_like(x.detach())
+    torch.library.opcheck(operators.group_norm_act_into.native, (x.detach(), *arguments, memory))

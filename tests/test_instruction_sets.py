@@ -1,0 +1,45 @@
+"""The CPU kernels on each instruction set that this machine has, the lower ones in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitfast import extension
+
+pytestmark = pytest.mark.skipif(
+    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
+)
+
+ROOT = Path(__file__).parents[1]
+SETS = ("baseline", "avx2", "avx512")
+DEMANDS = {"baseline": "default", "avx2": "avx2"}
+"""What torch's environment variable calls them."""
+
+
+def run(arguments: list[str], capability: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
+
+
+def test_one_of_them_is_chosen():
+    assert torch.ops.bitfast.instruction_set() in SETS
+
+
+@pytest.mark.parametrize("name", DEMANDS)
+def test_the_kernels_are_right_on_lower_ones(name):
+    if SETS.index(torch.ops.bitfast.instruction_set()) <= SETS.index(name):
+        pytest.skip(f"this process runs on {torch.ops.bitfast.instruction_set()} already")
+    capability = DEMANDS[name]
+    code = "import torch, bitfast; print(torch.ops.bitfast.instruction_set())"
+    assert run(["-c", code], capability).stdout.strip() == name
+    files = [f"tests/test_{op}_native.py" for op in ("group_norm_act", "weight_standardization")]
+    outcome = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files], capability)
+    assert outcome.returncode == 0, outcome.stdout[-4000:]
