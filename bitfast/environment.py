@@ -13,6 +13,7 @@ import torch
 
 import bitfast
 from bitfast import backends, extension
+from bitfast.ops.packed_convolution import why_not_packed
 
 PACKAGES = (
     "torch",
@@ -37,8 +38,18 @@ def describe() -> dict[str, Any]:
             "cpu": dataclasses.asdict(extension.CPU),
             "cuda": dataclasses.asdict(extension.CUDA),
         },
+        "instruction_set": instruction_set(),
+        "packed_convolutions": {
+            str(dtype).removeprefix("torch."): why_not_packed(dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
         "backends": [dataclasses.asdict(row) for row in backends.backend_table()],
     }
+
+
+def instruction_set() -> str | None:
+    """Return what the C++ kernels of norms and weights run on: "avx512", "avx2" or "baseline"."""
+    return torch.ops.bitfast.instruction_set() if extension.CPU.problem is None else None
 
 
 def versions() -> dict[str, str | None]:
@@ -119,6 +130,10 @@ def as_text(found: dict[str, Any]) -> str:
     versions = [[name, version or "not installed"] for name, version in found["versions"].items()]
     machine = [["system", found["system"]], _cpu_row(found["cpu"]), *_cuda_rows(found["cuda"])]
     extension = [_extension_row(half, library) for half, library in found["extension"].items()]
+    extension.append(
+        ["C++ kernels use", found["instruction_set"] or "nothing: they were not built"]
+    )
+    extension += [_packed_row(*item) for item in found["packed_convolutions"].items()]
     return "\n".join(
         [
             *_aligned([*versions, [], *machine, [], *extension]),
@@ -152,6 +167,10 @@ def _cuda_rows(cuda: dict[str, Any]) -> list[list[str]]:
 def _extension_row(half: str, library: dict[str, str | None]) -> list[str]:
     problem = library["problem"]
     return [f"extension, {half}", str(library["path"]) if problem is None else f"none: {problem}"]
+
+
+def _packed_row(dtype: str, problem: str | None) -> list[str]:
+    return [f"packed convolutions, {dtype}", "yes" if problem is None else f"no: {problem}"]
 
 
 def _backend_row(row: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from bitfast.layers import (
     runs_channels_last,
     runs_packed,
 )
+from bitfast.memory import keep_freed_memory
 from bitfast.memory_format import is_channels_last
 from bitfast.network import (
     BitEmbeddings,
@@ -223,6 +224,8 @@ class BitModel(BitPreTrainedModel):
         Returns:
             The last output, the wanted ones, and the number of stages that were computed.
         """
+        if runs_packed(pixel_values) and not torch.compiler.is_compiling():
+            keep_freed_memory()
         size = images_at_a_time(self, pixel_values)
         if size >= pixel_values.shape[0]:
             x = self.embedder(pixel_values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -49,8 +50,16 @@ def test_env_without_some_packages(
 ) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     assert cli.main(["env"]) == 0
-    assert "no-such-package  not installed\n" in capsys.readouterr().out
+    assert re.search(r"no-such-package +not installed\n", capsys.readouterr().out)
     assert environment.describe()["versions"]["no-such-package"] is None
+
+
+def test_env_says_what_the_cpu_kernels_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "why_not_packed", lambda dtype: f"{dtype} is too much")
+    monkeypatch.setattr(environment, "instruction_set", lambda: None)
+    text = environment.as_text(environment.describe())
+    assert re.search(r"C\+\+ kernels use +nothing: they were not built\n", text)
+    assert re.search(r"packed convolutions, bfloat16 +no: torch.bfloat16 is too much\n", text)
 
 
 def test_env_with_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

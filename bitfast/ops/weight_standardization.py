@@ -132,8 +132,28 @@ def _standardize_alike(
             results = [r.contiguous(memory_format=torch.channels_last) for r in results]
         return results
     operator = getattr(torch.ops.bitfast.weight_standardization_all, backend)
-    packed, _, _ = operator(weights, eps, _kernel_dtype(backend, dtype), channels_last)
-    return unpack(packed.to(dtype or weights[0].dtype), weights, channels_last)
+    results = []
+    for part in _parts(weights, NATIVE_BUFFER_ELEMENTS) if backend == "native" else [weights]:
+        packed, _, _ = operator(part, eps, _kernel_dtype(backend, dtype), channels_last)
+        results += unpack(packed.to(dtype or part[0].dtype), part, channels_last)
+    return results
+
+
+NATIVE_BUFFER_ELEMENTS = 4 * 2**20
+"""On the CPU a larger buffer is mapped anew in each call, and its fresh pages cost more than the arithmetic."""
+
+
+def _parts(weights: Sequence[Tensor], most: int) -> list[list[Tensor]]:
+    """Cut weights into runs of at most so many elements, or of a single weight."""
+    parts: list[list[Tensor]] = []
+    total = most
+    for weight in weights:
+        total += weight.numel()
+        if total > most:
+            parts.append([])
+            total = weight.numel()
+        parts[-1].append(weight)
+    return parts
 
 
 def _kernel_dtype(backend: str, dtype: torch.dtype | None) -> torch.dtype | None:
