@@ -224,7 +224,7 @@ class BitModel(BitPreTrainedModel):
         Returns:
             The last output, the wanted ones, and the number of stages that were computed.
         """
-        if runs_packed(pixel_values) and not torch.compiler.is_compiling():
+        if runs_packed(pixel_values):
             keep_freed_memory()
         size = images_at_a_time(self, pixel_values)
         if size >= pixel_values.shape[0]:

@@ -9,6 +9,16 @@
 #include <cmath>
 #include <tuple>
 
+#include "instruction_sets.h"
+
+namespace bitfast {
+using torch::headeronly::BFloat16;
+}
+
+#define BITFAST_LOOPS "same_padding_loops.h"
+#define BITFAST_NAMES using namespace bitfast::same_padding;
+#include "each_instruction_set.h"
+
 namespace bitfast::same_padding {
 namespace {
 
@@ -173,6 +183,19 @@ void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& res
   const T* source = static_cast<const T*>(x.const_data_ptr());
   T* target = static_cast<T*>(result.mutable_data_ptr());
   const int64_t cost = row_length * window.kernel_height * window.kernel_width;
+  if constexpr (!std::is_same_v<T, torch::headeronly::Half>) {
+    if (channels_last && taps == nullptr) {
+      const auto pool = choose(BITFAST_EACH(pool_channels<T>));
+      return torch::stable::parallel_for(
+          0, x.size(0) * out.height, rows_per_task(cost), [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+              pool(
+                  source + r / out.height * x.stride(0), in, x.stride(2), x.stride(3), depth, window, pad,
+                  r % out.height, out.width, target + r * row_length);
+            }
+          });
+    }
+  }
   torch::stable::parallel_for(
       0, x.size(0) * planes_per_image * out.height, rows_per_task(cost), [&](int64_t begin, int64_t end) {
         std::vector<float> best(row_length);
