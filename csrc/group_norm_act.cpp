@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <cmath>
 #include <optional>
@@ -14,11 +13,8 @@
 
 #include "float_data.h"
 #include "instruction_sets.h"
+#include "kernel_dtypes.h"
 #include "memory_format.h"
-
-namespace bitfast {
-using torch::headeronly::BFloat16;
-}
 
 #define BITFAST_LOOPS "group_norm_act_loops.h"
 #define BITFAST_NAMES using namespace bitfast::group_norm_act;
@@ -106,19 +102,6 @@ struct PartialStorage {
   }
 };
 
-// Calls function(T{}) with the C++ type of a dtype that the kernels are written for.
-template <typename Function>
-void dispatch(ScalarType dtype, const Function& function) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::BFloat16:
-      return function(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "group_norm_act: the native CPU kernels support float32 and bfloat16");
-  }
-}
-
 void check(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t num_groups) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have shape (N, C, H, W), got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(
@@ -156,7 +139,7 @@ void normalize(
     float* mean,
     float* rstd) {
   const FloatData scale(weight), shift(bias);
-  dispatch(x.scalar_type(), [&](auto zero) {
+  dispatch_kernel_dtype("group_norm_act", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Division division = divide(x, num_groups, sizeof(T));
     PartialStorage storage(division);
@@ -298,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
   Tensor grad_x = empty_spatial(source, x.size(2), x.size(3), x.scalar_type());
   Tensor grad_weight, grad_bias;
   const FloatData scale(weight), shift(bias);
-  dispatch(x.scalar_type(), [&](auto zero) {
+  dispatch_kernel_dtype("group_norm_act", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Division division = divide(source, num_groups, sizeof(T));
     PartialStorage storage(division);

@@ -10,10 +10,7 @@
 #include <tuple>
 
 #include "instruction_sets.h"
-
-namespace bitfast {
-using torch::headeronly::BFloat16;
-}
+#include "kernel_dtypes.h"
 
 #define BITFAST_LOOPS "same_padding_loops.h"
 #define BITFAST_NAMES using namespace bitfast::same_padding;

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,11 +13,8 @@
 #include <vector>
 
 #include "instruction_sets.h"
+#include "kernel_dtypes.h"
 #include "memory_format.h"
-
-namespace bitfast {
-using torch::headeronly::BFloat16;
-}
 
 #define BITFAST_LOOPS "weight_standardization_loops.h"
 #define BITFAST_NAMES using namespace bitfast::weight_standardization;
@@ -47,19 +43,6 @@ Filters filters_of(const Tensor& weight, bool channels_last) {
   const bool transposes = channels_last && !is_channels_last(weight) && weight.size(1) > 1 &&
       weight.size(2) * weight.size(3) > 1;
   return {weight.size(0), weight.size(1), weight.size(2) * weight.size(3), transposes};
-}
-
-// Calls function(T{}) with the C++ type of a dtype that the kernels are written for.
-template <typename Function>
-void dispatch(ScalarType dtype, const Function& function) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::BFloat16:
-      return function(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "weight_standardization: the native CPU kernels support float32 and bfloat16");
-  }
 }
 
 // Some of the filters of one of several weights.
@@ -123,9 +106,9 @@ std::tuple<Tensor, Tensor> standardize_into(
   const int64_t filters = end_of(weights).filters;
   Tensor mean = torch::stable::new_empty(weights[0], {filters}, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(weights[0], {filters}, ScalarType::Float);
-  dispatch(weights[0].scalar_type(), [&](auto zero) {
+  dispatch_kernel_dtype("weight_standardization", weights[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    dispatch(result.scalar_type(), [&](auto result_zero) {
+    dispatch_kernel_dtype("weight_standardization", result.scalar_type(), [&](auto result_zero) {
       using Result = decltype(result_zero);
       std::vector<Forward<T, Result>> works;
       Place place;
@@ -157,9 +140,9 @@ void backward_into(
         statistic->scalar_type() == ScalarType::Float && statistic->is_contiguous() && statistic->numel() == filters,
         "mean and rstd must be float32, contiguous, with one value per filter");
   }
-  dispatch(weights[0].scalar_type(), [&](auto zero) {
+  dispatch_kernel_dtype("weight_standardization", weights[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    dispatch(grad.scalar_type(), [&](auto grad_zero) {
+    dispatch_kernel_dtype("weight_standardization", grad.scalar_type(), [&](auto grad_zero) {
       using Grad = decltype(grad_zero);
       std::vector<Backward<T, Grad>> works;
       Place place;
