@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import sys
 
@@ -37,5 +38,7 @@ def test_freed_pages_are_used_again():
             ).stdout
         )
 
-    without, kept = run(""), run("keep_freed_memory()")
-    assert kept < without / 4, f"{kept} page faults, {without} without"
+    # Without, where something lies above them in the heap, they may be kept as well; so only this is sure.
+    pages = 4 * 32 * 2**20 // resource.getpagesize()
+    kept = run("keep_freed_memory()")
+    assert kept < pages / 8, f"{kept} page faults for {pages} pages; {run('')} without"

@@ -95,7 +95,7 @@ def packs(device_type: str, dtype: torch.dtype) -> bool:
         and _is_onednn_on()
         and why_not_packed(dtype) is None
         and select_backend(STANDARDIZATION, device_type, dtype) == "native"
-        and not torch.compiler.is_exporting()
+        and not _is_exporting()
         and not torch.jit.is_tracing()
     )
 
@@ -110,9 +110,15 @@ def _is_onednn_on() -> bool:
     return torch._C._get_mkldnn_enabled()
 
 
+def _is_exporting() -> bool:
+    """Say whether ``torch.export`` traces; torch 2.11's own function, when traced, always says yes."""
+    return torch.compiler.is_exporting()
+
+
 # What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
 why_not_packed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_onednn_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
