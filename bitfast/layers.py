@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,13 +11,20 @@ from torch import Tensor, nn
 from bitfast.backends import select_backend
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act, group_norm_act_into
+from bitfast.ops.norm_convolution import (
+    Norm,
+    add_norm_convolution_,
+    fits,
+    fuses,
+    norm_convolution,
+)
 from bitfast.ops.packed_convolution import (
     add_packed_convolution_,
     can_pack,
     packed_convolution,
-    packed_weights,
     packs,
 )
+from bitfast.ops.packed_weights import packed_weights
 from bitfast.ops.same_padding import same_max_pool, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.prepared_weights import prepared_weight
@@ -58,6 +67,20 @@ def runs_packed(x: Tensor) -> bool:
 
 def _packs(x: Tensor) -> bool:
     return packs(x.device.type, autocast_dtype(x) or x.dtype)
+
+
+def fuses_norms(device_type: str, dtype: torch.dtype) -> bool:
+    """Say whether convolutions may normalize such tensors themselves while they read them."""
+    return not torch.is_grad_enabled() and fuses(device_type, dtype)
+
+
+def can_be_normalized_late(x: Tensor) -> bool:
+    """Say the same of a tensor at hand: its layout, and whether autocast leaves it alone."""
+    return (
+        fuses_norms(x.device.type, x.dtype)
+        and x.dtype == (autocast_dtype(x) or x.dtype)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def drop_packed_weights(*modules: nn.Module) -> None:
@@ -137,6 +160,20 @@ class WeightStandardizedConv2d(nn.Conv2d):
             weight = weight_standardization(self.weight, self.eps)
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
 
+    def can_normalize(self, dtype: torch.dtype) -> bool:
+        """Say whether the convolution can normalize inputs of this dtype itself, if any can."""
+        is_unpadded = self.kernel_size == (
+            1,
+            1,
+        )  # "same" padding of 1x1 filters is none, whatever the stride
+        return (is_unpadded or not self.has_dynamic_padding) and fits(
+            self.weight, self.geometry, dtype
+        )
+
+    def with_moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Do what :meth:`forward` does where :meth:`can_normalize`; return the result's moments as well."""
+        return norm_convolution(x, None, None, self.weight, self.eps, self.stride[0], True)
+
     def add_to(self, total: Tensor, x: Tensor) -> bool:
         """Add what :meth:`forward` makes of x to ``total`` in place, if that can be done in one pass.
 
@@ -180,12 +217,26 @@ class GroupNormActivation(nn.GroupNorm):
         """Map (N, C, H, W) to the same shape."""
         return group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, self.activation)
 
-    def into(self, memory: Tensor, x: Tensor) -> Tensor:
-        """Do the same, in memory that may be overwritten (x itself, for instance) where that can be done."""
+    def into(self, memory: Tensor | None, x: Tensor, moments: Tensor | None = None) -> Tensor:
+        """Do the same, in memory that may be overwritten (x itself, for instance) where that can be done.
+
+        Args:
+            memory: None: new memory.
+            moments: Those of x, if ``norm_convolution`` has made it.
+        """
         if torch.is_grad_enabled():
             return self.forward(x)
         return group_norm_act_into(
-            x, self.weight, self.bias, self.num_groups, self.eps, self.activation, memory
+            x, self.weight, self.bias, self.num_groups, self.eps, self.activation, memory, moments
+        )
+
+    def add_and_activate_(
+        self, x: Tensor, moments: Tensor | None, shortcut: Tensor, activation: str
+    ) -> Tensor:
+        """Return activation(norm(x) + shortcut), in the memory of x where that can be done; not activated
+        in between, for a norm of activation "none"."""
+        return group_norm_act_into(
+            x, self.weight, self.bias, self.num_groups, self.eps, activation, x, moments, shortcut
         )
 
     def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,6 +248,47 @@ class GroupNormActivation(nn.GroupNorm):
     def extra_repr(self) -> str:
         """Describe the layer for ``print(model)``."""
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class Deferred(NamedTuple):
+    """What a norm makes of x, still to be computed: by the convolution that reads it, if that can."""
+
+    x: Tensor
+    moments: Tensor | None
+    """The mean and the variance of each image's channels, if they are known."""
+    norm: GroupNormActivation
+
+    def value(self) -> Tensor:
+        """Compute it."""
+        return self.norm.into(None, self.x, self.moments)
+
+    @classmethod
+    def of(cls, x: Tensor, norm: GroupNormActivation) -> Deferred | None:
+        """Return what norm makes of x, or None if convolutions could not compute it."""
+        return cls(x, None, norm) if can_be_normalized_late(x) else None
+
+    def convolved(
+        self, convolution: WeightStandardizedConv2d, wants_moments: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the convolution of it and the moments of that, if wanted and at hand; may overwrite x."""
+        if convolution.can_normalize(self.x.dtype):
+            stride = convolution.stride[0]
+            return norm_convolution(
+                self.x, self.moments, self._norm(), convolution.weight, convolution.eps, stride, wants_moments
+            )  # fmt: skip
+        return convolution(self.norm.into(self.x, self.x, self.moments)), None
+
+    def convolved_onto(
+        self, total: Tensor, convolution: WeightStandardizedConv2d, wants_moments: bool
+    ) -> Tensor | None:
+        """Add the convolution of it to ``total`` in place; return the moments of the sum, if wanted."""
+        return add_norm_convolution_(
+            self.x, self.moments, self._norm(), convolution.weight, total, convolution.eps, 1, wants_moments
+        )  # fmt: skip
+
+    def _norm(self) -> Norm:
+        norm = self.norm
+        return Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, norm.activation)
 
 
 class MaxPool2d(nn.Module):
@@ -251,11 +343,14 @@ class DropPath(nn.Module):
 
 
 __all__ = [
+    "Deferred",
     "DropPath",
     "GroupNormActivation",
     "MaxPool2d",
     "WeightStandardizedConv2d",
+    "can_be_normalized_late",
     "drop_packed_weights",
+    "fuses_norms",
     "runs_as_written",
     "runs_channels_last",
     "runs_packed",

@@ -18,8 +18,10 @@ from bitfast.checkpoints.hub import PretrainedModelMixin
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import align_output_stages
 from bitfast.layers import (
+    Deferred,
     GroupNormActivation,
     drop_packed_weights,
+    fuses_norms,
     runs_as_written,
     runs_channels_last,
     runs_packed,
@@ -203,13 +205,15 @@ class BitModel(BitPreTrainedModel):
             convolutions = preparable_convolutions(self.embedder, stages)
         with self.prepared_weights.prepared(convolutions, channels_last):
             x, outputs, done = self._begin(pixel_values, last, wanted)
-            preactivated = None
+            preactivated: Tensor | Deferred | None = None
             following = None if norm is None else fusable_norm(norm)
             steps = self.encoder.run(x, done, last, following)
             for number, (x, preactivated) in enumerate(steps, start=done + 1):  # noqa: B007
                 if number in wanted:
                     outputs.append(x)
-            if norm is not None:
+            if isinstance(preactivated, Deferred):
+                x = preactivated.value()
+            elif norm is not None:
                 x = norm(x) if preactivated is None else preactivated
         return outputs, x
 
@@ -437,6 +441,10 @@ def _nchw(x: Tensor) -> Tensor:
 SLICE_BYTES = 7 * 2**20
 """Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
 
+FUSED_SLICE_BYTES = 28 * 2**20
+"""The same where convolutions normalize what they read: less memory passes by, and all that matters is that
+the C library has no map of its own for a feature map, as from 32 MiB on."""
+
 STAGES_IN_SLICES = 2
 """Later ones have small feature maps and large weights, which the whole batch should share."""
 
@@ -453,7 +461,8 @@ def images_at_a_time(model: BitModel, pixel_values: Tensor) -> int:
     height, width = (-(-n // 4) for n in pixel_values.shape[2:])
     dtype = autocast_dtype(pixel_values) or pixel_values.dtype
     per_image = stage_widths(model.config)[0] * height * width * dtype.itemsize
-    size = max(1, SLICE_BYTES // per_image)
+    is_fused = fuses_norms(pixel_values.device.type, dtype)
+    size = max(1, (FUSED_SLICE_BYTES if is_fused else SLICE_BYTES) // per_image)
     early = (model.embedder, *list(model.encoder.stages)[:STAGES_IN_SLICES])
     if size >= count or not all(runs_as_written(m) for part in early for m in part.modules()):
         return count

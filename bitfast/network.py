@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from bitfast.activations import ACTIVATIONS
 from bitfast.configuration import BitConfig
 from bitfast.layers import (
+    Deferred,
     DropPath,
     GroupNormActivation,
     MaxPool2d,
     WeightStandardizedConv2d,
+    can_be_normalized_late,
     runs_as_written,
     standardized_convolutions,
 )
@@ -201,23 +203,30 @@ class BitPreActivationBottleneckLayer(nn.Module):
     def run(
         self,
         x: Tensor,
-        preactivated: Tensor | None,
+        preactivated: Tensor | Deferred | None,
         following: GroupNormActivation | None,
         owns_input: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | Deferred | None]:
         """Do the same, together with the norm that comes next.
 
         Args:
             x: The input.
-            preactivated: ``norm1(x)``, if the block before has computed it.
+            preactivated: ``norm1(x)``, if the block before has taken care of it.
             following: The norm to apply to the output, if this block is to do it.
             owns_input: Nobody else needs x, so that it may be overwritten.
 
         Returns:
             The output, and ``following(output)`` or None.
         """
+        if preactivated is None and fusable_norm(self.norm1) is not None:
+            preactivated = Deferred.of(x, self.norm1)
+        if isinstance(preactivated, Deferred):
+            if self.normalizes_as_it_convolves(x.dtype):
+                return self.run_fused(x, preactivated, following, owns_input)
+            preactivated = preactivated.value()
         if preactivated is None:
             preactivated = self.norm1(x)
+        assert isinstance(preactivated, Tensor)
         shortcut = x if self.downsample is None else self.downsample(preactivated)
         owns_shortcut = owns_input if self.downsample is None else self.downsample.makes_new()
         branch = normed(self.norm2, self.conv1(preactivated), self.conv1)
@@ -227,13 +236,44 @@ class BitPreActivationBottleneckLayer(nn.Module):
                 return shortcut, None
             # What is normalized next takes the place of what was normalized before.
             spare = preactivated if self.owns_preactivated() else None
-            return shortcut, following(shortcut) if spare is None else following.into(
-                spare, shortcut
-            )
+            return shortcut, following.into(spare, shortcut)
         branch = self.drop_path(self.conv3(branch))
         if following is None or self.may_shrink:
             return add_to_shortcut(branch, shortcut), None
         return following.add_and_norm(branch, shortcut)
+
+    def run_fused(
+        self,
+        x: Tensor,
+        preactivated: Deferred,
+        following: GroupNormActivation | None,
+        owns_input: bool,
+    ) -> tuple[Tensor, Deferred | None]:
+        """Do what :meth:`run` does with convolutions that normalize what they read."""
+        if self.downsample is not None:
+            total, _ = preactivated.convolved(self.downsample.conv, wants_moments=False)
+        else:
+            total = x if owns_input else x.clone()
+        branch = Deferred(*preactivated.convolved(self.conv1), self.norm2)
+        branch = Deferred(*branch.convolved(self.conv2), self.norm3)
+        moments = branch.convolved_onto(total, self.conv3, wants_moments=following is not None)
+        return total, None if following is None else Deferred(total, moments, following)
+
+    def normalizes_as_it_convolves(self, dtype: torch.dtype) -> bool:
+        """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
+        return (
+            self.adds_as_it_convolves()
+            and fusable_norm(self.norm2) is not None
+            and fusable_norm(self.norm3) is not None
+            and runs_as_written(self.conv1)
+            and runs_as_written(self.conv2)
+            and self.conv1.can_normalize(dtype)
+            and self.conv3.can_normalize(dtype)
+            and (
+                self.downsample is None
+                or (self.downsample.makes_new() and self.downsample.conv.can_normalize(dtype))
+            )
+        )
 
     def owns_preactivated(self) -> bool:
         """Say whether nobody but the block gets to see what its first norm has made."""
@@ -281,14 +321,46 @@ class BitBottleneckLayer(nn.Module):
         self.norm3 = GroupNormActivation(groups, out_channels, "none")
         self.drop_path = DropPath(drop_path_rate)
         self.activation = act
+        self.may_shrink = padding == "VALID"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
+        if can_be_normalized_late(x) and self.normalizes_as_it_convolves(x.dtype):
+            return self.run_fused(x)
         shortcut = x if self.downsample is None else self.downsample(x)
         branch = normed(self.norm1, self.conv1(x), self.conv1)
         branch = normed(self.norm2, self.conv2(branch), self.conv2)
         branch = normed(self.norm3, self.conv3(branch), self.conv3)
         return ACTIVATIONS[self.activation](add_to_shortcut(self.drop_path(branch), shortcut))
+
+    def run_fused(self, x: Tensor) -> Tensor:
+        """Do the same with convolutions that normalize what they read."""
+        shortcut = x
+        if self.downsample is not None:
+            shortcut, moments = self.downsample.conv.with_moments(x)
+            norm = fusable_norm(self.downsample.norm)
+            shortcut = shortcut if norm is None else norm.into(shortcut, shortcut, moments)
+        branch = Deferred(*self.conv1.with_moments(x), self.norm1)
+        branch = Deferred(*branch.convolved(self.conv2), self.norm2)
+        result, moments = branch.convolved(self.conv3)
+        return self.norm3.add_and_activate_(result, moments, shortcut, self.activation)
+
+    def normalizes_as_it_convolves(self, dtype: torch.dtype) -> bool:
+        """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
+        modules = (self.conv1, self.norm1, self.conv2, self.norm2, self.conv3, self.norm3)
+        downsample = self.downsample
+        return (
+            not self.may_shrink
+            and not (self.training and self.drop_path.rate)
+            and all(runs_as_written(module) for module in (*modules, self.drop_path))
+            and all(fusable_norm(norm) is not None for norm in modules[1::2])
+            and self.conv1.can_normalize(dtype)
+            and self.conv3.can_normalize(dtype)
+            and (
+                downsample is None
+                or (downsample.makes_new() and downsample.conv.can_normalize(dtype))
+            )
+        )
 
 
 LAYERS = {
@@ -340,8 +412,11 @@ class BitStage(nn.Module):
         return self.run(x, None, None)[0]
 
     def run(
-        self, x: Tensor, preactivated: Tensor | None, following: GroupNormActivation | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        x: Tensor,
+        preactivated: Tensor | Deferred | None,
+        following: GroupNormActivation | None,
+    ) -> tuple[Tensor, Tensor | Deferred | None]:
         """Do the same, each block applying the norm that comes next: see the block's ``run``."""
         layers: list[Any] = list(self.layers)
         next_norms = [*(first_norm(layer) for layer in layers[1:]), following]
@@ -437,7 +512,7 @@ class BitEncoder(nn.Module):
 
     def run(
         self, x: Tensor, first: int, last: int, following: GroupNormActivation | None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    ) -> Iterator[tuple[Tensor, Tensor | Deferred | None]]:
         """Yield the outputs of some stages, one one by one, each with what its last block's ``run`` returns.
 
         Args:
@@ -447,7 +522,7 @@ class BitEncoder(nn.Module):
         """
         stages: list[Any] = list(self.stages)[first:last]
         next_norms = [*(first_norm(stage) for stage in stages[1:]), following]
-        preactivated = None
+        preactivated: Tensor | Deferred | None = None
         for stage, next_norm in zip(stages, next_norms, strict=False):
             if first_norm(stage) is None:
                 x, preactivated = stage(x), None

@@ -69,6 +69,17 @@ Division divide(const Tensor& x, int64_t groups, int64_t element_bytes) {
   return d;
 }
 
+template <typename Work>
+void run_all(const Work& work, void (*step)(const Work&, const Task&)) {
+  const Division& division = work.division;
+  const int64_t grain = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, division.block * division.piece));
+  torch::stable::parallel_for(0, division.tasks(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) {
+      step(work, task_of(division, number));
+    }
+  });
+}
+
 // Runs whole(task) for each task, or, where tasks share a group, first(task) for all and then second(task).
 template <typename Work>
 void run(
@@ -76,20 +87,11 @@ void run(
     void (*whole)(const Work&, const Task&),
     void (*first)(const Work&, const Task&),
     void (*second)(const Work&, const Task&)) {
-  const Division& division = work.division;
-  const int64_t grain = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, division.block * division.piece));
-  const auto run_all = [&](void (*step)(const Work&, const Task&)) {
-    torch::stable::parallel_for(0, division.tasks(), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t number = begin; number < end; ++number) {
-        step(work, task_of(division, number));
-      }
-    });
-  };
-  if (division.pieces == 1) {
-    return run_all(whole);
+  if (work.division.pieces == 1) {
+    return run_all(work, whole);
   }
-  run_all(first);
-  run_all(second);
+  run_all(work, first);
+  run_all(work, second);
 }
 
 // Two numbers for each image, piece and channel.
@@ -120,6 +122,13 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
   }
 }
 
+void check_same_layout(const char* name, const Tensor& tensor, const Tensor& x) {
+  check_like(name, tensor, x);
+  STD_TORCH_CHECK(
+      (x.is_contiguous() && tensor.is_contiguous()) || (is_channels_last(x) && is_channels_last(tensor)), "x and ",
+      name, " must both be contiguous or both channels_last");
+}
+
 template <typename T>
 const T* data_of(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
@@ -137,12 +146,23 @@ void normalize(
     void* total,
     void* result,
     float* mean,
-    float* rstd) {
+    float* rstd,
+    const std::optional<Tensor>& moments = std::nullopt,
+    const std::optional<Tensor>& shortcut = std::nullopt) {
   const FloatData scale(weight), shift(bias);
+  const double* known = nullptr;
+  if (moments.has_value()) {
+    STD_TORCH_CHECK(
+        moments->scalar_type() == ScalarType::Double && moments->is_contiguous() && moments->dim() == 3 &&
+            moments->size(0) == 2 && moments->size(1) == x.size(0) && moments->size(2) == x.size(1),
+        "moments must be float64, contiguous, of shape (2, N, C)");
+    known = static_cast<const double*>(moments->const_data_ptr());
+  }
   dispatch_kernel_dtype("group_norm_act", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Division division = divide(x, num_groups, sizeof(T));
     PartialStorage storage(division);
+    const double* known_variances = known == nullptr ? nullptr : known + division.images * division.channels;
     const Forward<T> work{
         division,
         activation_named(activation),
@@ -155,7 +175,13 @@ void normalize(
         shift.data(),
         mean,
         rstd,
-        storage.partial};
+        storage.partial,
+        data_of<T>(shortcut),
+        known,
+        known_variances};
+    if (known != nullptr) {
+      return run_all(work, choose(BITFAST_EACH(forward_normalize<T>)));
+    }
     run(work, choose(BITFAST_EACH(forward<T>)), choose(BITFAST_EACH(forward_moments<T>)),
         choose(BITFAST_EACH(forward_normalize<T>)));
   });
@@ -188,32 +214,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {total, result, mean, rstd};
 }
 
-// The result alone, in memory of the caller's, which may be that of x.
+// The result alone, in memory of the caller's, which may be that of x; with the moments of x, if they are
+// known, and a shortcut added before the activation.
 void group_norm_act_into(
     const Tensor& x,
+    const std::optional<Tensor>& moments,
     const Tensor& weight,
     const Tensor& bias,
     int64_t num_groups,
     double eps,
     const std::string& activation,
+    const std::optional<Tensor>& shortcut,
     Tensor result) {
   check(x, weight, bias, num_groups);
-  check_like("result", result, x);
-  STD_TORCH_CHECK(
-      (x.is_contiguous() && result.is_contiguous()) || (is_channels_last(x) && is_channels_last(result)),
-      "x and result must both be contiguous or both channels_last");
+  check_same_layout("result", result, x);
+  if (shortcut.has_value()) {
+    check_same_layout("shortcut", *shortcut, x);
+  }
   normalize(
-      x, std::nullopt, weight, bias, num_groups, eps, activation, nullptr, result.mutable_data_ptr(), nullptr, nullptr);
+      x, std::nullopt, weight, bias, num_groups, eps, activation, nullptr, result.mutable_data_ptr(), nullptr, nullptr,
+      moments, shortcut);
 }
 
 void group_norm_act_in_place(
     Tensor x,
+    const std::optional<Tensor>& moments,
     const Tensor& weight,
     const Tensor& bias,
     int64_t num_groups,
     double eps,
-    const std::string& activation) {
-  group_norm_act_into(x, weight, bias, num_groups, eps, activation, x);
+    const std::string& activation,
+    const std::optional<Tensor>& shortcut) {
+  group_norm_act_into(x, moments, weight, bias, num_groups, eps, activation, shortcut, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(
@@ -312,11 +344,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
       "group_norm_act.native(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, str activation) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "group_norm_act_.native(Tensor(a!) x, Tensor weight, Tensor bias, int num_groups, float eps, "
-      "str activation) -> ()");
+      "group_norm_act_.native(Tensor(a!) x, Tensor? moments, Tensor weight, Tensor bias, int num_groups, "
+      "float eps, str activation, Tensor? shortcut) -> ()");
   m.def(
-      "group_norm_act_into.native(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, "
-      "str activation, Tensor(a!) result) -> ()");
+      "group_norm_act_into.native(Tensor x, Tensor? moments, Tensor weight, Tensor bias, int num_groups, "
+      "float eps, str activation, Tensor? shortcut, Tensor(a!) result) -> ()");
   m.def(
       "add_group_norm_act.native(Tensor x, Tensor residual, Tensor weight, Tensor bias, int num_groups, "
       "float eps, str activation) -> (Tensor, Tensor, Tensor, Tensor)");

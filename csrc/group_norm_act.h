@@ -69,6 +69,8 @@ struct Forward {
   const float *weight, *bias;
   float *mean, *rstd;  // or null
   Partial moments;  // mean, and sum of the squared differences from it
+  const T* shortcut;  // added after the norm, before the activation; or null
+  const double *known_means, *known_variances;  // for each image and channel; or null
 };
 
 template <typename T>

@@ -3,8 +3,6 @@
 #include "activation_vectors.h"
 #include "moments.h"
 
-// Pixels that are read twice while they lie in the nearest cache.
-constexpr int64_t few_pixels = 32;
 // Adjacent vectors whose sums stay in registers.
 constexpr int strip = 4;
 
@@ -23,53 +21,6 @@ BITFAST_INLINE void for_each_strip(int64_t channels, const Function& function) {
 
 // ---- forward: moments ------------------------------------------------------------------------------
 
-// Adds the moments of a few pixels of a strip of channels to those of the `seen` pixels before.
-template <typename T, bool adds, int vectors, typename Count>
-void strip_moments(
-    const T* x, const T* residual, T* total, int64_t stride, int64_t pixels, Count count, int64_t seen,
-    Partial moments) {
-  Vector sum[vectors] = {};
-  for (int64_t i = 0; i < pixels; ++i) {
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = i * stride + v * lanes;
-      Vector value = load_up_to(x + at, count);
-      if constexpr (adds) {
-        value = rounded_to(total, value + load_up_to(residual + at, count));
-        store_up_to(total + at, value, count);
-      }
-      sum[v] += value;
-    }
-  }
-  const T* source = adds ? total : x;
-  float centers[vectors * lanes], rests[vectors * lanes], squares[vectors * lanes];
-  Vector center[vectors], rest[vectors] = {}, square[vectors] = {};
-  for (int v = 0; v < vectors; ++v) {
-    center[v] = sum[v] / static_cast<float>(pixels);
-  }
-  for (int64_t i = 0; i < pixels; ++i) {
-    for (int v = 0; v < vectors; ++v) {
-      const Vector d = load_up_to(source + i * stride + v * lanes, count) - center[v];
-      rest[v] += d;
-      square[v] += d * d;
-    }
-  }
-  for (int v = 0; v < vectors; ++v) {
-    store(centers + v * lanes, center[v]);
-    store(rests + v * lanes, rest[v]);
-    store(squares + v * lanes, square[v]);
-  }
-  const double part = static_cast<double>(pixels) / (seen + pixels);
-  const double weight = seen * part, inverse = 1.0 / pixels;
-  const int64_t channels = (vectors - 1) * lanes + std::min<int64_t>(count, lanes);
-  for (int64_t c = 0; c < channels; ++c) {
-    // What the rounding of the center was off by.
-    const double shift = rests[c] * inverse;
-    const double difference = centers[c] + shift - moments.first[c];
-    moments.first[c] += difference * part;
-    moments.second[c] += squares[c] - rests[c] * shift + difference * difference * weight;
-  }
-}
-
 template <typename T, bool adds>
 void channels_last_moments(const Forward<T>& work, const Task& task, Partial moments) {
   const int64_t stride = work.division.channels;
@@ -80,7 +31,7 @@ void channels_last_moments(const Forward<T>& work, const Task& task, Partial mom
       const int64_t at = start + p * stride + c;
       strip_moments<T, adds, vectors>(
           work.x + at, adds ? work.residual + at : nullptr, adds ? work.total + at : nullptr, stride, pixels,
-          count, p, {moments.first + c, moments.second + c});
+          count, p, moments.first + c, moments.second + c);
     });
   }
 }
@@ -143,6 +94,13 @@ void coefficients_of(const Forward<T>& work, const Task& task, Coefficients& coe
   for (int64_t first = 0; first < task.channels; first += size) {
     double mean = 0, squares = 0;
     const auto for_each_part = [&](const auto& function) {
+      if (work.known_means != nullptr) {
+        const int64_t at = task.image * division.channels + task.first_channel;
+        for (int64_t c = at + first; c < at + first + size; ++c) {
+          function(work.known_means[c], work.known_variances[c] * division.pixels, division.pixels);
+        }
+        return;
+      }
       for (int64_t piece = 0; piece < division.pieces; ++piece) {
         const Partial part = partial_of(division, work.moments, task, piece);
         const double pixels = std::min(division.piece, division.pixels - piece * division.piece);
@@ -171,9 +129,9 @@ void coefficients_of(const Forward<T>& work, const Task& task, Coefficients& coe
   }
 }
 
-template <typename T, Activation activation, int vectors, typename Count>
+template <typename T, Activation activation, bool adds, int vectors, typename Count>
 void normalize_strip(
-    const T* x, T* result, int64_t stride, int64_t pixels, Count count, const float* center,
+    const T* x, const T* shortcut, T* result, int64_t stride, int64_t pixels, Count count, const float* center,
     const float* scale, const float* shift) {
   Vector m[vectors], a[vectors], b[vectors];
   for (int v = 0; v < vectors; ++v) {
@@ -184,17 +142,47 @@ void normalize_strip(
   for (int64_t i = 0; i < pixels; ++i) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = i * stride + v * lanes;
-      const Vector value = (load_up_to(x + at, count) - m[v]) * a[v] + b[v];
+      Vector value = (load_up_to(x + at, count) - m[v]) * a[v] + b[v];
+      if constexpr (adds) {
+        value += load_up_to(shortcut + at, count);
+      }
       store_up_to(result + at, activated<activation>(value), count);
     }
   }
 }
 
-template <typename T, Activation activation>
-void normalize_row(const T* x, T* result, int64_t length, float center, float scale, float shift) {
+template <typename T, Activation activation, bool adds>
+void normalize_row(
+    const T* x, const T* shortcut, T* result, int64_t length, float center, float scale, float shift) {
   for_each_vector(length, [&](int64_t i, auto count) {
-    const Vector value = (load_up_to(x + i, count) - center) * scale + shift;
+    Vector value = (load_up_to(x + i, count) - center) * scale + shift;
+    if constexpr (adds) {
+      value += load_up_to(shortcut + i, count);
+    }
     store_up_to(result + i, activated<activation>(value), count);
+  });
+}
+
+template <typename T, Activation activation, bool adds>
+void normalize(const Forward<T>& work, const Task& task, const Coefficients& coefficients) {
+  const float *center = coefficients.center.data(), *scale = coefficients.scale.data(),
+              *shift = coefficients.shift.data();
+  const Division& division = work.division;
+  const int64_t start = offset_of(division, task);
+  const T* source = (work.residual == nullptr ? work.x : work.total) + start;
+  const T* shortcut = adds ? work.shortcut + start : source;
+  T* result = work.result + start;
+  if (!division.channels_last) {
+    for (int64_t c = 0; c < task.channels; ++c) {
+      const int64_t at = c * division.pixels;
+      normalize_row<T, activation, adds>(
+          source + at, shortcut + at, result + at, task.pixels, center[c], scale[c], shift[c]);
+    }
+    return;
+  }
+  for_each_strip(task.channels, [&](auto vectors, int64_t c, auto count) {
+    normalize_strip<T, activation, adds, vectors>(
+        source + c, shortcut + c, result + c, division.channels, task.pixels, count, center + c, scale + c, shift + c);
   });
 }
 
@@ -202,24 +190,12 @@ template <typename T>
 void forward_normalize(const Forward<T>& work, const Task& task) {
   Coefficients coefficients(task.channels);
   coefficients_of(work, task, coefficients);
-  const float *center = coefficients.center.data(), *scale = coefficients.scale.data(),
-              *shift = coefficients.shift.data();
-  const Division& division = work.division;
-  const int64_t start = offset_of(division, task);
-  const T* source = (work.residual == nullptr ? work.x : work.total) + start;
-  T* result = work.result + start;
   dispatch_activation(work.activation, [&](auto activation) {
-    if (!division.channels_last) {
-      for (int64_t c = 0; c < task.channels; ++c) {
-        const int64_t at = c * division.pixels;
-        normalize_row<T, activation>(source + at, result + at, task.pixels, center[c], scale[c], shift[c]);
-      }
-      return;
+    if (work.shortcut == nullptr) {
+      normalize<T, activation, false>(work, task, coefficients);
+    } else {
+      normalize<T, activation, true>(work, task, coefficients);
     }
-    for_each_strip(task.channels, [&](auto vectors, int64_t c, auto count) {
-      normalize_strip<T, activation, vectors>(
-          source + c, result + c, division.channels, task.pixels, count, center + c, scale + c, shift + c);
-    });
   });
 }
 

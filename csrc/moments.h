@@ -54,3 +54,54 @@ Moments moments_of(const T* values, int64_t count) {
   }
   return seen;
 }
+
+// Pixels that are read twice while they lie in the nearest cache.
+constexpr int64_t few_pixels = 32;
+
+// Adds the moments of at most few_pixels pixels of some vectors of channels to those of the `seen` pixels before:
+// of x, or of x + residual, which goes to `total`.
+template <typename T, bool adds, int vectors, typename Count>
+void strip_moments(
+    const T* x, const T* residual, T* total, int64_t stride, int64_t pixels, Count count, int64_t seen,
+    double* means, double* all_squares) {
+  Vector sum[vectors] = {};
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = i * stride + v * lanes;
+      Vector value = load_up_to(x + at, count);
+      if constexpr (adds) {
+        value = rounded_to(total, value + load_up_to(residual + at, count));
+        store_up_to(total + at, value, count);
+      }
+      sum[v] += value;
+    }
+  }
+  const T* source = adds ? total : x;
+  float centers[vectors * lanes], rests[vectors * lanes], squares[vectors * lanes];
+  Vector center[vectors], rest[vectors] = {}, square[vectors] = {};
+  for (int v = 0; v < vectors; ++v) {
+    center[v] = sum[v] / static_cast<float>(pixels);
+  }
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int v = 0; v < vectors; ++v) {
+      const Vector d = load_up_to(source + i * stride + v * lanes, count) - center[v];
+      rest[v] += d;
+      square[v] += d * d;
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    store(centers + v * lanes, center[v]);
+    store(rests + v * lanes, rest[v]);
+    store(squares + v * lanes, square[v]);
+  }
+  const double part = static_cast<double>(pixels) / (seen + pixels);
+  const double weight = seen * part, inverse = 1.0 / pixels;
+  const int64_t channels = (vectors - 1) * lanes + std::min<int64_t>(count, lanes);
+  for (int64_t c = 0; c < channels; ++c) {
+    // What the rounding of the center was off by.
+    const double shift = rests[c] * inverse;
+    const double difference = centers[c] + shift - means[c];
+    means[c] += difference * part;
+    all_squares[c] += squares[c] - rests[c] * shift + difference * difference * weight;
+  }
+}

@@ -168,6 +168,69 @@ def test_writes_all_of_its_memory_and_nothing_beside(shape, layout, dtype):
         assert torch.equal(memory.tensor, expected)
 
 
+def moments_of(x: Tensor) -> Tensor:
+    """The mean and the variance of each image's channels, as norm_convolution returns them."""
+    exact = x.double()
+    return torch.stack([exact.mean((2, 3)), exact.var((2, 3), correction=0)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    groups=st.integers(1, 5),
+    per_group=st.integers(1, 20),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    activation=st.sampled_from(NAMES),
+    mean=st.sampled_from([0.0, -2.3, 100.0]),
+    knows_moments=st.booleans(),
+    backend=st.sampled_from(["native", "reference"]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_a_shortcut_before_the_activation_and_moments_that_are_known(
+    batch,
+    groups,
+    per_group,
+    height,
+    width,
+    dtype,
+    layout,
+    activation,
+    mean,
+    knows_moments,
+    backend,
+    seed,
+):
+    torch.manual_seed(seed)
+    channels = groups * per_group
+
+    def one() -> Triples:
+        shape = (batch, channels, height, width)
+        x, shortcut = (
+            (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=layout)
+            for offset in (mean, 0)
+        )
+        weight, bias = torch.rand(channels) + 0.5, torch.randn(channels)
+
+        def plain(dtype: torch.dtype) -> Tensor:
+            tensors = (t.to(dtype) for t in (x.contiguous(), shortcut, weight, bias))
+            x_, shortcut_, weight_, bias_ = tensors
+            return ACTIVATIONS[activation](
+                torch.group_norm(x_, groups, weight_, bias_, 1e-5) + shortcut_
+            )
+
+        moments = moments_of(x) if knows_moments else None
+        with torch.no_grad(), use_backend(group_norm_act=backend):
+            result = group_norm_act_into(
+                x, weight, bias, groups, 1e-5, activation, None, moments, shortcut
+            )
+        return {"result": (result, plain(dtype), plain(torch.float64))}
+
+    assert_draws_within_contract(one, 4)
+
+
 def test_memory_that_does_not_fit_is_left_alone():
     x = torch.randn(2, 8, 5, 5)
     arguments = (torch.rand(8), torch.randn(8), 2, 1e-5, "relu")
@@ -270,7 +333,16 @@ def test_the_operator_checks_what_it_is_given():
     with pytest.raises(RuntimeError, match="residual"):
         operators.add_group_norm_act.native(x, x[..., :1], ones, ones, 2, 1e-5, "relu")
     with pytest.raises(RuntimeError, match="result"):
-        operators.group_norm_act_into.native(x, ones, ones, 2, 1e-5, "relu", x.double())
+        operators.group_norm_act_into.native(x, None, ones, ones, 2, 1e-5, "relu", None, x.double())
+    for moments in (
+        torch.zeros(2, 3, 4).double(),
+        torch.zeros(2, 2, 4),
+        torch.zeros(2, 2, 5).double(),
+    ):
+        with pytest.raises(RuntimeError, match="moments"):
+            operators.group_norm_act_.native(x, moments, ones, ones, 2, 1e-5, "relu", None)
+    with pytest.raises(RuntimeError, match="shortcut"):
+        operators.group_norm_act_.native(x, None, ones, ones, 2, 1e-5, "relu", x[..., :1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -284,7 +356,9 @@ def test_opcheck(dtype, layout):
     torch.library.opcheck(
         operators.add_group_norm_act.native, (x, residual.requires_grad_(), *arguments)
     )
-    arguments = (weight.detach(), bias.detach(), 2, 1e-5, "gelu")
-    torch.library.opcheck(operators.group_norm_act_.native, (x.detach(), *arguments))
-    memory = torch.empty_like(x.detach())
-    torch.library.opcheck(operators.group_norm_act_into.native, (x.detach(), *arguments, memory))
+    x, residual = x.detach(), residual.detach()
+    memory = torch.empty_like(x)
+    for moments, shortcut in ((None, None), (moments_of(x), residual)):
+        inputs = (x, moments, weight.detach(), bias.detach(), 2, 1e-5, "gelu", shortcut)
+        torch.library.opcheck(operators.group_norm_act_.native, inputs)
+        torch.library.opcheck(operators.group_norm_act_into.native, (*inputs, memory))

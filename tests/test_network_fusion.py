@@ -21,6 +21,7 @@ DEPTHS = {"depths": [2, 1, 2], "hidden_sizes": [16, 16, 32]}
 def without_packed_weights(monkeypatch: Any) -> None:
     """As on a GPU: convolutions do not add to the shortcut by themselves."""
     monkeypatch.setattr(layers, "packs", lambda *_: False)
+    monkeypatch.setattr(layers, "fuses", lambda *_: False)
 
 
 @pytest.fixture

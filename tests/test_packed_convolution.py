@@ -17,7 +17,8 @@ from bitfast import reference
 from bitfast.backends import use_backend
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops import add_packed_convolution_, packed_convolution
-from bitfast.ops.packed_convolution import can_pack, packed_weights, packs, why_not_packed
+from bitfast.ops.packed_convolution import can_pack, packs, why_not_packed
+from bitfast.ops.packed_weights import MOST_SHAPES, packed_weights
 from tests.tolerances import Triples, assert_draws_within_contract
 
 module = sys.modules["bitfast.ops.packed_convolution"]
@@ -130,9 +131,9 @@ def test_changed_sizes_are_followed(packings):
 
 def test_only_so_many_shapes_are_remembered(packings):
     weight = nn.Parameter(torch.randn(4, 4, 1, 1))
-    for size in range(1, module.MOST_SHAPES + 20):
+    for size in range(1, MOST_SHAPES + 20):
         packed_convolution(images(1, 4, size, 3), weight, EPS, PLAIN)
-    assert len(packed_weights._entries[id(weight)].shapes) <= module.MOST_SHAPES
+    assert len(packed_weights._entries[id(weight)].shapes) <= MOST_SHAPES
 
 
 def test_a_weight_that_dies_takes_its_packed_copy_along(packings):
@@ -288,7 +289,8 @@ def test_other_dtypes_have_a_reason(dtype):
 
 
 def test_torches_that_do_not_show_what_they_packed(monkeypatch, packings):
-    monkeypatch.setattr(module, "_holds_the_same", lambda *_: False)
+    store = sys.modules["bitfast.ops.packed_weights"]
+    monkeypatch.setattr(store, "_holds_the_same", lambda *_: False)
     weight = nn.Parameter(torch.randn(8, 16, 1, 1))
     for size in (5, 6, 5):
         x = images(1, 16, size, size)

@@ -35,6 +35,7 @@ from tests.weight_changes import (
 def without_packed_weights(monkeypatch: Any) -> None:
     """As on a GPU, or with a torch without oneDNN."""
     monkeypatch.setattr(layers, "packs", lambda *_: False)
+    monkeypatch.setattr(layers, "fuses", lambda *_: False)
 
 
 @pytest.fixture

@@ -39,13 +39,15 @@ SIGNATURE = (
 float32 (float64 for float64 data)."""
 
 IN_PLACE_SIGNATURE = (
-    "(Tensor(a!) x, Tensor weight, Tensor bias, int num_groups, float eps, str activation) -> ()"
+    "(Tensor(a!) x, Tensor? moments, Tensor weight, Tensor bias, int num_groups, float eps,"
+    " str activation, Tensor? shortcut) -> ()"
 )
-"""The same in the memory of x, for inference. Only the native backend has it."""
+"""The same in the memory of x, for inference. Only the native backend has it. See :func:`group_norm_act_into`
+for the moments and the shortcut."""
 
 INTO_SIGNATURE = (
-    "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, str activation,"
-    " Tensor(a!) result) -> ()"
+    "(Tensor x, Tensor? moments, Tensor weight, Tensor bias, int num_groups, float eps, str activation,"
+    " Tensor? shortcut, Tensor(a!) result) -> ()"
 )
 """The same into memory that is there already."""
 
@@ -99,7 +101,7 @@ def group_norm_act(
             result = reference.group_norm_act_forward(*arguments)[0]
         elif backend == "native" and _is_plain_inference(x):
             result = torch.empty_like(x)
-            torch.ops.bitfast.group_norm_act_into.native(*arguments, result)
+            torch.ops.bitfast.group_norm_act_into.native(x, None, *arguments[1:], None, result)
         else:
             result = getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
     return result.to(autocast_dtype(x) or x.dtype)
@@ -112,34 +114,45 @@ def group_norm_act_into(
     num_groups: int,
     eps: float,
     activation: str,
-    memory: Tensor,
+    memory: Tensor | None,
+    moments: Tensor | None = None,
+    shortcut: Tensor | None = None,
 ) -> Tensor:
     """Do what :func:`group_norm_act` does, in memory that may be overwritten, where the backend can.
 
     It can on the CPU where no gradient is recorded and ``memory`` is like the result.
 
     Args:
-        memory: May be x itself.
+        memory: May be x itself. None: new memory.
+        moments: The moments of x, where ``norm_convolution`` has made it. Backends that cannot use them
+            compute them again.
+        shortcut: Added after the norm, before the activation; like x.
 
     Returns:
         ``memory``, or another tensor; then ``memory`` is left as it is.
     """
+    target = x if memory is None else memory
     overwrites = (
         not torch.is_grad_enabled()
-        and memory.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
-        and (memory is x or (memory.shape == x.shape and not torch.compiler.is_compiling()))
+        and target.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
+        and (target is x or (target.shape == x.shape and not torch.compiler.is_compiling()))
         and select_backend(OP, x.device.type, x.dtype) == "native"
-        and _are_dense(x, memory)
+        and _are_dense(x, target, *(() if shortcut is None else (shortcut,)))
     )
-    if not overwrites:
+    if shortcut is not None and not (overwrites and shortcut.dtype == x.dtype):
+        normalized = group_norm_act(x, weight, bias, num_groups, eps, "none")
+        return ACTIVATIONS[activation](normalized + shortcut)
+    if not overwrites or (memory is None and moments is None and shortcut is None):
         return group_norm_act(x, weight, bias, num_groups, eps, activation)
     _check(OP, x, weight, bias, num_groups, eps, activation)
     operators = torch.ops.bitfast
+    arguments = (x, moments, weight, bias, num_groups, eps, activation, shortcut)
     if memory is x:
-        operators.group_norm_act_.native(x, weight, bias, num_groups, eps, activation)
-    else:
-        operators.group_norm_act_into.native(x, weight, bias, num_groups, eps, activation, memory)
-    return memory
+        operators.group_norm_act_.native(*arguments)
+        return x
+    result = torch.empty_like(x) if memory is None else memory
+    operators.group_norm_act_into.native(*arguments, result)
+    return result
 
 
 def add_group_norm_act(

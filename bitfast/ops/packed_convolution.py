@@ -7,11 +7,8 @@ only where :func:`why_not_packed` has tried them, and everywhere else ``F.conv2d
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +17,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bitfast.backends import select_backend
 from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES
+from bitfast.ops.packed_weights import Geometry, Pair, packed_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
-from bitfast.optimizer_steps import watch_optimizers
 
 OP = "packed_convolution"
 
@@ -33,10 +30,6 @@ ADD_SIGNATURE = (
     "(Tensor x, Tensor weight, Tensor(a!) total, float eps, int[] stride, int[] padding,"
     " int[] dilation) -> ()"
 )
-
-Pair = tuple[int, int]
-Geometry = tuple[Pair, Pair, Pair]
-"""Stride, padding and dilation, each as (height, width)."""
 
 
 def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry) -> Tensor:
@@ -161,107 +154,15 @@ def _try_out(dtype: torch.dtype) -> str | None:
 # ---- the kept weights -----------------------------------------------------------------------------
 
 
-class _Packed(NamedTuple):
-    """A packed weight, and what it was made from and for."""
-
-    weight: weakref.ref[Tensor]
-    version: int
-    storage: torch.UntypedStorage
-    """Held so that no other tensor can come to lie at the same address."""
-    address: int
-    dtype: torch.dtype
-    eps: float
-    geometry: Geometry
-    shapes: tuple[torch.Size, ...]
-    """Of inputs for which oneDNN would pack it in the same way."""
-    packed: Tensor
-
-    def is_of(self, weight: Tensor, dtype: torch.dtype, eps: float, geometry: Geometry) -> bool:
-        return (
-            self.weight() is weight
-            and self.version == weight._version
-            and self.address == weight.data_ptr()
-            and self.dtype == dtype
-            and self.eps == eps
-            and self.geometry == geometry
-        )
+def _packed(x: Tensor, weight: Tensor, eps: float, geometry: Geometry) -> Tensor:
+    """Return the standardized weight, packed for x, of which one copy is kept."""
+    return packed_weights.packed(weight, x.dtype, eps, _standardize_and_pack, geometry, x.shape)
 
 
-MOST_SHAPES = 64
-"""Input shapes that are remembered for one weight."""
-
-
-class PackedWeights:
-    """The packed weights of this process: one per parameter, as long as it lives and is not changed.
-
-    How oneDNN packs a weight depends on the input's shape, and with weights packed otherwise it is many
-    times slower. So at a new shape a weight is packed again, and the outcome is kept if it differs.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[int, _Packed] = {}
-
-    def packed(self, weight: Tensor, x: Tensor, eps: float, geometry: Geometry) -> Tensor:
-        """Return the standardized weight, in the dtype of x, packed for x."""
-        if weight.is_inference():  # torch does not count its changes
-            return _pack(weight_standardization(weight, eps, x.dtype), x.shape, geometry)
-        entry = self._entries.get(id(weight))
-        if entry is not None and entry.is_of(weight, x.dtype, eps, geometry):
-            if x.shape in entry.shapes:
-                return entry.packed
-        else:
-            entry = None
-        return self._pack(weight, x, eps, geometry, entry)
-
-    def _pack(
-        self, weight: Tensor, x: Tensor, eps: float, geometry: Geometry, entry: _Packed | None
-    ) -> Tensor:
-        version, address = weight._version, weight.data_ptr()
-        # Not as inference tensors, which later calls outside inference mode could not use.
-        with torch.inference_mode(False), torch.no_grad():
-            packed = _pack(weight_standardization(weight, eps, x.dtype), x.shape, geometry)
-        shapes: tuple[torch.Size, ...] = (x.shape,)
-        if entry is not None and _holds_the_same(packed, entry.packed):
-            packed, shapes = entry.packed, (*entry.shapes[-MOST_SHAPES + 1 :], x.shape)
-        key = id(weight)
-        new = _Packed(
-            weakref.ref(weight, lambda _: self._entries.pop(key, None)),
-            version, weight.untyped_storage(), address, x.dtype, eps, geometry, shapes, packed,
-        )  # fmt: skip
-        # One that another thread changed meanwhile is not kept.
-        if new.is_of(weight, x.dtype, eps, geometry):
-            watch_optimizers(self)
-            self._entries[key] = new
-        return packed
-
-    def drop(self, weights: list[Tensor]) -> None:
-        """Forget what was made from these weights, and free its memory."""
-        self.drop_if_from({id(weight) for weight in weights})
-
-    def drop_if_from(self, weights: set[int]) -> None:
-        """Forget what was made from the weights with these ids."""
-        for key in weights:
-            self._entries.pop(key, None)
-
-
-packed_weights = PackedWeights()
-
-
-def _holds_the_same(a: Tensor, b: Tensor) -> bool:
-    """Say whether two packed weights are the same, byte for byte; no if this torch does not let us see."""
-    operators = torch.ops.mkldnn
-    if not hasattr(operators, "data_ptr") or not hasattr(operators, "_nbytes"):
-        return False
-    sizes = [operators._nbytes(t) for t in (a, b)]
-    if sizes[0] != sizes[1]:
-        return False
-    views = [
-        torch.frombuffer(
-            (ctypes.c_char * size).from_address(operators.data_ptr(t)), dtype=torch.uint8
-        )
-        for t, size in zip((a, b), sizes, strict=True)
-    ]
-    return torch.equal(*views)
+def _standardize_and_pack(
+    weight: Tensor, dtype: torch.dtype, eps: float, geometry: Geometry, shape: torch.Size
+) -> Tensor:
+    return _pack(weight_standardization(weight, eps, dtype), shape, geometry)
 
 
 # ---- torch's private operators --------------------------------------------------------------------
@@ -301,7 +202,7 @@ def _convolve(
     x: Tensor, weight: Tensor, eps: float, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     geometry = _geometry(stride, padding, dilation)
-    return _run_packed(x, packed_weights.packed(weight, x, eps, geometry), geometry)
+    return _run_packed(x, _packed(x, weight, eps, geometry), geometry)
 
 
 def _add_convolution(
@@ -314,7 +215,7 @@ def _add_convolution(
     dilation: Pair,
 ) -> None:
     geometry = _geometry(stride, padding, dilation)
-    _run_packed_add(x, packed_weights.packed(weight, x, eps, geometry), total, geometry)
+    _run_packed_add(x, _packed(x, weight, eps, geometry), total, geometry)
 
 
 def _fake(

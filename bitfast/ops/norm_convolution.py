@@ -1,0 +1,286 @@
+"""GroupNorm, activation and convolution in one pass; for inference on the CPU.
+
+The input is normalized and activated while it is packed for a product of matrices, a residual is added and
+the statistics of the result are taken while it is still in the cache. So between two convolutions of a
+preactivation block nothing is read or written but their results. 1x1 filters are plain products; 3x3 filters
+take 16 multiplications for four outputs instead of 36, after Lavin & Gray, "Fast Algorithms for Convolutional
+Neural Networks", 2015 (https://arxiv.org/abs/1509.09308), in float32 only: rounded to bfloat16, the sums that
+it takes of its input would lose digits.
+
+There is a kernel for AVX-512. Everywhere else, and for other filters, the layers call one op after the other.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitfast import extension
+from bitfast.backends import select_backend
+from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES, complete_operator
+from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
+from bitfast.ops.packed_convolution import packs
+from bitfast.ops.packed_weights import Geometry, packed_weights
+from bitfast.ops.weight_standardization import weight_standardization
+
+OP = "norm_convolution"
+
+_NORM = (
+    "(Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, int num_groups, float eps,"
+    " str activation"
+)
+
+SIGNATURE = (
+    f"{_NORM}, Tensor packed, int out_channels, int kernel_size, int stride, bool wants_moments)"
+    " -> (Tensor, Tensor)"
+)
+"""What the kernel takes and returns: the convolution and its moments (of no images if nobody wants them)."""
+
+ADD_SIGNATURE = (
+    f"{_NORM}, Tensor packed, Tensor(a!) total, int kernel_size, int stride, bool wants_moments)"
+    " -> Tensor"
+)
+"""The same, added to ``total`` in place; returns the moments of the sum."""
+
+KEPT_SIGNATURE = (
+    f"{_NORM}, Tensor weight, float weight_eps, int stride, bool wants_moments) -> (Tensor, Tensor)"
+)
+"""The same with the weight as it is trained, of which a packed copy is kept: what compiled models call."""
+
+KEPT_ADD_SIGNATURE = (
+    f"{_NORM}, Tensor weight, Tensor(a!) total, float weight_eps, int stride, bool wants_moments)"
+    " -> Tensor"
+)
+
+WIDEST_3X3 = 256 * 256
+"""Input times output channels up to which 3x3 filters run here: packed, they take 16/9 of their memory."""
+
+
+class Norm(NamedTuple):
+    """A GroupNorm with activation that is still to be applied to x; see ``group_norm_act``."""
+
+    weight: Tensor
+    bias: Tensor
+    num_groups: int
+    eps: float
+    activation: str
+
+
+def norm_convolution(
+    x: Tensor,
+    moments: Tensor | None,
+    norm: Norm | None,
+    weight: Tensor,
+    weight_eps: float,
+    stride: int,
+    wants_moments: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve the normalized, activated x with the standardized weight, of which a packed copy is kept.
+
+    Args:
+        x: Shape (N, in, H, W), channels_last, for which :func:`fuses` is true of dtype and device.
+        moments: The mean and the (biased) variance of each image's channels: float64, shape (2, N, in). None:
+            they are computed.
+        norm: None: x is convolved as it is.
+        weight: Shape (out, in, height, width), not standardized, for which :func:`fits` is true. 3x3 filters
+            are padded with one zero on each side, after the norm.
+        weight_eps: As in ``weight_standardization``.
+        stride: In both axes.
+        wants_moments: Also return the moments of the result.
+
+    Returns:
+        Shape (N, out, ceil(H / stride), ceil(W / stride)), channels_last, of the dtype of x; and its moments
+        or None.
+    """
+    fields = norm or _NO_NORM
+    call = torch.ops.bitfast.norm_convolution.kept if torch.compiler.is_compiling() else _convolve
+    result, result_moments = call(
+        x, moments, *fields, weight=weight, weight_eps=weight_eps, stride=stride, wants_moments=wants_moments
+    )  # fmt: skip
+    return result, result_moments if wants_moments else None
+
+
+def add_norm_convolution_(
+    x: Tensor,
+    moments: Tensor | None,
+    norm: Norm | None,
+    weight: Tensor,
+    total: Tensor,
+    weight_eps: float,
+    stride: int,
+    wants_moments: bool,
+) -> Tensor | None:
+    """Add what :func:`norm_convolution` returns to ``total`` in place, rounded once; return the sum's moments.
+
+    Args:
+        total: Of the shape and dtype of the convolution, channels_last.
+    """
+    arguments = (x, moments, *(norm or _NO_NORM), weight, total, weight_eps, stride, wants_moments)
+    if torch.compiler.is_compiling():
+        result = torch.ops.bitfast.norm_convolution_add_.kept(*arguments)
+    else:
+        result = _add_convolution(*arguments)
+    return result if wants_moments else None
+
+
+_NO_NORM = (None, None, 1, 0.0, "none")
+
+
+def fuses(device_type: str, dtype: torch.dtype) -> bool:
+    """Say whether the functions above can serve such tensors, where no gradient is recorded.
+
+    They stand for three ops; they are not used where other backends of these are demanded.
+    """
+    return (
+        device_type == "cpu"
+        and why_not_fused(dtype) is None
+        and packs(device_type, dtype)
+        and select_backend(GROUP_NORM_ACT, device_type, dtype) == "native"
+    )
+
+
+def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype) -> bool:
+    """Say whether there is a kernel for a convolution with such a parameter of inputs of this dtype."""
+    if type(weight) is not nn.Parameter or weight.dtype not in NATIVE_CPU_DTYPES:
+        return False
+    if weight.device.type != "cpu" or (not torch.compiler.is_compiling() and weight.is_inference()):
+        return False
+    stride, padding, dilation = geometry
+    if weight.shape[2:] == (1, 1):
+        return stride[0] == stride[1] and padding == (0, 0)
+    return (
+        weight.shape[2:] == (3, 3)
+        and (stride, padding, dilation) == ((1, 1), (1, 1), (1, 1))
+        and dtype == torch.float32
+        and weight.shape[0] * weight.shape[1] <= WIDEST_3X3
+    )
+
+
+def why_not_fused(dtype: torch.dtype) -> str | None:
+    """Say why no kernel of this dtype can run, or should, on this machine; None if one can."""
+    return _why_not_fused(dtype)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
+why_not_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _why_not_fused(dtype: torch.dtype) -> str | None:
+    if dtype not in NATIVE_CPU_DTYPES:
+        return f"the kernels are for float32 and bfloat16, not {dtype}"
+    if extension.CPU.problem is not None:
+        return extension.CPU.problem
+    return torch.ops.bitfast.norm_convolution_problem(dtype == torch.bfloat16) or None
+
+
+# ---- the kept weights -----------------------------------------------------------------------------
+
+
+_ANY_GEOMETRY: Geometry = (1, 1), (0, 0), (1, 1)
+"""Neither stride nor padding changes how a weight is packed."""
+
+
+def _packed(x: Tensor, weight: Tensor, weight_eps: float) -> Tensor:
+    return packed_weights.packed(
+        weight, x.dtype, weight_eps, _standardize_and_pack, _ANY_GEOMETRY, None
+    )
+
+
+def _standardize_and_pack(
+    weight: Tensor, dtype: torch.dtype, eps: float, geometry: Geometry, shape: torch.Size | None
+) -> Tensor:
+    standardized = weight_standardization(weight, eps, torch.float32).contiguous()
+    return torch.ops.bitfast.pack_norm_convolution.native(standardized, dtype == torch.bfloat16)
+
+
+# ---- the operators --------------------------------------------------------------------------------
+
+
+def _convolve(
+    x: Tensor,
+    moments: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str,
+    weight: Tensor,
+    weight_eps: float,
+    stride: int,
+    wants_moments: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.bitfast.norm_convolution.native(
+        x, moments, norm_weight, norm_bias, num_groups, eps, activation,
+        _packed(x, weight, weight_eps), weight.shape[0], weight.shape[2], stride, wants_moments,
+    )  # fmt: skip
+
+
+def _add_convolution(
+    x: Tensor,
+    moments: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str,
+    weight: Tensor,
+    total: Tensor,
+    weight_eps: float,
+    stride: int,
+    wants_moments: bool,
+) -> Tensor:
+    return torch.ops.bitfast.norm_convolution_add_.native(
+        x, moments, norm_weight, norm_bias, num_groups, eps, activation,
+        _packed(x, weight, weight_eps), total, weight.shape[2], stride, wants_moments,
+    )  # fmt: skip
+
+
+def _fake_result(x: Tensor, out_channels: int, stride: int, wants: bool) -> tuple[Tensor, Tensor]:
+    height, width = (-(-n // stride) for n in x.shape[2:])
+    result = x.new_empty((x.shape[0], out_channels, height, width))
+    return result.contiguous(memory_format=torch.channels_last), _fake_moments(result, wants)
+
+
+def _fake_moments(result: Tensor, wants_moments: bool) -> Tensor:
+    shape = (2, result.shape[0] if wants_moments else 0, result.shape[1])
+    return result.new_empty(shape, dtype=torch.float64)
+
+
+def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    *_, out_channels, _, stride, wants_moments = rest
+    return _fake_result(x, out_channels, stride, wants_moments)  # type: ignore[arg-type]
+
+
+def _fake_add(x: Tensor, *rest: object) -> Tensor:
+    *_, total, _, _, wants_moments = rest
+    return _fake_moments(total, wants_moments)  # type: ignore[arg-type]
+
+
+def _fake_kept(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    *_, weight, _, stride, wants_moments = rest
+    return _fake_result(x, weight.shape[0], stride, wants_moments)  # type: ignore[attr-defined, arg-type]
+
+
+if extension.CPU.problem is None:
+    complete_operator(OP, "native", SIGNATURE, _fake)
+    complete_operator(f"{OP}_add_", "native", ADD_SIGNATURE, _fake_add)
+    for _name, _signature, _function, _fake_function in (
+        (OP, KEPT_SIGNATURE, _convolve, _fake_kept),
+        (f"{OP}_add_", KEPT_ADD_SIGNATURE, _add_convolution, _fake_add),
+    ):
+        LIBRARY.define(f"{_name}.kept{_signature}")
+        LIBRARY.impl(f"{_name}.kept", _function, "CPU")
+        torch.library.register_fake(f"bitfast::{_name}.kept", _fake_function, lib=LIBRARY)
+
+__all__ = [
+    "Norm",
+    "add_norm_convolution_",
+    "fits",
+    "fuses",
+    "norm_convolution",
+    "why_not_fused",
+]

@@ -1,0 +1,492 @@
+// norm_convolution: the schemas and the CPU kernels, for AVX-512. bitfast/ops/norm_convolution.py says what each
+// takes and returns.
+#include "norm_convolution.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "float_data.h"
+#include "instruction_sets.h"
+#include "kernel_dtypes.h"
+#include "memory_format.h"
+
+#if BITFAST_X86
+#include <cpuid.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+namespace bitfast::avx512 {
+constexpr int vector_bytes = 64;
+using namespace bitfast::norm_convolution;
+#include "norm_convolution_loops.h"
+}  // namespace bitfast::avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+namespace bitfast::avx512_bf16 {
+constexpr int vector_bytes = 64;
+using namespace bitfast::norm_convolution;
+#include "norm_convolution_loops.h"
+}  // namespace bitfast::avx512_bf16
+#pragma GCC pop_options
+#endif
+
+namespace bitfast::norm_convolution {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// The packed input of a task, of a 1x1 convolution with the result, should leave room in a core's own cache (1 MiB)
+// for the weights that pass by; but they should pass by for no fewer rows than this.
+constexpr int64_t task_bytes = 256 * 1024, few_rows = 4 * tile_rows;
+// A task of fewer multiplications than this is not worth another thread.
+constexpr int64_t multiplications_per_task = 1 << 18;
+
+// Why the kernels of a dtype cannot, or should not, run on this CPU; empty if they should.
+std::string problem_with(bool bfloat16) {
+#if BITFAST_X86
+  if (instruction_set() != InstructionSet::avx512) {
+    return "the CPU lacks AVX-512, or ATEN_CPU_CAPABILITY forbids it";
+  }
+  if (!bfloat16) {
+    return "";
+  }
+  if (!__builtin_cpu_supports("avx512bf16")) {
+    return "the CPU lacks AVX512_BF16";
+  }
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool has_amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1u) != 0;
+  return has_amx ? "the CPU has AMX, with which oneDNN is faster" : "";
+#else
+  return "it is written for x86 CPUs and compiled by GCC";
+#endif
+}
+
+// ---- packed weights --------------------------------------------------------------------------------
+
+// G g G' of a 3x3 filter.
+void transform_filter(const float* filter, double (&result)[positions]) {
+  double half[4][3];
+  for (int j = 0; j < 3; ++j) {
+    const double a = filter[j], b = filter[3 + j], c = filter[6 + j];
+    half[0][j] = a;
+    half[1][j] = (a + b + c) / 2;
+    half[2][j] = (a - b + c) / 2;
+    half[3][j] = c;
+  }
+  for (int i = 0; i < 4; ++i) {
+    const double a = half[i][0], b = half[i][1], c = half[i][2];
+    result[4 * i] = a;
+    result[4 * i + 1] = (a + b + c) / 2;
+    result[4 * i + 2] = (a - b + c) / 2;
+    result[4 * i + 3] = c;
+  }
+}
+
+template <typename T>
+int64_t index_in_panel(int64_t channel, int64_t column) {
+  constexpr int64_t per_word = 4 / sizeof(T);
+  return (channel / per_word * panel_columns + column) * per_word + channel % per_word;
+}
+
+// Panels of 32 output channels; for 3x3 filters each has its 16 positions one after the other.
+Tensor pack(const Tensor& weight, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
+      "weight must be float32, contiguous, of shape (out, in, height, width)");
+  const int64_t out = weight.size(0), in = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const bool is_pointwise = weight.size(2) == 1 && weight.size(3) == 1;
+  STD_TORCH_CHECK(
+      is_pointwise || (weight.size(2) == 3 && weight.size(3) == 3 && dtype == ScalarType::Float),
+      "weights are packed for 1x1 convolutions, and in float32 for 3x3 convolutions");
+  const int64_t parts = is_pointwise ? 1 : positions;
+  const float* source = static_cast<const float*>(weight.const_data_ptr());
+  Tensor packed;
+  dispatch_kernel_dtype("norm_convolution", dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t panels = ceil_div(out, panel_columns);
+    const int64_t part = words_of(in, sizeof(T)) * panel_columns * 4 / static_cast<int64_t>(sizeof(T));
+    packed = torch::stable::new_empty(weight, {panels * parts * part}, dtype);
+    T* target = static_cast<T*>(packed.mutable_data_ptr());
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      std::fill_n(target + begin * parts * part, (end - begin) * parts * part, T(0.0f));
+      for (int64_t o = begin * panel_columns; o < std::min(out, end * panel_columns); ++o) {
+        T* panel = target + o / panel_columns * parts * part;
+        for (int64_t i = 0; i < in; ++i) {
+          const float* filter = source + (o * in + i) * taps;
+          const int64_t index = index_in_panel<T>(i, o % panel_columns);
+          if (is_pointwise) {
+            panel[index] = static_cast<T>(*filter);
+          } else {
+            double transformed[positions];
+            transform_filter(filter, transformed);
+            for (int64_t p = 0; p < positions; ++p) {
+              panel[p * part + index] = static_cast<T>(static_cast<float>(transformed[p]));
+            }
+          }
+        }
+      }
+    });
+  });
+  return packed;
+}
+
+// ---- the norm of the input ---------------------------------------------------------------------------
+
+// (x - center) * scale + shift, for each image and channel.
+struct Coefficients {
+  std::vector<float> center, scale, shift;
+};
+
+// From the mean and the variance of each image's channels.
+Coefficients coefficients_of(
+    const double* means, const double* variances, int64_t images, int64_t channels, int64_t groups, double eps,
+    const float* weight, const float* bias) {
+  Coefficients result;
+  for (std::vector<float>* numbers : {&result.center, &result.scale, &result.shift}) {
+    numbers->resize(images * channels);
+  }
+  const int64_t size = channels / groups;
+  for (int64_t first = 0; first < images * channels; first += size) {
+    double mean = 0, variance = 0;
+    for (int64_t c = first; c < first + size; ++c) {
+      mean += means[c];
+    }
+    mean /= size;
+    for (int64_t c = first; c < first + size; ++c) {
+      variance += variances[c] + (means[c] - mean) * (means[c] - mean);
+    }
+    const float rstd = static_cast<float>(1.0 / std::sqrt(variance / size + eps));
+    const float center = static_cast<float>(mean);
+    for (int64_t c = first; c < first + size; ++c) {
+      const float scale = weight[c % channels] * rstd;
+      result.center[c] = center;
+      result.scale[c] = scale;
+      // Less what the rounding of the mean was off by.
+      result.shift[c] = bias[c % channels] - static_cast<float>(mean - center) * scale;
+    }
+  }
+  return result;
+}
+
+// The mean and the variance of each image's channels, from those of its pieces.
+void join_pieces(
+    const double* means, const double* squares, int64_t images, int64_t pieces, int64_t channels, int64_t pixels,
+    int64_t pixels_per_piece, double* mean, double* variance) {
+  torch::stable::parallel_for(0, images, std::max<int64_t>(1, 16384 / (pieces * channels)), [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      double *m = mean + image * channels, *v = variance + image * channels;
+      std::fill_n(m, channels, 0.0);
+      std::fill_n(v, channels, 0.0);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t at = (image * pieces + piece) * channels, seen = piece * pixels_per_piece;
+        const double added = std::min(pixels_per_piece, pixels - seen), part = added / (seen + added);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double difference = means[at + c] - m[c];
+          m[c] += difference * part;
+          v[c] += squares[at + c] + difference * difference * seen * part;
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        v[c] /= pixels;
+      }
+    }
+  });
+}
+
+// ---- the convolution -------------------------------------------------------------------------------
+
+template <typename T>
+void divide(Work<T>& work, int64_t kernel) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t row_squares = kernel == 1 ? 1 : squares_in_row(work.width);
+  const int64_t row_bytes = 4 * work.words() * row_squares * (kernel == 1 ? 1 : positions);
+  work.rows = kernel == 1 ? work.height * work.width : ceil_div(work.height, 2);
+  int64_t pieces = kernel == 1
+      ? ceil_div(work.rows, std::max(few_rows, task_bytes / (row_bytes + work.out_channels * static_cast<int64_t>(sizeof(T)))))
+      : ceil_div(work.rows * row_bytes, task_bytes);
+  // Enough for all threads, evenly, but none that fills less than a tile.
+  const int64_t most = std::max<int64_t>(1, work.rows * row_squares / tile_rows);
+  const int64_t columns = ceil_div(work.out_channels, panel_columns);
+  const int64_t cost = work.rows * row_squares * work.in_channels * work.out_channels * (kernel == 1 ? 1 : positions);
+  const int64_t worthwhile = std::max<int64_t>(1, work.images * cost / multiplications_per_task);
+  const int64_t wanted = std::min(threads, worthwhile);
+  while (pieces < most && (work.images * pieces) % wanted != 0 && pieces < 4 * wanted) {
+    ++pieces;
+  }
+  pieces = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, work.rows));
+  work.piece = ceil_div(work.rows, pieces);
+  work.pieces = ceil_div(work.rows, work.piece);
+  int64_t blocks = 1;
+  while (blocks < columns && work.images * work.pieces * blocks < wanted) {
+    ++blocks;
+  }
+  work.block = ceil_div(columns, blocks) * panel_columns;
+  work.blocks = ceil_div(work.out_channels, work.block);
+}
+
+template <typename T>
+using Function = void(const Work<T>&, const Task&, float*);
+
+template <typename T>
+Function<T>* function_for(int64_t kernel) {
+#if BITFAST_X86
+  if constexpr (sizeof(T) == 4) {
+    return kernel == 1 ? &avx512::pointwise<T> : &avx512::winograd;
+  } else {
+    return avx512_bf16::pointwise<T>;
+  }
+#else
+  return nullptr;
+#endif
+}
+
+template <typename T>
+void run(const Work<T>& work, int64_t kernel, const Tensor& like) {
+  const int64_t tasks = work.tasks(), workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (tasks == 0) {
+    return;
+  }
+  const int64_t words = ceil_div(scratch_words(work, kernel), chunk_words) * chunk_words + 16 * chunk_words;
+  Tensor scratch = torch::stable::new_empty(like, {workers * words}, ScalarType::Float);
+  float* memory = static_cast<float*>(scratch.mutable_data_ptr());
+  Function<T>* function = function_for<T>(kernel);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t number = worker * tasks / workers; number < (worker + 1) * tasks / workers; ++number) {
+        function(work, task_of(work, number), memory + worker * words);
+      }
+    }
+  });
+}
+
+struct Norm {
+  std::optional<Tensor> moments, weight, bias;
+  int64_t groups;
+  double eps;
+  std::string activation;
+};
+
+void check_moments(const Tensor& moments, const Tensor& x) {
+  STD_TORCH_CHECK(
+      moments.dim() == 3 && moments.size(0) == 2 && moments.size(1) == x.size(0) && moments.size(2) == x.size(1) &&
+          moments.scalar_type() == ScalarType::Double && moments.is_contiguous(),
+      "moments must be float64, contiguous, of shape (2, N, C)");
+}
+
+bool is_dense_channels_last(const Tensor& x) {
+  return is_channels_last(x) || (x.is_contiguous() && (x.size(1) == 1 || x.size(2) * x.size(3) == 1));
+}
+
+void convolve(
+    const Tensor& x, const Norm& norm, const Tensor& packed, int64_t kernel, int64_t stride, Tensor& result, bool adds,
+    std::optional<Tensor> result_moments) {
+  const int64_t images = x.size(0), in = x.size(1);
+  STD_TORCH_CHECK(is_dense_channels_last(x) && is_dense_channels_last(result), "x and the result must be channels_last");
+  const std::string problem = problem_with(x.scalar_type() == ScalarType::BFloat16);
+  STD_TORCH_CHECK(problem.empty(), "norm_convolution cannot run here: ", problem);
+  dispatch_kernel_dtype("norm_convolution", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Work<T> work{};
+    work.images = images;
+    work.in_channels = in;
+    work.out_channels = result.size(1);
+    work.in_height = x.size(2);
+    work.in_width = x.size(3);
+    work.height = result.size(2);
+    work.width = result.size(3);
+    work.stride = stride;
+    const int64_t panels = ceil_div(work.out_channels, panel_columns) * (kernel == 1 ? 1 : positions);
+    STD_TORCH_CHECK(
+        packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+            packed.numel() * static_cast<int64_t>(sizeof(T)) == panels * work.panel_words() * 4,
+        "the weight was packed for another convolution");
+    work.activation = activation_named(norm.activation);
+    work.x = static_cast<const T*>(x.const_data_ptr());
+    work.weight = static_cast<const float*>(packed.const_data_ptr());
+    work.result = static_cast<T*>(result.mutable_data_ptr());
+    work.adds = adds;
+    Coefficients coefficients;
+    if (norm.weight.has_value()) {
+      check_moments(*norm.moments, x);
+      const FloatData weight(*norm.weight), bias(*norm.bias);
+      const double* means = static_cast<const double*>(norm.moments->const_data_ptr());
+      coefficients = coefficients_of(
+          means, means + images * in, images, in, norm.groups, norm.eps, weight.data(), bias.data());
+      work.center = coefficients.center.data();
+      work.scale = coefficients.scale.data();
+      work.shift = coefficients.shift.data();
+    }
+    divide(work, kernel);
+    std::vector<double> parts;
+    if (result_moments.has_value()) {
+      parts.resize(2 * images * work.pieces * work.out_channels);
+      work.means = parts.data();
+      work.squares = parts.data() + parts.size() / 2;
+    }
+    run(work, kernel, x);
+    if (result_moments.has_value()) {
+      double* means = static_cast<double*>(result_moments->mutable_data_ptr());
+      const int64_t rows = kernel == 1 ? work.piece : 2 * work.piece * work.width;
+      join_pieces(
+          work.means, work.squares, images, work.pieces, work.out_channels, work.height * work.width, rows, means,
+          means + images * work.out_channels);
+    }
+  });
+}
+
+// The mean and the variance of each image's channels, of shape (2, N, C).
+Tensor channel_moments(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4 && is_dense_channels_last(x), "x must be channels_last, of shape (N, C, H, W)");
+  const std::string problem = problem_with(false);
+  STD_TORCH_CHECK(problem.empty(), "channel_moments cannot run here: ", problem);
+  const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+  Tensor moments = torch::stable::new_empty(x, {2, images, channels}, ScalarType::Double);
+  double* means = static_cast<double*>(moments.mutable_data_ptr());
+  // Pieces of 64 KiB or so, which a core reads twice.
+  const int64_t piece = std::clamp<int64_t>(16384 / std::max<int64_t>(1, channels), 1, pixels);
+  const int64_t pieces = ceil_div(pixels, piece);
+  std::vector<double> parts(2 * images * pieces * channels);
+  double *part_means = parts.data(), *part_squares = parts.data() + parts.size() / 2;
+#if BITFAST_X86
+  dispatch_kernel_dtype("channel_moments", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = static_cast<const T*>(x.const_data_ptr());
+    torch::stable::parallel_for(0, images * pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t number = begin; number < end; ++number) {
+        const int64_t first = number % pieces * piece;
+        avx512::moments_of_pixels<T>(
+            source + (number / pieces * pixels + first) * channels, std::min(piece, pixels - first), channels, channels,
+            part_means + number * channels, part_squares + number * channels);
+      }
+    });
+  });
+#endif
+  join_pieces(
+      part_means, part_squares, images, pieces, channels, pixels, piece, means, means + images * channels);
+  return moments;
+}
+
+Norm norm_of(
+    const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, int64_t num_groups, double eps, const std::string& activation) {
+  Norm norm{moments, weight, bias, num_groups, eps, activation};
+  if (!weight.has_value()) {
+    return norm;
+  }
+  STD_TORCH_CHECK(
+      num_groups >= 1 && x.size(1) % num_groups == 0, "num_groups must divide the ", x.size(1),
+      " channels of x, got ", num_groups);
+  STD_TORCH_CHECK(bias.has_value(), "a norm has a weight and a bias");
+  for (const std::optional<Tensor>* parameter : {&weight, &bias}) {
+    STD_TORCH_CHECK(
+        (*parameter)->dim() == 1 && (*parameter)->size(0) == x.size(1), "the norm's weight and bias must have shape (C,)");
+  }
+  if (!moments.has_value()) {
+    norm.moments = channel_moments(x);
+  }
+  return norm;
+}
+
+Tensor empty_moments(const Tensor& result, bool wants_moments) {
+  return torch::stable::new_empty(
+      result, {2, wants_moments ? result.size(0) : 0, result.size(1)}, ScalarType::Double);
+}
+
+void check_convolution(const Tensor& x, int64_t kernel_size, int64_t stride) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (N, C, H, W), got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(
+      (kernel_size == 1 && stride >= 1) ||
+          (kernel_size == 3 && stride == 1 && x.scalar_type() == ScalarType::Float),
+      "norm_convolution is for 1x1 filters, and for 3x3 filters of stride 1 in float32");
+}
+
+std::tuple<Tensor, Tensor> norm_convolution(
+    const Tensor& x,
+    const std::optional<Tensor>& moments,
+    const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias,
+    int64_t num_groups,
+    double eps,
+    const std::string& activation,
+    const Tensor& packed,
+    int64_t out_channels,
+    int64_t kernel_size,
+    int64_t stride,
+    bool wants_moments) {
+  check_convolution(x, kernel_size, stride);
+  const std::array<int64_t, 4> size{
+      x.size(0), out_channels, ceil_div(x.size(2), stride), ceil_div(x.size(3), stride)};
+  Tensor result = torch::stable::empty(
+      {size.data(), size.size()}, x.scalar_type(), std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  Tensor result_moments = empty_moments(result, wants_moments);
+  convolve(
+      x, norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation), packed, kernel_size, stride, result,
+      false, wants_moments ? std::optional<Tensor>(result_moments) : std::nullopt);
+  return {result, result_moments};
+}
+
+Tensor norm_convolution_add(
+    const Tensor& x,
+    const std::optional<Tensor>& moments,
+    const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias,
+    int64_t num_groups,
+    double eps,
+    const std::string& activation,
+    const Tensor& packed,
+    Tensor total,
+    int64_t kernel_size,
+    int64_t stride,
+    bool wants_moments) {
+  check_convolution(x, kernel_size, stride);
+  STD_TORCH_CHECK(
+      total.dim() == 4 && total.scalar_type() == x.scalar_type() && total.size(0) == x.size(0) &&
+          total.size(2) == ceil_div(x.size(2), stride) && total.size(3) == ceil_div(x.size(3), stride),
+      "total must have the dtype and the shape of the convolution");
+  Tensor total_moments = empty_moments(total, wants_moments);
+  convolve(
+      x, norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation), packed, kernel_size, stride, total,
+      true, wants_moments ? std::optional<Tensor>(total_moments) : std::nullopt);
+  return total_moments;
+}
+
+Tensor pack_norm_convolution(const Tensor& weight, bool as_bfloat16) {
+  return pack(weight, as_bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
+  m.def("norm_convolution_problem(bool bfloat16) -> str");
+  m.def("channel_moments.native(Tensor x) -> Tensor");
+  m.def("pack_norm_convolution.native(Tensor weight, bool as_bfloat16) -> Tensor");
+  m.def(
+      "norm_convolution.native(Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, int num_groups, "
+      "float eps, str activation, Tensor packed, int out_channels, int kernel_size, int stride, bool wants_moments) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "norm_convolution_add_.native(Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, "
+      "int num_groups, float eps, str activation, Tensor packed, Tensor(a!) total, int kernel_size, int stride, "
+      "bool wants_moments) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitfast, CompositeExplicitAutograd, m) {
+  m.impl("norm_convolution_problem", TORCH_BOX(&problem_with));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
+  m.impl("channel_moments.native", TORCH_BOX(&channel_moments));
+  m.impl("pack_norm_convolution.native", TORCH_BOX(&pack_norm_convolution));
+  m.impl("norm_convolution.native", TORCH_BOX(&norm_convolution));
+  m.impl("norm_convolution_add_.native", TORCH_BOX(&norm_convolution_add));
+}
+
+}  // namespace bitfast::norm_convolution
