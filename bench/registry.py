@@ -16,7 +16,12 @@ from torch import Tensor
 
 from bitfast import BitConfig, BitModel
 from bitfast.backends import select_backend
-from bitfast.layers import WeightStandardizedConv2d
+from bitfast.layers import (
+    Deferred,
+    GroupNormActivation,
+    WeightStandardizedConv2d,
+    can_be_normalized_late,
+)
 from bitfast.ops import (
     add_group_norm_act,
     group_norm_act,
@@ -284,6 +289,28 @@ def all_weights_training_problem(_: tuple[int, ...], dtype: torch.dtype, layout:
     return training_problem("weight_standardization", weights, *functions, grads, count)
 
 
+def norm_convolution_problem(
+    shape: tuple[int, ...], out_channels: int, kernel_size: int, dtype: torch.dtype
+) -> Problem:
+    """A norm, ReLU and a convolution, as in a preactivation block; the weights are standardized beforehand."""
+    x = feature_maps(shape, dtype, CHANNELS_LAST)
+    norm = GroupNormActivation(GROUPS, shape[1], "relu")
+    convolution = WeightStandardizedConv2d(shape[1], out_channels, kernel_size).to(dtype)
+    weight = weight_standardization(convolution.weight.detach(), convolution.eps)
+    inputs = x, norm.weight.detach(), norm.bias.detach(), weight
+
+    def plain(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+        normalized = F.group_norm(x, GROUPS, scale.to(x.dtype), shift.to(x.dtype))
+        return F.conv2d(F.relu(normalized), weight, padding=kernel_size // 2)
+
+    def ours(x: Tensor, *_: Tensor) -> Tensor:
+        if can_be_normalized_late(x) and convolution.can_normalize(dtype):
+            return Deferred(x, None, norm).convolved(convolution)[0]
+        return convolution(norm(x))
+
+    return problem("group_norm_act", inputs, plain, ours, 0)
+
+
 def dispatch_problem(is_recorded: bool) -> Problem:
     """The cost of a call as such: one pixel is padded to four."""
     x = torch.ones(1, 1, 1, 1, requires_grad=is_recorded)
@@ -353,6 +380,15 @@ STAGES = (
 )
 """Feature maps in R50x1 at 224x224."""
 FEW_STAGES = ((8, 256, 56, 56), (8, 1024, 14, 14), (1, 256, 56, 56))
+CONVOLUTIONS = (
+    ((8, 256, 56, 56), 64, 1),
+    ((8, 64, 56, 56), 64, 3),
+    ((8, 64, 56, 56), 256, 1),
+    ((8, 1024, 14, 14), 256, 1),
+    ((8, 256, 14, 14), 256, 3),
+    ((1, 256, 14, 14), 1024, 1),
+)
+"""Inputs of convolutions in R50x1 at 224x224, the output channels, and the size of the filters."""
 LARGEST_WEIGHT = (512, 512, 3, 3)
 ALL_WEIGHTS: tuple[int, ...] = ()
 """No single shape."""
@@ -421,5 +457,15 @@ def cases() -> Iterator[Case]:
             is_recorded,
             is_quick=True,
         )
+    for shape, out_channels, kernel_size in CONVOLUTIONS:
+        for dtype in DTYPES:
+            words = "x".join(map(str, shape)), f"{kernel_size}x{kernel_size} to {out_channels}"
+            yield Case(
+                "norm_convolution",
+                f"{' '.join(words)} channels {name_of(dtype)} channels_last",
+                dtype,
+                partial(norm_convolution_problem, shape, out_channels, kernel_size, dtype),
+                is_quick=shape[0] == 8 and shape[-1] == 14,
+            )
     for family in FAMILIES:
         yield from family.cases()

@@ -13,6 +13,7 @@ import torch
 
 import bitfast
 from bitfast import backends, extension
+from bitfast.ops.norm_convolution import why_not_fused
 from bitfast.ops.packed_convolution import why_not_packed
 
 PACKAGES = (
@@ -41,6 +42,10 @@ def describe() -> dict[str, Any]:
         "instruction_set": instruction_set(),
         "packed_convolutions": {
             str(dtype).removeprefix("torch."): why_not_packed(dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        "norm_convolutions": {
+            str(dtype).removeprefix("torch."): why_not_fused(dtype)
             for dtype in (torch.float32, torch.bfloat16)
         },
         "backends": [dataclasses.asdict(row) for row in backends.backend_table()],
@@ -133,7 +138,8 @@ def as_text(found: dict[str, Any]) -> str:
     extension.append(
         ["C++ kernels use", found["instruction_set"] or "nothing: they were not built"]
     )
-    extension += [_packed_row(*item) for item in found["packed_convolutions"].items()]
+    for kind in ("packed_convolutions", "norm_convolutions"):
+        extension += [_convolution_row(kind, *item) for item in found[kind].items()]
     return "\n".join(
         [
             *_aligned([*versions, [], *machine, [], *extension]),
@@ -169,8 +175,8 @@ def _extension_row(half: str, library: dict[str, str | None]) -> list[str]:
     return [f"extension, {half}", str(library["path"]) if problem is None else f"none: {problem}"]
 
 
-def _packed_row(dtype: str, problem: str | None) -> list[str]:
-    return [f"packed convolutions, {dtype}", "yes" if problem is None else f"no: {problem}"]
+def _convolution_row(kind: str, dtype: str, problem: str | None) -> list[str]:
+    return [f"{kind.replace('_', ' ')}, {dtype}", "yes" if problem is None else f"no: {problem}"]
 
 
 def _backend_row(row: dict[str, Any]) -> list[str]:

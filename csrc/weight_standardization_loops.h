@@ -2,6 +2,25 @@
 #include "vectors.h"
 #include "moments.h"
 
+// (w - mean) / std, rounded about once: the mean and 1/std are given as a float32 and what that was off by, and what
+// the difference loses when it is rounded is added again.
+struct Standardization {
+  float center, rstd, rstd_rest, shift;
+
+  explicit Standardization(double mean, double exact_rstd)
+      : center(static_cast<float>(mean)),
+        rstd(static_cast<float>(exact_rstd)),
+        rstd_rest(static_cast<float>(exact_rstd - rstd)),
+        shift(static_cast<float>((center - mean) * exact_rstd)) {}
+
+  template <typename Value>
+  BITFAST_INLINE Value operator()(Value w) const {
+    const Value difference = w - center;
+    const Value lost = (w - difference) - center;
+    return difference * rstd + (lost * rstd + (difference * rstd_rest + shift));
+  }
+};
+
 // Standardizes the filters from `first` up to `last`.
 template <typename T, typename Result>
 void standardize(const Forward<T, Result>& work, int64_t first, int64_t last) {
@@ -11,23 +30,20 @@ void standardize(const Forward<T, Result>& work, int64_t first, int64_t last) {
     const T* weight = work.weight + f * size;
     Result* result = work.result + f * size;
     const Moments moments = moments_of(weight, size);
-    const float rstd = static_cast<float>(1.0 / std::sqrt(moments.squares / size + work.eps));
-    const float center = static_cast<float>(moments.mean);
-    // What the rounding of the mean was off by.
-    const float shift = static_cast<float>(center - moments.mean) * rstd;
-    work.mean[f] = center;
-    work.rstd[f] = rstd;
+    const Standardization standardized(moments.mean, 1.0 / std::sqrt(moments.squares / size + work.eps));
+    work.mean[f] = standardized.center;
+    work.rstd[f] = standardized.rstd;
     if (filters.transposes) {
       for (int64_t k = 0; k < filters.taps; ++k) {
         for (int64_t c = 0; c < filters.channels; ++c) {
           const float w = static_cast<float>(weight[c * filters.taps + k]);
-          result[k * filters.channels + c] = static_cast<Result>((w - center) * rstd + shift);
+          result[k * filters.channels + c] = static_cast<Result>(standardized(w));
         }
       }
       continue;
     }
     for_each_vector(size, [&](int64_t i, auto count) {
-      store_up_to(result + i, (load_up_to(weight + i, count) - center) * rstd + shift, count);
+      store_up_to(result + i, standardized(load_up_to(weight + i, count)), count);
     });
   }
 }

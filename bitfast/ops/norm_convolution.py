@@ -13,7 +13,7 @@ There is a kernel for AVX-512. Everywhere else, and for other filters, the layer
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,11 +95,13 @@ def norm_convolution(
         Shape (N, out, ceil(H / stride), ceil(W / stride)), channels_last, of the dtype of x; and its moments
         or None.
     """
-    fields = norm or _NO_NORM
-    call = torch.ops.bitfast.norm_convolution.kept if torch.compiler.is_compiling() else _convolve
-    result, result_moments = call(
-        x, moments, *fields, weight=weight, weight_eps=weight_eps, stride=stride, wants_moments=wants_moments
+    arguments: tuple[Any, ...] = (
+        x, moments, *(norm or _NO_NORM), weight, weight_eps, stride, wants_moments,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        result, result_moments = torch.ops.bitfast.norm_convolution.kept(*arguments)
+    else:
+        result, result_moments = _convolve(*arguments)
     return result, result_moments if wants_moments else None
 
 
@@ -118,7 +120,9 @@ def add_norm_convolution_(
     Args:
         total: Of the shape and dtype of the convolution, channels_last.
     """
-    arguments = (x, moments, *(norm or _NO_NORM), weight, total, weight_eps, stride, wants_moments)
+    arguments: tuple[Any, ...] = (
+        x, moments, *(norm or _NO_NORM), weight, total, weight_eps, stride, wants_moments,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         result = torch.ops.bitfast.norm_convolution_add_.kept(*arguments)
     else:
