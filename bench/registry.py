@@ -304,7 +304,7 @@ def norm_convolution_problem(
         return F.conv2d(F.relu(normalized), weight, padding=kernel_size // 2)
 
     def ours(x: Tensor, *_: Tensor) -> Tensor:
-        if can_be_normalized_late(x) and convolution.can_normalize(dtype):
+        if can_be_normalized_late(x) and convolution.can_normalize(x):
             return Deferred(x, None, norm).convolved(convolution)[0]
         return convolution(norm(x))
 

@@ -160,15 +160,12 @@ class WeightStandardizedConv2d(nn.Conv2d):
             weight = weight_standardization(self.weight, self.eps)
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
 
-    def can_normalize(self, dtype: torch.dtype) -> bool:
-        """Say whether the convolution can normalize inputs of this dtype itself, if any can."""
-        is_unpadded = self.kernel_size == (
-            1,
-            1,
-        )  # "same" padding of 1x1 filters is none, whatever the stride
-        return (is_unpadded or not self.has_dynamic_padding) and fits(
-            self.weight, self.geometry, dtype
-        )
+    def can_normalize(self, x: Tensor) -> bool:
+        """Say whether the convolution can normalize x itself while it reads it, if any can."""
+        # "same" padding of 1x1 filters is none, whatever the stride.
+        is_padded_by_itself = self.has_dynamic_padding and self.kernel_size != (1, 1)
+        size = None if torch.compiler.is_compiling() else x.shape[2:]
+        return not is_padded_by_itself and fits(self.weight, self.geometry, x.dtype, size)
 
     def with_moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Do what :meth:`forward` does where :meth:`can_normalize`; return the result's moments as well."""
@@ -271,7 +268,7 @@ class Deferred(NamedTuple):
         self, convolution: WeightStandardizedConv2d, wants_moments: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Return the convolution of it and the moments of that, if wanted and at hand; may overwrite x."""
-        if convolution.can_normalize(self.x.dtype):
+        if convolution.can_normalize(self.x):
             stride = convolution.stride[0]
             return norm_convolution(
                 self.x, self.moments, self._norm(), convolution.weight, convolution.eps, stride, wants_moments

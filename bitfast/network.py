@@ -221,7 +221,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
         if preactivated is None and fusable_norm(self.norm1) is not None:
             preactivated = Deferred.of(x, self.norm1)
         if isinstance(preactivated, Deferred):
-            if self.normalizes_as_it_convolves(x.dtype):
+            if self.normalizes_as_it_convolves(x):
                 return self.run_fused(x, preactivated, following, owns_input)
             preactivated = preactivated.value()
         if preactivated is None:
@@ -259,7 +259,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
         moments = branch.convolved_onto(total, self.conv3, wants_moments=following is not None)
         return total, None if following is None else Deferred(total, moments, following)
 
-    def normalizes_as_it_convolves(self, dtype: torch.dtype) -> bool:
+    def normalizes_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
         return (
             self.adds_as_it_convolves()
@@ -267,11 +267,11 @@ class BitPreActivationBottleneckLayer(nn.Module):
             and fusable_norm(self.norm3) is not None
             and runs_as_written(self.conv1)
             and runs_as_written(self.conv2)
-            and self.conv1.can_normalize(dtype)
-            and self.conv3.can_normalize(dtype)
+            and self.conv1.can_normalize(x)
+            and self.conv3.can_normalize(x)
             and (
                 self.downsample is None
-                or (self.downsample.makes_new() and self.downsample.conv.can_normalize(dtype))
+                or (self.downsample.makes_new() and self.downsample.conv.can_normalize(x))
             )
         )
 
@@ -325,7 +325,7 @@ class BitBottleneckLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        if can_be_normalized_late(x) and self.normalizes_as_it_convolves(x.dtype):
+        if can_be_normalized_late(x) and self.normalizes_as_it_convolves(x):
             return self.run_fused(x)
         shortcut = x if self.downsample is None else self.downsample(x)
         branch = normed(self.norm1, self.conv1(x), self.conv1)
@@ -345,7 +345,7 @@ class BitBottleneckLayer(nn.Module):
         result, moments = branch.convolved(self.conv3)
         return self.norm3.add_and_activate_(result, moments, shortcut, self.activation)
 
-    def normalizes_as_it_convolves(self, dtype: torch.dtype) -> bool:
+    def normalizes_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
         modules = (self.conv1, self.norm1, self.conv2, self.norm2, self.conv3, self.norm3)
         downsample = self.downsample
@@ -354,11 +354,10 @@ class BitBottleneckLayer(nn.Module):
             and not (self.training and self.drop_path.rate)
             and all(runs_as_written(module) for module in (*modules, self.drop_path))
             and all(fusable_norm(norm) is not None for norm in modules[1::2])
-            and self.conv1.can_normalize(dtype)
-            and self.conv3.can_normalize(dtype)
+            and self.conv1.can_normalize(x)
+            and self.conv3.can_normalize(x)
             and (
-                downsample is None
-                or (downsample.makes_new() and downsample.conv.can_normalize(dtype))
+                downsample is None or (downsample.makes_new() and downsample.conv.can_normalize(x))
             )
         )
 

@@ -61,8 +61,10 @@ std::string problem_with(bool bfloat16) {
   if (!__builtin_cpu_supports("avx512bf16")) {
     return "the CPU lacks AVX512_BF16";
   }
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool has_amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1u) != 0;
+  static const bool has_amx = [] {  // asked once: virtual machines make this instruction slow
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1u) != 0;
+  }();
   return has_amx ? "the CPU has AMX, with which oneDNN is faster" : "";
 #else
   return "it is written for x86 CPUs and compiled by GCC";
@@ -282,7 +284,7 @@ void check_moments(const Tensor& moments, const Tensor& x) {
 }
 
 bool is_dense_channels_last(const Tensor& x) {
-  return is_channels_last(x) || (x.is_contiguous() && (x.size(1) == 1 || x.size(2) * x.size(3) == 1));
+  return x.numel() == 0 || is_channels_last(x) || (x.is_contiguous() && (x.size(1) == 1 || x.size(2) * x.size(3) == 1));
 }
 
 void convolve(
@@ -351,7 +353,7 @@ Tensor channel_moments(const Tensor& x) {
   Tensor moments = torch::stable::new_empty(x, {2, images, channels}, ScalarType::Double);
   double* means = static_cast<double*>(moments.mutable_data_ptr());
   // Pieces of 64 KiB or so, which a core reads twice.
-  const int64_t piece = std::clamp<int64_t>(16384 / std::max<int64_t>(1, channels), 1, pixels);
+  const int64_t piece = std::clamp<int64_t>(16384 / std::max<int64_t>(1, channels), 1, std::max<int64_t>(1, pixels));
   const int64_t pieces = ceil_div(pixels, piece);
   std::vector<double> parts(2 * images * pieces * channels);
   double *part_means = parts.data(), *part_squares = parts.data() + parts.size() / 2;

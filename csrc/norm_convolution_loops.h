@@ -7,6 +7,9 @@ static_assert(lanes == chunk_words && 2 * lanes == panel_columns);
 
 // ---- the product of a tile and a panel -------------------------------------------------------------
 
+// Words that are multiplied and added one after the other.
+constexpr int64_t summed_words = 128;
+
 // total + a b, in each word: of one float32, or of two bfloat16.
 template <typename T>
 BITFAST_INLINE Vector multiply_add(Vector total, Vector a, Vector b) {
@@ -20,8 +23,8 @@ BITFAST_INLINE Vector multiply_add(Vector total, Vector a, Vector b) {
 
 // The product of `rows` packed rows and a panel of two vectors of packed columns. (The sums are an array of this
 // function's own: one that the caller goes on to use was kept in memory by GCC 12, not in registers.)
-template <typename T, int rows>
-BITFAST_INLINE void multiply(const float* a, const float* panel, int64_t words, Vector (&result)[rows][2]) {
+template <typename T, int rows, typename Write>
+BITFAST_INLINE void multiply_chunks(const float* a, const float* panel, int64_t words, const Write& write) {
   Vector total[rows][2] = {};
   for (int64_t chunk = 0; chunk < words; chunk += chunk_words) {
 #pragma GCC unroll 4
@@ -39,8 +42,20 @@ BITFAST_INLINE void multiply(const float* a, const float* panel, int64_t words, 
   }
 #pragma GCC unroll 14
   for (int r = 0; r < rows; ++r) {
-    result[r][0] = total[r][0];
-    result[r][1] = total[r][1];
+    write(r, 0, total[r][0]);
+    write(r, 1, total[r][1]);
+  }
+}
+
+// The same, summed in pieces: the longer a sum, the more its rounding costs.
+template <typename T, int rows>
+BITFAST_INLINE void multiply(const float* a, const float* panel, int64_t words, Vector (&result)[rows][2]) {
+  const int64_t first = std::min(words, summed_words);
+  multiply_chunks<T, rows>(a, panel, first, [&](int r, int v, Vector total) { result[r][v] = total; });
+  for (int64_t at = first; at < words; at += summed_words) {
+    multiply_chunks<T, rows>(
+        a + at * rows, panel + at * panel_columns, std::min(words - at, summed_words),
+        [&](int r, int v, Vector total) { result[r][v] += total; });
   }
 }
 
@@ -174,46 +189,49 @@ BITFAST_INLINE Vector write(T* target, Vector value, Count count) {
   }
 }
 
-// Adds up the moments of the columns of a panel: of their differences from a value close to their means, that of
-// the first rows, so that the sums do not cancel.
+// Adds up the moments of the columns of a panel, tile by tile: of the differences from the mean of the tiles before (of
+// itself, for the first). Where that is far from a tile's own mean, the distance between the two, which is part of
+// the sum, makes up for the digits that cancel. Means are kept as distances from the first tile's.
 struct PanelMoments {
-  Vector center[2], rest[2] = {}, square[2] = {};
-  bool is_empty = true;
+  Vector origin[2], offset[2] = {}, square[2] = {};
+  int seen = 0;
 
   template <int rows>
   BITFAST_INLINE void add(const Vector (&values)[rows][2]) {
+    const float part = static_cast<float>(rows) / static_cast<float>(seen + rows);
     for (int v = 0; v < 2; ++v) {
-      if (is_empty) {
+      if (seen == 0) {
         Vector sum{};
         for (int r = 0; r < rows; ++r) {
           sum += values[r][v];
         }
-        center[v] = sum / static_cast<float>(rows);
+        origin[v] = sum / static_cast<float>(rows);
       }
-      Vector differences = rest[v], squares = square[v];
+      const Vector center = origin[v] + offset[v];
+      Vector rest{}, squares{};
       for (int r = 0; r < rows; ++r) {
-        const Vector d = values[r][v] - center[v];
-        differences += d;
+        const Vector d = values[r][v] - center;
+        rest += d;
         squares += d * d;
       }
-      rest[v] = differences;
-      square[v] = squares;
+      const Vector shift = rest * (1.0f / rows);
+      const Vector difference = (center - origin[v]) + shift - offset[v];
+      square[v] += squares - rest * shift + difference * difference * (seen * part);
+      offset[v] += difference * part;
     }
-    is_empty = false;
+    seen += rows;
   }
 
-  void write_to(double* means, double* squares, int64_t columns, int64_t rows) const {
-    float centers[panel_columns], rests[panel_columns], all_squares[panel_columns];
+  void write_to(double* means, double* squares, int64_t columns) const {
+    float origins[panel_columns], offsets[panel_columns], all_squares[panel_columns];
     for (int v = 0; v < 2; ++v) {
-      store(centers + v * lanes, center[v]);
-      store(rests + v * lanes, rest[v]);
+      store(origins + v * lanes, origin[v]);
+      store(offsets + v * lanes, offset[v]);
       store(all_squares + v * lanes, square[v]);
     }
-    const double part = 1.0 / rows;
     for (int64_t c = 0; c < columns; ++c) {
-      const double shift = rests[c] * part;
-      means[c] = centers[c] + shift;
-      squares[c] = all_squares[c] - rests[c] * shift;
+      means[c] = static_cast<double>(origins[c]) + offsets[c];
+      squares[c] = all_squares[c];
     }
   }
 };
@@ -302,7 +320,7 @@ void pointwise(const Work<T>& work, const Task& task, float* scratch) {
     if (work.means != nullptr) {
       const int64_t at = (task.image * work.pieces + task.piece) * work.out_channels + column;
       moments.write_to(
-          work.means + at, work.squares + at, std::min(panel_columns, work.out_channels - column), task.rows);
+          work.means + at, work.squares + at, std::min(panel_columns, work.out_channels - column));
     }
   });
 }
@@ -429,7 +447,8 @@ inline void write_squares(
         for (int i = 0; i < 2 && top + i < work.height; ++i) {
           for (int j = 0; j < 2 && 2 * x + j < work.width; ++j) {
             float* target = row + (i * work.width + 2 * x + j) * work.out_channels + v * lanes;
-            store_up_to(target, outputs[i][j], count - v * lanes);
+            const Vector before = work.adds ? load_up_to(target, count - v * lanes) : Vector{};
+            store_up_to(target, outputs[i][j] + before, count - v * lanes);
           }
         }
       }

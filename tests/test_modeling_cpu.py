@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfast import layers, modeling
+from bitfast import layers, modeling, network
 from bitfast.backends import use_backend
 from bitfast.layers import runs_packed
 from bitfast.ops.norm_convolution import fuses, why_not_fused
@@ -98,6 +98,43 @@ def test_outputs_and_images_are_as_without(kind, sliced, layout, request):
     assert torch.equal(images, before)
     for tensor in (actual[0], *actual[2:]):
         assert tensor.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (57, 33), (97, 161)])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_small_odd_and_wide_images(kind, size):
+    """Feature maps of one pixel to some dozens: 3x3 filters run in one way or the other."""
+    model = model_of(kind)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert_close(outputs(model, images), expected(model, images))
+
+
+@pytest.mark.parametrize("kind", ["preactivation", "bottleneck"])
+def test_blocks_normalize_as_they_convolve(kind, x, way, monkeypatch):
+    """So that the other tests do not pass only because nothing is fused."""
+    calls: list[str] = []
+    for block in (network.BitPreActivationBottleneckLayer, network.BitBottleneckLayer):
+        original = block.run_fused
+
+        def run_fused(self: Any, *arguments: Any, original: Any = original) -> Any:
+            calls.append(type(self).__name__)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(block, "run_fused", run_fused)
+    model = model_of(kind)
+    blocks = sum(len(stage.layers) for stage in model.encoder.stages)
+    with torch.no_grad():
+        model(x)
+        assert len(calls) == (blocks if way == "fused" else 0)
+        calls.clear()
+        model.encoder.stages[0].layers[1].norm2.register_forward_hook(lambda *_: None)
+        model(x)
+        assert len(calls) == (blocks - 1 if way == "fused" else 0)
+        calls.clear()
+    model(x)  # gradients are recorded
+    model.double()(x.double())
+    assert not calls
 
 
 def test_slices_are_as_many_images_as_fit(x, small_slices, monkeypatch):

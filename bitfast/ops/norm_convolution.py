@@ -58,6 +58,10 @@ KEPT_ADD_SIGNATURE = (
 WIDEST_3X3 = 256 * 256
 """Input times output channels up to which 3x3 filters run here: packed, they take 16/9 of their memory."""
 
+SMALLEST_3X3 = 4
+"""Pixels in each axis from which on 3x3 filters run here: on a smaller image most of a filter meets zeros, and
+what should cancel exactly then cancels but for roundings, against which the result is small."""
+
 
 class Norm(NamedTuple):
     """A GroupNorm with activation that is still to be applied to x; see ``group_norm_act``."""
@@ -146,8 +150,12 @@ def fuses(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
-def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype) -> bool:
-    """Say whether there is a kernel for a convolution with such a parameter of inputs of this dtype."""
+def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size | None) -> bool:
+    """Say whether there is a kernel for a convolution with such a parameter of inputs of this dtype.
+
+    Args:
+        size: Height and width of the input; None where that is not known yet (while a compiler traces).
+    """
     if type(weight) is not nn.Parameter or weight.dtype not in NATIVE_CPU_DTYPES:
         return False
     if weight.device.type != "cpu" or (not torch.compiler.is_compiling() and weight.is_inference()):
@@ -159,6 +167,7 @@ def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype) -> bool:
         weight.shape[2:] == (3, 3)
         and (stride, padding, dilation) == ((1, 1), (1, 1), (1, 1))
         and dtype == torch.float32
+        and (size is None or min(size) >= SMALLEST_3X3)
         and weight.shape[0] * weight.shape[1] <= WIDEST_3X3
     )
 
@@ -189,6 +198,10 @@ _ANY_GEOMETRY: Geometry = (1, 1), (0, 0), (1, 1)
 
 
 def _packed(x: Tensor, weight: Tensor, weight_eps: float) -> Tensor:
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{OP}: weight must have {x.shape[1]} input channels, as many as x; got {tuple(weight.shape)}"
+        )
     return packed_weights.packed(
         weight, x.dtype, weight_eps, _standardize_and_pack, _ANY_GEOMETRY, None
     )
@@ -237,6 +250,10 @@ def _add_convolution(
     stride: int,
     wants_moments: bool,
 ) -> Tensor:
+    if total.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"{OP}: total must have the {weight.shape[0]} channels that weight gives, got {tuple(total.shape)}"
+        )
     return torch.ops.bitfast.norm_convolution_add_.native(
         x, moments, norm_weight, norm_bias, num_groups, eps, activation,
         _packed(x, weight, weight_eps), total, weight.shape[2], stride, wants_moments,
