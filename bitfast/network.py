@@ -236,10 +236,13 @@ class BitPreActivationBottleneckLayer(nn.Module):
                 return shortcut, None
             # What is normalized next takes the place of what was normalized before.
             spare = preactivated if self.owns_preactivated() else None
-            return shortcut, following.into(spare, shortcut)
+            return shortcut, Deferred.of(shortcut, following) or following.into(spare, shortcut)
         branch = self.drop_path(self.conv3(branch))
         if following is None or self.may_shrink:
             return add_to_shortcut(branch, shortcut), None
+        if can_be_normalized_late(branch):
+            total = add_to_shortcut(branch, shortcut)
+            return total, Deferred.of(total, following)
         return following.add_and_norm(branch, shortcut)
 
     def run_fused(
