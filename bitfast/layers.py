@@ -261,8 +261,11 @@ class Deferred(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, norm: GroupNormActivation) -> Deferred | None:
-        """Return what norm makes of x, or None if convolutions could not compute it."""
-        return cls(x, None, norm) if can_be_normalized_late(x) else None
+        """Return what norm makes of x, or None if convolutions could not compute it, or in training.
+
+        There, reentrant checkpoints run a block without gradients, then with them, and the numbers must agree.
+        """
+        return cls(x, None, norm) if not norm.training and can_be_normalized_late(x) else None
 
     def convolved(
         self, convolution: WeightStandardizedConv2d, wants_moments: bool = True

@@ -240,7 +240,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
         branch = self.drop_path(self.conv3(branch))
         if following is None or self.may_shrink:
             return add_to_shortcut(branch, shortcut), None
-        if can_be_normalized_late(branch):
+        if not self.training and can_be_normalized_late(branch):
             total = add_to_shortcut(branch, shortcut)
             return total, Deferred.of(total, following)
         return following.add_and_norm(branch, shortcut)
@@ -265,7 +265,8 @@ class BitPreActivationBottleneckLayer(nn.Module):
     def normalizes_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
         return (
-            self.adds_as_it_convolves()
+            not self.training
+            and self.adds_as_it_convolves()
             and fusable_norm(self.norm2) is not None
             and fusable_norm(self.norm3) is not None
             and runs_as_written(self.conv1)
@@ -354,7 +355,7 @@ class BitBottleneckLayer(nn.Module):
         downsample = self.downsample
         return (
             not self.may_shrink
-            and not (self.training and self.drop_path.rate)
+            and not self.training
             and all(runs_as_written(module) for module in (*modules, self.drop_path))
             and all(fusable_norm(norm) is not None for norm in modules[1::2])
             and self.conv1.can_normalize(x)
