@@ -1,9 +1,8 @@
-"""The network of Big Transfer: stem, bottleneck blocks, stages, encoder.
+"""The network of Big Transfer: stem, stages, encoder.
 
-A ResNet-v2 (He et al., "Identity Mappings in Deep Residual Networks", 2016,
-https://arxiv.org/abs/1603.05027) with GroupNorm for BatchNorm and standardized convolution weights.
-``layer_type="bottleneck"`` is the post-activation form that ViT hybrids use. Modules are named as in
-transformers, so that checkpoints fit.
+A ResNet-v2 with GroupNorm for BatchNorm and standardized convolution weights. ``layer_type="bottleneck"``
+is the post-activation form that ViT hybrids use. Modules are named as in transformers, so that checkpoints
+fit.
 """
 
 from __future__ import annotations
@@ -15,25 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitfast.activations import ACTIVATIONS
+from bitfast.blocks import (
+    LAYERS,
+    BitPreActivationBottleneckLayer,
+    fusable_norm,
+    normed,
+    round_to_multiple,
+)
 from bitfast.configuration import BitConfig
 from bitfast.layers import (
     Deferred,
-    DropPath,
     GroupNormActivation,
     MaxPool2d,
     WeightStandardizedConv2d,
-    can_be_normalized_late,
     runs_as_written,
     standardized_convolutions,
 )
 from bitfast.ops.common import is_autocast_on
-
-
-def round_to_multiple(width: float, divisor: int = 8) -> int:
-    """Round a channel count to a multiple of ``divisor``, losing at most a tenth of it."""
-    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * width else rounded
 
 
 def stage_widths(config: BitConfig) -> list[int]:
@@ -47,36 +44,6 @@ def smallest_image(config: BitConfig) -> int:
     if config.global_padding == "VALID":
         return 7
     return 5 if config.global_padding == "SAME" and not config.embedding_dynamic_padding else 1
-
-
-def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
-    """Add the two halves of a block; a branch that its convolutions left one pixel of is repeated.
-
-    Raises:
-        ValueError: the convolutions have no padding and left the branch smaller than the shortcut.
-    """
-    check_summands(branch, shortcut)
-    return branch + shortcut
-
-
-def check_summands(branch: Tensor, shortcut: Tensor) -> None:
-    """Raise ValueError unless :func:`add_to_shortcut` can add the two."""
-    if not torch.compiler.is_compiling() and branch.shape != shortcut.shape:
-        for small, large in zip(branch.shape[2:], shortcut.shape[2:], strict=True):
-            if small not in (1, large):
-                raise ValueError(
-                    f"a block's branch of shape {tuple(branch.shape)} cannot be added to its shortcut of shape"
-                    f" {tuple(shortcut.shape)}: with global_padding='valid' 3x3 convolutions lose the border,"
-                    " which fits only where they leave one pixel; use 'same' or None"
-                )
-
-
-def normed(norm: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
-    """Return norm(x), in the memory of x where nobody else gets to see what ``makers`` have made."""
-    fusable = fusable_norm(norm)
-    if fusable is not None and all(map(runs_as_written, makers)):
-        return fusable.into(x, x)
-    return norm(x)
 
 
 class BitEmbeddings(nn.Module):
@@ -136,240 +103,6 @@ class BitEmbeddings(nn.Module):
                 f"pixel_values must be at least {self.min_size} pixels high and wide for this configuration,"
                 f" got {tuple(pixel_values.shape)}"
             )
-
-
-class BitDownsampleConv(nn.Module):
-    """The shortcut of a stage's first block: 1x1 convolution, in the bottleneck form with a norm."""
-
-    def __init__(self, config: BitConfig, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv = WeightStandardizedConv2d(
-            in_channels, out_channels, 1, stride=stride, padding=config.global_padding
-        )
-        self.norm = (
-            nn.Identity()
-            if config.layer_type == "preactivation"
-            else GroupNormActivation(config.num_groups, out_channels, "none")
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        return normed(self.norm, self.conv(x), self.conv)
-
-    def makes_new(self) -> bool:
-        """Say whether nobody but the caller gets to see the result."""
-        return all(runs_as_written(module) for module in (self, self.conv, self.norm))
-
-
-class BitPreActivationBottleneckLayer(nn.Module):
-    """Norm-activation before each of three convolutions (1x1, 3x3, 1x1), added to the shortcut.
-
-    ``dilation`` is not used: transformers' own layer ignores it, so at ``output_stride`` 8 and 16 the
-    stages keep their resolution and convolve undilated.
-    """
-
-    def __init__(
-        self,
-        config: BitConfig,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int,
-        dilation: int,
-        drop_path_rate: float,
-        is_first_layer: bool,
-    ) -> None:
-        super().__init__()
-        groups, act, padding = config.num_groups, config.hidden_act, config.global_padding
-        mid_channels = round_to_multiple(out_channels / 4)
-        self.downsample = (
-            BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
-        )
-        self.norm1 = GroupNormActivation(groups, in_channels, act)
-        self.conv1 = WeightStandardizedConv2d(in_channels, mid_channels, 1, padding=padding)
-        self.norm2 = GroupNormActivation(groups, mid_channels, act)
-        self.conv2 = WeightStandardizedConv2d(
-            mid_channels, mid_channels, 3, stride=stride, padding=padding
-        )
-        self.norm3 = GroupNormActivation(groups, mid_channels, act)
-        self.conv3 = WeightStandardizedConv2d(mid_channels, out_channels, 1, padding=padding)
-        self.drop_path = DropPath(drop_path_rate)
-        self.may_shrink = padding == "VALID"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        return self.run(x, None, None)[0]
-
-    def run(
-        self,
-        x: Tensor,
-        preactivated: Tensor | Deferred | None,
-        following: GroupNormActivation | None,
-        owns_input: bool = False,
-    ) -> tuple[Tensor, Tensor | Deferred | None]:
-        """Do the same, together with the norm that comes next.
-
-        Args:
-            x: The input.
-            preactivated: ``norm1(x)``, if the block before has taken care of it.
-            following: The norm to apply to the output, if this block is to do it.
-            owns_input: Nobody else needs x, so that it may be overwritten.
-
-        Returns:
-            The output, and ``following(output)`` or None.
-        """
-        if preactivated is None and fusable_norm(self.norm1) is not None:
-            preactivated = Deferred.of(x, self.norm1)
-        if isinstance(preactivated, Deferred):
-            if self.normalizes_as_it_convolves(x):
-                return self.run_fused(x, preactivated, following, owns_input)
-            preactivated = preactivated.value()
-        if preactivated is None:
-            preactivated = self.norm1(x)
-        assert isinstance(preactivated, Tensor)
-        shortcut = x if self.downsample is None else self.downsample(preactivated)
-        owns_shortcut = owns_input if self.downsample is None else self.downsample.makes_new()
-        branch = normed(self.norm2, self.conv1(preactivated), self.conv1)
-        branch = normed(self.norm3, self.conv2(branch), self.conv2)
-        if owns_shortcut and self.adds_as_it_convolves() and self.conv3.add_to(shortcut, branch):
-            if following is None:
-                return shortcut, None
-            # What is normalized next takes the place of what was normalized before.
-            spare = preactivated if self.owns_preactivated() else None
-            return shortcut, Deferred.of(shortcut, following) or following.into(spare, shortcut)
-        branch = self.drop_path(self.conv3(branch))
-        if following is None or self.may_shrink:
-            return add_to_shortcut(branch, shortcut), None
-        if not self.training and can_be_normalized_late(branch):
-            total = add_to_shortcut(branch, shortcut)
-            return total, Deferred.of(total, following)
-        return following.add_and_norm(branch, shortcut)
-
-    def run_fused(
-        self,
-        x: Tensor,
-        preactivated: Deferred,
-        following: GroupNormActivation | None,
-        owns_input: bool,
-    ) -> tuple[Tensor, Deferred | None]:
-        """Do what :meth:`run` does with convolutions that normalize what they read."""
-        if self.downsample is not None:
-            total, _ = preactivated.convolved(self.downsample.conv, wants_moments=False)
-        else:
-            total = x if owns_input else x.clone()
-        branch = Deferred(*preactivated.convolved(self.conv1), self.norm2)
-        branch = Deferred(*branch.convolved(self.conv2), self.norm3)
-        moments = branch.convolved_onto(total, self.conv3, wants_moments=following is not None)
-        return total, None if following is None else Deferred(total, moments, following)
-
-    def normalizes_as_it_convolves(self, x: Tensor) -> bool:
-        """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
-        return (
-            not self.training
-            and self.adds_as_it_convolves()
-            and fusable_norm(self.norm2) is not None
-            and fusable_norm(self.norm3) is not None
-            and runs_as_written(self.conv1)
-            and runs_as_written(self.conv2)
-            and self.conv1.can_normalize(x)
-            and self.conv3.can_normalize(x)
-            and (
-                self.downsample is None
-                or (self.downsample.makes_new() and self.downsample.conv.can_normalize(x))
-            )
-        )
-
-    def owns_preactivated(self) -> bool:
-        """Say whether nobody but the block gets to see what its first norm has made."""
-        return runs_as_written(self.conv1) and (
-            self.downsample is None or self.downsample.makes_new()
-        )
-
-    def adds_as_it_convolves(self) -> bool:
-        """Say whether the last convolution may add its result to the shortcut by itself."""
-        return (
-            not self.may_shrink
-            and not (self.training and self.drop_path.rate)
-            and runs_as_written(self.conv3)
-            and runs_as_written(self.drop_path)
-        )
-
-
-class BitBottleneckLayer(nn.Module):
-    """Three convolutions (1x1, 3x3, 1x1), each followed by its norm, added to the shortcut, activated."""
-
-    def __init__(
-        self,
-        config: BitConfig,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int,
-        dilation: int,
-        drop_path_rate: float,
-        is_first_layer: bool,
-    ) -> None:
-        super().__init__()
-        groups, act, padding = config.num_groups, config.hidden_act, config.global_padding
-        mid_channels = round_to_multiple(out_channels / 4)
-        self.downsample = (
-            BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
-        )
-        self.conv1 = WeightStandardizedConv2d(in_channels, mid_channels, 1, padding=padding)
-        self.norm1 = GroupNormActivation(groups, mid_channels, act)
-        self.conv2 = WeightStandardizedConv2d(
-            mid_channels, mid_channels, 3, stride=stride, dilation=dilation, padding=padding
-        )
-        self.norm2 = GroupNormActivation(groups, mid_channels, act)
-        self.conv3 = WeightStandardizedConv2d(mid_channels, out_channels, 1, padding=padding)
-        self.norm3 = GroupNormActivation(groups, out_channels, "none")
-        self.drop_path = DropPath(drop_path_rate)
-        self.activation = act
-        self.may_shrink = padding == "VALID"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        if can_be_normalized_late(x) and self.normalizes_as_it_convolves(x):
-            return self.run_fused(x)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        branch = normed(self.norm1, self.conv1(x), self.conv1)
-        branch = normed(self.norm2, self.conv2(branch), self.conv2)
-        branch = normed(self.norm3, self.conv3(branch), self.conv3)
-        return ACTIVATIONS[self.activation](add_to_shortcut(self.drop_path(branch), shortcut))
-
-    def run_fused(self, x: Tensor) -> Tensor:
-        """Do the same with convolutions that normalize what they read."""
-        shortcut = x
-        if self.downsample is not None:
-            shortcut, moments = self.downsample.conv.with_moments(x)
-            norm = fusable_norm(self.downsample.norm)
-            shortcut = shortcut if norm is None else norm.into(shortcut, shortcut, moments)
-        branch = Deferred(*self.conv1.with_moments(x), self.norm1)
-        branch = Deferred(*branch.convolved(self.conv2), self.norm2)
-        result, moments = branch.convolved(self.conv3)
-        return self.norm3.add_and_activate_(result, moments, shortcut, self.activation)
-
-    def normalizes_as_it_convolves(self, x: Tensor) -> bool:
-        """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
-        modules = (self.conv1, self.norm1, self.conv2, self.norm2, self.conv3, self.norm3)
-        downsample = self.downsample
-        return (
-            not self.may_shrink
-            and not self.training
-            and all(runs_as_written(module) for module in (*modules, self.drop_path))
-            and all(fusable_norm(norm) is not None for norm in modules[1::2])
-            and self.conv1.can_normalize(x)
-            and self.conv3.can_normalize(x)
-            and (
-                downsample is None or (downsample.makes_new() and downsample.conv.can_normalize(x))
-            )
-        )
-
-
-LAYERS = {
-    "preactivation": BitPreActivationBottleneckLayer,
-    "bottleneck": BitBottleneckLayer,
-}
 
 
 class BitStage(nn.Module):
@@ -474,11 +207,6 @@ def first_norm(module: nn.Module) -> GroupNormActivation | None:
     if type(inner) is not BitPreActivationBottleneckLayer or not runs_as_written(inner):
         return None
     return fusable_norm(inner.norm1)
-
-
-def fusable_norm(norm: nn.Module) -> GroupNormActivation | None:
-    """Return the norm if what comes before it may apply it, else None."""
-    return norm if type(norm) is GroupNormActivation and runs_as_written(norm) else None
 
 
 class BitEncoder(nn.Module):

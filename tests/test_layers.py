@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.bit import modeling_bit as theirs
 
+from bitfast.blocks import round_to_multiple
 from bitfast.layers import GroupNormActivation, MaxPool2d, WeightStandardizedConv2d
-from bitfast.network import BitStage, round_to_multiple
+from bitfast.network import BitStage
 from tests.model_pairs import (
     CLASSES,
     LAYER_TYPES,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfast import layers, modeling, network
+from bitfast import blocks, layers, modeling
 from bitfast.backends import use_backend
 from bitfast.layers import runs_packed
 from bitfast.ops.norm_convolution import fuses, why_not_fused
@@ -114,23 +114,23 @@ def test_small_odd_and_wide_images(kind, size):
 def test_blocks_normalize_as_they_convolve(kind, x, way, monkeypatch):
     """So that the other tests do not pass only because nothing is fused."""
     calls: list[str] = []
-    for block in (network.BitPreActivationBottleneckLayer, network.BitBottleneckLayer):
-        original = block.run_fused
+    for block_class in (blocks.BitPreActivationBottleneckLayer, blocks.BitBottleneckLayer):
+        original = block_class.run_fused
 
         def run_fused(self: Any, *arguments: Any, original: Any = original) -> Any:
             calls.append(type(self).__name__)
             return original(self, *arguments)
 
-        monkeypatch.setattr(block, "run_fused", run_fused)
+        monkeypatch.setattr(block_class, "run_fused", run_fused)
     model = model_of(kind)
-    blocks = sum(len(stage.layers) for stage in model.encoder.stages)
+    count = sum(len(stage.layers) for stage in model.encoder.stages)
     with torch.no_grad():
         model(x)
-        assert len(calls) == (blocks if way == "fused" else 0)
+        assert len(calls) == (count if way == "fused" else 0)
         calls.clear()
         model.encoder.stages[0].layers[1].norm2.register_forward_hook(lambda *_: None)
         model(x)
-        assert len(calls) == (blocks - 1 if way == "fused" else 0)
+        assert len(calls) == (count - 1 if way == "fused" else 0)
         calls.clear()
     model(x)  # gradients are recorded
     model.double()(x.double())

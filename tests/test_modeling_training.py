@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from bitfast.blocks import BitBottleneckLayer, BitPreActivationBottleneckLayer
 from bitfast.layers import DropPath
-from bitfast.network import BitBottleneckLayer, BitPreActivationBottleneckLayer
 from tests.model_pairs import (
     CLASSES,
     LAYER_TYPES,

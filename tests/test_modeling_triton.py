@@ -17,7 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from bitfast import BitConfig, BitForImageClassification, backends
 from bitfast.backends import register_kernel, use_backend
-from bitfast.network import BitEmbeddings, BitPreActivationBottleneckLayer, BitStage
+from bitfast.blocks import BitPreActivationBottleneckLayer
+from bitfast.network import BitEmbeddings, BitStage
 from bitfast.ops.common import TRITON_DTYPES
 from tests.interpreter import DEVICE
 from tests.model_pairs import move_weights

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfast import layers
+from bitfast.blocks import BitPreActivationBottleneckLayer
 from bitfast.layers import GroupNormActivation
-from bitfast.network import BitPreActivationBottleneckLayer, BitStage
+from bitfast.network import BitStage
 from tests.tiny_models import ours
 
 DEPTHS = {"depths": [2, 1, 2], "hidden_sizes": [16, 16, 32]}

@@ -73,7 +73,7 @@ def packings(monkeypatch: Any) -> list[torch.dtype]:
     needs_kernels(torch.float32)
     dtypes: list[torch.dtype] = []
     pack = module._standardize_and_pack
-    count = lambda weight, dtype, *rest: dtypes.append(dtype) or pack(weight, dtype, *rest)  # noqa: E731
+    count = lambda weight, form, shape: dtypes.append(form.dtype) or pack(weight, form, shape)  # noqa: E731
     monkeypatch.setattr(module, "_standardize_and_pack", count)
     return dtypes
 

@@ -23,7 +23,7 @@ from bitfast.backends import select_backend
 from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES, complete_operator
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.packed_convolution import packs
-from bitfast.ops.packed_weights import Geometry, packed_weights
+from bitfast.ops.packed_weights import Form, Geometry, packed_weights
 from bitfast.ops.weight_standardization import weight_standardization
 
 OP = "norm_convolution"
@@ -202,62 +202,41 @@ def _packed(x: Tensor, weight: Tensor, weight_eps: float) -> Tensor:
         raise ValueError(
             f"{OP}: weight must have {x.shape[1]} input channels, as many as x; got {tuple(weight.shape)}"
         )
-    return packed_weights.packed(
-        weight, x.dtype, weight_eps, _standardize_and_pack, _ANY_GEOMETRY, None
+    form = Form(_standardize_and_pack, x.dtype, weight_eps, _ANY_GEOMETRY)
+    return packed_weights.packed(weight, form, None)
+
+
+def _standardize_and_pack(weight: Tensor, form: Form, shape: torch.Size | None) -> Tensor:
+    standardized = weight_standardization(weight, form.eps, torch.float32).contiguous()
+    return torch.ops.bitfast.pack_norm_convolution.native(
+        standardized, form.dtype == torch.bfloat16
     )
-
-
-def _standardize_and_pack(
-    weight: Tensor, dtype: torch.dtype, eps: float, geometry: Geometry, shape: torch.Size | None
-) -> Tensor:
-    standardized = weight_standardization(weight, eps, torch.float32).contiguous()
-    return torch.ops.bitfast.pack_norm_convolution.native(standardized, dtype == torch.bfloat16)
 
 
 # ---- the operators --------------------------------------------------------------------------------
 
 
-def _convolve(
-    x: Tensor,
-    moments: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    num_groups: int,
-    eps: float,
-    activation: str,
-    weight: Tensor,
-    weight_eps: float,
-    stride: int,
-    wants_moments: bool,
-) -> tuple[Tensor, Tensor]:
+def _convolve(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Implement KEPT_SIGNATURE."""
+    *norm, weight, weight_eps, stride, wants_moments = arguments
+    packed = _packed(x, weight, weight_eps)
+    out_channels, kernel_size = weight.shape[0], weight.shape[2]
     return torch.ops.bitfast.norm_convolution.native(
-        x, moments, norm_weight, norm_bias, num_groups, eps, activation,
-        _packed(x, weight, weight_eps), weight.shape[0], weight.shape[2], stride, wants_moments,
-    )  # fmt: skip
+        x, *norm, packed, out_channels, kernel_size, stride, wants_moments
+    )
 
 
-def _add_convolution(
-    x: Tensor,
-    moments: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    num_groups: int,
-    eps: float,
-    activation: str,
-    weight: Tensor,
-    total: Tensor,
-    weight_eps: float,
-    stride: int,
-    wants_moments: bool,
-) -> Tensor:
+def _add_convolution(x: Tensor, *arguments: Any) -> Tensor:
+    """Implement KEPT_ADD_SIGNATURE."""
+    *norm, weight, total, weight_eps, stride, wants_moments = arguments
     if total.shape[1] != weight.shape[0]:
         raise ValueError(
             f"{OP}: total must have the {weight.shape[0]} channels that weight gives, got {tuple(total.shape)}"
         )
+    packed = _packed(x, weight, weight_eps)
     return torch.ops.bitfast.norm_convolution_add_.native(
-        x, moments, norm_weight, norm_bias, num_groups, eps, activation,
-        _packed(x, weight, weight_eps), total, weight.shape[2], stride, wants_moments,
-    )  # fmt: skip
+        x, *norm, packed, total, weight.shape[2], stride, wants_moments
+    )
 
 
 def _fake_result(x: Tensor, out_channels: int, stride: int, wants: bool) -> tuple[Tensor, Tensor]:
@@ -271,19 +250,19 @@ def _fake_moments(result: Tensor, wants_moments: bool) -> Tensor:
     return result.new_empty(shape, dtype=torch.float64)
 
 
-def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, out_channels, _, stride, wants_moments = rest
-    return _fake_result(x, out_channels, stride, wants_moments)  # type: ignore[arg-type]
+    return _fake_result(x, out_channels, stride, wants_moments)
 
 
-def _fake_add(x: Tensor, *rest: object) -> Tensor:
+def _fake_add(x: Tensor, *rest: Any) -> Tensor:
     *_, total, _, _, wants_moments = rest
-    return _fake_moments(total, wants_moments)  # type: ignore[arg-type]
+    return _fake_moments(total, wants_moments)
 
 
-def _fake_kept(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _fake_kept(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, weight, _, stride, wants_moments = rest
-    return _fake_result(x, weight.shape[0], stride, wants_moments)  # type: ignore[attr-defined, arg-type]
+    return _fake_result(x, weight.shape[0], stride, wants_moments)
 
 
 if extension.CPU.problem is None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bitfast.backends import select_backend
 from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES
-from bitfast.ops.packed_weights import Geometry, Pair, packed_weights
+from bitfast.ops.packed_weights import Form, Geometry, Pair, packed_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
 
@@ -156,13 +156,13 @@ def _try_out(dtype: torch.dtype) -> str | None:
 
 def _packed(x: Tensor, weight: Tensor, eps: float, geometry: Geometry) -> Tensor:
     """Return the standardized weight, packed for x, of which one copy is kept."""
-    return packed_weights.packed(weight, x.dtype, eps, _standardize_and_pack, geometry, x.shape)
+    form = Form(_standardize_and_pack, x.dtype, eps, geometry)
+    return packed_weights.packed(weight, form, x.shape)
 
 
-def _standardize_and_pack(
-    weight: Tensor, dtype: torch.dtype, eps: float, geometry: Geometry, shape: torch.Size
-) -> Tensor:
-    return _pack(weight_standardization(weight, eps, dtype), shape, geometry)
+def _standardize_and_pack(weight: Tensor, form: Form, shape: torch.Size | None) -> Tensor:
+    assert shape is not None
+    return _pack(weight_standardization(weight, form.eps, form.dtype), shape, form.geometry)
 
 
 # ---- torch's private operators --------------------------------------------------------------------

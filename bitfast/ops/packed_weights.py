@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,15 @@ Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair]
 """Stride, padding and dilation, each as (height, width)."""
 
-Pack = Callable[[Tensor, torch.dtype, float, Geometry, Any], Tensor]
-"""Standardizes and packs a weight, given the dtype of the result, eps, the geometry, and the input's shape or
-None."""
+
+class Form(NamedTuple):
+    """How a weight is standardized and packed."""
+
+    pack: Callable[[Tensor, Form, torch.Size | None], Tensor]
+    """Does it, given the weight, the form, and the shape of the input or None."""
+    dtype: torch.dtype
+    eps: float
+    geometry: Geometry
 
 
 class _Packed(NamedTuple):
@@ -29,25 +35,17 @@ class _Packed(NamedTuple):
     storage: torch.UntypedStorage
     """Held so that no other tensor can come to lie at the same address."""
     address: int
-    dtype: torch.dtype
-    eps: float
-    pack: Pack
-    geometry: Geometry
+    form: Form
     shapes: tuple[torch.Size | None, ...]
     """Of inputs for which it would be packed in the same way; None where the shape does not matter."""
     packed: Tensor
 
-    def is_of(
-        self, weight: Tensor, dtype: torch.dtype, eps: float, pack: Pack, geometry: Geometry
-    ) -> bool:
+    def is_of(self, weight: Tensor, form: Form) -> bool:
         return (
             self.weight() is weight
             and self.version == weight._version
             and self.address == weight.data_ptr()
-            and self.dtype == dtype
-            and self.eps == eps
-            and self.pack is pack
-            and self.geometry == geometry
+            and self.form == form
         )
 
 
@@ -65,54 +63,38 @@ class PackedWeights:
     def __init__(self) -> None:
         self._entries: dict[int, _Packed] = {}
 
-    def packed(
-        self,
-        weight: Tensor,
-        dtype: torch.dtype,
-        eps: float,
-        pack: Pack,
-        geometry: Geometry,
-        shape: torch.Size | None,
-    ) -> Tensor:
-        """Return what ``pack`` makes of these arguments.
+    def packed(self, weight: Tensor, form: Form, shape: torch.Size | None) -> Tensor:
+        """Return the packed weight.
 
         Args:
             shape: Of the input; None if the outcome does not depend on it.
         """
         if weight.is_inference():  # torch does not count its changes
-            return pack(weight, dtype, eps, geometry, shape)
+            return form.pack(weight, form, shape)
         entry = self._entries.get(id(weight))
-        if entry is not None and entry.is_of(weight, dtype, eps, pack, geometry):
+        if entry is not None and entry.is_of(weight, form):
             if shape in entry.shapes:
                 return entry.packed
         else:
             entry = None
-        return self._pack(weight, dtype, eps, pack, geometry, shape, entry)
+        return self._pack(weight, form, shape, entry)
 
     def _pack(
-        self,
-        weight: Tensor,
-        dtype: torch.dtype,
-        eps: float,
-        pack: Pack,
-        geometry: Geometry,
-        shape: torch.Size | None,
-        entry: _Packed | None,
+        self, weight: Tensor, form: Form, shape: torch.Size | None, entry: _Packed | None
     ) -> Tensor:
         version, address = weight._version, weight.data_ptr()
         # Not as inference tensors, which later calls outside inference mode could not use.
         with torch.inference_mode(False), torch.no_grad():
-            packed = pack(weight, dtype, eps, geometry, shape)
+            packed = form.pack(weight, form, shape)
         shapes: tuple[torch.Size | None, ...] = (shape,)
         if entry is not None and _holds_the_same(packed, entry.packed):
             packed, shapes = entry.packed, (*entry.shapes[-MOST_SHAPES + 1 :], shape)
         key = id(weight)
-        new = _Packed(
-            weakref.ref(weight, lambda _: self._entries.pop(key, None)),
-            version, weight.untyped_storage(), address, dtype, eps, pack, geometry, shapes, packed,
-        )  # fmt: skip
+        forget = lambda _: self._entries.pop(key, None)  # noqa: E731
+        storage = weight.untyped_storage()
+        new = _Packed(weakref.ref(weight, forget), version, storage, address, form, shapes, packed)
         # One that another thread changed meanwhile is not kept.
-        if new.is_of(weight, dtype, eps, pack, geometry):
+        if new.is_of(weight, form):
             watch_optimizers(self)
             self._entries[key] = new
         return packed
@@ -147,4 +129,4 @@ def _holds_the_same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*views)
 
 
-__all__ = ["Geometry", "Pack", "PackedWeights", "Pair", "packed_weights"]
+__all__ = ["Form", "Geometry", "PackedWeights", "Pair", "packed_weights"]
