@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.ops.group_norm_act import group_norm_act
-from tests.tolerances import assert_within_contract
+from tests.tolerances import Triples, assert_draws_within_contract
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,6 +56,17 @@ def plain(
     return ACTIVATIONS[activation](normalized)
 
 
+def check(count: int, draw: Callable[[], tuple[Tensor, Tensor, Tensor]], *settings: Any) -> None:
+    """Hold the op to the contract, over several draws of x, weight and bias together."""
+
+    def results() -> Triples:
+        arguments = (*draw(), *settings)
+        actual = group_norm_act(*arguments[:4], activation=arguments[4])
+        return {"result": (actual, plain(*arguments), oracle(*arguments))}
+
+    assert_draws_within_contract(results, count)
+
+
 @settings(max_examples=60)
 @given(
     batch=st.integers(0, 3),
@@ -69,19 +84,16 @@ def test_matches_the_oracle(
     batch, groups, per_group, height, width, dtype, layout, activation, mean, seed
 ):
     torch.manual_seed(seed)
-    x, weight, bias = make((batch, groups * per_group, height, width), dtype, layout, mean)
-    actual = group_norm_act(x, weight, bias, groups, activation=activation)
-    arguments = (x, weight, bias, groups, activation)
-    assert_within_contract(actual, plain(*arguments), oracle(*arguments))
+    shape = (batch, groups * per_group, height, width)
+    check(8, lambda: make(shape, dtype, layout, mean), groups, activation)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mean", [-2.3, 100.0])
 def test_variance_does_not_cancel(layout, mean):
-    x, weight, bias = make((2, 64, 14, 14), layout=layout, mean=mean)
-    arguments = (x, weight, bias, 32, "none")
+    check(2, lambda: make((2, 64, 14, 14), layout=layout, mean=mean), 32, "none")
+    arguments = (*make((2, 64, 14, 14), layout=layout, mean=mean), 32, "none")
     actual = group_norm_act(*arguments[:4], activation="none")
-    assert_within_contract(actual, plain(*arguments), oracle(*arguments))
     assert (actual - oracle(*arguments)).abs().max() < 1e-3
 
 
@@ -106,10 +118,7 @@ def test_reads_views_and_nothing_beside_them():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_of_another_dtype(dtype, layout):
-    x, weight, bias = make((2, 8, 5, 3), dtype, layout, parameter_dtype=torch.float32)
-    arguments = (x, weight, bias, 4, "gelu")
-    actual = group_norm_act(*arguments[:4], activation="gelu")
-    assert_within_contract(actual, plain(*arguments), oracle(*arguments))
+    check(4, lambda: make((2, 8, 5, 3), dtype, layout, parameter_dtype=torch.float32), 4, "gelu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -127,25 +136,27 @@ def test_gradients_in_float64(activation, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["public", "contract"])
 def test_gradients_are_within_the_contract(op, dtype, layout):
-    # 96 channels: the largest error of a dozen numbers is too much a matter of luck to compare.
-    x, weight, bias = make((2, 96, 7, 5), dtype, layout)
-    grad = torch.randn(x.shape).to(dtype).contiguous(memory_format=layout)
-
-    def gradients(function, *tensors):
-        tensors = [t.detach().clone().requires_grad_() for t in tensors]
-        return torch.autograd.grad(function(*tensors), tensors, grad.to(tensors[0].dtype))
-
     def ours(x, weight, bias):
         if op == "public":
             return group_norm_act(x, weight, bias, 4, activation="gelu")
         return torch.ops.bitfast.group_norm_act.reference(x, weight, bias, 4, 1e-5, "gelu")[0]
 
-    actual = gradients(ours, x, weight, bias)
-    baseline = gradients(lambda *t: plain(*t, 4, "gelu"), x, weight, bias)
-    exact = gradients(lambda *t: oracle(*t, 4, "gelu"), x.double(), weight.double(), bias.double())
-    for name, a, p, o in zip(("x", "weight", "bias"), actual, baseline, exact, strict=True):
-        assert_within_contract(a, p, o, f"gradient of {name}")
-    assert actual[0].is_contiguous(memory_format=layout)
+    def draw():
+        inputs = make((2, 96, 7, 5), dtype, layout)
+        grad = torch.randn(inputs[0].shape).to(dtype).contiguous(memory_format=layout)
+
+        def gradients(function, dtype):
+            leaves = [t.detach().to(dtype).clone().requires_grad_() for t in inputs]
+            return torch.autograd.grad(function(*leaves), leaves, grad.to(dtype))
+
+        actual = gradients(ours, dtype)
+        assert actual[0].is_contiguous(memory_format=layout)
+        baseline = gradients(lambda *t: plain(*t, 4, "gelu"), dtype)
+        exact = gradients(lambda *t: oracle(*t, 4, "gelu"), torch.float64)
+        names = (f"gradient of {name}" for name in ("x", "weight", "bias"))
+        return dict(zip(names, zip(actual, baseline, exact, strict=True), strict=True))
+
+    assert_draws_within_contract(draw, 3)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

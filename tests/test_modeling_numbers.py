@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from tests.model_pairs import (
     our_model,
     pair,
 )
-from tests.tolerances import assert_within_contract, relative_error
+from tests.tolerances import Triples, assert_draws_within_contract, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANY = {"num_labels": 200, "out_indices": [0, 1, 2, 3, 4]}
@@ -35,25 +34,9 @@ def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
         return flatten(model(images, output_hidden_states=True))
 
 
-def assert_contract(run: Callable[[], tuple[list[Tensor], list[Tensor], list[Tensor]]]) -> None:
-    """Hold what ``run`` draws, (actual, plain, exact), to the contract of tests/tolerances.py.
-
-    Now and then a draw of random weights magnifies a rounding error a hundredfold, and then one pixel
-    decides which of two equally good results has the larger error. So several draws are judged together,
-    and if they exceed the contract (once in some thousand times), as many again. What loses accuracy
-    exceeds it each time.
-    """
-    for attempt in range(2):
-        draws = [run() for _ in range(DRAWS)]
-        results = ([torch.cat(t) for t in zip(*r, strict=True)] for r in zip(*draws, strict=True))
-        try:
-            for number, (actual, plain, exact) in enumerate(zip(*results, strict=True)):
-                assert_within_contract(actual, plain, exact, f"output {number}")
-        except AssertionError:
-            if attempt:
-                raise
-        else:
-            return
+def numbered(*results: list[Tensor]) -> Triples:
+    """Name the outputs of bitfast, plain PyTorch and float64 by their numbers."""
+    return {f"output {n}": triple for n, triple in enumerate(zip(*results, strict=True))}
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -61,20 +44,20 @@ def assert_contract(run: Callable[[], tuple[list[Tensor], list[Tensor], list[Ten
 @pytest.mark.parametrize("padding", [None, "same"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_errors_are_within_the_contract(dtype, padding, layer_type, name):
-    def run():
+    def draw():
         ours, theirs = pair(name, layer_type=layer_type, global_padding=padding, **MANY)
         ours.to(dtype), theirs.to(dtype)
         images = torch.randn(6, 3, 64, 50).to(dtype)
         actual, plain = outputs(ours, images), outputs(theirs, images)
-        return actual, plain, outputs(theirs.double(), images.double())
+        return numbered(actual, plain, outputs(theirs.double(), images.double()))
 
-    assert_contract(run)
+    assert_draws_within_contract(draw, DRAWS)
 
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 def test_errors_under_autocast_are_within_the_contract(layer_type, name):
-    def run():
+    def draw():
         ours, theirs = pair(name, layer_type=layer_type, **MANY)
         images = torch.randn(6, 3, 64, 50)
         with torch.autocast("cpu", torch.bfloat16):
@@ -82,9 +65,9 @@ def test_errors_under_autocast_are_within_the_contract(layer_type, name):
         assert all(tensor.dtype == torch.bfloat16 for tensor in actual)
         # transformers leaves GroupNorm's results in float32. Ours are judged as if they were so too.
         actual = [a.to(p.dtype) for a, p in zip(actual, plain, strict=True)]
-        return actual, plain, outputs(theirs.double(), images.double())
+        return numbered(actual, plain, outputs(theirs.double(), images.double()))
 
-    assert_contract(run)
+    assert_draws_within_contract(draw, DRAWS)
 
 
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
@@ -145,7 +128,7 @@ def test_channels_last_gives_the_same_numbers_in_channels_last(padding, layer_ty
 
     actual, expected, _ = run(torch.float64)
     assert_close(actual, expected, RELATIVE_FLOAT64)
-    assert_contract(run)
+    assert_draws_within_contract(lambda: numbered(*run()), DRAWS)
 
 
 def test_nchw_stays_nchw():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.ops.weight_standardization import weight_standardization
-from tests.tolerances import assert_within_contract
+from tests.tolerances import assert_draws_within_contract
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,10 +40,14 @@ def plain(weight: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
 )
 def test_matches_the_oracle(out, channels, height, width, dtype, layout, mean, std, seed):
     torch.manual_seed(seed)
-    weight = (std * (torch.randn(out, channels, height, width) + mean)).to(dtype)
-    weight = weight.contiguous(memory_format=layout)
-    actual = weight_standardization(weight)
-    assert_within_contract(actual, plain(weight.contiguous()), oracle(weight))
+
+    def draw():
+        weight = (std * (torch.randn(out, channels, height, width) + mean)).to(dtype)
+        weight = weight.contiguous(memory_format=layout)
+        actual = weight_standardization(weight)
+        return {"result": (actual, plain(weight.contiguous()), oracle(weight))}
+
+    assert_draws_within_contract(draw, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -83,20 +87,23 @@ def test_gradients_in_float64(layout):
 @pytest.mark.parametrize("op", ["public", "contract"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_within_the_contract(dtype, op):
-    weight = (0.1 * torch.randn(6, 5, 3, 3)).to(dtype)
-    grad = torch.randn(weight.shape).to(dtype)
-
-    def gradient(function, weight):
-        weight = weight.detach().clone().requires_grad_()
-        return torch.autograd.grad(function(weight), weight, grad.to(weight.dtype))[0]
-
     def ours(weight):
         if op == "public":
             return weight_standardization(weight)
         return torch.ops.bitfast.weight_standardization.reference(weight, 1e-8, None)[0]
 
-    exact = gradient(oracle, weight.double())
-    assert_within_contract(gradient(ours, weight), gradient(plain, weight), exact)
+    def draw():
+        weight = (0.1 * torch.randn(6, 5, 3, 3)).to(dtype)
+        grad = torch.randn(weight.shape).to(dtype)
+
+        def gradient(function, dtype):
+            leaf = weight.detach().to(dtype).clone().requires_grad_()
+            return torch.autograd.grad(function(leaf), leaf, grad.to(dtype))[0]
+
+        gradients = (gradient(ours, dtype), gradient(plain, dtype), gradient(oracle, torch.float64))
+        return {"gradient of weight": gradients}
+
+    assert_draws_within_contract(draw, 3)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
