@@ -225,6 +225,10 @@ BITFAST_INLINE float rstd_of(const Backward<T>& work, int64_t group) {
   return work.division.group_size() * work.division.pixels == 1 ? 0.0f : work.rstd[group];
 }
 
+// Float32 sums of more terms than this in a row lose digits: sums of that many are summed in turn, and those
+// sums in float64.
+constexpr int64_t short_sum = 8;
+
 // The vector of `count` channels from `channel`.
 template <typename T>
 BITFAST_INLINE Channel channels_from(const Backward<T>& work, const Task& task, int64_t channel, int64_t count) {
@@ -257,15 +261,23 @@ void strip_sums(const Backward<T>& work, const Task& task, int64_t channel, Coun
   for (int v = 0; v < vectors; ++v) {
     channels[v] = channels_from(work, task, channel + v * lanes, count);
   }
-  for (int64_t p = 0; p < task.pixels; p += few_pixels) {
+  for (int64_t p = 0; p < task.pixels; p += short_sum * short_sum) {
+    const int64_t end = std::min(p + short_sum * short_sum, task.pixels);
     Vector sum[vectors] = {}, product[vectors] = {};
-    for (int64_t i = p; i < std::min(p + few_pixels, task.pixels); ++i) {
+    for (int64_t first = p; first < end; first += short_sum) {
+      Vector few[vectors] = {}, few_products[vectors] = {};
+      for (int64_t i = first; i < std::min(first + short_sum, end); ++i) {
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t at = start + i * stride + v * lanes;
+          const Vector h = channels[v].normalized(load_up_to(work.x + at, count));
+          const Vector g = channels[v].template before<activation>(load_up_to(work.grad + at, count), h);
+          few[v] += g;
+          few_products[v] += g * h;
+        }
+      }
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = start + i * stride + v * lanes;
-        const Vector h = channels[v].normalized(load_up_to(work.x + at, count));
-        const Vector g = channels[v].template before<activation>(load_up_to(work.grad + at, count), h);
-        sum[v] += g;
-        product[v] += g * h;
+        sum[v] += few[v];
+        product[v] += few_products[v];
       }
     }
     for (int v = 0; v < vectors; ++v) {
