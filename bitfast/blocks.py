@@ -213,7 +213,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
         """Say whether the last convolution may add its result to the shortcut by itself."""
         return (
             not self.may_shrink
-            and not (self.training and self.drop_path.rate)
+            and not self.training
             and runs_as_written(self.conv3)
             and runs_as_written(self.drop_path)
         )

@@ -60,9 +60,18 @@ def runs_channels_last(x: Tensor) -> bool:
     return backend == "triton" or (backend == "native" and _packs(x))
 
 
-def runs_packed(x: Tensor) -> bool:
+def infers(module: nn.Module) -> bool:
+    """Say whether the module may compute in ways that differ, by rounding, from those that record gradients.
+
+    In training it may not, even where no gradients are recorded: reentrant checkpoints run a block first
+    without them, then with them, and the numbers must agree.
+    """
+    return not module.training and not torch.is_grad_enabled()
+
+
+def runs_packed(network: nn.Module, x: Tensor) -> bool:
     """Say whether the convolutions of a network on such a tensor run with packed weights."""
-    return not torch.is_grad_enabled() and _packs(x)
+    return infers(network) and _packs(x)
 
 
 def _packs(x: Tensor) -> bool:
@@ -150,7 +159,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
         """Map (N, in, H, W) to (N, out, H', W')."""
         if self.has_dynamic_padding:
             x = same_pad(x, self.kernel_size, self.stride, self.dilation)
-        if not torch.is_grad_enabled():
+        if infers(self):
             x = _cast_for_autocast(x)
             parameter = self.weight
             if can_pack(x, parameter):
@@ -181,7 +190,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
         Returns:
             Whether it was done. If not, nothing was.
         """
-        if torch.is_grad_enabled() or self.has_dynamic_padding:
+        if not infers(self) or self.has_dynamic_padding:
             return False
         parameter = self.weight
         fits = total.dtype == x.dtype and total.is_contiguous(memory_format=torch.channels_last)
@@ -261,11 +270,8 @@ class Deferred(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, norm: GroupNormActivation) -> Deferred | None:
-        """Return what norm makes of x, or None if convolutions could not compute it, or in training.
-
-        There, reentrant checkpoints run a block without gradients, then with them, and the numbers must agree.
-        """
-        return cls(x, None, norm) if not norm.training and can_be_normalized_late(x) else None
+        """Return what norm makes of x, or None if convolutions could not compute it, or in training."""
+        return cls(x, None, norm) if infers(norm) and can_be_normalized_late(x) else None
 
     def convolved(
         self, convolution: WeightStandardizedConv2d, wants_moments: bool = True

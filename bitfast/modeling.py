@@ -200,7 +200,7 @@ class BitModel(BitPreTrainedModel):
         if channels_last:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         convolutions = []
-        if not runs_packed(pixel_values):
+        if not runs_packed(self, pixel_values):
             stages = list(self.encoder.stages)[:last]
             convolutions = preparable_convolutions(self.embedder, stages)
         with self.prepared_weights.prepared(convolutions, channels_last):
@@ -228,7 +228,7 @@ class BitModel(BitPreTrainedModel):
         Returns:
             The last output, the wanted ones, and the number of stages that were computed.
         """
-        if runs_packed(pixel_values):
+        if runs_packed(self, pixel_values):
             keep_freed_memory()
         size = images_at_a_time(self, pixel_values)
         if size >= pixel_values.shape[0]:
@@ -452,11 +452,11 @@ STAGES_IN_SLICES = 2
 def images_at_a_time(model: BitModel, pixel_values: Tensor) -> int:
     """Return how many images should go through the first stages together; all where nothing is gained.
 
-    Nothing is where gradients are recorded or a compiler plans the memory. Nor is a batch cut where somebody
-    watches a module, and would see it called more than once.
+    Nothing is in training, where gradients are recorded, or where a compiler plans the memory. Nor is a batch
+    cut where somebody watches a module, and would see it called more than once.
     """
     count = pixel_values.shape[0]
-    if torch.compiler.is_compiling() or not runs_packed(pixel_values):
+    if torch.compiler.is_compiling() or not runs_packed(model, pixel_values):
         return count
     height, width = (-(-n // 4) for n in pixel_values.shape[2:])
     dtype = autocast_dtype(pixel_values) or pixel_values.dtype

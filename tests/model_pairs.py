@@ -32,10 +32,11 @@ DPT_HYBRID: dict[str, Any] = {
     "out_features": ["stage1", "stage2", "stage3"],
 }
 RELATIVE = 1e-5
-"""How far bitfast and transformers may be apart in float32: norm of the difference over norm."""
+"""How far bitfast may be from float64 in float32 if transformers is not: norm of the difference over norm."""
 RELATIVE_FLOAT64 = 1e-11
-"""The same where both compute in float64: 1e-5 divided by the ratio of the two types' roundings, 5e8, and
-rounded up by a few hundred. What differs in meaning, if only in one pixel of the border, exceeds it."""
+"""How far the two may be apart where both compute in float64: 1e-5 divided by the ratio of the two types'
+roundings, 5e8, and rounded up by a few hundred. What differs in meaning, if only in one pixel of the border,
+exceeds it."""
 
 
 def our_model(name: str, **settings: Any) -> Any:
@@ -72,7 +73,9 @@ def flatten(value: Any) -> list[Tensor]:
     return [tensor for item in values for tensor in flatten(item)]
 
 
-def assert_close(actual: Any, expected: Any, bound: float = RELATIVE, what: str = "") -> None:
+def assert_close(
+    actual: Any, expected: Any, bound: float = RELATIVE_FLOAT64, what: str = ""
+) -> None:
     """Hold every tensor of an output to a relative difference, norm over norm."""
     if isinstance(expected, dict):
         assert list(actual) == list(expected)
@@ -83,6 +86,44 @@ def assert_close(actual: Any, expected: Any, bound: float = RELATIVE, what: str 
         assert a.dtype == e.dtype, f"{what} {number}"
         error = relative_error(a.detach(), e.detach())
         assert error <= bound, f"{what} {number}: relative difference {error:.2e} > {bound:.0e}"
+
+
+def assert_as_transformers(ours: nn.Module, theirs: nn.Module, run: Callable[[Any], Any]) -> None:
+    """Hold what ``run`` makes of our float32 model to what it makes of theirs, in float32 and in float64.
+
+    Args:
+        ours: A model of bitfast.
+        theirs: The model of transformers with the same weights.
+        run: Returns the outputs or the gradients of a model, which may be in float64.
+    """
+    exact = run(copy.deepcopy(theirs).double())
+    assert_close(run(copy.deepcopy(ours).double()), exact)
+    assert_as_exact(run(ours), run(theirs), exact)
+
+
+def assert_as_exact(actual: Any, plain: Any, exact: Any) -> None:
+    """Hold float32 results to 1e-5 plus twice the error of transformers, all against float64.
+
+    Some random weights amplify rounding, and gradients of scales and shifts are small sums of large terms:
+    transformers is then 1e-5 and more away from float64 as well. Which tensor gets the largest error is
+    chance, and so the root mean square over all of them is held; none may be lost, though.
+    """
+    if isinstance(exact, dict):
+        assert list(actual) == list(plain) == list(exact)
+    actual, plain, exact = flatten(actual), flatten(plain), flatten(exact)
+    for a, p in zip(actual, plain, strict=True):
+        assert a.shape == p.shape
+        assert a.dtype == p.dtype
+    errors, allowed = (
+        torch.tensor(
+            [relative_error(r.detach(), e.detach()) for r, e in zip(results, exact, strict=True)]
+        )
+        for results in (actual, plain)
+    )
+    bound = RELATIVE + 2 * allowed.square().mean().sqrt()
+    error = errors.square().mean().sqrt()
+    assert error <= bound, f"relative error {error:.2e} > {bound:.2e}"
+    assert errors.max() <= 10 * bound, f"relative error {errors.max():.2e} > 10 x {bound:.2e}"
 
 
 def gradients(model: nn.Module, objective: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:

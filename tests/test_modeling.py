@@ -20,8 +20,9 @@ from tests.model_pairs import (
     CLASSES,
     DPT_HYBRID,
     LAYER_TYPES,
-    RELATIVE,
     RELATIVE_FLOAT64,
+    assert_as_exact,
+    assert_as_transformers,
     assert_close,
     concatenate,
     flatten,
@@ -31,7 +32,6 @@ from tests.model_pairs import (
     pair,
     their_model,
 )
-from tests.tolerances import relative_error
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -90,41 +90,24 @@ def test_equals_transformers(case, layer_type, shape):
     changes = {"layer_type": layer_type, **SETTINGS[case]}
     ours, theirs = pair("BitForImageClassification", **changes)
     batch, *size = shape
-    exact = copy.deepcopy(theirs).double()
-    images = images_without_kinks(exact, batch, theirs.config.num_channels, *size)
+    channels = theirs.config.num_channels
+    images = images_without_kinks(copy.deepcopy(theirs).double(), batch, channels, *size)
     labels = torch.randint(theirs.num_labels, (batch,))
 
     def run(model):
         return model(images.to(model.dtype), labels=labels, output_hidden_states=True)
 
-    assert_close(run(ours), run(theirs), RELATIVE)
-    ours64 = copy.deepcopy(ours).double()
-    assert_close(run(ours64), run(exact), RELATIVE_FLOAT64)
+    def backward(model):
+        return gradients(model, lambda m: run(m).loss)
 
-    exact_gradients = gradients(exact, lambda m: run(m).loss)
-    ours64_gradients = gradients(ours64, lambda m: run(m).loss)
-    assert list(ours64_gradients) == list(exact_gradients)
-    for name, expected in exact_gradients.items():
-        assert_close(ours64_gradients[name], expected, RELATIVE_FLOAT64, name)
-    our_gradients = gradients(ours, lambda m: run(m).loss)
-    their_gradients = gradients(theirs, lambda m: run(m).loss)
-    assert_close(concatenate(our_gradients), concatenate(their_gradients), RELATIVE)
-    assert_as_exact(our_gradients, their_gradients, exact_gradients)
+    @torch.no_grad()
+    def infer(model):
+        return run(copy.deepcopy(model).eval())
 
-
-def assert_as_exact(
-    actual: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
-) -> None:
-    """Hold float32 results to 1e-5 plus twice the worst error of transformers, all against float64.
-
-    For some results 1e-5 alone is no measure: gradients of scales and shifts are small sums of large terms,
-    and random weights triple the errors from stage to stage. Float32 then rounds transformers' results by
-    1e-5 and more as well, and it is chance which tensor gets the largest error.
-    """
-    allowed = RELATIVE + 2 * max(relative_error(plain[name], exact[name]) for name in exact)
-    for name, expected in exact.items():
-        error = relative_error(actual[name], expected)
-        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+    assert_as_transformers(ours, theirs, run)
+    assert_as_transformers(ours, theirs, infer)
+    assert_as_transformers(ours, theirs, backward)
+    assert_as_transformers(ours, theirs, lambda m: concatenate(backward(m)))
 
 
 @pytest.mark.parametrize("name", ["BitModel", "BitBackbone"])
@@ -132,18 +115,18 @@ def assert_as_exact(
 def test_the_other_classes_equal_transformers(layer_type, name):
     ours, theirs = pair(name, layer_type=layer_type, out_features=["stem", "stage2", "stage3"])
     images = images_without_kinks(copy.deepcopy(theirs).double(), 3, 3, 41, 70)
-    assert_close(ours(images), theirs(images))
-    actual, expected = (m(images, output_hidden_states=True) for m in (ours, theirs))
-    assert_close(actual, expected)
+    expected = theirs(images)
     weights = [torch.randn_like(value) for value in flatten(expected)]
 
-    def objective(model):
-        values = flatten(model(images))
-        return sum((w * v).sum() for w, v in zip(weights, values, strict=False))
+    def run(model, **options):
+        return model(images.to(model.dtype), **options)
 
-    our_gradients, their_gradients = gradients(ours, objective), gradients(theirs, objective)
-    assert list(our_gradients) == list(their_gradients)
-    assert_close(concatenate(our_gradients), concatenate(their_gradients))
+    def objective(model):
+        return sum((w * v).sum() for w, v in zip(weights, flatten(run(model)), strict=True))
+
+    assert_as_transformers(ours, theirs, run)
+    assert_as_transformers(ours, theirs, lambda m: run(m, output_hidden_states=True))
+    assert_as_transformers(ours, theirs, lambda m: concatenate(gradients(m, objective)))
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -154,10 +137,13 @@ def test_the_dpt_hybrid_equals_transformers(name):
     ours, theirs = pair(name, **changes)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     images = torch.randn(2, 3, 50, 61)
-    with torch.no_grad():
-        actual, expected = (m(images, output_hidden_states=True) for m in (ours, theirs))
-    assert_close(actual, expected)
-    assert len(actual.hidden_states) == 4
+
+    @torch.no_grad()
+    def run(model):
+        return model(images.to(model.dtype), output_hidden_states=True)
+
+    assert_as_transformers(ours.eval(), theirs.eval(), run)
+    assert len(run(ours).hidden_states) == 4
 
 
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
@@ -217,16 +203,16 @@ R50X1 = {
 
 
 def test_r50x1_equals_transformers():
-    # Random weights at this depth: each stage triples the rounding errors of the one before, so that
-    # transformers itself is 1e-5 away from float64, and another 1e-5 may lie between it and ours.
     ours, theirs = pair("BitForImageClassification", **R50X1)
     exact = copy.deepcopy(theirs).double()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        outputs = [
-            flatten(m(images.to(m.dtype), output_hidden_states=True)) for m in (ours, theirs, exact)
-        ]
-    assert_as_exact(*({str(i): t for i, t in enumerate(tensors)} for tensors in outputs))
+        assert_as_exact(
+            *(
+                m.eval()(images.to(m.dtype), output_hidden_states=True)
+                for m in (ours, theirs, exact)
+            )
+        )
 
 
 def test_the_gradients_of_r50x1_are_those_of_transformers():
@@ -234,11 +220,8 @@ def test_the_gradients_of_r50x1_are_those_of_transformers():
     ours, theirs = pair("BitForImageClassification", **R50X1, hidden_act="gelu")
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 999])
     exact = copy.deepcopy(theirs).double()
-    with torch.no_grad():
-        assert_close(ours(images, labels, True), theirs(images, labels, True))
     actual, plain = (gradients(m, lambda m: m(images, labels).loss) for m in (ours, theirs))
     expected = gradients(exact, lambda m: m(images.double(), labels).loss)
-    assert list(actual) == list(expected)
     assert_as_exact(actual, plain, expected)
 
 
@@ -272,7 +255,7 @@ def test_width_factor_equals_transformers_where_that_runs(width_factor):
     ours, theirs = pair("BitModel", layer_type="bottleneck", width_factor=width_factor)
     images = torch.randn(2, 3, 64, 50)
     with torch.no_grad():
-        assert_close(ours(images), theirs(images))
+        assert_as_transformers(ours, theirs, lambda m: m(images.to(m.dtype)))
 
 
 def test_width_factor_fails_in_transformers_with_preactivation():
@@ -414,9 +397,9 @@ def test_a_backbone_returns_the_chosen_stages(choice, layer_type):
     changes = {"layer_type": layer_type, **choice}
     if layer_type == "preactivation" and len(choice.get("depths", [1] * 4)) == 3:
         changes["hidden_sizes"] = [16, 32, 48]  # with four, transformers' final norm cannot run
-    ours, theirs = pair("BitBackbone", **changes)
+    ours, theirs = (model.double().eval() for model in pair("BitBackbone", **changes))
     assert_same_description(ours, theirs)
-    images = torch.randn(2, 3, 33, 47)
+    images = torch.randn(2, 3, 33, 47, dtype=torch.float64)
     with torch.no_grad():
         actual, expected = ours(images), theirs(images)
         assert_close(actual, expected)
@@ -494,7 +477,8 @@ def test_a_stage_without_a_hidden_size_cannot_be_chosen():
     changes = {"depths": [1, 1, 1], "hidden_sizes": [16, 32]}
     with pytest.raises(ValueError, match=r"out_features .*'stage2'\], got 'stage3'"):
         our_model("BitBackbone", **changes)
-    ours, theirs = pair("BitBackbone", **changes, out_features=["stage1", "stage2"])
-    images = torch.randn(1, 3, 32, 32)
+    models = pair("BitBackbone", **changes, out_features=["stage1", "stage2"])
+    ours, theirs = (model.double() for model in models)
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     assert_close(ours(images), theirs(images))
     assert ours.channels == [16, 32]

@@ -91,7 +91,7 @@ def test_outputs_and_images_are_as_without(kind, sliced, layout, request):
     before = images.clone()
     wanted = expected(model, images)
     with torch.no_grad():
-        assert runs_packed(images)
+        assert runs_packed(model, images)
         for _ in range(2):
             actual = outputs(model, images)
             assert_close(actual, wanted)

@@ -46,7 +46,7 @@ def numbered(*results: list[Tensor]) -> Triples:
 def test_errors_are_within_the_contract(dtype, padding, layer_type, name):
     def draw():
         ours, theirs = pair(name, layer_type=layer_type, global_padding=padding, **MANY)
-        ours.to(dtype), theirs.to(dtype)
+        ours.to(dtype).eval(), theirs.to(dtype).eval()
         images = torch.randn(6, 3, 64, 50).to(dtype)
         actual, plain = outputs(ours, images), outputs(theirs, images)
         return numbered(actual, plain, outputs(theirs.double(), images.double()))
@@ -58,7 +58,7 @@ def test_errors_are_within_the_contract(dtype, padding, layer_type, name):
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 def test_errors_under_autocast_are_within_the_contract(layer_type, name):
     def draw():
-        ours, theirs = pair(name, layer_type=layer_type, **MANY)
+        ours, theirs = (model.eval() for model in pair(name, layer_type=layer_type, **MANY))
         images = torch.randn(6, 3, 64, 50)
         with torch.autocast("cpu", torch.bfloat16):
             actual, plain = outputs(ours, images), outputs(theirs, images)
@@ -112,7 +112,7 @@ def test_channels_last_gives_the_same_numbers_in_channels_last(padding, layer_ty
     changes = {"global_padding": padding, "embedding_dynamic_padding": padding == "same"}
 
     def run(dtype=torch.float32):
-        model = our_model("BitModel", layer_type=layer_type, **changes).to(dtype)
+        model = our_model("BitModel", layer_type=layer_type, **changes).to(dtype).eval()
         images = torch.randn(2, 3, 64, 50, dtype=dtype)
         plain = outputs(model, images)
         exact = outputs(copy.deepcopy(model).double(), images.double())

@@ -209,8 +209,9 @@ def test_data_parallel_gathers(kind, module, monkeypatch):
 @pytest.mark.parametrize("name", CLASSES)
 def test_arguments_and_configuration_choose_the_form(name, return_dict, configured, hidden_states):
     # The configuration says the opposite in one half of the cases.
-    model, their_twin = pair(name, output_hidden_states=configured, return_dict=configured)
-    images = torch.randn(2, 3, 33, 47)
+    pairs = pair(name, output_hidden_states=configured, return_dict=configured)
+    model, their_twin = (model.double() for model in pairs)
+    images = torch.randn(2, 3, 33, 47, dtype=torch.float64)
     arguments = {"output_hidden_states": hidden_states, "return_dict": return_dict}
     with torch.no_grad():
         actual, expected = model(images, **arguments), their_twin(images, **arguments)
@@ -230,8 +231,8 @@ def test_arguments_and_configuration_choose_the_form(name, return_dict, configur
 
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_the_loss_comes_first(return_dict):
-    model, their_twin = pair("BitForImageClassification")
-    images, labels = torch.randn(2, 3, 33, 47), torch.tensor([1, 4])
+    model, their_twin = (model.double() for model in pair("BitForImageClassification"))
+    images, labels = torch.randn(2, 3, 33, 47, dtype=torch.float64), torch.tensor([1, 4])
     arguments = {"labels": labels, "output_hidden_states": True, "return_dict": return_dict}
     actual, expected = model(images, **arguments), their_twin(images, **arguments)
     assert_close(actual, expected)
@@ -240,8 +241,8 @@ def test_the_loss_comes_first(return_dict):
 
 
 def test_torchscript_configurations_return_tuples():
-    model, their_twin = pair("BitModel", torchscript=True)
-    images = torch.randn(1, 3, 32, 32)
+    model, their_twin = (model.double() for model in pair("BitModel", torchscript=True))
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     assert isinstance(model(images), tuple)
     assert_close(model(images), their_twin(images))
 
