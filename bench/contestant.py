@@ -34,7 +34,7 @@ def main() -> None:
     work = connection.recv()
     try:
         x = np.load(work["input"])
-        build, as_array = LOADERS[work["library"]](work)
+        build, as_array = LOADERS[work["package"]](work)
         start = time.perf_counter()
         call = build(x)
         result = call()
@@ -75,7 +75,7 @@ def load_torch(work: Work) -> tuple[Build, AsArray]:
     import torch
 
     torch.set_num_threads(work["threads"])
-    model_class = getattr(__import__(work["library"]), work["architecture"])
+    model_class = getattr(__import__(work["package"]), work["architecture"])
     dtype = "float32" if work["form"] == "autocast" else work["dtype"]
 
     def build(x: np.ndarray) -> Call:

@@ -97,8 +97,8 @@ class Contest:
     def admit(self, contestant: Contestant) -> None:
         """Start a contestant and check its results; what is missing, fails or is wrong gets a row only."""
         row = row_of(self.prepared.case, contestant)
-        if contestant.library != "bitfast" and self.versions[contestant.library] is None:
-            note = install(contestant.library)
+        if contestant.package != "bitfast" and self.versions[contestant.package] is None:
+            note = install(contestant.package)
             self.rows[row.contestant] = dataclasses.replace(row, status=MISSING, note=note)
             return
         try:
@@ -114,7 +114,7 @@ class Contest:
             WorkerError: it failed.
             WrongResultError: its results are of another size.
         """
-        needs_onnx = contestant.library in ("onnxruntime", "openvino")
+        needs_onnx = contestant.package in ("onnxruntime", "openvino")
         if needs_onnx and self.prepared.onnx_problem is not None:
             raise WorkerError(self.prepared.onnx_problem)
         folder = self.prepared.folder / f"contestant-{len(self.rows)}"

@@ -21,14 +21,14 @@ class Contestant(NamedTuple):
     """Who computes, in which dtype and form; see ``Work``."""
 
     name: str
-    library: str
+    package: str
     dtype: str = "float32"
     form: str = "eager"
 
     @property
     def is_ours(self) -> bool:
         """Whether it is bitfast's."""
-        return self.library == "bitfast"
+        return self.package == "bitfast"
 
 
 BASELINE = Contestant("transformers", "transformers")
@@ -168,7 +168,7 @@ class Prepared:
     def work(self, contestant: Contestant, output: Path) -> Work:
         """Return what a contestant is to do."""
         return {
-            "library": contestant.library,
+            "package": contestant.package,
             "dtype": contestant.dtype,
             "form": contestant.form,
             "architecture": self.case.architecture,
@@ -198,7 +198,7 @@ def prepare(case: ModelCase, folder: Path) -> Prepared:
     x = torch.randn(case.shape)
     np.save(folder / "input.npy", x.numpy())
     onnx_problem = None
-    if any(c.library in ("onnxruntime", "openvino") for c in case.contestants):
+    if any(c.package in ("onnxruntime", "openvino") for c in case.contestants):
         try:
             peers.export(model, x, folder / "model.onnx")
         except Exception as error:  # the others still run

@@ -22,13 +22,13 @@ CALL_TIMEOUT = 300.0
 class Work(TypedDict):
     """What a contestant is to do; paths are text.
 
-    ``library`` is "transformers", "bitfast", "onnxruntime" or "openvino"; ``dtype`` is "float32" or
+    ``package`` is "transformers", "bitfast", "onnxruntime" or "openvino"; ``dtype`` is "float32" or
     "bfloat16"; ``form`` is "eager", "compiled" or "autocast"; ``folder`` holds the checkpoint, ``onnx`` the
     same network for other runtimes, ``input`` the images and ``grad`` the gradient of the output, for training;
     ``output`` is where all numbers of the results go.
     """
 
-    library: str
+    package: str
     dtype: str
     form: str
     architecture: str
@@ -51,7 +51,7 @@ def environment_of(work: Work, folder: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "ORT_DISABLE_TELEMETRY": "1",
     }
-    if work["library"] == "openvino":
+    if work["package"] == "openvino":
         # When imported it reports home, unless its consent file says no or there is no place for one.
         environment["HOME"] = str(folder / "nowhere")
     return environment

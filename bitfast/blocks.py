@@ -17,6 +17,7 @@ from bitfast.layers import (
     GroupNormActivation,
     WeightStandardizedConv2d,
     can_be_normalized_late,
+    infers,
     runs_as_written,
 )
 
@@ -164,7 +165,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
         branch = self.drop_path(self.conv3(branch))
         if following is None or self.may_shrink:
             return add_to_shortcut(branch, shortcut), None
-        if not self.training and can_be_normalized_late(branch):
+        if can_be_normalized_late(self, branch):
             total = add_to_shortcut(branch, shortcut)
             return total, Deferred.of(total, following)
         return following.add_and_norm(branch, shortcut)
@@ -189,8 +190,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
     def normalizes_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
         return (
-            not self.training
-            and self.adds_as_it_convolves()
+            self.adds_as_it_convolves()
             and fusable_norm(self.norm2) is not None
             and fusable_norm(self.norm3) is not None
             and runs_as_written(self.conv1)
@@ -212,8 +212,8 @@ class BitPreActivationBottleneckLayer(nn.Module):
     def adds_as_it_convolves(self) -> bool:
         """Say whether the last convolution may add its result to the shortcut by itself."""
         return (
-            not self.may_shrink
-            and not self.training
+            infers(self)
+            and not self.may_shrink
             and runs_as_written(self.conv3)
             and runs_as_written(self.drop_path)
         )
@@ -253,7 +253,7 @@ class BitBottleneckLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        if can_be_normalized_late(x) and self.normalizes_as_it_convolves(x):
+        if can_be_normalized_late(self, x) and self.normalizes_as_it_convolves(x):
             return self.run_fused(x)
         shortcut = x if self.downsample is None else self.downsample(x)
         branch = normed(self.norm1, self.conv1(x), self.conv1)
@@ -279,7 +279,6 @@ class BitBottleneckLayer(nn.Module):
         downsample = self.downsample
         return (
             not self.may_shrink
-            and not self.training
             and all(runs_as_written(module) for module in (*modules, self.drop_path))
             and all(fusable_norm(norm) is not None for norm in modules[1::2])
             and self.conv1.can_normalize(x)

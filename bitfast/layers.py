@@ -78,15 +78,11 @@ def _packs(x: Tensor) -> bool:
     return packs(x.device.type, autocast_dtype(x) or x.dtype)
 
 
-def fuses_norms(device_type: str, dtype: torch.dtype) -> bool:
-    """Say whether convolutions may normalize such tensors themselves while they read them."""
-    return not torch.is_grad_enabled() and fuses(device_type, dtype)
-
-
-def can_be_normalized_late(x: Tensor) -> bool:
-    """Say the same of a tensor at hand: its layout, and whether autocast leaves it alone."""
+def can_be_normalized_late(module: nn.Module, x: Tensor) -> bool:
+    """Say whether convolutions may normalize x themselves while they read it, on behalf of the module."""
     return (
-        fuses_norms(x.device.type, x.dtype)
+        infers(module)
+        and fuses(x.device.type, x.dtype)
         and x.dtype == (autocast_dtype(x) or x.dtype)
         and x.is_contiguous(memory_format=torch.channels_last)
     )
@@ -271,7 +267,7 @@ class Deferred(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, norm: GroupNormActivation) -> Deferred | None:
         """Return what norm makes of x, or None if convolutions could not compute it, or in training."""
-        return cls(x, None, norm) if infers(norm) and can_be_normalized_late(x) else None
+        return cls(x, None, norm) if can_be_normalized_late(norm, x) else None
 
     def convolved(
         self, convolution: WeightStandardizedConv2d, wants_moments: bool = True
@@ -356,7 +352,6 @@ __all__ = [
     "WeightStandardizedConv2d",
     "can_be_normalized_late",
     "drop_packed_weights",
-    "fuses_norms",
     "runs_as_written",
     "runs_channels_last",
     "runs_packed",

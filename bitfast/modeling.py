@@ -21,7 +21,6 @@ from bitfast.layers import (
     Deferred,
     GroupNormActivation,
     drop_packed_weights,
-    fuses_norms,
     runs_as_written,
     runs_channels_last,
     runs_packed,
@@ -38,6 +37,7 @@ from bitfast.network import (
     stage_widths,
 )
 from bitfast.ops.common import autocast_dtype
+from bitfast.ops.norm_convolution import fuses
 from bitfast.outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
@@ -461,7 +461,7 @@ def images_at_a_time(model: BitModel, pixel_values: Tensor) -> int:
     height, width = (-(-n // 4) for n in pixel_values.shape[2:])
     dtype = autocast_dtype(pixel_values) or pixel_values.dtype
     per_image = stage_widths(model.config)[0] * height * width * dtype.itemsize
-    is_fused = fuses_norms(pixel_values.device.type, dtype)
+    is_fused = fuses(pixel_values.device.type, dtype)
     size = max(1, (FUSED_SLICE_BYTES if is_fused else SLICE_BYTES) // per_image)
     early = (model.embedder, *list(model.encoder.stages)[:STAGES_IN_SLICES])
     if size >= count or not all(runs_as_written(m) for part in early for m in part.modules()):

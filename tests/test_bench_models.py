@@ -99,7 +99,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, case: ModelCase, change: Any) -> di
 
 def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(work: Work, result: np.ndarray) -> np.ndarray:
-        return result * (1.1 if work["library"] == "bitfast" else 1)
+        return result * (1.1 if work["package"] == "bitfast" else 1)
 
     rows = pretend(monkeypatch, tiny(OURS), change)
     assert rows["transformers"].seconds == pytest.approx(0.1)
@@ -110,7 +110,7 @@ def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_others_go_on_where_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(work: Work, result: np.ndarray) -> np.ndarray:
-        if work["library"] == "transformers":
+        if work["package"] == "transformers":
             raise WorkerError("the process died")
         return result
 
@@ -143,7 +143,7 @@ def test_without_transformers_everything_is_listed(monkeypatch: pytest.MonkeyPat
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
     np.save(tmp_path / "input.npy", np.zeros((1, 3, 8, 8), np.float32))
     work: Work = {
-        "library": "nothing", "dtype": "float32", "form": "eager", "architecture": "", "threads": 1,
+        "package": "nothing", "dtype": "float32", "form": "eager", "architecture": "", "threads": 1,
         "is_training": False, "folder": "", "onnx": "", "input": str(tmp_path / "input.npy"), "grad": "",
         "output": "",
     }  # fmt: skip
