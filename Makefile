@@ -37,12 +37,13 @@ gpu-report:
 	$(PYTHON) -m bench.gpu_report --build --output "$(OUT)" $(addprefix --only ,$(ONLY))
 
 # torch comes first and the build shares it: an isolated build would download torch a second time.
-# The pinned release is the newest that the tests ran on; TORCH= picks another.
+# The pinned release is the newest that the tests ran on; TORCH= picks another. torchvision goes along with
+# it, because the newest torchvision would bring the newest torch.
 TORCH ?= torch==2.13.0
 $(INSTALLED): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $(INSTALLED)
 

@@ -75,6 +75,11 @@ def load_torch(work: Work) -> tuple[Build, AsArray]:
     import torch
 
     torch.set_num_threads(work["threads"])
+    if work["package"] == "transformers":
+        sys.path.append(str(Path(__file__).parent))
+        from torchvision_import import import_torchvision
+
+        import_torchvision()
     model_class = getattr(__import__(work["package"]), work["architecture"])
     dtype = "float32" if work["form"] == "autocast" else work["dtype"]
 

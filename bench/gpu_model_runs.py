@@ -27,6 +27,7 @@ from .gpu_timing import (
     relative_error,
     synchronize,
 )
+from .torchvision_import import import_torchvision
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "R50x1": {},
@@ -109,6 +110,7 @@ def our_model(network: str) -> nn.Module:
 
 def their_model(network: str) -> nn.Module:
     """Return transformers' model."""
+    import_torchvision()
     import transformers
 
     config = transformers.BitConfig(num_labels=1000, **NETWORKS[network])

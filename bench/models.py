@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import peers
+from .torchvision_import import import_torchvision
 from .workers import Work
 
 
@@ -188,6 +189,7 @@ def prepare(case: ModelCase, folder: Path) -> Prepared:
     Raises:
         ImportError: transformers is not installed.
     """
+    import_torchvision()
     import transformers
 
     torch.manual_seed(0)

@@ -381,14 +381,14 @@ def _resample_axis(image: Tensor, axis: int, out_size: int, resample: int) -> Te
     return total.to(image.dtype)
 
 
-def _center_crop(image: Tensor, height: int, width: int) -> Tensor:
-    """Cut the center out of a (C, H, W) image; where the image is too small, zeros surround it."""
+def _crop(image: Tensor, height: int, width: int, top: int, left: int) -> Tensor:
+    """Cut a window out of a (C, H, W) image; zeros stand where it leaves the image."""
     result = image.new_zeros((image.shape[0], height, width))
     source, target = [slice(None)], [slice(None)]
-    for have, want in zip(image.shape[1:], (height, width), strict=True):
-        offset = (have - want) // 2  # floors: an odd remainder puts the window one pixel earlier
-        source.append(slice(max(offset, 0), min(offset + want, have)))
-        target.append(slice(max(-offset, 0), max(-offset, 0) + min(have, want)))
+    for have, want, offset in zip(image.shape[1:], (height, width), (top, left), strict=True):
+        first, last = max(offset, 0), max(min(offset + want, have), 0)
+        source.append(slice(first, last))
+        target.append(slice(first - offset, max(last, first) - offset))
     result[tuple(target)] = image[tuple(source)]
     return result
 
@@ -396,27 +396,28 @@ def _center_crop(image: Tensor, height: int, width: int) -> Tensor:
 def resize_normalize_forward(
     images: list[Tensor],
     sizes: list[int],
-    crop: list[int] | None,
+    crop: list[int],
+    offsets: list[int],
     resample: int,
-    rescale_factor: float | None,
-    mean: list[float] | None,
-    std: list[float] | None,
+    rescale_factors: list[float],
+    mean: list[float],
+    std: list[float],
     dtype: torch.dtype,
     channels_last: bool,
-    layout: str,
     first_axes: list[int],
 ) -> Tensor:
-    """Resize, center-crop, rescale and normalize images of any sizes into one (N, C, H, W) batch.
+    """Resize, crop, rescale and normalize (H, W, C) images of any sizes into one (N, C, H, W) batch.
 
-    ``sizes`` holds (height, width) after resizing of one image after another, ``first_axes`` the axis
-    that is resampled first, 0 (height) or 1 (width): the second pass reads what the first one rounded
-    and clipped, so the order shows. Integers are resampled in Pillow's integer arithmetic; floating
-    pixels as Pillow's mode "F": in float64, and stored between the two passes. The product with
-    ``rescale_factor`` is rounded once, from float64.
+    ``sizes`` holds (height, width) after resizing of one image after another, ``offsets`` (top, left) of
+    the window that ``crop`` is the size of, ``first_axes`` the axis that is resampled first, 0 (height)
+    or 1 (width): the second pass reads what the first one rounded and clipped, so the order shows.
+    Integers are resampled in Pillow's integer arithmetic; floating pixels as Pillow's mode "F": in
+    float64, and stored between the two passes. Each product with one of ``rescale_factors`` is rounded
+    once, from float64.
     """
     batch = []
     for i, image in enumerate(images):
-        pixels = image.permute(2, 0, 1) if layout == "HWC" else image
+        pixels = image.permute(2, 0, 1)
         if pixels.is_floating_point():
             pixels = pixels.to(compute_dtype(pixels.dtype))
         passes = [(1, sizes[2 * i]), (2, sizes[2 * i + 1])]
@@ -424,11 +425,11 @@ def resize_normalize_forward(
             passes.reverse()
         for axis, out_size in passes:
             pixels = _resample_axis(pixels, axis, out_size, resample)
-        batch.append(pixels if crop is None else _center_crop(pixels, *crop))
+        batch.append(_crop(pixels, *crop, *offsets[2 * i : 2 * i + 2]))
     result = torch.stack(batch)
-    if rescale_factor is not None:
-        result = (result.double() * rescale_factor).to(compute_dtype(dtype))
-    if mean is not None and std is not None:
+    for factor in rescale_factors:
+        result = (result.double() * factor).to(compute_dtype(dtype))
+    if mean:
         result = result.to(compute_dtype(dtype))
         shape = (1, -1, 1, 1)
         result = (result - result.new_tensor(mean).view(shape)) / result.new_tensor(std).view(shape)

@@ -8,9 +8,11 @@ import random
 import pytest
 import torch
 
+from bench.torchvision_import import import_torchvision
 from tests import interpreter
 
 interpreter.enable()
+import_torchvision()  # before any test imports transformers, which would fail to
 
 try:
     from hypothesis import settings

@@ -191,29 +191,14 @@ def test_autocast_has_no_influence() -> None:
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("crop", [None, [5, 4]])
+@pytest.mark.parametrize("offsets", [[1, 2, 3, 4], [-1, 0, 2, -3]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(
-    layout: str, channels_last: bool, crop: list[int] | None, dtype: torch.dtype
-) -> None:
+def test_opcheck(channels_last: bool, offsets: list[int], dtype: torch.dtype) -> None:
     images = [torch.from_numpy(random_image(i, 6 + i, 9)) for i in range(2)]
-    if layout == "CHW":  # channels_last within: a dense permuted layout
-        images = [image.permute(2, 0, 1) for image in images]
     arguments = (
-        images,
-        [7, 8] * 2,
-        crop,
-        3,
-        1 / 255,
-        MEAN,
-        STD,
-        dtype,
-        channels_last,
-        layout,
-        [0, 1],
-    )
+        images, [7, 8] * 2, [5, 4], offsets, 3, [1 / 255], MEAN, STD, dtype, channels_last, [0, 1]
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.bitfast.resize_normalize.reference, arguments)
 
 
@@ -263,6 +248,8 @@ GOOD = torch.zeros(4, 5, 3, dtype=torch.uint8)
         ({"sizes": [(3, 3), (3, 0)]}, ValueError, r"sizes\[1\] must be an integer >= 1.*\(3, 0\)"),
         ({"sizes": [(3, 3), (3, 4)]}, ValueError, r"sizes\[1\] must equal sizes\[0\].*\(3, 4\)"),
         ({"crop": (0, 3)}, ValueError, r"crop must be an integer >= 1.*\(0, 3\)"),
+        ({"offsets": [(0, 0)]}, ValueError, "offsets must hold one .* 2 images, got 1"),
+        ({"offsets": [(0, 0), (0, 0.5)]}, ValueError, r"offsets\[1\] must be two int.*\(0, 0.5\)"),
         ({"resample": 6}, ValueError, "resample must be one of 0 .NEAREST.*got 6"),
         ({"resample": "bicubic"}, ValueError, "resample must be one of.*got 'bicubic'"),
         ({"mean": [0.5] * 3}, ValueError, "std must hold 3 numbers.*got None"),

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 
+from bench.torchvision_import import import_torchvision
 from bitfast.backends import register_kernel
 from bitfast.ops.common import TRITON_DTYPES
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.weight_standardization import weight_standardization
-from tests.tiny_models import ours
 
 
 class PretendedDriver:
@@ -135,6 +135,9 @@ def suppress_stop() -> Iterator[None]:
 
 def main() -> None:
     """Print what was seen."""
+    import_torchvision()
+    from tests.tiny_models import ours
+
     triton.runtime.driver.set_active(PretendedDriver())
     for op in ("group_norm_act", "weight_standardization"):
         register_kernel(op, "triton", "cpu", TRITON_DTYPES, lambda: None)

@@ -7,7 +7,6 @@ rescale and normalize are those of the slow image processors of transformers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import PIL
 import torch
@@ -20,12 +19,14 @@ from bitfast.ops.common import check_pair, define_operator
 OP = "resize_normalize"
 
 SIGNATURE = (
-    "(Tensor[] images, SymInt[] sizes, SymInt[]? crop, int resample, float? rescale_factor,"
-    " float[]? mean, float[]? std, ScalarType dtype, bool channels_last, str layout,"
+    "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample,"
+    " float[] rescale_factors, float[] mean, float[] std, ScalarType dtype, bool channels_last,"
     " int[] first_axes) -> Tensor"
 )
-"""What every kernel takes and returns. ``sizes`` is flat: height and width of image 0, of image 1, ...
-``first_axes`` holds the axis of each image that is resampled first: 0 for height, 1 for width."""
+"""What every backend takes and returns. The images are (H, W, C), of any strides. ``sizes`` is flat:
+height and width of image 0, of image 1, ...; so is ``offsets``: top and left. ``mean`` and ``std`` are
+both empty or hold a number per channel. ``first_axes`` holds the axis of each image that is resampled
+first: 0 for height, 1 for width."""
 
 RESAMPLE_NAMES = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "BOX", "HAMMING")
 """Pillow's filters; each one's number is its position here."""
@@ -39,10 +40,11 @@ def resize_normalize(
     sizes: Sequence[tuple[int, int]],
     crop: tuple[int, int] | None = None,
     resample: int = 3,
-    rescale_factor: float | None = None,
+    rescale_factor: float | Sequence[float] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     *,
+    offsets: Sequence[tuple[int, int]] | None = None,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
     layout: str = "HWC",
@@ -62,13 +64,16 @@ def resize_normalize(
             any strides, H, W and C at least 1. C, dtype and device are the same for all; H and W need
             not be.
         sizes: (height, width) after resizing, one per image; an image's own size leaves it as it is.
-        crop: (height, width) cut out of the resized image's center; an odd remainder leaves the
-            window one pixel nearer to the top and left. Where the image is smaller, pixels of value 0
-            (before rescaling and normalization) surround it. None: no crop, all ``sizes`` are the same.
+        crop: (height, width) cut out of the resized image. Where the window leaves the image, pixels of
+            value 0 (before rescaling and normalization) stand. None: no crop, all ``sizes`` are the same.
         resample: Pillow's filter number: 0 NEAREST, 1 LANCZOS, 2 BILINEAR, 3 BICUBIC, 4 BOX, 5 HAMMING.
-        rescale_factor: Multiplies the pixels. None: they stay.
+        rescale_factor: Multiplies the pixels. Several multiply one after the other, each product rounded.
+            None: the pixels stay.
         mean: Subtracted, one number per channel. None (as ``std``): no normalization.
         std: Divides, one number per channel, not 0.
+        offsets: (top, left) of the window in the resized image, one per image; negative: that many zeros
+            come first. By default the window is centered; an odd remainder leaves it one pixel nearer to
+            the top and left, and a smaller image within it one pixel nearer to the bottom and right.
         dtype: Of the result; floating, or uint8 for uint8 images neither rescaled nor normalized.
         memory_format: Of the result: ``torch.contiguous_format`` or ``torch.channels_last``.
         layout: "HWC" or "CHW", the layout of every image.
@@ -84,27 +89,34 @@ def resize_normalize(
     """
     images = list(images)
     _check_images(images, layout)
-    flat_sizes = _check_sizes(images, sizes, crop)
-    crop = None if crop is None else check_pair(OP, "crop", crop)
+    pairs = _check_sizes(images, sizes, crop)
+    window = pairs[0] if crop is None else check_pair(OP, "crop", crop)
+    corners = _check_offsets(offsets, pairs, window)
     _check_resample(resample)
+    factors = _check_factors(rescale_factor)
     channels = images[0].shape[layout.index("C")]
     mean, std = _check_normalization(mean, std, channels)
-    _check_result(images[0].dtype, dtype, memory_format, rescale_factor is None and mean is None)
+    _check_result(images[0].dtype, dtype, memory_format, not factors and not mean)
+    if layout == "CHW":
+        images = [image.permute(1, 2, 0) for image in images]
     backend = select_backend(OP, images[0].device.type, images[0].dtype)
     # Through the dispatcher even for the reference: one call per batch costs nothing, and it keeps
     # the resampling tables, which need numbers, out of what torch.compile traces.
     return getattr(torch.ops.bitfast.resize_normalize, backend)(
         images,
-        flat_sizes,
-        crop,
+        [edge for pair in pairs for edge in pair],
+        window,
+        [edge for corner in corners for edge in corner],
         resample,
-        rescale_factor,
+        factors,
         mean,
         std,
         dtype,
         memory_format == torch.channels_last,
-        layout,
-        _first_axes(images, flat_sizes, layout, pillow_version),
+        [
+            first_resampled_axis(image.shape[0], image.shape[1], height, width, pillow_version)
+            for image, (height, width) in zip(images, pairs, strict=True)
+        ],
     )
 
 
@@ -123,18 +135,6 @@ def first_resampled_axis(
     if pillow_version >= (12, 2):
         return 0 if height > 100 * width and new_height < height else 1
     return 1
-
-
-def _first_axes(
-    images: list[Tensor], sizes: list[int], layout: str, pillow_version: tuple[int, ...]
-) -> list[int]:
-    height, width = layout.index("H"), layout.index("W")
-    return [
-        first_resampled_axis(
-            image.shape[height], image.shape[width], sizes[2 * i], sizes[2 * i + 1], pillow_version
-        )
-        for i, image in enumerate(images)
-    ]
 
 
 # ---- argument checks ----------------------------------------------------------------------------
@@ -177,8 +177,7 @@ def _check_same(i: int, image: Tensor, first: Tensor, channel_axis: int) -> None
 
 def _check_sizes(
     images: list[Tensor], sizes: Sequence[tuple[int, int]], crop: tuple[int, int] | None
-) -> list[int]:
-    """Return the sizes as one flat list."""
+) -> list[tuple[int, int]]:
     if len(sizes) != len(images):
         raise ValueError(
             f"{OP}: sizes must hold one (height, width) for each of the {len(images)} images,"
@@ -190,7 +189,26 @@ def _check_sizes(
             raise ValueError(
                 f"{OP}: sizes[{i}] must equal sizes[0], {pairs[0]}, where crop is None, got {pair}"
             )
-    return [edge for pair in pairs for edge in pair]
+    return pairs
+
+
+def _check_offsets(
+    offsets: Sequence[tuple[int, int]] | None,
+    sizes: list[tuple[int, int]],
+    window: tuple[int, int],
+) -> list[tuple[int, int]]:
+    if offsets is None:
+        # Floor division: an odd remainder puts the window one pixel earlier.
+        return [((h - window[0]) // 2, (w - window[1]) // 2) for h, w in sizes]
+    if len(offsets) != len(sizes):
+        raise ValueError(
+            f"{OP}: offsets must hold one (top, left) for each of the {len(sizes)} images,"
+            f" got {len(offsets)}"
+        )
+    for i, offset in enumerate(offsets):
+        if len(offset) != 2 or not all(isinstance(edge, int) for edge in offset):
+            raise ValueError(f"{OP}: offsets[{i}] must be two integers (top, left), got {offset!r}")
+    return [(top, left) for top, left in offsets]
 
 
 def _check_resample(resample: int) -> None:
@@ -199,11 +217,19 @@ def _check_resample(resample: int) -> None:
         raise ValueError(f"{OP}: resample must be one of {allowed}, got {resample!r}")
 
 
+def _check_factors(rescale_factor: float | Sequence[float] | None) -> list[float]:
+    if rescale_factor is None:
+        return []
+    if isinstance(rescale_factor, Sequence):
+        return [float(factor) for factor in rescale_factor]
+    return [float(rescale_factor)]
+
+
 def _check_normalization(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[list[float] | None, list[float] | None]:
+) -> tuple[list[float], list[float]]:
     if mean is None and std is None:
-        return None, None
+        return [], []
     checked = []
     for name, values in (("mean", mean), ("std", std)):
         if values is None or len(values) != channels:
@@ -240,28 +266,22 @@ def _check_result(
 def _fake(
     images: list[Tensor],
     sizes: list[int],
-    crop: list[int] | None,
+    crop: list[int],
+    offsets: list[int],
     resample: int,
-    rescale_factor: float | None,
-    mean: list[float] | None,
-    std: list[float] | None,
+    rescale_factors: list[float],
+    mean: list[float],
+    std: list[float],
     dtype: torch.dtype,
     channels_last: bool,
-    layout: str,
     first_axes: list[int],
 ) -> Tensor:
-    height, width = sizes[:2] if crop is None else crop
     return torch.empty(
-        (len(images), images[0].shape[layout.index("C")], height, width),
+        (len(images), images[0].shape[2], *crop),
         dtype=dtype,
         device=images[0].device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
 
 
-def define_kernel(backend: str, forward: Any) -> None:
-    """Define ``bitfast::resize_normalize.<backend>``, traceable, without a gradient."""
-    define_operator(OP, backend, SIGNATURE, forward, _fake)
-
-
-define_kernel("reference", reference.resize_normalize_forward)
+define_operator(OP, "reference", SIGNATURE, reference.resize_normalize_forward, _fake)
