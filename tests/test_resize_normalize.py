@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_transforms import center_crop, normalize, rescale
 
+from bitfast import extension
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
 
@@ -18,6 +20,18 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 edges = st.integers(1, 40) | st.integers(1, 300)
 seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(params=["native", "reference"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on both; what the extension does not take is left to the reference."""
+    if request.param == "native":
+        if extension.CPU.problem is not None:
+            pytest.skip(f"no extension: {extension.CPU.problem}")
+        yield "native"
+        return
+    with use_backend("reference"):
+        yield "reference"
 
 
 def random_image(seed: int, height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -194,12 +208,12 @@ def test_autocast_has_no_influence() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("offsets", [[1, 2, 3, 4], [-1, 0, 2, -3]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(channels_last: bool, offsets: list[int], dtype: torch.dtype) -> None:
+def test_opcheck(backend: str, channels_last: bool, offsets: list[int], dtype: torch.dtype) -> None:
     images = [torch.from_numpy(random_image(i, 6 + i, 9)) for i in range(2)]
     arguments = (
         images, [7, 8] * 2, [5, 4], offsets, 3, [1 / 255], MEAN, STD, dtype, channels_last, [0, 1]
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.bitfast.resize_normalize.reference, arguments)
+    torch.library.opcheck(getattr(torch.ops.bitfast.resize_normalize, backend), arguments)
 
 
 def test_compiles_without_graph_break_for_dynamic_sizes() -> None:

@@ -7,14 +7,15 @@ rescale and normalize are those of the slow image processors of transformers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import PIL
 import torch
 from torch import Tensor
 
-from bitfast import reference
-from bitfast.backends import select_backend
-from bitfast.ops.common import check_pair, define_operator
+from bitfast import extension, reference
+from bitfast.backends import register_kernel, select_backend
+from bitfast.ops.common import check_pair, complete_operator, define_operator
 
 OP = "resize_normalize"
 
@@ -27,6 +28,20 @@ SIGNATURE = (
 height and width of image 0, of image 1, ...; so is ``offsets``: top and left. ``mean`` and ``std`` are
 both empty or hold a number per channel. ``first_axes`` holds the axis of each image that is resampled
 first: 0 for height, 1 for width."""
+
+BYTES_SIGNATURE = (
+    "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, Tensor values,"
+    " bool channels_last, int[] first_axes) -> Tensor"
+)
+"""What the extension takes for uint8 images: ``values`` (256, C) holds what each byte becomes."""
+
+FLOATS_SIGNATURE = (
+    "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample,"
+    " bool channels_last, int[] first_axes) -> Tensor"
+)
+"""What the extension takes for float32 images, which it resizes and crops only."""
+
+NATIVE_DTYPES = frozenset({torch.uint8, torch.float32, torch.bfloat16, torch.float16})
 
 RESAMPLE_NAMES = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "BOX", "HAMMING")
 """Pillow's filters; each one's number is its position here."""
@@ -285,3 +300,113 @@ def _fake(
 
 
 define_operator(OP, "reference", SIGNATURE, reference.resize_normalize_forward, _fake)
+
+# ---- what becomes of resized pixels -------------------------------------------------------------
+
+
+def rescale_normalize(
+    pixels: Tensor,
+    rescale_factors: Sequence[float],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute ``(pixels * factor - mean) / std``, rounded as :func:`resize_normalize` describes.
+
+    Args:
+        pixels: Shape (N, C) or (N, C, H, W).
+        rescale_factors: Each multiplies, one after the other.
+        mean, std: A number per channel, or both empty.
+        dtype: Of the result.
+    """
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for factor in rescale_factors:
+        pixels = (pixels.double() * factor).to(compute)
+    if mean:
+        pixels = pixels.to(compute)
+        shape = (1, -1, *[1] * (pixels.dim() - 2))
+        pixels = (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+    return pixels.to(dtype)
+
+
+@lru_cache(maxsize=64)
+def values_of_bytes(
+    rescale_factors: tuple[float, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    channels: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return what :func:`rescale_normalize` makes of each byte, shape (256, C), on the CPU.
+
+    Read from such a table, results are exact whatever the arithmetic of a device.
+    """
+    with torch.inference_mode(False):  # the table outlives the mode it is made in
+        pixels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, channels)
+        return rescale_normalize(pixels, rescale_factors, mean, std, dtype).contiguous()
+
+
+# ---- the extension ------------------------------------------------------------------------------
+
+
+def _native(
+    images: list[Tensor],
+    sizes: list[int],
+    crop: list[int],
+    offsets: list[int],
+    resample: int,
+    rescale_factors: list[float],
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+    first_axes: list[int],
+) -> Tensor:
+    if images[0].dtype == torch.uint8:
+        values = values_of_bytes(
+            tuple(rescale_factors), tuple(mean), tuple(std), images[0].shape[2], dtype
+        )
+        return torch.ops.bitfast.resize_normalize_bytes.native(
+            images, sizes, crop, offsets, resample, values, channels_last, first_axes
+        )
+    pixels = torch.ops.bitfast.resize_normalize_floats.native(
+        [image.float() for image in images],
+        sizes, crop, offsets, resample, channels_last, first_axes,
+    )  # fmt: skip
+    return rescale_normalize(pixels, rescale_factors, mean, std, dtype)
+
+
+def _fake_bytes(
+    images: list[Tensor],
+    sizes: list[int],
+    crop: list[int],
+    offsets: list[int],
+    resample: int,
+    values: Tensor,
+    channels_last: bool,
+    first_axes: list[int],
+) -> Tensor:
+    return _fake(
+        images, sizes, crop, offsets, resample, [], [], [], values.dtype, channels_last, first_axes
+    )
+
+
+def _fake_floats(
+    images: list[Tensor],
+    sizes: list[int],
+    crop: list[int],
+    offsets: list[int],
+    resample: int,
+    channels_last: bool,
+    first_axes: list[int],
+) -> Tensor:
+    return _fake(
+        images, sizes, crop, offsets, resample, [], [], [], torch.float32, channels_last, first_axes
+    )
+
+
+register_kernel(OP, "native", "cpu", NATIVE_DTYPES, lambda: extension.CPU.problem)
+if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined the schemas
+    complete_operator("resize_normalize_bytes", "native", BYTES_SIGNATURE, _fake_bytes)
+    complete_operator("resize_normalize_floats", "native", FLOATS_SIGNATURE, _fake_floats)
+    define_operator(OP, "native", SIGNATURE, _native, _fake)

@@ -1,0 +1,299 @@
+// resize_normalize on the CPU. bitfast/ops/resize_normalize.py says what each operator takes and returns.
+#include "resize_normalize.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "instruction_sets.h"
+#include "kernel_dtypes.h"
+#include "memory_format.h"
+
+// Pillow rounds each product of floating pixels before it is added.
+#ifdef __clang__
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define BITFAST_LOOPS "resize_normalize_loops.h"
+#define BITFAST_NAMES using namespace bitfast::resize_normalize;
+#include "each_instruction_set.h"
+
+namespace bitfast::resize_normalize {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// A band of fewer rows would share too many of the rows it is made of with its neighbours.
+constexpr int64_t rows_per_band = 16;
+// So that a thread that is held up leaves its bands to others.
+constexpr int64_t bands_per_thread = 2;
+
+// ---- geometry ---------------------------------------------------------------------------------------
+
+// Outputs `first` to `first + count` of a line of `in_size` pixels that gets `out_size`.
+using Line = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+int64_t count_of(const Line& line) {
+  return std::get<3>(line);
+}
+
+// The part of a window that lies in a line of `size` pixels, and where that part begins in the window.
+std::pair<Line, int64_t> line_within(int64_t in_size, int64_t size, int64_t offset, int64_t window) {
+  const int64_t first = std::clamp<int64_t>(offset, 0, size);
+  const int64_t last = std::clamp(offset + window, first, size);
+  return {{in_size, size, first, last - first}, std::clamp<int64_t>(first - offset, 0, window)};
+}
+
+// How each image is to be resized.
+struct Geometry {
+  std::vector<Line> rows, columns;
+  std::vector<int64_t> top, left;
+};
+
+Geometry geometry_of(
+    const std::vector<Tensor>& images,
+    const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& crop,
+    const std::vector<int64_t>& offsets) {
+  Geometry geometry;
+  for (size_t i = 0; i < images.size(); ++i) {
+    const auto [rows, top] = line_within(images[i].size(0), sizes[2 * i], offsets[2 * i], crop[0]);
+    const auto [columns, left] = line_within(images[i].size(1), sizes[2 * i + 1], offsets[2 * i + 1], crop[1]);
+    geometry.rows.push_back(rows);
+    geometry.columns.push_back(columns);
+    geometry.top.push_back(top);
+    geometry.left.push_back(left);
+  }
+  return geometry;
+}
+
+void check(
+    const std::vector<Tensor>& images,
+    const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& crop,
+    const std::vector<int64_t>& offsets,
+    int64_t resample,
+    const std::vector<int64_t>& first_axes) {
+  const size_t count = images.size();
+  STD_TORCH_CHECK(
+      count > 0 && sizes.size() == 2 * count && offsets.size() == 2 * count && first_axes.size() == count,
+      "sizes, offsets and first_axes must fit the number of images, which is at least 1");
+  STD_TORCH_CHECK(crop.size() == 2 && crop[0] > 0 && crop[1] > 0, "crop must be a positive height and width");
+  STD_TORCH_CHECK(0 <= resample && resample <= 5, "resample must be one of Pillow's filters, 0 to 5, got ", resample);
+  STD_TORCH_CHECK(
+      *std::min_element(sizes.begin(), sizes.end()) > 0 && *std::max_element(sizes.begin(), sizes.end()) <= INT32_MAX,
+      "sizes must be from 1 to ", INT32_MAX);
+  for (const Tensor& image : images) {
+    STD_TORCH_CHECK(
+        image.dim() == 3 && image.numel() > 0 && image.size(2) == images[0].size(2) &&
+            image.scalar_type() == images[0].scalar_type(),
+        "images must have shape (H, W, C), none of them 0, and one dtype and C");
+    STD_TORCH_CHECK(image.size(0) <= INT32_MAX && image.size(1) <= INT32_MAX, "images must have sides up to ", INT32_MAX);
+  }
+}
+
+// ---- tables -----------------------------------------------------------------------------------------
+
+template <typename Function>
+void in_parallel(int64_t count, const Function& function) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) {
+      function(i);
+    }
+  });
+}
+
+// Each different line's axis.
+template <typename Weight>
+std::map<Line, Axis<Weight>> axes_of(const Geometry& geometry, Filter filter) {
+  std::map<Line, Axis<Weight>> axes;
+  for (const auto* lines : {&geometry.rows, &geometry.columns}) {
+    for (const Line& line : *lines) {
+      if (count_of(line) > 0) {
+        axes.try_emplace(line);
+      }
+    }
+  }
+  std::vector<std::pair<const Line, Axis<Weight>>*> items;
+  for (auto& item : axes) {
+    items.push_back(&item);
+  }
+  in_parallel(items.size(), [&](int64_t i) {
+    const auto [in_size, out_size, first, count] = items[i]->first;
+    items[i]->second = make_axis<Weight>(in_size, out_size, first, count, filter);
+  });
+  return axes;
+}
+
+// ---- windows ----------------------------------------------------------------------------------------
+
+template <typename Pixel>
+Image<Pixel> image_of(const Tensor& image) {
+  return {static_cast<const Pixel*>(image.const_data_ptr()), image.size(0), image.size(1), image.size(2),
+          image.stride(0), image.stride(1), image.stride(2)};
+}
+
+// The products that an image takes, about.
+template <typename Pixel>
+double cost_of(const Plan<Pixel>& plan) {
+  if (plan.rows == nullptr) {
+    return 1;
+  }
+  const double rows_read = plan.rows->end_of_inputs() - plan.rows->first_input();
+  const double columns_read = plan.columns->end_of_inputs() - plan.columns->first_input();
+  const double width = static_cast<double>(plan.columns->count) * plan.columns->taps;
+  const double height = static_cast<double>(plan.rows->count) * plan.rows->taps;
+  return plan.height_first ? columns_read * height + plan.rows->count * width
+                           : rows_read * width + plan.columns->count * height;
+}
+
+// Some rows of one window.
+struct Band {
+  size_t image;
+  int64_t first, last;
+};
+
+template <typename Pixel>
+std::vector<Band> bands_of(const std::vector<Plan<Pixel>>& plans, int64_t height) {
+  std::vector<double> costs;
+  double total = 0;
+  for (const auto& plan : plans) {
+    costs.push_back(cost_of(plan));
+    total += costs.back();
+  }
+  const double wanted = total / (bands_per_thread * torch::stable::get_num_threads());
+  std::vector<Band> bands;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    const int64_t most = std::max<int64_t>(1, height / rows_per_band);
+    const int64_t count = std::clamp<int64_t>(static_cast<int64_t>(costs[i] / wanted + 0.5), 1, most);
+    for (int64_t b = 0; b < count; ++b) {
+      bands.push_back({i, height * b / count, height * (b + 1) / count});
+    }
+  }
+  return bands;
+}
+
+template <typename Pixel, typename Element>
+void fill(const std::vector<Plan<Pixel>>& plans, const Element* values, const Tensor& result) {
+  const int64_t height = result.size(2);
+  Element* data = static_cast<Element*>(result.mutable_data_ptr());
+  const std::vector<Band> bands = bands_of(plans, height);
+  auto* resize = choose(BITFAST_EACH(resize_rows<Pixel, Element>));
+  in_parallel(bands.size(), [&](int64_t i) {
+    const auto [image, first, last] = bands[i];
+    const Window<Element> window{data + image * result.stride(0), height, result.size(3), result.stride(2),
+                                 result.stride(3), result.stride(1), values};
+    resize(plans[image], window, first, last);
+  });
+}
+
+// Calls function(plans), with one for each image.
+template <typename Pixel, typename Function>
+void with_plans(
+    const std::vector<Tensor>& images, const Geometry& geometry, int64_t resample,
+    const std::vector<int64_t>& first_axes, const Function& function) {
+  using Weight = typename WeightOf<Pixel>::type;
+  const std::map<Line, Axis<Weight>> axes = axes_of<Weight>(geometry, static_cast<Filter>(resample));
+  std::vector<Plan<Pixel>> plans;
+  for (size_t i = 0; i < images.size(); ++i) {
+    const bool is_empty = count_of(geometry.rows[i]) == 0 || count_of(geometry.columns[i]) == 0;
+    plans.push_back(
+        {image_of<Pixel>(images[i]), is_empty ? nullptr : &axes.at(geometry.rows[i]),
+         is_empty ? nullptr : &axes.at(geometry.columns[i]), geometry.top[i], geometry.left[i], first_axes[i] == 0});
+  }
+  function(plans);
+}
+
+Tensor empty_batch(
+    const std::vector<Tensor>& images, const std::vector<int64_t>& crop, ScalarType dtype, bool channels_last) {
+  const std::array<int64_t, 4> size{static_cast<int64_t>(images.size()), images[0].size(2), crop[0], crop[1]};
+  return torch::stable::empty(
+      {size.data(), size.size()}, dtype, std::nullopt, images[0].device(), std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// ---- operators --------------------------------------------------------------------------------------
+
+Tensor resize_normalize_bytes(
+    const std::vector<Tensor>& images,
+    const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& crop,
+    const std::vector<int64_t>& offsets,
+    int64_t resample,
+    const Tensor& values,
+    bool channels_last,
+    const std::vector<int64_t>& first_axes) {
+  check(images, sizes, crop, offsets, resample, first_axes);
+  STD_TORCH_CHECK(images[0].scalar_type() == ScalarType::Byte, "images must be uint8");
+  STD_TORCH_CHECK(
+      values.dim() == 2 && values.size(0) == 256 && values.size(1) == images[0].size(2),
+      "values must have shape (256, C)");
+  Tensor result = empty_batch(images, crop, values.scalar_type(), channels_last);
+  const Tensor by_channel = torch::stable::contiguous(torch::stable::transpose(values, 0, 1));
+  const Geometry geometry = geometry_of(images, sizes, crop, offsets);
+  with_plans<uint8_t>(images, geometry, resample, first_axes, [&](const auto& plans) {
+    const void* data = by_channel.const_data_ptr();
+    switch (values.element_size()) {
+      case 1:
+        return fill(plans, static_cast<const uint8_t*>(data), result);
+      case 2:
+        return fill(plans, static_cast<const uint16_t*>(data), result);
+      case 4:
+        return fill(plans, static_cast<const uint32_t*>(data), result);
+      case 8:
+        return fill(plans, static_cast<const uint64_t*>(data), result);
+      default:
+        STD_TORCH_CHECK(false, "values must have elements of 1, 2, 4 or 8 bytes");
+    }
+  });
+  return result;
+}
+
+Tensor resize_normalize_floats(
+    const std::vector<Tensor>& images,
+    const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& crop,
+    const std::vector<int64_t>& offsets,
+    int64_t resample,
+    bool channels_last,
+    const std::vector<int64_t>& first_axes) {
+  check(images, sizes, crop, offsets, resample, first_axes);
+  STD_TORCH_CHECK(images[0].scalar_type() == ScalarType::Float, "images must be float32");
+  Tensor result = empty_batch(images, crop, ScalarType::Float, channels_last);
+  const Geometry geometry = geometry_of(images, sizes, crop, offsets);
+  with_plans<float>(images, geometry, resample, first_axes, [&](const auto& plans) {
+    fill(plans, static_cast<const float*>(nullptr), result);
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
+  m.def(
+      "resize_normalize_bytes.native(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, "
+      "Tensor values, bool channels_last, int[] first_axes) -> Tensor");
+  m.def(
+      "resize_normalize_floats.native(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, "
+      "bool channels_last, int[] first_axes) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
+  m.impl("resize_normalize_bytes.native", TORCH_BOX(&resize_normalize_bytes));
+  m.impl("resize_normalize_floats.native", TORCH_BOX(&resize_normalize_floats));
+}
+
+}  // namespace bitfast::resize_normalize
