@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from bitfast.image_files import Candidate, describe, one_line, printable, read_image
-from bitfast.image_inputs import resized_size
 from bitfast.image_processing import BitImageProcessor
 from bitfast.modeling import BitForImageClassification
 
@@ -147,7 +146,6 @@ class Classifier:
             OSError: the image cannot be converted.
             ValueError: the image cannot be resized.
         """
-        check_resized_size(image, self.processor)
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
     def _predict(self, outcomes: list[Outcome], images: list[Tensor], top_k: int) -> None:
@@ -183,23 +181,6 @@ class Classifier:
         values, indices = scores.sort(descending=True, stable=True)
         best = zip(indices[:top_k].tolist(), values[:top_k].tolist(), strict=True)
         return [Prediction(self.label(index), index, score) for index, score in best]
-
-
-def check_resized_size(image: Image.Image, processor: BitImageProcessor) -> None:
-    """Refuse an image that resizing would blow up past Pillow's limit: a line of pixels can.
-
-    Raises:
-        ValueError: it would have more pixels than Pillow opens.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    if not processor.do_resize or limit is None:
-        return
-    height, width = resized_size(image.height, image.width, processor.size)
-    if height * width > 2 * limit:  # where Pillow's warning becomes an error
-        raise ValueError(
-            f"{image.width}x{image.height} pixels would be resized to {width}x{height}, "
-            f"more than the limit of {2 * limit} pixels"
-        )
 
 
 # ---- printing -------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bitfast.pillow_memory import pixels_of
+
 
 class ChannelDimension(str, Enum):
     """Where an image array has its channels."""
@@ -95,10 +97,7 @@ def read_images(
 
 def _read_image(i: int, image: Any, convert_rgb: bool) -> np.ndarray:
     if isinstance(image, Image.Image):
-        try:
-            return np.array(image.convert("RGB") if convert_rgb and image.mode != "RGB" else image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:  # as Pillow's decoders do
-            raise OSError(f"images[{i}] cannot be decoded: {error}") from error
+        return read_pil_image(i, image, convert_rgb)
     if isinstance(image, torch.Tensor):
         # numpy has no bfloat16; float32 holds each of its values.
         image = image.detach().cpu()
@@ -118,6 +117,33 @@ def _read_image(i: int, image: Any, convert_rgb: bool) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"images[{i}] must hold real numbers, got dtype {array.dtype}")
     return array
+
+
+def read_pil_image(i: int, image: Image.Image, convert_rgb: bool) -> np.ndarray:
+    """Return the pixels of a PIL image, (H, W, C) or (H, W), which may be its own memory.
+
+    Raises:
+        OSError: it cannot be decoded.
+    """
+    try:
+        return pixels_of(image.convert("RGB") if convert_rgb and image.mode != "RGB" else image)
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise OSError(f"images[{i}] cannot be decoded: {error}") from error
+
+
+def check_finite(i: int, image: np.ndarray) -> None:
+    """Refuse an image with NaN or infinite pixels.
+
+    Raises:
+        ValueError: it has some.
+    """
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise ValueError(f"images[{i}] must hold finite numbers, got {_first_other(image)}")
+
+
+def _first_other(image: np.ndarray) -> str:
+    place = tuple(int(n) for n in np.argwhere(~np.isfinite(image))[0])
+    return f"{image[place]} at {place}"
 
 
 def _check_layout(i: int, shape: tuple[int, ...], layout: ChannelDimension) -> None:

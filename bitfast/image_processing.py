@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import json
-import os
 import warnings
 from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from bitfast import image_transforms
 from bitfast.batch_feature import BatchFeature, parse_tensor_type
-from bitfast.checkpoints.files import (
-    CheckpointError,
-    locate_file,
-    read_json,
-    write_text_atomically,
-)
-from bitfast.checkpoints.hub import PushToHubMixin
+from bitfast.image_batches import Job, Recipe, check_resized_size, process
 from bitfast.image_inputs import (
     ChannelDimension,
+    Size,
+    check_finite,
     from_channels_last,
     infer_channel_dimension,
     is_scaled,
@@ -37,18 +30,28 @@ from bitfast.image_inputs import (
     resized_size,
     to_channels_last,
 )
+from bitfast.image_processing_base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageProcessor
+from bitfast.ops.resize_normalize import RESAMPLE_NAMES
 
-OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-"""Mean of the channels of CLIP's training images, in [0, 1]."""
+STEPS = ("resize", "center_crop", "rescale", "normalize")
+"""The methods of the steps, in order."""
 
-OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-"""Standard deviation of the channels of CLIP's training images."""
-
-CONFIG_NAME = "preprocessor_config.json"
-PROCESSOR_CONFIG_NAME = "processor_config.json"
+ALPHA = (2, 4)
+"""Numbers of channels of which Pillow takes the last for alpha, by which it weights the others."""
 
 
-class BitImageProcessor(PushToHubMixin):
+class _Options(NamedTuple):
+    """The parameters of one call, parsed; None: that step is not taken."""
+
+    size: Size | None
+    resample: Image.Resampling
+    crop: tuple[int, int] | None
+    factor: float | None
+    mean: Any
+    std: Any
+
+
+class BitImageProcessor(ImageProcessor):
     """Resizes, center-crops, rescales and normalizes images, in that order, each step optional.
 
     A drop-in replacement of the class of this name in transformers 4.56: the same parameters, files and,
@@ -77,7 +80,6 @@ class BitImageProcessor(PushToHubMixin):
             the name of a method.
     """
 
-    model_input_names: ClassVar[list[str]] = ["pixel_values"]
     is_fast = False
 
     def __init__(
@@ -107,18 +109,6 @@ class BitImageProcessor(PushToHubMixin):
         self.image_mean = list(OPENAI_CLIP_MEAN) if image_mean is None else image_mean
         self.image_std = list(OPENAI_CLIP_STD) if image_std is None else image_std
         self.do_convert_rgb = do_convert_rgb
-
-    def _keep_unknown(self, parameters: dict[str, Any]) -> None:
-        self._processor_class = parameters.pop("processor_class", None)
-        # Files name the class that wrote them; the one that is saved next is this one.
-        for name in ("image_processor_type", "feature_extractor_type"):
-            parameters.pop(name, None)
-        for name, value in parameters.items():
-            if callable(getattr(type(self), name, None)):
-                raise ValueError(
-                    f"{type(self).__name__}: {name} is a method and cannot be a parameter, got {value!r}"
-                )
-            setattr(self, name, value)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Call :meth:`preprocess`."""
@@ -195,19 +185,26 @@ class BitImageProcessor(PushToHubMixin):
         def override(name: str, value: Any) -> Any:
             return getattr(self, name) if value is None else value
 
-        size = parse_size("size", override("size", size), default_to_square=False)
-        crop_size = parse_size("crop_size", override("crop_size", crop_size), True)
+        parsed_size = parse_size("size", override("size", size), default_to_square=False)
+        parsed_crop = parse_size("crop_size", override("crop_size", crop_size), True)
         resample = parse_resampling("resample", override("resample", resample))
         rescale_factor = override("rescale_factor", rescale_factor)
         image_mean, image_std = override("image_mean", image_mean), override("image_std", image_std)
-        do_resize, do_rescale = override("do_resize", do_resize), override("do_rescale", do_rescale)
-        do_center_crop = override("do_center_crop", do_center_crop)
+        do_rescale = override("do_rescale", do_rescale)
         do_normalize = override("do_normalize", do_normalize)
         tensor_type = parse_tensor_type(return_tensors)
         output_layout = parse_channel_dimension("data_format", data_format)
         _require("rescale_factor", rescale_factor, do_rescale)
         _require("image_mean", image_mean, do_normalize)
         _require("image_std", image_std, do_normalize)
+        options = _Options(
+            parsed_size if override("do_resize", do_resize) else None,
+            resample,
+            _height_and_width(parsed_crop) if override("do_center_crop", do_center_crop) else None,
+            rescale_factor if do_rescale else None,
+            image_mean if do_normalize else None,
+            image_std if do_normalize else None,
+        )
 
         arrays, layouts = read_images(
             list_images(images), override("do_convert_rgb", do_convert_rgb), input_data_format
@@ -218,24 +215,49 @@ class BitImageProcessor(PushToHubMixin):
                 "are too, pass do_rescale=False",
                 stacklevel=2,
             )
+        for i, array in enumerate(arrays):
+            check_finite(i, array)
+            if options.size is not None:
+                height, width = array.shape[:2]
+                check_resized_size(i, height, width, resized_size(height, width, options.size))
+        layouts = [output_layout or layout for layout in layouts]
+        if self._has_own_steps() or not all(_is_made_of_bytes(a, options) for a in arrays):
+            results: Any = self._step_by_step(arrays, layouts, options)
+        else:
+            results = _all_at_once(arrays, layouts, options)
+            if tensor_type is None or not isinstance(results, Tensor):
+                results = [result.numpy() for result in results]
+            elif tensor_type != "pt":
+                results = results.numpy()
+        return BatchFeature({"pixel_values": results}, tensor_type)
+
+    def _has_own_steps(self) -> bool:
+        """Whether a subclass computes a step in its own way."""
+        return any(getattr(type(self), s) is not getattr(BitImageProcessor, s) for s in STEPS)
+
+    def _step_by_step(
+        self, arrays: list[np.ndarray], layouts: list[ChannelDimension], options: _Options
+    ) -> list[np.ndarray]:
         steps: list[Callable[..., np.ndarray]] = []
-        if do_resize:
-            steps.append(partial(self.resize, size=size, resample=resample))
-        if do_center_crop:
-            steps.append(partial(self.center_crop, size=crop_size))
-        if do_rescale:
-            steps.append(partial(self.rescale, scale=rescale_factor))
-        if do_normalize:
-            steps.append(partial(self.normalize, mean=image_mean, std=image_std))
+        if options.size is not None:
+            steps.append(partial(self.resize, size=options.size, resample=options.resample))
+        if options.crop is not None:
+            steps.append(partial(self.center_crop, size=options.crop))
+        if options.factor is not None:
+            steps.append(partial(self.rescale, scale=options.factor))
+        if options.mean is not None:
+            steps.append(partial(self.normalize, mean=options.mean, std=options.std))
         results = []
         for i, (image, layout) in enumerate(zip(arrays, layouts, strict=True)):
+            if self._has_own_steps():
+                image = image.copy()  # which may write into it, and it may be Pillow's memory
             try:
                 for step in steps:
                     image = step(image=image, input_data_format=ChannelDimension.LAST)
             except ValueError as error:
                 raise ValueError(f"images[{i}]: {error}") from error
-            results.append(from_channels_last(image, output_layout or layout))
-        return BatchFeature({"pixel_values": results}, tensor_type)
+            results.append(from_channels_last(image, layout))
+        return results
 
     # ---- the single steps -----------------------------------------------------------------------
 
@@ -281,10 +303,8 @@ class BitImageProcessor(PushToHubMixin):
             input_data_format: Layout of the image; None: inferred.
         """
         pixels, layout = _channels_last(image, input_data_format)
-        size = parse_size("size", size, default_to_square=True)
-        if "height" not in size:
-            raise ValueError(f"crop_size must hold height and width, got {size!r}")
-        result = image_transforms.center_crop(pixels, size["height"], size["width"])
+        height, width = _height_and_width(parse_size("size", size, default_to_square=True))
+        result = image_transforms.center_crop(pixels, height, width)
         return _in_layout(result, data_format, layout)
 
     def rescale(
@@ -329,111 +349,72 @@ class BitImageProcessor(PushToHubMixin):
         pixels, layout = _channels_last(image, input_data_format)
         return _in_layout(image_transforms.normalize(pixels, mean, std), data_format, layout)
 
-    # ---- the configuration ----------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return every attribute, and the class's name under "image_processor_type"."""
-        return {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
+# ---- all steps of a batch at once ---------------------------------------------------------------
 
-    def to_json_string(self) -> str:
-        """Return what ``preprocessor_config.json`` holds."""
-        content = self.to_dict()
-        processor_class = content.pop("_processor_class")
-        if processor_class is not None:
-            content["processor_class"] = processor_class
-        return json.dumps(content, indent=2, sort_keys=True, default=_to_json) + "\n"
 
-    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_json_string` to a file; on any failure the file keeps its content."""
-        write_text_atomically(json_file_path, self.to_json_string())
+def _is_made_of_bytes(image: np.ndarray, options: _Options) -> bool:
+    """Whether an image's steps come down to resizing bytes, and to what then becomes of each byte."""
+    if options.size is None:
+        return image.dtype == np.uint8
+    # Pillow 13 has more filters than the op; those are left to Pillow.
+    return image.shape[2] not in ALPHA and int(options.resample) < len(RESAMPLE_NAMES)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.to_json_string()}"
 
-    @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a processor from its configuration.
-
-        Args:
-            image_processor_dict: As :meth:`to_dict` returns it or a file holds it.
-            **kwargs: Replace parameters and attributes of the configuration; others are ignored.
-                ``return_unused_kwargs=True`` returns (processor, the ignored ones).
-        """
-        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        parameters = set(inspect.signature(cls.__init__).parameters) | set(image_processor_dict)
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in parameters}
-        processor = cls(**{**image_processor_dict, **overrides})
-        return (processor, kwargs) if return_unused_kwargs else processor
-
-    @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
-        """Make a processor from a configuration file."""
-        return cls(**read_json(Path(json_file)))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        revision: str = "main",
-        subfolder: str = "",
-        **kwargs: Any,
-    ) -> Any:
-        """Load a processor from a local folder or the Hub.
-
-        Args:
-            pretrained_model_name_or_path: A folder with ``preprocessor_config.json`` (or, failing that,
-                ``processor_config.json``), such a file, or the id of a Hub repository.
-            cache_dir: Where downloads are kept.
-            force_download: Download again what the cache holds already.
-            local_files_only: Look into the cache only.
-            token: Hub access token, or True for the stored one.
-            revision: Branch, tag or commit of the Hub repository.
-            subfolder: Folder inside the repository or the folder.
-            **kwargs: See :meth:`from_dict`.
-
-        Raises:
-            CheckpointError: the file cannot be found or read.
-            ValueError: a parameter in it is not as the class describes.
-        """
-        options = {
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-            "revision": revision,
-            "subfolder": subfolder,
-        }
-        path = _locate_config(pretrained_model_name_or_path, options)
-        content = read_json(path)
-        content = content.get("image_processor", content)
+def _all_at_once(
+    arrays: list[np.ndarray], layouts: list[ChannelDimension], options: _Options
+) -> Tensor | list[Tensor]:
+    jobs = []
+    for i, (image, layout) in enumerate(zip(arrays, layouts, strict=True)):
         try:
-            return cls.from_dict(content, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"no image processor can be made of {path}: {error}") from error
+            jobs.append(_job(image, layout, options))
+        except ValueError as error:
+            raise ValueError(f"images[{i}]: {error}") from error
+    return process(jobs)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Write ``preprocessor_config.json`` into a folder, which is made if need be.
 
-        Args:
-            save_directory: The folder.
-            push_to_hub: Whether to upload it as well.
-            **kwargs: For :meth:`push_to_hub`; ``repo_id`` is the folder's name by default.
+def _job(image: np.ndarray, layout: ChannelDimension, options: _Options) -> Job:
+    """Describe an image (H, W, C) and what the steps make of it.
 
-        Returns:
-            The paths of the files written.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.to_json_file(folder / CONFIG_NAME)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-        return [str(folder / CONFIG_NAME)]
+    Raises:
+        ValueError: pixels that cannot be bytes; a mean or standard deviation that does not fit.
+    """
+    height, width, channels = image.shape
+    factors: tuple[float, ...] = ()
+    size = height, width
+    if options.size is not None:
+        size = resized_size(height, width, options.size)
+        image, is_fraction = image_transforms.to_bytes(image)
+        factors = (1 / 255,) if is_fraction else ()
+    if options.factor is not None:
+        factors = (*factors, float(options.factor))
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    if options.mean is not None:
+        statistics = image_transforms.statistics(options.mean, options.std, channels, np.float32)
+        mean, std = (tuple(values.tolist()) for values in statistics)
+    crop = size if options.crop is None else options.crop
+    recipe = Recipe(
+        crop,
+        int(options.resample) if options.size is not None else 0,
+        factors,
+        mean,
+        std,
+        torch.float32 if factors or mean else torch.uint8,
+        channels_last=layout == ChannelDimension.LAST,
+    )
+    # Floor division: an odd remainder leaves the window one pixel nearer to the top and left.
+    offset = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
+    return Job(torch.from_numpy(image), size, offset, recipe)
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _height_and_width(crop_size: Size) -> tuple[int, int]:
+    if "height" not in crop_size:
+        raise ValueError(f"crop_size must hold height and width, got {crop_size!r}")
+    return crop_size["height"], crop_size["width"]
 
 
 def _require(name: str, value: Any, needed: bool) -> None:
@@ -462,22 +443,3 @@ def _channels_last(
 def _in_layout(image: np.ndarray, data_format: Any, own: ChannelDimension) -> np.ndarray:
     """Return an image of shape (..., H, W, C) in ``data_format``, or for None in its own layout."""
     return from_channels_last(image, parse_channel_dimension("data_format", data_format) or own)
-
-
-def _to_json(value: Any) -> Any:
-    """Return what stands in JSON for arrays and numpy's numbers."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
-
-
-def _locate_config(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Path:
-    if os.path.isfile(name_or_path):
-        return Path(name_or_path)
-    path = locate_file(name_or_path, CONFIG_NAME, required=False, **options)
-    path = path or locate_file(name_or_path, PROCESSOR_CONFIG_NAME, required=False, **options)
-    if path is not None:
-        return path
-    missing = locate_file(name_or_path, CONFIG_NAME, **options)  # says what is missing
-    assert missing is not None
-    return missing

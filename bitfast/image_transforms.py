@@ -27,7 +27,7 @@ def resize(
     Raises:
         ValueError: pixels that are neither integers from 0 to 255 nor fractions from 0 to 1.
     """
-    pixels, is_fraction = _to_bytes(image)
+    pixels, is_fraction = to_bytes(image)
 
     def resize_with_pillow(part: np.ndarray) -> np.ndarray:
         resized = Image.fromarray(part).resize((width, height), resample, reducing_gap=reducing_gap)
@@ -41,8 +41,12 @@ def resize(
     return rescale(result, 1 / 255) if is_fraction else result
 
 
-def _to_bytes(image: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Return the pixels as uint8, and whether fractions from 0 to 1 were scaled to get there."""
+def to_bytes(image: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return the pixels as uint8, and whether fractions from 0 to 1 were scaled to get there.
+
+    Raises:
+        ValueError: pixels that are neither integers from 0 to 255 nor fractions from 0 to 1.
+    """
     if image.dtype == np.uint8:
         return image, False
     low, high = image.min(), image.max()
@@ -95,19 +99,34 @@ def normalize(
     """
     if not np.issubdtype(image.dtype, np.floating):
         image = image.astype(np.float32)
-    mean = _per_channel("mean", mean, image)
-    std = _per_channel("std", std, image)
-    if not std.all():
-        raise ValueError(f"std must hold numbers other than 0 in {image.dtype}, got {std.tolist()}")
+    mean, std = statistics(mean, std, image.shape[-1], image.dtype)
     return (image - mean) / std
 
 
-def _per_channel(name: str, values: float | Collection[float], image: np.ndarray) -> np.ndarray:
-    channels = image.shape[-1]
+def statistics(
+    mean: float | Collection[float], std: float | Collection[float], channels: int, dtype: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the standard deviation, one number per channel each, in this dtype.
+
+    Raises:
+        ValueError: one of them is neither a number nor one per channel; a ``std`` of 0.
+    """
+    means = _per_channel("mean", mean, channels, dtype)
+    stds = _per_channel("std", std, channels, dtype)
+    if not stds.all():
+        raise ValueError(
+            f"std must hold numbers other than 0 in {np.dtype(dtype)}, got {stds.tolist()}"
+        )
+    return means, stds
+
+
+def _per_channel(
+    name: str, values: float | Collection[float], channels: int, dtype: Any
+) -> np.ndarray:
     if not isinstance(values, Collection):
         values = [values] * channels
     elif len(values) != channels or isinstance(values, str):
         raise ValueError(
             f"{name} must be a number or hold one for each of the {channels} channels, got {values!r}"
         )
-    return np.array(values, dtype=image.dtype)
+    return np.array(values, dtype=dtype)

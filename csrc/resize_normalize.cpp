@@ -79,6 +79,10 @@ Geometry geometry_of(
   return geometry;
 }
 
+void check_filter(int64_t resample) {
+  STD_TORCH_CHECK(0 <= resample && resample <= 5, "resample must be one of Pillow's filters, 0 to 5, got ", resample);
+}
+
 void check(
     const std::vector<Tensor>& images,
     const std::vector<int64_t>& sizes,
@@ -91,7 +95,7 @@ void check(
       count > 0 && sizes.size() == 2 * count && offsets.size() == 2 * count && first_axes.size() == count,
       "sizes, offsets and first_axes must fit the number of images, which is at least 1");
   STD_TORCH_CHECK(crop.size() == 2 && crop[0] > 0 && crop[1] > 0, "crop must be a positive height and width");
-  STD_TORCH_CHECK(0 <= resample && resample <= 5, "resample must be one of Pillow's filters, 0 to 5, got ", resample);
+  check_filter(resample);
   STD_TORCH_CHECK(
       *std::min_element(sizes.begin(), sizes.end()) > 0 && *std::max_element(sizes.begin(), sizes.end()) <= INT32_MAX,
       "sizes must be from 1 to ", INT32_MAX);
@@ -280,6 +284,47 @@ Tensor resize_normalize_floats(
   return result;
 }
 
+// The tables of several lines, one after the other, for kernels elsewhere: int32 starts, int32 weights (those
+// of a line being count x taps), and int64 taps of each line. `lines` is flat: in_size, out_size, first, count.
+std::tuple<Tensor, Tensor, Tensor> resampling_tables(const std::vector<int64_t>& lines, int64_t resample) {
+  STD_TORCH_CHECK(lines.size() % 4 == 0, "lines must hold four numbers each");
+  check_filter(resample);
+  std::vector<Axis<int32_t>> axes(lines.size() / 4);
+  for (size_t i = 0; i < lines.size(); i += 4) {
+    STD_TORCH_CHECK(
+        0 < lines[i] && lines[i] <= INT32_MAX && 0 <= lines[i + 2] && 0 < lines[i + 3] &&
+            lines[i + 2] + lines[i + 3] <= lines[i + 1] && lines[i + 1] <= INT32_MAX,
+        "a line must be (in_size, out_size, first, count) with outputs that exist");
+  }
+  in_parallel(axes.size(), [&](int64_t i) {
+    const int64_t* line = lines.data() + 4 * i;
+    axes[i] = make_axis<int32_t>(line[0], line[1], line[2], line[3], static_cast<Filter>(resample));
+  });
+  int64_t starts = 0, weights = 0;
+  for (const auto& axis : axes) {
+    starts += axis.count;
+    weights += axis.count * axis.taps;
+  }
+  const auto empty = [](int64_t size, ScalarType dtype) {
+    return torch::stable::empty(
+        {&size, 1}, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt,
+        std::nullopt);
+  };
+  const std::tuple<Tensor, Tensor, Tensor> result{
+      empty(starts, ScalarType::Int), empty(weights, ScalarType::Int), empty(axes.size(), ScalarType::Long)};
+  int32_t* start = static_cast<int32_t*>(std::get<0>(result).mutable_data_ptr());
+  int32_t* weight = static_cast<int32_t*>(std::get<1>(result).mutable_data_ptr());
+  int64_t* taps = static_cast<int64_t*>(std::get<2>(result).mutable_data_ptr());
+  for (const auto& axis : axes) {
+    start = std::copy(axis.starts.begin(), axis.starts.end(), start);
+    for (int64_t i = 0; i < axis.count; ++i) {
+      weight = std::copy_n(axis.weights.begin() + i * axis.stride, axis.taps, weight);
+    }
+    *taps++ = axis.taps;
+  }
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
@@ -289,11 +334,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
   m.def(
       "resize_normalize_floats.native(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, "
       "bool channels_last, int[] first_axes) -> Tensor");
+  m.def("resampling_tables.native(int[] lines, int resample) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
   m.impl("resize_normalize_bytes.native", TORCH_BOX(&resize_normalize_bytes));
   m.impl("resize_normalize_floats.native", TORCH_BOX(&resize_normalize_floats));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitfast, CompositeExplicitAutograd, m) {
+  m.impl("resampling_tables.native", TORCH_BOX(&resampling_tables));
 }
 
 }  // namespace bitfast::resize_normalize

@@ -1,0 +1,104 @@
+"""Images that are to be processed alike, in as few calls of ``resize_normalize`` as there are kinds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bitfast.ops.resize_normalize import resize_normalize
+
+
+class Recipe(NamedTuple):
+    """What is done with an image besides resizing it; see :func:`bitfast.ops.resize_normalize`.
+
+    Attributes:
+        crop: (height, width) of the result.
+        resample: Pillow's filter number.
+        factors: What pixels are multiplied by, one after the other.
+        mean, std: One number per channel, or none.
+        dtype: Of the result.
+        channels_last: Whether the result is (H, W, C) rather than (C, H, W).
+    """
+
+    crop: tuple[int, int]
+    resample: int
+    factors: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype
+    channels_last: bool = False
+
+
+class Job(NamedTuple):
+    """One image.
+
+    Attributes:
+        image: Shape (H, W, C), uint8 or floating.
+        size: (height, width) after resizing.
+        offset: (top, left) of the crop in the resized image.
+        recipe: The rest.
+    """
+
+    image: Tensor
+    size: tuple[int, int]
+    offset: tuple[int, int]
+    recipe: Recipe
+
+
+def process(jobs: Sequence[Job]) -> Tensor | list[Tensor]:
+    """Return the results as one tensor (N, ...) if all images are of one kind, else one by one."""
+    kinds: dict[tuple[Recipe, int, torch.dtype, torch.device], list[int]] = {}
+    for i, job in enumerate(jobs):
+        kind = job.recipe, job.image.shape[2], job.image.dtype, job.image.device
+        kinds.setdefault(kind, []).append(i)
+    if len(kinds) == 1:
+        return _process_alike(jobs)
+    results: list[Tensor] = [jobs[0].image] * len(jobs)
+    for members in kinds.values():
+        batch = _process_alike([jobs[i] for i in members])
+        for i, result in zip(members, batch, strict=True):
+            results[i] = result
+    return results
+
+
+def _process_alike(jobs: Sequence[Job]) -> Tensor:
+    recipe = jobs[0].recipe
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    batch = resize_normalize(
+        [job.image for job in jobs],
+        [job.size for job in jobs],
+        recipe.crop,
+        recipe.resample,
+        recipe.factors,
+        recipe.mean or None,
+        recipe.std or None,
+        offsets=[job.offset for job in jobs],
+        dtype=recipe.dtype,
+        memory_format=layout,
+    )
+    return batch.permute(0, 2, 3, 1) if recipe.channels_last else batch
+
+
+def check_resized_size(i: int, height: int, width: int, size: tuple[int, int]) -> None:
+    """Refuse an image that resizing would blow up past Pillow's limit: a line of pixels can.
+
+    Args:
+        i: Its number, for the message.
+        height, width: As it is.
+        size: (height, width) after resizing.
+
+    Raises:
+        ValueError: the resized image would have more pixels than Pillow opens.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if (
+        limit is not None and size[0] * size[1] > 2 * limit
+    ):  # where Pillow's warning becomes an error
+        raise ValueError(
+            f"images[{i}]: {width}x{height} pixels would be resized to {size[1]}x{size[0]}, more than"
+            f" the limit of {2 * limit} pixels (twice PIL.Image.MAX_IMAGE_PIXELS)"
+        )
