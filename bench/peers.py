@@ -17,6 +17,7 @@ PEERS = {
     "transformers": "transformers==4.56.2",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
+    "torchvision": "torchvision",
 }
 """What to tell pip, by distribution."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .registry import OURS, PLAIN
-from .report import duration, percent, ratio_cell, short_cell
+from .report import IMAGE_NOTES, duration, image_table, percent, ratio_cell, short_cell
 from .rows import Report, Row, cases_of
 
 FOLDER = Path(__file__).resolve().parent
@@ -67,6 +67,9 @@ def tables(report: Report) -> list[str]:
         parts += [*models_table(further), "", *cost_tables(full or further)]
     if ops:
         parts += ["", *ops_table(ops)]
+    images = [row for row in report.rows if row.kind == "images"]
+    if images:
+        parts += ["", *IMAGE_NOTES, "", *image_table(images)]
     return parts
 
 

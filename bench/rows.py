@@ -30,8 +30,8 @@ class Row:
     """One contestant of one case.
 
     Attributes:
-        kind: "op" or "model".
-        op: The word of the op; for models "inference" or "training".
+        kind: "op", "images" or "model".
+        op: The word of the op; for images "preprocessing", for models "inference" or "training".
         case: What was computed, without the threads.
         threads: Of the CPU.
         contestant: By whom, in which dtype and form.
@@ -41,7 +41,8 @@ class Row:
         is_quick: Whether the case stands for its like.
         seconds, quartiles: Per call, the median and the quartiles over the rounds.
         ratio, ratio_quartiles: The baseline's time over this one's.
-        error, allowed_error: Relative to float64: the largest of the results', and what is allowed.
+        error, allowed_error: Relative to float64: the largest of the results', and what is allowed. For
+            images the largest difference from the processor of transformers that is replaced.
         fraction: Of the machine's limit.
         limit: Which limit that is, "arithmetic" or "copy".
         first_result: Seconds from constructing to the first result, compilation included.

@@ -1,4 +1,4 @@
-"""``bitfast bench``: ops and whole models beside others, checked, then timed.
+"""``bitfast bench``: ops, image processors and whole models beside others, checked, then timed.
 
 From a checkout that is not installed: ``python -m bench.run``. What a run needs is imported when it runs, so
 that help and usage errors come quickly.
@@ -10,9 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from .images import ImageCase
     from .models import ModelCase
     from .registry import Case
     from .rows import Report
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_integer,
         nargs="+",
         metavar="N",
-        help="CPU threads; models run with each count, ops with the largest "
+        help="CPU threads; models and image processors run with each count, ops with the largest "
         "(default: as many as torch chooses)",
     )
     parser.add_argument(
@@ -70,32 +71,40 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     thread_counts = sorted(set(arguments.threads or [torch.get_num_threads()]))
-    ops, models = select(arguments.only, arguments.quick, thread_counts)
-    if not ops and not models:
+    selection = select(arguments.only, arguments.quick, thread_counts)
+    if not any(selection):
         return usage_error(f"argument --only: no case's title contains {arguments.only!r}")
     if arguments.list:
-        print("\n".join([*(case.title for case in ops), *(case.title for case in models)]))
+        print("\n".join(case.title for cases in selection for case in cases))
         return SUCCESS
     problem = unusable(arguments)
     if problem is not None:
         return usage_error(problem)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-    report = measure(ops, models, thread_counts, rounds, arguments.output)
+    report = measure(selection, thread_counts, rounds, arguments.output)
     return show(report, arguments)
 
 
-def select(
-    text: str, is_quick: bool, thread_counts: Sequence[int]
-) -> tuple[list[Case], list[ModelCase]]:
-    """Return the cases about ops and about models whose titles contain the text."""
-    from . import models, registry
+class Selection(NamedTuple):
+    """The cases to be run."""
+
+    ops: list[Case]
+    images: list[ImageCase]
+    models: list[ModelCase]
+
+
+def select(text: str, is_quick: bool, thread_counts: Sequence[int]) -> Selection:
+    """Return the cases whose titles contain the text."""
+    from . import images, models, registry
 
     ops = [case for case in registry.cases() if text in case.title]
+    batches = [case for case in images.cases(thread_counts) if text in case.title]
     networks = [case for case in models.cases(thread_counts) if text in case.title]
     if is_quick:
         ops = [case for case in ops if case.is_quick]
+        batches = [case for case in batches if case.is_quick]
         networks = [case.quick() for case in networks if case.is_quick]
-    return ops, networks
+    return Selection(ops, batches, networks)
 
 
 def unusable(arguments: argparse.Namespace) -> str | None:
@@ -115,8 +124,7 @@ def unusable(arguments: argparse.Namespace) -> str | None:
 
 
 def measure(
-    ops: Sequence[Case],
-    models: Sequence[ModelCase],
+    selection: Selection,
     thread_counts: Sequence[int],
     rounds: int,
     output: Path | None,
@@ -124,11 +132,13 @@ def measure(
     """Run the cases; what has been found out is written after each."""
     from tqdm import tqdm
 
-    from . import contest, limits, model_contest, peers, rows
+    from . import contest, images, limits, model_contest, peers, rows
 
+    ops, batches, models = selection
     report = rows.Report(rows.machine(), peers=peers.installed())
-    needed = set(thread_counts) if models else {max(thread_counts)}
-    total = len(needed) + len(ops) + sum(model_contest.steps(case, rounds) for case in models)
+    needed = set(thread_counts) if models else {max(thread_counts)} if ops else set()
+    steps = sum(model_contest.steps(case, rounds) for case in models)
+    total = len(needed) + len(ops) + len(batches) + steps
     interval = 0.1 if sys.stderr.isatty() else 30.0
     with tqdm(total=total, file=sys.stderr, mininterval=interval, dynamic_ncols=True) as bar:
 
@@ -144,6 +154,11 @@ def measure(
             bar.set_description(case.title)
             threads = max(thread_counts)
             report.rows += contest.run(case, threads, report.limits[threads], rounds)
+            progress("")
+            save(report, output)
+        for batch in batches:
+            bar.set_description(batch.title)
+            report.rows += images.run(batch, rounds)
             progress("")
             save(report, output)
         for model in models:

@@ -8,6 +8,7 @@ from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CheckpointError
 from bitfast.configuration import BitConfig
 from bitfast.image_processing import BitImageProcessor
+from bitfast.image_processing_fast import BitImageProcessorFast
 from bitfast.modeling import BitBackbone, BitForImageClassification, BitModel, BitPreTrainedModel
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "BitConfig",
     "BitForImageClassification",
     "BitImageProcessor",
+    "BitImageProcessorFast",
     "BitModel",
     "BitPreTrainedModel",
     "CheckpointError",

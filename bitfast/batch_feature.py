@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import UserDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,9 @@ def _to_tensor(key: str, value: Any, tensor_type: str) -> Any:
     if tensor_type == "pt":
         if isinstance(value, torch.Tensor):
             return value
+        if isinstance(value, list) and value and all(isinstance(v, torch.Tensor) for v in value):
+            _check_shapes(key, value)
+            return torch.stack(value)
         value = _stack(key, value)
         return torch.from_numpy(value) if isinstance(value, np.ndarray) else torch.tensor(value)
     if tensor_type == "np":
@@ -89,14 +93,18 @@ def _stack(key: str, value: Any) -> Any:
     """Return a list of arrays as one array; anything else as it is."""
     if not isinstance(value, (list, tuple)) or not all(hasattr(v, "__array__") for v in value):
         return value
-    shapes = [tuple(np.shape(v)) for v in value]
+    _check_shapes(key, value)
+    return np.array(value)
+
+
+def _check_shapes(key: str, values: Sequence[Any]) -> None:
+    shapes = [tuple(v.shape) if hasattr(v, "shape") else np.shape(v) for v in values]
     for i, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ValueError(
                 f"{key} cannot be one tensor: entry {i} has shape {shape}, entry 0 has {shapes[0]}. "
                 "Crop or resize to one size, or leave return_tensors unset."
             )
-    return np.array(value)
 
 
 def _import_library(module: str, tensor_type: str) -> Any:

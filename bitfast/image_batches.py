@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitfast.ops.resize_normalize import resize_normalize
+from bitfast.ops.resize_normalize import INSTALLED_PILLOW, resize_normalize
 
 
 class Recipe(NamedTuple):
@@ -22,6 +22,7 @@ class Recipe(NamedTuple):
         mean, std: One number per channel, or none.
         dtype: Of the result.
         channels_last: Whether the result is (H, W, C) rather than (C, H, W).
+        pillow_version: Of the Pillow to equal.
     """
 
     crop: tuple[int, int]
@@ -31,6 +32,7 @@ class Recipe(NamedTuple):
     std: tuple[float, ...]
     dtype: torch.dtype
     channels_last: bool = False
+    pillow_version: tuple[int, ...] = INSTALLED_PILLOW
 
 
 class Job(NamedTuple):
@@ -79,6 +81,7 @@ def _process_alike(jobs: Sequence[Job]) -> Tensor:
         offsets=[job.offset for job in jobs],
         dtype=recipe.dtype,
         memory_format=layout,
+        pillow_version=recipe.pillow_version,
     )
     return batch.permute(0, 2, 3, 1) if recipe.channels_last else batch
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from bitfast.pillow_memory import pixels_of
 
@@ -50,13 +51,28 @@ def list_images(images: Any) -> list[Any]:
         if not images:
             raise ValueError("images must hold at least one image, got an empty list")
         return list(images)
-    if not isinstance(images, Image.Image) and getattr(images, "ndim", None) == 4:
+    if _is_batch(images):
         if len(images) == 0:
             raise ValueError(
                 f"images must hold at least one image, got shape {tuple(images.shape)}"
             )
         return list(images)
     return [images]
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """Return what :func:`list_images` does, the images of each entry if the entries are lists or batches."""
+    return [
+        image
+        for entry in list_images(images)
+        for image in (
+            list_images(entry) if isinstance(entry, (list, tuple)) or _is_batch(entry) else [entry]
+        )
+    ]
+
+
+def _is_batch(images: Any) -> bool:
+    return not isinstance(images, Image.Image) and getattr(images, "ndim", None) == 4
 
 
 def read_images(
@@ -144,6 +160,59 @@ def check_finite(i: int, image: np.ndarray) -> None:
 def _first_other(image: np.ndarray) -> str:
     place = tuple(int(n) for n in np.argwhere(~np.isfinite(image))[0])
     return f"{image[place]} at {place}"
+
+
+def read_tensors(images: list[Any], convert_rgb: bool, input_data_format: Any) -> list[Tensor]:
+    """Return each image as a tensor of shape (H, W, C), on the device that it is on.
+
+    Args:
+        images: As for :func:`read_images`.
+        convert_rgb: Whether to convert PIL images to mode "RGB"; arrays stay as they are.
+        input_data_format: Layout of the arrays, or None: the one that each array's own shape shows.
+
+    Raises:
+        OSError: a PIL image cannot be decoded.
+        ValueError: an image that is none, or has no pixels; the message says which.
+    """
+    explicit = parse_channel_dimension("input_data_format", input_data_format, two_dimensional=True)
+    result = []
+    for i, image in enumerate(images):
+        if isinstance(image, torch.Tensor):
+            pixels = image.detach()
+            if pixels.dim() not in (2, 3) or pixels.is_complex():
+                raise ValueError(
+                    f"images[{i}] must be real and have shape (H, W, C), (C, H, W) or (H, W),"
+                    f" got {pixels.dtype} of shape {tuple(pixels.shape)}"
+                )
+        else:
+            pixels = to_tensor(_read_image(i, image, convert_rgb))
+        if pixels.dim() == 2:
+            pixels = pixels[:, :, None]
+        elif not isinstance(image, Image.Image):
+            layout = explicit or infer_channel_dimension(pixels.shape, f"images[{i}]")
+            pixels = pixels.permute(1, 2, 0) if layout == ChannelDimension.FIRST else pixels
+        if 0 in pixels.shape:
+            raise ValueError(f"images[{i}] must have pixels, got shape {tuple(pixels.shape)}")
+        result.append(pixels)
+    return result
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """Return an array as a tensor, in place if torch can; not to be written to."""
+    if image.dtype.kind == "u" and image.dtype.itemsize > 1:  # which torch can hardly compute with
+        image = image.astype(np.int32 if image.dtype.itemsize == 2 else np.int64)
+    if not image.dtype.isnative or min(image.strides, default=0) < 0:
+        image = image.astype(image.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(image if image.flags.writeable else np.asarray(_Unlocked(image)))
+
+
+class _Unlocked:
+    """Shows numpy an array that may be written to, because torch warns of those that may not."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        self.owner = image
+        interface = image.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
 def _check_layout(i: int, shape: tuple[int, ...], layout: ChannelDimension) -> None:
@@ -257,6 +326,31 @@ def parse_size(name: str, value: Any, default_to_square: bool) -> Size:
         if not whole or edge < 1:
             raise ValueError(f"{name}: {key} must be an integer of at least 1, got {edge!r}")
     return {key: int(edge) for key, edge in size.items()}
+
+
+def size_with_aspect_ratio(
+    height: int, width: int, shortest_edge: int, longest_edge: int
+) -> tuple[int, int]:
+    """Return (height, width) after resizing the shorter edge, less if the longer one got too long.
+
+    The shorter edge is then rounded to the nearest, the longer one down.
+    """
+    short, long = float(min(height, width)), float(max(height, width))
+    exact: float = shortest_edge
+    if long / short * shortest_edge > longest_edge:
+        exact = longest_edge * short / long
+    edge = round(exact)
+    if (height if height <= width else width) == edge:
+        return height, width
+    if width < height:
+        return int(exact * height / width), edge
+    return edge, int(exact * width / height)
+
+
+def size_within(height: int, width: int, max_height: int, max_width: int) -> tuple[int, int]:
+    """Return the largest (height, width) of this ratio that fits, rounded down."""
+    scale = min(max_height / height, max_width / width)
+    return int(height * scale), int(width * scale)
 
 
 def resized_size(height: int, width: int, size: Size) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from bitfast.image_inputs import (
     read_images,
     resized_size,
     to_channels_last,
+    to_tensor,
 )
 from bitfast.image_processing_base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageProcessor
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES
@@ -405,7 +406,7 @@ def _job(image: np.ndarray, layout: ChannelDimension, options: _Options) -> Job:
     )
     # Floor division: an odd remainder leaves the window one pixel nearer to the top and left.
     offset = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
-    return Job(torch.from_numpy(image), size, offset, recipe)
+    return Job(to_tensor(image), size, offset, recipe)
 
 
 # ---- arguments ----------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import copy
 import inspect
 import json
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from bitfast.checkpoints.files import (
     CheckpointError,
@@ -46,6 +48,10 @@ class ImageProcessor(PushToHubMixin):
                 )
             setattr(self, name, value)
 
+    @classmethod
+    def _parameter_names(cls) -> set[str]:
+        return set(inspect.signature(cls.__init__).parameters)
+
     def to_dict(self) -> dict[str, Any]:
         """Return every attribute, and the class's name under "image_processor_type"."""
         return {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
@@ -75,7 +81,7 @@ class ImageProcessor(PushToHubMixin):
                 ``return_unused_kwargs=True`` returns (processor, the ignored ones).
         """
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        parameters = set(inspect.signature(cls.__init__).parameters) | set(image_processor_dict)
+        parameters = cls._parameter_names() | set(image_processor_dict)
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in parameters}
         processor = cls(**{**image_processor_dict, **overrides})
         return (processor, kwargs) if return_unused_kwargs else processor
@@ -152,9 +158,13 @@ class ImageProcessor(PushToHubMixin):
 
 
 def _to_json(value: Any) -> Any:
-    """Return what stands in JSON for arrays and numpy's numbers."""
+    """Return what stands in JSON for arrays, numpy's numbers, devices and members of enumerations."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.value
     raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
 
 

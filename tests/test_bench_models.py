@@ -27,7 +27,7 @@ def tiny(*contestants: Contestant, **settings: Any) -> ModelCase:
 
 @pytest.fixture
 def nothing_else_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = {"transformers": "4.56.2", "onnxruntime": None, "openvino": None}
+    missing = {"transformers": "4.56.2", "onnxruntime": None, "openvino": None, "torchvision": None}
     monkeypatch.setattr(peers, "installed", lambda: missing)
     monkeypatch.setattr(peers, "export", lambda model, x, path: path.touch())
 

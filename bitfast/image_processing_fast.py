@@ -1,0 +1,348 @@
+"""BitImageProcessorFast: what transformers' processor of this name computes with torchvision."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from bitfast.batch_feature import BatchFeature, parse_tensor_type
+from bitfast.image_batches import Job, Recipe, check_resized_size, process
+from bitfast.image_inputs import (
+    ChannelDimension,
+    Size,
+    flatten_images,
+    parse_channel_dimension,
+    parse_resampling,
+    parse_size,
+    read_tensors,
+    resized_size,
+    size_with_aspect_ratio,
+    size_within,
+)
+from bitfast.image_processing_base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageProcessor
+from bitfast.ops.resize_normalize import RESAMPLE_NAMES
+from bitfast.staging import upload
+
+NEAREST = 0
+"""Pillow's number of its filter that copies pixels."""
+
+WIDTH_FIRST = (12, 1)
+"""The last version of Pillow that always resamples along the width first, as torchvision does."""
+
+
+class _Options(NamedTuple):
+    """The parameters of one call, parsed; None: that step is not taken."""
+
+    size: Size | None
+    resample: int
+    nearest_mode: str | None  # of torch.nn.functional.interpolate, which then resizes
+    crop: tuple[int, int] | None
+    factor: float | None
+    mean: Any
+    std: Any
+
+
+class BitImageProcessorFast(ImageProcessor):
+    """Resizes, center-crops, rescales and normalizes images, in that order, each step optional.
+
+    A drop-in replacement of the class of this name in transformers 4.56: the same parameters and files,
+    the same sizes and crops, and the same rounding after resizing. Images are resized in Pillow's
+    arithmetic, from which torchvision's, with weights of 16 bits, differs in a few bytes per thousand by
+    one level of 255, and hardly ever by two (one for each axis). Unlike the slow processor it rounds odd
+    remainders of a crop to the nearest even offset, works where the images are, and takes arrays of
+    floating pixels as they are, without making bytes of them. Every parameter is an attribute and can be
+    overridden in each call; None, here or in a call, means None rather than a default.
+
+    Args:
+        do_resize: Whether to resize.
+        size: {"shortest_edge": n} keeps the aspect ratio (the longer edge is rounded down), with
+            "longest_edge" beside it up to that length; {"height": h, "width": w} does not;
+            {"max_height": h, "max_width": w} keeps it within these. (h, w) means height and width, an
+            integer what ``default_to_square`` says. By default {"shortest_edge": 224}.
+        default_to_square: Whether a ``size`` of one integer means height and width, or the shortest edge.
+        resample: Pillow's filter, as ``PIL.Image.Resampling``, its number or its name, or a member of
+            torchvision's ``InterpolationMode``. By default bicubic.
+        do_center_crop: Whether to crop the center; a smaller image is surrounded by zeros.
+        crop_size: {"height": h, "width": w}, (h, w) or an integer for both. By default 224.
+        do_rescale: Whether to multiply by ``rescale_factor``.
+        rescale_factor: By default 1/255, for pixels between 0 and 255.
+        do_normalize: Whether to subtract ``image_mean`` and divide by ``image_std``.
+        image_mean: One number, or one per channel. By default CLIP's.
+        image_std: One number, or one per channel, not 0. By default CLIP's.
+        do_convert_rgb: Whether to convert PIL images of any other mode to RGB.
+        return_tensors: "pt" for one tensor of the whole batch; None for a list of tensors.
+        data_format: "channels_first", or None for the same.
+        input_data_format: Layout of the arrays among the images; None: seen from each one's axis of 1 or 3
+            channels. "none" says (H, W).
+        device: Where to work, and where the results lie; None: where the images are. From the CPU to a
+            GPU all images go in one asynchronous copy.
+        disable_grouping: Has no effect: images of all sizes are processed at once in any case.
+        **kwargs: Unknown parameters are kept as attributes and saved.
+
+    Raises:
+        ValueError: a ``size`` or ``crop_size`` that is none; an unknown parameter with the name of a method.
+    """
+
+    is_fast = True
+    defaults: ClassVar[dict[str, Any]] = {
+        "do_resize": True,
+        "size": {"shortest_edge": 224},
+        "default_to_square": False,
+        "resample": Image.Resampling.BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": OPENAI_CLIP_MEAN,
+        "image_std": OPENAI_CLIP_STD,
+        "do_convert_rgb": True,
+        "return_tensors": None,
+        "data_format": ChannelDimension.FIRST,
+        "input_data_format": None,
+        "device": None,
+        "disable_grouping": None,
+    }
+    """The parameters, and their values where none are given."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        values = copy.deepcopy(self.defaults)
+        values |= {name: kwargs.pop(name) for name in self.defaults if name in kwargs}
+        self._keep_unknown(kwargs)
+        if values["size"] is not None:
+            values["size"] = parse_size("size", values["size"], bool(values["default_to_square"]))
+        if values["crop_size"] is not None:
+            values["crop_size"] = parse_size("crop_size", values["crop_size"], True)
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _parameter_names(cls) -> set[str]:
+        return set(cls.defaults)
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Call :meth:`preprocess`."""
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Preprocess one image or a batch of images.
+
+        Args:
+            images: A PIL image, a numpy array or torch tensor of shape (H, W, C), (C, H, W) or (H, W),
+                a list of those (or of such lists), or an array of shape (N, H, W, C) or (N, C, H, W). The
+                sizes in a list may differ. Integers are from 0 to 255; floating pixels too if they are to
+                be rescaled (which is not checked on a GPU: the host would wait for it).
+            **kwargs: Override the attributes of the same name; see the class. Others are ignored, with a
+                warning.
+
+        Returns:
+            :class:`BatchFeature` with ``pixel_values``: a tensor (N, C, H, W), or a list of tensors
+            (C, H, W). The dtype is float32 after normalization or rescaled integers; else the input's.
+
+        Raises:
+            OSError: a PIL image cannot be decoded; the message names its index in the batch.
+            ValueError: any argument that is not as described; where one image is the cause, the message
+                names its index in the batch.
+        """
+        unknown = [name for name in kwargs if name not in self.defaults]
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            warnings.warn(
+                f"{type(self).__name__}.preprocess ignores the arguments {names}", stacklevel=2
+            )
+        values = {name: kwargs.get(name, getattr(self, name)) for name in self.defaults}
+        options = _parse(values)
+        tensor_type = parse_tensor_type(values["return_tensors"])
+        if tensor_type not in (None, "pt"):
+            raise ValueError(f"return_tensors must be 'pt' or None, got {tensor_type!r}")
+        if parse_channel_dimension("data_format", values["data_format"]) == ChannelDimension.LAST:
+            raise ValueError("data_format must be 'channels_first', got 'channels_last'")
+
+        tensors = read_tensors(
+            flatten_images(images), bool(values["do_convert_rgb"]), values["input_data_format"]
+        )
+        for i, tensor in enumerate(tensors):
+            _check_pixels(i, tensor, options)
+        if values["device"] is not None:
+            tensors = upload(tensors, torch.device(values["device"]))
+        jobs, dtypes = [], []
+        for i, tensor in enumerate(tensors):
+            try:
+                jobs.append(_job(i, tensor, options))
+            except ValueError as error:
+                message = str(error).removeprefix(f"images[{i}]: ")
+                raise ValueError(f"images[{i}]: {message}") from error
+            dtypes.append(_result_dtype(tensor.dtype, options))
+        results = process(jobs)
+        if isinstance(results, Tensor) and set(dtypes) == {results.dtype}:
+            return BatchFeature({"pixel_values": results if tensor_type else list(results)})
+        converted = [r.to(dtype) for r, dtype in zip(results, dtypes, strict=True)]
+        return BatchFeature({"pixel_values": converted}, tensor_type)
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _parse(values: dict[str, Any]) -> _Options:
+    """Return the parameters of a call in the form that the steps take."""
+    size = crop = factor = mean = std = None
+    resample, nearest_mode = NEAREST, None
+    if values["do_resize"]:
+        given = _required(values, "size")
+        size = parse_size("size", given, bool(values["default_to_square"]))
+        resample, nearest_mode = _parse_resampling(_required(values, "resample"))
+    if values["do_center_crop"]:
+        parsed = parse_size("crop_size", _required(values, "crop_size"), True)
+        if "height" not in parsed:
+            raise ValueError(f"crop_size must hold height and width, got {parsed!r}")
+        crop = parsed["height"], parsed["width"]
+    if values["do_rescale"]:
+        factor = float(_required(values, "rescale_factor"))
+    if values["do_normalize"]:
+        mean, std = _required(values, "image_mean"), _required(values, "image_std")
+    return _Options(size, resample, nearest_mode, crop, factor, mean, std)
+
+
+def _required(values: dict[str, Any], name: str) -> Any:
+    if values[name] is None:
+        raise ValueError(f"{name} must be given, got None")
+    return values[name]
+
+
+def _parse_resampling(resample: Any) -> tuple[int, str | None]:
+    """Return Pillow's filter number, and for its nearest pixel torch's mode, which computes positions."""
+    number = int(parse_resampling("resample", resample))
+    if number >= len(RESAMPLE_NAMES):
+        raise ValueError(
+            f"resample must be one of Pillow's first six filters, 0 to 5, got {number}"
+        )
+    if number != NEAREST:
+        return number, None
+    # In torchvision's enumeration "nearest" is another filter, without the half pixel.
+    is_theirs = type(resample).__name__ == "InterpolationMode"
+    return number, resample.value if is_theirs else "nearest-exact"
+
+
+def _check_pixels(i: int, image: Tensor, options: _Options) -> None:
+    """Refuse pixels that no processing makes sense of; those on a GPU are not looked at.
+
+    Raises:
+        ValueError: an image that holds NaN or infinity, or is to be rescaled or resized and holds other
+            numbers than the class describes.
+    """
+    if image.device.type != "cpu" or image.dtype == torch.uint8:
+        return
+    low, high = (float(v) for v in image.aminmax()) if image.dtype != torch.bool else (0.0, 1.0)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"images[{i}] must hold finite numbers, got {low} to {high}")
+    is_integer = not image.is_floating_point()
+    if (
+        options.factor is not None or (is_integer and options.size)
+    ) and not 0 <= low <= high <= 255:
+        raise ValueError(
+            f"images[{i}] must hold numbers from 0 to 255 to be resized or rescaled,"
+            f" got {image.dtype} from {low:g} to {high:g}"
+        )
+    if options.factor is not None and not is_integer and high <= 1 and i == 0:
+        warnings.warn(
+            "the pixels of the first image are between 0 and 1 already; if those of the others "
+            "are too, pass do_rescale=False",
+            stacklevel=3,
+        )
+
+
+# ---- one image ----------------------------------------------------------------------------------
+
+
+def _job(i: int, image: Tensor, options: _Options) -> Job:
+    """Describe an image (H, W, C) and what the steps make of it."""
+    height, width, channels = image.shape
+    size = height, width
+    factors, mean, std = _rescaling(channels, image.dtype, options)
+    if options.size is not None:
+        size = _resized(height, width, options.size)
+        check_resized_size(i, height, width, size)
+    if not image.is_floating_point() and image.dtype != torch.uint8:
+        # Bytes, as has been checked; other integers only where they are not resized, exact in float64.
+        image = image.to(torch.uint8 if options.size is not None else torch.float64)
+    if options.nearest_mode is not None and size != (height, width):
+        batch = image.permute(2, 0, 1)[None]
+        image = F.interpolate(batch, size, mode=options.nearest_mode)[0].permute(1, 2, 0)
+    crop = size if options.crop is None else options.crop
+    dtype = _computed_dtype(image.dtype, bool(factors or mean), bool(mean))
+    recipe = Recipe(crop, options.resample, factors, mean, std, dtype, pillow_version=WIDTH_FIRST)
+    return Job(image, size, (_offset(size[0], crop[0]), _offset(size[1], crop[1])), recipe)
+
+
+def _resized(height: int, width: int, size: Size) -> tuple[int, int]:
+    """Return (height, width) after resizing."""
+    if set(size) == {"shortest_edge", "longest_edge"}:
+        result = size_with_aspect_ratio(height, width, size["shortest_edge"], size["longest_edge"])
+    elif "max_height" in size:
+        result = size_within(height, width, size["max_height"], size["max_width"])
+    else:
+        result = resized_size(height, width, size)
+    if min(result) < 1:
+        raise ValueError(f"{width}x{height} pixels would be resized to {result[1]}x{result[0]}")
+    return result
+
+
+def _offset(have: int, want: int) -> int:
+    """Return where a window of ``want`` pixels begins in ``have``; negative: zeros come first.
+
+    As torchvision has it: halves go to the even number, and a smaller image stands nearer to the top and
+    left in its window.
+    """
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)
+
+
+def _rescaling(
+    channels: int, dtype: torch.dtype, options: _Options
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Return factors, mean and std for an image of this dtype, such that rounding is that of tensors.
+
+    Rescaled and normalized at once, the statistics are divided by the factor, as float32 numbers.
+    """
+    if options.mean is None:
+        if options.factor is None:
+            return (), (), ()
+        # The op's product is of float64 numbers, and exact if these are float32 numbers.
+        exact = dtype == torch.float64
+        return (options.factor if exact else float(np.float32(options.factor)),), (), ()
+    inverse = np.float32(1) if options.factor is None else np.float32(1.0 / options.factor)
+    mean = _per_channel("image_mean", options.mean, channels) * inverse
+    std = _per_channel("image_std", options.std, channels) * inverse
+    if not std.all():
+        raise ValueError(f"image_std must hold numbers other than 0, got {options.std!r}")
+    return (), tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _per_channel(name: str, values: Any, channels: int) -> np.ndarray:
+    numbers = list(values) if isinstance(values, Collection) else [values]
+    if len(numbers) not in (1, channels) or isinstance(values, str):
+        raise ValueError(
+            f"{name} must be a number or hold one for each of the {channels} channels, got {values!r}"
+        )
+    return np.array(numbers * (channels // len(numbers)), dtype=np.float32)
+
+
+def _computed_dtype(image: torch.dtype, is_scaled: bool, is_normalized: bool) -> torch.dtype:
+    """Return the dtype in which the op returns an image of this dtype."""
+    if is_normalized or (is_scaled and not image.is_floating_point):
+        return torch.float32
+    return image
+
+
+def _result_dtype(image: torch.dtype, options: _Options) -> torch.dtype:
+    """Return the dtype of the result for an image that was given in this one."""
+    return _computed_dtype(
+        image, options.factor is not None or options.mean is not None, options.mean is not None
+    )
