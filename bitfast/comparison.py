@@ -41,6 +41,10 @@ class Agreement:
 
 def load(library: str, folder: Path) -> nn.Module:
     """Load the classifier in ``folder`` with "transformers" or "bitfast"."""
+    if library == "transformers":
+        from bitfast.bench.torchvision_import import import_torchvision
+
+        import_torchvision()
     return importlib.import_module(library).BitForImageClassification.from_pretrained(folder).eval()
 
 
@@ -93,6 +97,7 @@ RUN_TWICE = """
 import sys
 import torch
 from safetensors.torch import load_file
+{prepare}
 from {library} import BitForImageClassification
 
 torch.set_num_threads({threads})
@@ -120,7 +125,14 @@ def peak_memory(library: str, folder: Path, pixel_values: Tensor) -> int:
     """
     path = folder / "input.safetensors"
     save_file({"pixel_values": pixel_values.contiguous()}, path)
-    program = RUN_TWICE.format(library=library, threads=torch.get_num_threads())
+    prepare = ""
+    if library == "transformers":  # without importing bitfast, which would count too
+        from bitfast.bench import torchvision_import
+
+        prepare = (
+            f"import runpy; runpy.run_path({torchvision_import.__file__!r})['import_torchvision']()"
+        )
+    program = RUN_TWICE.format(prepare=prepare, library=library, threads=torch.get_num_threads())
     command = [sys.executable, "-c", program, str(folder), str(path)]
     # The other process must find what this one found, however this one was started.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

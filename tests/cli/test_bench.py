@@ -70,7 +70,7 @@ def test_a_short_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     report = Report.read(output)
     assert {"bitfast", "python", "torch"} <= set(report.machine["versions"])
     assert {"date", "commit", "cpu"} <= set(report.machine)
-    assert set(report.peers) == {"transformers", "onnxruntime", "openvino"}
+    assert set(report.peers) == {"transformers", "onnxruntime", "openvino", "torchvision"}
     assert [row.contestant for row in report.rows] == ["plain PyTorch", "bitfast"]
     assert {row.threads for row in report.rows} == {1}
     limits = report.limits[1]
