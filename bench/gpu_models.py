@@ -24,6 +24,7 @@ from .gpu_model_runs import (
     their_model,
 )
 from .gpu_timing import Session, last_lines, run_parts
+from .torchvision_import import import_torchvision
 
 
 def settings_of(session: Session) -> list[Setting]:
@@ -52,6 +53,7 @@ def settings_of(session: Session) -> list[Setting]:
 
 def is_installed(session: Session, package: str) -> bool:
     """Say whether a peer is installed; if not, a row says so."""
+    import_torchvision()  # the others import it where they find it
     try:
         __import__(package)
     except ImportError as error:

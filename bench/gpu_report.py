@@ -104,6 +104,7 @@ class Plan:
             [self.module("group_norm_act", kernels, 55)],
             [self.module("models_compiled", models, 130)],
             [self.module("same_padding", kernels, 15)],
+            [self.module("images", "bench.gpu_images", 45)],
             [self.module("dispatch", "bench.gpu_device", 15)],
             [self.module("models_peers", models, 80)],
             [self.module("models_autotuned", models, 240, is_optional=True)],
@@ -196,6 +197,7 @@ class Plan:
 
 KERNEL_TESTS = [
     "tests/test_group_norm_act_kernels.py",
+    "tests/test_resize_normalize_kernels.py",
     "tests/test_weight_standardization_kernels.py",
 ]
 

@@ -15,7 +15,13 @@ TARGETS = (
     ("R50x1 bfloat16 batch 128: transformers eager's time over ours", 3.0),
     ("R50x1 bfloat16 batch 128: best compiled transformers' time over ours", 1.5),
     ("R50x1 bfloat16 batch 1 in a CUDA graph: transformers eager's time over ours", 5.0),
+    ("256 mixed images to the GPU: transformers fast's time over ours", 10.0),
 )
+
+IMAGE_CASE = "{batch} mixed images, {origin}"
+"""Title of a case about image processors; ``origin`` is one of the next two."""
+
+FROM_HOST, ON_DEVICE = "decoded PIL images", "tensors on the GPU"
 
 
 def is_measured(row: Row) -> bool:
@@ -68,6 +74,12 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
         advantage(rows, large, ("transformers eager",), ours),
         advantage(rows, large, ("transformers compiled",), ours),
         advantage(rows, small, ("transformers eager",), ("bitfast, CUDA graph",)),
+        advantage(
+            rows,
+            IMAGE_CASE.format(batch=256, origin=FROM_HOST),
+            ("transformers fast",),
+            ("bitfast fast",),
+        ),
     )
     return [
         {"target": name, "wanted": wanted, "measured": value}

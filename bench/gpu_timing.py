@@ -113,7 +113,9 @@ class Session:
 
         if self.device == "cuda" or os.environ.get("TRITON_INTERPRET") != "1":
             return nullcontext()
-        return use_backend(group_norm_act="triton", weight_standardization="triton")
+        return use_backend(
+            group_norm_act="triton", weight_standardization="triton", resize_normalize="triton"
+        )
 
     def on_ours(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function on the backends of :meth:`ours`."""

@@ -1,8 +1,8 @@
 """``python -m bench.kernel_builds``: build the Triton kernels for three chips, without a GPU, and look inside.
 
-Every launch that the norms and weights of R50x1 and R152x4 take is compiled ahead of time as Triton would
-compile it on the first call. From the machine code come registers, spills, shared memory and the width of
-every access to global memory.
+Every launch that the norms and weights of R50x1 and R152x4 take, and that batches of images do, is compiled
+ahead of time as Triton would compile it on the first call. From the machine code come registers, spills, shared
+memory and the width of every access to global memory.
 
 Each access of the PTX code carries the line of the kernel that asked for it, which says whether it is to a
 whole feature map or weight (these should be 16 bytes wide) or to a few numbers beside it. The machine code

@@ -1,4 +1,4 @@
-"""Which variants of the Triton kernels the norms and weights of whole models take: what to build."""
+"""Which variants of the Triton kernels whole models and batches of images take: what to build."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfast.activations import ACTIVATIONS
+from bitfast.kernels import resize_normalize as image_kernels
 from bitfast.kernels.launch import Launch
 
 from .shapes import (
@@ -38,6 +39,7 @@ TRITON_TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -103,10 +105,12 @@ class Variant(NamedTuple):
 
     @property
     def compute_type(self) -> str:
-        """The type of the feature maps or standardized weights."""
+        """The type of the feature maps, standardized weights or pixels."""
         types = dict(self.signature)
         return next(
-            types[name] for name in ("x", "total", "result", "grad", "grad_bias") if name in types
+            types[name]
+            for name in ("x", "total", "result", "grad", "grad_bias", "intermediate")
+            if name in types
         )
 
     def constant(self, name: str, default: Any = None) -> Any:
@@ -163,6 +167,30 @@ def wide_launches(dtypes: Dtypes) -> Iterator[Launch]:
         yield from norm_launches(norm, 2, dtypes, backward=backward, groups=groups)
 
 
+def image_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """Yield the launches of batches of images, gray and colored, that are resized and normalized."""
+
+    def table(*shape: int, kind: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    fields = len(image_kernels.FIELDS)
+    tables = (
+        table(640, 3, kind=torch.int32), table(2, fields, kind=torch.int64),
+        table(448, kind=torch.int32), table(9000, kind=torch.int32),
+    )  # fmt: skip
+    between = table(600_000, kind=torch.uint8)
+    for channels in (1, 3):
+        yield image_kernels.first_pass_launch(*tables, intermediate=between, channels=channels)
+        for channels_last, edge in product((False, True), (224, 225)):
+            yield image_kernels.second_pass_launch(
+                *tables,
+                table(256, channels, kind=dtype),
+                intermediate=between,
+                result=table(2, channels, edge, edge, kind=dtype),
+                channels_last=channels_last,
+            )
+
+
 Job = tuple[Variant, int]
 """A variant and the chip to build it for."""
 
@@ -170,6 +198,7 @@ Job = tuple[Variant, int]
 def all_jobs() -> list[Job]:
     """Return the full sweep."""
     launches = [model_launches(model, dtypes) for model, dtypes in product(BATCHES, DTYPES)]
+    launches += [image_launches(dtype) for dtype in (FLOAT32, BFLOAT16, FLOAT16)]
     for dtypes in DTYPES[:2]:
         launches += (
             activation_launches(dtypes),
@@ -197,6 +226,7 @@ def quick_jobs() -> list[Job]:
         activation_launches(dtypes),
         nchw_launches(norms_of("R50x1")[::5], dtypes),
         wide_launches(dtypes),
+        image_launches(BFLOAT16),
     )
     for variant in variants_of(launches):
         jobs.setdefault((variant.kernel, variant.constants, variant.warps), (variant, 90))

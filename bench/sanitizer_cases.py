@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from bitfast import reference
+from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.kernels import group_norm_act as norms
 from bitfast.kernels import weight_standardization as standardization
 from bitfast.kernels.launch import Device, Launch
+from bitfast.ops.resize_normalize import resize_normalize
 from bitfast.ops.weight_standardization import pack, unpack
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -239,6 +241,27 @@ def all_paddings(device: str) -> None:
                         raise AssertionError(f"same_padding of {shape} {dtype} {sides} differs")
 
 
+def all_images(device: str) -> None:
+    """Resize batches of images of several sizes, by every filter, in both layouts and orders of passes."""
+    shapes = [(7, 9, 3), (40, 3, 3), (1, 1, 3), (13, 90, 3)]
+    images = [torch.randint(256, shape, dtype=torch.uint8) for shape in shapes]
+    for resample, layout, version in itertools.product(range(6), LAYOUTS, ((12, 1), (13, 0))):
+        options: dict[str, Any] = {
+            "sizes": [(9, 11), (5, 6), (4, 4), (13, 20)],
+            "crop": (9, 12),
+            "resample": resample,
+            "rescale_factor": 1 / 255,
+            "memory_format": layout,
+            "pillow_version": version,
+        }
+        with use_backend("reference"):
+            expected = resize_normalize(images, **options)
+        with use_backend("triton"):
+            result = resize_normalize([image.to(device) for image in images], **options)
+        if not torch.equal(result.cpu(), expected):
+            raise AssertionError(f"resize_normalize with filter {resample} differs")
+
+
 def main() -> None:
     """Run everything, and print what ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -252,7 +275,8 @@ def main() -> None:
     problem = None
     try:
         all_paddings(options.device)
-    except AttributeError as error:  # without the extension there are no such operators
+        all_images(options.device)
+    except (AttributeError, BackendUnavailableError) as error:  # without the extension
         problem = error
     if options.device == "cuda":
         torch.cuda.synchronize()
@@ -260,7 +284,7 @@ def main() -> None:
         print(*variant)
     print(f"{len(seen.variants)} kernel variants ran")
     if problem is not None:
-        raise SystemExit(f"same_padding did not run: {problem}")
+        raise SystemExit(f"same_padding and resize_normalize did not run: {problem}")
 
 
 if __name__ == "__main__":

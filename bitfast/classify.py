@@ -16,6 +16,8 @@ from torch import Tensor
 
 from bitfast.image_files import Candidate, describe, one_line, printable, read_image
 from bitfast.image_processing import BitImageProcessor
+from bitfast.image_processing_base import processor_type
+from bitfast.image_processing_fast import BitImageProcessorFast
 from bitfast.modeling import BitForImageClassification
 
 
@@ -74,13 +76,17 @@ class Classifier:
         processor: Makes its ``pixel_values``.
     """
 
-    def __init__(self, model: BitForImageClassification, processor: BitImageProcessor) -> None:
+    def __init__(
+        self,
+        model: BitForImageClassification,
+        processor: BitImageProcessor | BitImageProcessorFast,
+    ) -> None:
         self.model = model
         self.processor = processor
 
     @classmethod
     def load(cls, name_or_path: str, device: torch.device, dtype: str) -> Classifier:
-        """Load both from one checkpoint, a folder or a name on the Hub.
+        """Load both from one checkpoint, a folder or a name on the Hub; the fast processor if it names that.
 
         Raises:
             OSError: it is missing or broken.
@@ -88,7 +94,9 @@ class Classifier:
             RuntimeError: its tensors do not fit its configuration, or the device's memory.
         """
         model = BitForImageClassification.from_pretrained(name_or_path, dtype=dtype)
-        processor = BitImageProcessor.from_pretrained(name_or_path)
+        is_fast = processor_type(name_or_path) == BitImageProcessorFast.__name__
+        processor_class = BitImageProcessorFast if is_fast else BitImageProcessor
+        processor = processor_class.from_pretrained(name_or_path)
         if model.config.num_labels < 1:
             raise ValueError("it has no labels")
         return cls(model.to(device), processor)

@@ -97,11 +97,32 @@ def check_resized_size(i: int, height: int, width: int, size: tuple[int, int]) -
     Raises:
         ValueError: the resized image would have more pixels than Pillow opens.
     """
-    limit = Image.MAX_IMAGE_PIXELS
-    if (
-        limit is not None and size[0] * size[1] > 2 * limit
-    ):  # where Pillow's warning becomes an error
+    if _is_too_large(size):
         raise ValueError(
-            f"images[{i}]: {width}x{height} pixels would be resized to {size[1]}x{size[0]}, more than"
-            f" the limit of {2 * limit} pixels (twice PIL.Image.MAX_IMAGE_PIXELS)"
+            f"images[{i}]: {width}x{height} pixels would be resized to {size[1]}x{size[0]},"
+            f" {_more_than_the_limit()}"
         )
+
+
+def check_crop_size(crop: tuple[int, int] | None) -> None:
+    """Refuse a (height, width) that no image is to be surrounded with zeros to; None is none.
+
+    Raises:
+        ValueError: it would have more pixels than Pillow opens.
+    """
+    if crop is not None and _is_too_large(crop):
+        raise ValueError(f"crop_size: {crop[1]}x{crop[0]} pixels are {_more_than_the_limit()}")
+
+
+def _is_too_large(size: tuple[int, int]) -> bool:
+    limit = Image.MAX_IMAGE_PIXELS
+    # Where Pillow's warning becomes an error.
+    return limit is not None and size[0] * size[1] > 2 * limit
+
+
+def _more_than_the_limit() -> str:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    return (
+        f"more than the limit of {2 * Image.MAX_IMAGE_PIXELS} pixels"
+        " (twice PIL.Image.MAX_IMAGE_PIXELS)"
+    )

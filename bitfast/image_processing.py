@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitfast import image_transforms
 from bitfast.batch_feature import BatchFeature, parse_tensor_type
-from bitfast.image_batches import Job, Recipe, check_resized_size, process
+from bitfast.image_batches import Job, Recipe, check_crop_size, check_resized_size, process
 from bitfast.image_inputs import (
     ChannelDimension,
     Size,
@@ -206,6 +206,7 @@ class BitImageProcessor(ImageProcessor):
             image_mean if do_normalize else None,
             image_std if do_normalize else None,
         )
+        check_crop_size(options.crop)
 
         arrays, layouts = read_images(
             list_images(images), override("do_convert_rgb", do_convert_rgb), input_data_format
@@ -249,14 +250,15 @@ class BitImageProcessor(ImageProcessor):
         if options.mean is not None:
             steps.append(partial(self.normalize, mean=options.mean, std=options.std))
         results = []
-        for i, (image, layout) in enumerate(zip(arrays, layouts, strict=True)):
-            if self._has_own_steps():
-                image = image.copy()  # which may write into it, and it may be Pillow's memory
+        for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
+            # It may be Pillow's memory, into which neither these steps nor who gets the result may write.
+            image = array.copy() if self._has_own_steps() else array
             try:
                 for step in steps:
                     image = step(image=image, input_data_format=ChannelDimension.LAST)
             except ValueError as error:
                 raise ValueError(f"images[{i}]: {error}") from error
+            image = image.copy() if np.may_share_memory(image, array) else image
             results.append(from_channels_last(image, layout))
         return results
 

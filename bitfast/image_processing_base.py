@@ -129,10 +129,8 @@ class ImageProcessor(PushToHubMixin):
             "subfolder": subfolder,
         }
         path = _locate_config(pretrained_model_name_or_path, options)
-        content = read_json(path)
-        content = content.get("image_processor", content)
         try:
-            return cls.from_dict(content, **kwargs)
+            return cls.from_dict(_read_config(path), **kwargs)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"no image processor can be made of {path}: {error}") from error
 
@@ -166,6 +164,25 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     raise TypeError(f"{type(value).__name__} {value!r} has no form in JSON")
+
+
+def processor_type(name_or_path: str | os.PathLike[str]) -> Any:
+    """Return what a checkpoint's configuration names as the class of its image processor, or None.
+
+    Raises:
+        CheckpointError: the file cannot be found or read.
+    """
+    return _read_config(_locate_config(name_or_path, {})).get("image_processor_type")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    content = content.get("image_processor", content)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: image_processor must be a JSON object, got {type(content).__name__}"
+        )
+    return content
 
 
 def _locate_config(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitfast.batch_feature import BatchFeature, parse_tensor_type
-from bitfast.image_batches import Job, Recipe, check_resized_size, process
+from bitfast.image_batches import Job, Recipe, check_crop_size, check_resized_size, process
 from bitfast.image_inputs import (
     ChannelDimension,
     Size,
@@ -28,7 +28,7 @@ from bitfast.image_inputs import (
     size_within,
 )
 from bitfast.image_processing_base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageProcessor
-from bitfast.ops.resize_normalize import RESAMPLE_NAMES
+from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
 from bitfast.staging import upload
 
 NEAREST = 0
@@ -36,6 +36,28 @@ NEAREST = 0
 
 WIDTH_FIRST = (12, 1)
 """The last version of Pillow that always resamples along the width first, as torchvision does."""
+
+
+PARAMETERS = (
+    "do_resize",
+    "size",
+    "default_to_square",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+    "return_tensors",
+    "data_format",
+    "input_data_format",
+    "device",
+    "disable_grouping",
+)
+"""Of BitImageProcessorFast."""
 
 
 class _Options(NamedTuple):
@@ -92,30 +114,31 @@ class BitImageProcessorFast(ImageProcessor):
     """
 
     is_fast = True
-    defaults: ClassVar[dict[str, Any]] = {
-        "do_resize": True,
-        "size": {"shortest_edge": 224},
-        "default_to_square": False,
-        "resample": Image.Resampling.BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": OPENAI_CLIP_MEAN,
-        "image_std": OPENAI_CLIP_STD,
-        "do_convert_rgb": True,
-        "return_tensors": None,
-        "data_format": ChannelDimension.FIRST,
-        "input_data_format": None,
-        "device": None,
-        "disable_grouping": None,
-    }
-    """The parameters, and their values where none are given."""
+
+    # The defaults, which a subclass may replace.
+    do_resize: Any = True
+    size: Any = {"shortest_edge": 224}
+    default_to_square: Any = False
+    resample: Any = Image.Resampling.BICUBIC
+    do_center_crop: Any = True
+    crop_size: Any = {"height": 224, "width": 224}
+    do_rescale: Any = True
+    rescale_factor: Any = 1 / 255
+    do_normalize: Any = True
+    image_mean: Any = OPENAI_CLIP_MEAN
+    image_std: Any = OPENAI_CLIP_STD
+    do_convert_rgb: Any = True
+    return_tensors: Any = None
+    data_format: Any = ChannelDimension.FIRST
+    input_data_format: Any = None
+    device: Any = None
+    disable_grouping: Any = None
 
     def __init__(self, **kwargs: Any) -> None:
-        values = copy.deepcopy(self.defaults)
-        values |= {name: kwargs.pop(name) for name in self.defaults if name in kwargs}
+        values = {
+            name: kwargs.pop(name) if name in kwargs else copy.deepcopy(getattr(self, name))
+            for name in PARAMETERS
+        }
         self._keep_unknown(kwargs)
         if values["size"] is not None:
             values["size"] = parse_size("size", values["size"], bool(values["default_to_square"]))
@@ -126,7 +149,7 @@ class BitImageProcessorFast(ImageProcessor):
 
     @classmethod
     def _parameter_names(cls) -> set[str]:
-        return set(cls.defaults)
+        return set(PARAMETERS)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Call :meth:`preprocess`."""
@@ -138,27 +161,28 @@ class BitImageProcessorFast(ImageProcessor):
         Args:
             images: A PIL image, a numpy array or torch tensor of shape (H, W, C), (C, H, W) or (H, W),
                 a list of those (or of such lists), or an array of shape (N, H, W, C) or (N, C, H, W). The
-                sizes in a list may differ. Integers are from 0 to 255; floating pixels too if they are to
-                be rescaled (which is not checked on a GPU: the host would wait for it).
+                sizes in a list may differ. Pixels to be rescaled are from 0 to 255 or, if that is more, to
+                ``1 / rescale_factor`` (which is not checked on a GPU: the host would wait for it).
             **kwargs: Override the attributes of the same name; see the class. Others are ignored, with a
                 warning.
 
         Returns:
             :class:`BatchFeature` with ``pixel_values``: a tensor (N, C, H, W), or a list of tensors
             (C, H, W). The dtype is float32 after normalization or rescaled integers; else the input's.
+            Normalized images of one channel get the channels of ``image_mean`` and ``image_std``.
 
         Raises:
             OSError: a PIL image cannot be decoded; the message names its index in the batch.
             ValueError: any argument that is not as described; where one image is the cause, the message
                 names its index in the batch.
         """
-        unknown = [name for name in kwargs if name not in self.defaults]
+        unknown = [name for name in kwargs if name not in PARAMETERS]
         if unknown:
             names = ", ".join(map(repr, unknown))
             warnings.warn(
                 f"{type(self).__name__}.preprocess ignores the arguments {names}", stacklevel=2
             )
-        values = {name: kwargs.get(name, getattr(self, name)) for name in self.defaults}
+        values = {name: kwargs.get(name, getattr(self, name)) for name in PARAMETERS}
         options = _parse(values)
         tensor_type = parse_tensor_type(values["return_tensors"])
         if tensor_type not in (None, "pt"):
@@ -204,8 +228,11 @@ def _parse(values: dict[str, Any]) -> _Options:
         if "height" not in parsed:
             raise ValueError(f"crop_size must hold height and width, got {parsed!r}")
         crop = parsed["height"], parsed["width"]
+        check_crop_size(crop)
     if values["do_rescale"]:
         factor = float(_required(values, "rescale_factor"))
+        if values["do_normalize"] and factor == 0:
+            raise ValueError("rescale_factor must not be 0 where pixels are normalized, got 0")
     if values["do_normalize"]:
         mean, std = _required(values, "image_mean"), _required(values, "image_std")
     return _Options(size, resample, nearest_mode, crop, factor, mean, std)
@@ -235,23 +262,27 @@ def _check_pixels(i: int, image: Tensor, options: _Options) -> None:
     """Refuse pixels that no processing makes sense of; those on a GPU are not looked at.
 
     Raises:
-        ValueError: an image that holds NaN or infinity, or is to be rescaled or resized and holds other
-            numbers than the class describes.
+        ValueError: an image that holds NaN or infinity, or is to be rescaled and holds numbers out of the
+            range that :meth:`BitImageProcessorFast.preprocess` describes.
     """
+    is_floating = image.is_floating_point()
     if image.device.type != "cpu" or image.dtype == torch.uint8:
         return
-    low, high = (float(v) for v in image.aminmax()) if image.dtype != torch.bool else (0.0, 1.0)
+    if not is_floating and options.factor is None:
+        return
+    # torch compares neither bool nor unsigned integers of more than 8 bits.
+    low, high = (float(v) for v in (image if is_floating else image.double()).aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"images[{i}] must hold finite numbers, got {low} to {high}")
-    is_integer = not image.is_floating_point()
-    if (
-        options.factor is not None or (is_integer and options.size)
-    ) and not 0 <= low <= high <= 255:
+    if options.factor is None:
+        return
+    most = max(255.0, abs(1 / options.factor)) if options.factor else np.inf
+    if not 0 <= low <= high <= most:
         raise ValueError(
-            f"images[{i}] must hold numbers from 0 to 255 to be resized or rescaled,"
+            f"images[{i}] must hold numbers from 0 to {most:g} to be rescaled by {options.factor:g},"
             f" got {image.dtype} from {low:g} to {high:g}"
         )
-    if options.factor is not None and not is_integer and high <= 1 and i == 0:
+    if is_floating and high <= 1 and i == 0:
         warnings.warn(
             "the pixels of the first image are between 0 and 1 already; if those of the others "
             "are too, pass do_rescale=False",
@@ -266,20 +297,41 @@ def _job(i: int, image: Tensor, options: _Options) -> Job:
     """Describe an image (H, W, C) and what the steps make of it."""
     height, width, channels = image.shape
     size = height, width
+    if options.mean is not None and channels == 1:
+        channels = max(_length(options.mean), _length(options.std))
+        image = image.expand(height, width, channels)
     factors, mean, std = _rescaling(channels, image.dtype, options)
     if options.size is not None:
         size = _resized(height, width, options.size)
         check_resized_size(i, height, width, size)
-    if not image.is_floating_point() and image.dtype != torch.uint8:
-        # Bytes, as has been checked; other integers only where they are not resized, exact in float64.
-        image = image.to(torch.uint8 if options.size is not None else torch.float64)
-    if options.nearest_mode is not None and size != (height, width):
-        batch = image.permute(2, 0, 1)[None]
-        image = F.interpolate(batch, size, mode=options.nearest_mode)[0].permute(1, 2, 0)
+    are_integers = not image.is_floating_point() and image.dtype != torch.uint8
+    if are_integers:
+        image = image.double()  # exact
+    if size != (height, width):
+        if options.nearest_mode is not None:
+            batch = image.permute(2, 0, 1)[None]
+            image = F.interpolate(batch, size, mode=options.nearest_mode)[0].permute(1, 2, 0)
+        elif are_integers:
+            image = _resize_integers(image, size, options.resample)
     crop = size if options.crop is None else options.crop
     dtype = _computed_dtype(image.dtype, bool(factors or mean), bool(mean))
     recipe = Recipe(crop, options.resample, factors, mean, std, dtype, pillow_version=WIDTH_FIRST)
     return Job(image, size, (_offset(size[0], crop[0]), _offset(size[1], crop[1])), recipe)
+
+
+def _resize_integers(image: Tensor, size: tuple[int, int], resample: int) -> Tensor:
+    """Resize integers that are no bytes and so are not clamped, shape (H, W, C) of float64.
+
+    As in torchvision, they are floating numbers meanwhile, and then rounded.
+    """
+    (resized,) = resize_normalize(
+        [image.float()], [size], resample=resample, pillow_version=WIDTH_FIRST
+    )
+    return resized.round().double().permute(1, 2, 0)
+
+
+def _length(values: Any) -> int:
+    return len(values) if isinstance(values, Collection) else 1
 
 
 def _resized(height: int, width: int, size: Size) -> tuple[int, int]:

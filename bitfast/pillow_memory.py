@@ -1,7 +1,8 @@
 """The memory of PIL images as arrays, without a copy.
 
 Pillow hands its memory out by the Arrow C data interface
-(https://arrow.apache.org/docs/format/CDataInterface.html), from version 11.3 on.
+(https://arrow.apache.org/docs/format/CDataInterface.html), from version 11.3 on. Before 13.0 it crashes the
+process if the memory is not its own: a mapped file, a numpy array ("L" only), another library's Arrow array.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ import ctypes
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image
+
+EXPORTS_ANY_MEMORY = int(PIL.__version__.split(".")[0]) >= 13
+"""Whether Pillow also hands out memory that is not its own, rather than crash."""
 
 BYTES_PER_PIXEL = {"RGB": 4, "L": 1}
 """Of the modes that are read in place. Of the four bytes of an RGB pixel the last says nothing."""
@@ -56,8 +61,8 @@ def pixels_of(image: Image.Image) -> np.ndarray:
     """Return the pixels of a PIL image, in place where that is possible; not to be written to.
 
     Returns:
-        (H, W, C) or (H, W), as ``numpy.asarray(image)``. In place are images of the modes "RGB" and "L"
-        that lie in one block of memory, as those of up to 16 MiB do.
+        (H, W, C) or (H, W), as ``numpy.asarray(image)``. In place are images of the modes "RGB" and (from
+        Pillow 13 on) "L" that lie in one block of memory, as those of up to 16 MiB do.
 
     Raises:
         OSError: the image cannot be decoded; whatever else Pillow's decoders raise.
@@ -72,6 +77,9 @@ def _memory_of(image: Image.Image) -> _Memory | None:
     export = getattr(image, "__arrow_c_array__", None)
     # Rows that Pillow was told to align would have gaps between them, of which Arrow knows nothing.
     if depth is None or export is None or Image.core.get_alignment() != 1:
+        return None
+    # Only of RGB can the memory's owner be told for sure: no file or array is mapped in this mode.
+    if not EXPORTS_ANY_MEMORY and (image.mode != "RGB" or image.readonly):
         return None
     try:
         _, array = export()

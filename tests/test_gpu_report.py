@@ -276,6 +276,6 @@ def test_targets_are_the_worst_of_what_counts():
     ]  # fmt: skip
     gpu_summary.add_ratios(rows)
     measured = [target["measured"] for target in gpu_summary.targets(rows)]
-    assert measured == [0.45, 2.0, None, 4.5, 1.5, None]
+    assert measured == [0.45, 2.0, None, 4.5, 1.5, None, None]
     smoke = [{**row, "smoke": True} for row in rows]
     assert all(target["measured"] is None for target in gpu_summary.targets(smoke))

@@ -27,6 +27,7 @@ from bench.kernel_builds import (
 from bitfast.kernels import (
     group_norm_act_backward,
     group_norm_act_forward,
+    resize_normalize_tiles,
     weight_standardization_tiles,
 )
 
@@ -43,6 +44,11 @@ KERNELS = [
 ]
 # What these store has a number per channel or group.
 STORE_NO_TILE = ("moments_kernel", "backward_sums_kernel", "parameter_gradients_kernel")
+IMAGE_KERNELS = [
+    f"resize_normalize_tiles.{name}"
+    for name in vars(resize_normalize_tiles)
+    if name.endswith("_kernel")
+]
 CHIPS = ("80", "90", "100")
 BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 
@@ -214,6 +220,25 @@ def test_every_way_to_work_on_a_weight_is_built(builds: list[Build], kernel: str
         assert all({"tile load", "looped load"} <= set(b.result["asked"]) for b in members)
     else:
         assert {build.constant("KIND") for build in members} == set("01234567")
+
+
+# ---- images ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", IMAGE_KERNELS)
+def test_kernels_of_images(builds: list[Build], kernel: str) -> None:
+    """Pixels of images are gathered byte by byte; the rest is as it is elsewhere."""
+    members = [build for build in builds if build.kernel == kernel]
+    assert {build.chip for build in members} == set(CHIPS)
+    for build in members:
+        assert build.result["spills"] <= 32
+        assert 0 < build.result["registers"] <= 128  # two programs per 64 Ki registers, at least
+        assert build.result["shared"] == 0
+        assert min(build.code("load")) == 1
+    if "second" in kernel:
+        dtypes = {build.types[-3 if build.constant("width") else -4] for build in members}
+        assert dtypes == set(BYTES)
+        assert {build.constant("CHANNELS_LAST") for build in members} == {"True", "False"}
 
 
 # ---- the table in bench/results -------------------------------------------------------------------

@@ -227,13 +227,14 @@ def test_compiles_without_graph_break_for_dynamic_sizes() -> None:
         assert torch.equal(compiled(images), batch(images))
 
 
-def test_a_demanded_backend_that_does_not_exist_is_an_error() -> None:
-    image = torch.zeros(4, 4, 3, dtype=torch.uint8)
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_a_demanded_backend_that_cannot_is_an_error(name: str) -> None:
+    image = torch.zeros(4, 4, 3, dtype=torch.float64)
     with use_backend("reference"):
         resize_normalize([image], [(2, 2)])
     with (
-        use_backend(resize_normalize="triton"),
-        pytest.raises(BackendUnavailableError, match="triton' cannot run resize_normalize"),
+        use_backend(resize_normalize=name),
+        pytest.raises(BackendUnavailableError, match=f"{name}' cannot run resize_normalize"),
     ):
         resize_normalize([image], [(2, 2)])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bitfast import extension
 from bitfast.backends import use_backend
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
+from tests.image_layouts import LAYOUTS, poisoned_memory, random_image
 
 pytestmark = pytest.mark.skipif(
     extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.skipif(
 
 edges = st.integers(1, 30) | st.integers(1, 120)
 seeds = st.integers(0, 2**32 - 1)
-LAYOUTS = ("HWC", "CHW", "sliced", "four bytes per pixel", "one pixel")
 
 
 @contextmanager
@@ -35,37 +35,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are full of NaN, or of 255, until they are written."""
-    torch.use_deterministic_algorithms(True)  # torch fills new memory then
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def random_image(
-    seed: int, shape: tuple[int, int, int], layout: str, dtype: torch.dtype = torch.uint8
-) -> Tensor:
-    """Return an image (H, W, C) that lies in memory as the layout says."""
-    height, width, channels = shape
-    generator = torch.Generator().manual_seed(seed)
-    # Either noise, or noise of two values only, which overshoots under filters with negative lobes.
-    image = torch.randint(256, shape, generator=generator)
-    image = (torch.where(image > 127, 255, 0) if seed % 2 else image).to(dtype)
-    if layout == "CHW":
-        return image.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    if layout == "sliced":
-        wide = torch.full((2 * height, 3 * width, channels + 2), 77, dtype=dtype)
-        return wide[::2, 1::3, 1:-1].copy_(image)
-    if layout == "four bytes per pixel" and channels <= 4:
-        return torch.full((height, width, 4), 77, dtype=dtype)[..., :channels].copy_(image)
-    if layout == "one pixel":  # of which the image consists: all strides are 0 but the channels'
-        return image[:1, :1].expand(shape)
-    return image
 
 
 @settings(max_examples=400)

@@ -22,6 +22,7 @@ def images() -> list[Tensor]:
         torch.randint(256, (20, 30, 3), dtype=torch.uint8)[3:17:2, ::5],
         torch.randint(256, (1, 1, 3), dtype=torch.uint8).expand(6, 7, 3),
         torch.rand(3, 3, 1).double(),
+        torch.empty((0, 3), dtype=torch.int32),
         torch.randint(256, (1, 1, 1), dtype=torch.uint8),
     ]
 

@@ -7,7 +7,8 @@ rescale and normalize are those of the slow image processors of transformers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import PIL
 import torch
@@ -410,3 +411,30 @@ if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined 
     complete_operator("resize_normalize_bytes", "native", BYTES_SIGNATURE, _fake_bytes)
     complete_operator("resize_normalize_floats", "native", FLOATS_SIGNATURE, _fake_floats)
     define_operator(OP, "native", SIGNATURE, _native, _fake)
+
+# ---- Triton -------------------------------------------------------------------------------------
+
+
+def _triton(*arguments: Any) -> Tensor:
+    from bitfast.ops import resize_normalize_triton
+
+    return resize_normalize_triton.forward(*arguments)
+
+
+def _why_no_triton_on(device_type: str) -> str | None:
+    from bitfast.ops import resize_normalize_triton as triton
+
+    on_gpu = device_type == "cuda"
+    return triton.why_unavailable_on_gpu() if on_gpu else triton.why_unavailable_on_cpu()
+
+
+for _device in ("cuda", "cpu"):
+    register_kernel(
+        OP,
+        "triton",
+        _device,
+        frozenset({torch.uint8}),
+        partial(_why_no_triton_on, _device),
+        on_demand=_device == "cpu",
+    )
+define_operator(OP, "triton", SIGNATURE, _triton, _fake)

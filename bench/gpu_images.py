@@ -1,0 +1,150 @@
+"""Part of the GPU report about image processors: whole batches of images of mixed sizes.
+
+bitfast's results are compared with Pillow's, bit for bit, before anything is timed; those of the others
+need only be near. A time counts from the call until the results are on the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bitfast import BitImageProcessorFast
+
+from .gpu_models import is_installed
+from .gpu_summary import FROM_HOST, IMAGE_CASE, ON_DEVICE
+from .gpu_timing import Session, WrongResultError, _summarize, run_parts, synchronize
+from .images import PHOTOGRAPHS
+
+SMALL = ((12, 9), (7, 15), (20, 20))
+"""What takes the place of photographs in a smoke run."""
+
+REPEATS = 7
+CLOSE = 0.2
+"""For peers: a few levels of a byte, where they round otherwise."""
+
+Function = Callable[[], Any]
+
+
+def batch_of(session: Session, count: int) -> list[Image.Image]:
+    """Draw images of mixed sizes."""
+    random = np.random.default_rng(0)
+    sizes = SMALL if session.is_smoke else PHOTOGRAPHS
+    distinct = []
+    for width, height in sizes:
+        coarse = random.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+        distinct.append(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return list(islice(cycle(distinct), count))
+
+
+def with_pillow(images: list[Image.Image], edge: int) -> Tensor:
+    """Return what the fast processor makes of images that Pillow has resized."""
+
+    def resized(image: Image.Image) -> Image.Image:
+        shorter = min(image.size)
+        size = int(edge * image.width / shorter), int(edge * image.height / shorter)
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+    processor = BitImageProcessorFast(do_resize=False, crop_size=edge)
+    return processor([resized(image) for image in images], return_tensors="pt")["pixel_values"]
+
+
+def torchvision_function(images: list[Any], edge: int, device: str) -> Function:
+    """Return resizing, cropping and normalizing image after image, with torchvision."""
+    from torchvision.transforms.v2 import functional as F
+
+    processor = BitImageProcessorFast()
+    mean, std = list(processor.image_mean), list(processor.image_std)
+
+    def run() -> Tensor:
+        results = []
+        for image in images:
+            pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image).to(device)
+            pixels = F.resize(pixels, [edge], F.InterpolationMode.BICUBIC, antialias=True)
+            results.append(F.center_crop(pixels, [edge, edge]))
+        return F.normalize(torch.stack(results).float() / 255, mean, std)
+
+    return run
+
+
+def contestants(session: Session, images: list[Any], edge: int) -> dict[str, Function]:
+    """Return what is to be timed, by name."""
+    options = {"size": {"shortest_edge": edge}, "crop_size": edge}
+    found: dict[str, Function] = {}
+    if is_installed(session, "torchvision"):
+        if is_installed(session, "transformers"):
+            from transformers import BitImageProcessorFast as Theirs
+
+            theirs = Theirs(**options)
+            found["transformers fast"] = lambda: theirs(
+                images, return_tensors="pt", device=session.device
+            )["pixel_values"]
+        found["torchvision v2, image by image"] = torchvision_function(images, edge, session.device)
+    fast = BitImageProcessorFast(**options, device=session.device)
+    found["bitfast fast"] = session.on_ours(
+        lambda: fast(images, return_tensors="pt")["pixel_values"]
+    )
+    return found
+
+
+def check(name: str, result: Tensor, expected: Tensor) -> float:
+    """Return the largest difference.
+
+    Raises:
+        WrongResultError: it is too large; for bitfast, there is one.
+    """
+    difference = (result.cpu().float() - expected).abs().max().item()
+    if not difference <= (0.0 if name.startswith("bitfast") else CLOSE):
+        raise WrongResultError(f"differs from Pillow by {difference:.2e}")
+    return difference
+
+
+def race(session: Session, case: str, name: str, function: Function, expected: Tensor) -> None:
+    """Check and time one contestant."""
+    difference = check(name, function(), expected)
+    if session.is_check_only:
+        session.add(case, name, "checked", check=difference)
+        return
+    times = []
+    for _ in range(2 if session.is_smoke else REPEATS):
+        synchronize(session.device)
+        start = time.perf_counter()
+        function()
+        synchronize(session.device)
+        times.append(time.perf_counter() - start)
+    sample = _summarize(times, 1, False)
+    session.add(
+        case,
+        name,
+        check=difference,
+        **sample._asdict(),
+        is_baseline=name == "transformers fast",
+        images_per_second=len(expected) / sample.seconds,
+    )
+
+
+def images(session: Session) -> None:
+    """Batches of 64 and of 256, from the host and on the device."""
+    edge = 8 if session.is_smoke else 224
+    for count in (3,) if session.is_smoke else (256, 64):
+        batch = batch_of(session, count)
+        expected = with_pillow(batch, edge)
+        on_device = [
+            torch.from_numpy(np.array(image)).permute(2, 0, 1).to(session.device) for image in batch
+        ]
+        for origin, given in ((FROM_HOST, batch), (ON_DEVICE, on_device)):
+            case = IMAGE_CASE.format(batch=count, origin=origin)
+            for name, function in contestants(session, given, edge).items():
+                session.attempt(case, name, partial(race, session, case, name, function, expected))
+
+
+if __name__ == "__main__":
+    run_parts({"images": images}, __doc__ or "")

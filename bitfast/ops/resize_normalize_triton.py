@@ -1,0 +1,165 @@
+"""How the Triton kernels of ``resize_normalize`` are given a batch: tables of the host, and two launches."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bitfast import extension
+from bitfast.ops.common import run_launches, why_no_interpreter, why_no_triton
+from bitfast.ops.resize_normalize import values_of_bytes
+from bitfast.staging import upload
+
+if TYPE_CHECKING:
+    from bitfast.kernels.resize_normalize import Axis, Picture
+
+NO_TABLES = "its tables of filters are made by the extension's CPU half, which is missing: "
+
+
+def why_unavailable_on_gpu() -> str | None:
+    """Say why the kernels cannot run on this machine's GPU; None when they can."""
+    return why_no_triton() or _why_no_tables()
+
+
+def why_unavailable_on_cpu() -> str | None:
+    """Say why the kernels cannot run on CPU tensors; None in Triton's interpreter."""
+    return why_no_interpreter() or _why_no_tables()
+
+
+def _why_no_tables() -> str | None:
+    problem = extension.CPU.problem
+    return None if problem is None else NO_TABLES + problem
+
+
+Line = tuple[int, int, int, int]
+"""Size before, size after, the first output that is wanted, and how many."""
+
+
+def forward(
+    images: list[Tensor],
+    sizes: list[int],
+    crop: list[int],
+    offsets: list[int],
+    resample: int,
+    rescale_factors: list[float],
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+    first_axes: list[int],
+) -> Tensor:
+    """Run ``bitfast::resize_normalize.triton``; nothing waits for the device."""
+    from bitfast.kernels import resize_normalize as kernels
+
+    device, channels = images[0].device, images[0].shape[2]
+    lines, tops, lefts = _lines(images, sizes, crop, offsets)
+    starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), resample, device, _stream(device))
+    pictures = [
+        _picture(image, axes, lines[2 * i : 2 * i + 2], tops[i], lefts[i], first_axes[i] == 0)
+        for i, image in enumerate(images)
+    ]
+    plan = kernels.plan(pictures, (crop[0], crop[1]))
+    intermediate = torch.empty(max(plan.buffer_size, 1), dtype=torch.uint8, device=device)
+    plan.second_segments[:, 0] += plan.is_buffered * intermediate.data_ptr()
+    tables = upload([*plan[:4]], device)
+    values = _values(
+        tuple(rescale_factors), tuple(mean), tuple(std), channels, dtype, device, _stream(device)
+    )
+    result = torch.empty(
+        (len(images), channels, crop[0], crop[1]),
+        dtype=dtype,
+        device=device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    launches = []
+    if plan.buffer_size:
+        read = sum(image.numel() for image in images)
+        launches.append(
+            kernels.first_pass_launch(
+                tables[1], tables[0], starts, weights,
+                intermediate=intermediate, channels=channels, reads=read,
+            )
+        )  # fmt: skip
+    launches.append(
+        kernels.second_pass_launch(
+            tables[3], tables[2], starts, weights, values,
+            intermediate=intermediate, result=result, channels_last=channels_last,
+        )
+    )  # fmt: skip
+    run_launches(launches, intermediate)
+    return result
+
+
+def _lines(
+    images: list[Tensor], sizes: list[int], crop: list[int], offsets: list[int]
+) -> tuple[list[Line], list[int], list[int]]:
+    """Return the lines of each image, height and width in turns, and where they begin in the window."""
+    lines: list[Line] = []
+    begins: tuple[list[int], list[int]] = ([], [])
+    for i, image in enumerate(images):
+        for axis in (0, 1):
+            size, offset, window = sizes[2 * i + axis], offsets[2 * i + axis], crop[axis]
+            first = min(max(offset, 0), size)
+            count = min(max(offset + window, first), size) - first
+            lines.append((image.shape[axis], size, first, count))
+            begins[axis].append(first - offset)
+    return lines, begins[0], begins[1]
+
+
+def _picture(
+    image: Tensor,
+    axes: dict[Line, Axis],
+    lines: list[Line],
+    top: int,
+    left: int,
+    height_first: bool,
+) -> Picture:
+    from bitfast.kernels.resize_normalize import Picture
+
+    return Picture(image, axes.get(lines[0]), axes.get(lines[1]), top, left, height_first)
+
+
+def _stream(device: torch.device) -> int:
+    """Return the stream that is current, by which tables are kept: on another they may not be there yet."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=32)
+def _tables(
+    lines: tuple[Line, ...], resample: int, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor, dict[Line, Axis]]:
+    """Return the starts and weights of all lines, on the device, and each line's place in them."""
+    from bitfast.kernels.resize_normalize import Axis
+
+    wanted = [line for line in lines if line[3] > 0]
+    starts, weights, taps = torch.ops.bitfast.resampling_tables.native(
+        [number for line in wanted for number in line], resample
+    )
+    axes: dict[Line, Axis] = {}
+    first_start = first_weight = 0
+    for line, n in zip(wanted, taps.tolist(), strict=True):
+        count = line[3]
+        inputs = starts[first_start].item(), starts[first_start + count - 1].item() + n
+        is_unchanged = line[0] == line[1]
+        axes[line] = Axis(count, n, first_start, first_weight, *inputs, is_unchanged)
+        first_start += count
+        first_weight += count * n
+    on_device = upload([starts, weights] if wanted else [torch.zeros(1).int()] * 2, device)
+    return on_device[0], on_device[1], axes
+
+
+@lru_cache(maxsize=64)
+def _values(
+    rescale_factors: tuple[float, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int,
+) -> Tensor:
+    """Return the table of what each byte becomes, on the device."""
+    return upload([values_of_bytes(rescale_factors, mean, std, channels, dtype)], device)[0]

@@ -1,0 +1,228 @@
+"""Resizing and normalizing in Triton: a batch of images of any sizes in two launches, one per pass.
+
+Integer arithmetic, hence the same bits on every device. Tables drive both launches: a row per image says
+where it lies and how it is resampled, a row per program which tile of which image it makes. The kernels are in
+``resize_normalize_tiles``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import resize_normalize_tiles as kernels
+from .launch import Launch
+
+ROWS, INNER = 8, 256
+"""Of a tile."""
+WARPS = 8
+
+FIELDS = (
+    "address", "row_stride", "pixel_stride", "channel_stride", "starts", "weights", "taps", "is_height",
+    "rows", "columns", "place", "left",
+)  # fmt: skip
+"""Of a table's row per image. ``rows`` and ``columns`` are what the pass makes. ``place`` is where the first
+pass puts that in its buffer, for the second the first row in the window; ``left`` is the first column there."""
+
+
+class Axis(NamedTuple):
+    """How one axis of an image is resampled, and where its numbers lie in the tables.
+
+    Attributes:
+        count: Outputs.
+        taps: Inputs of each.
+        starts, weights: Where its numbers begin: ``count`` starts, ``count * taps`` weights.
+        first_input, end: The inputs that are read.
+        is_unchanged: Each output is the input in its place, the first of them ``first_input``.
+    """
+
+    count: int
+    taps: int
+    starts: int
+    weights: int
+    first_input: int
+    end: int
+    is_unchanged: bool
+
+
+class Picture(NamedTuple):
+    """An image, and what of its resized version goes where in the window.
+
+    Attributes:
+        image: (H, W, C), uint8, any strides.
+        height, width: Its axes; None if nothing of it is in the window.
+        top, left: Where it begins in the window.
+        height_first: Whether the height is resampled first.
+    """
+
+    image: Tensor
+    height: Axis | None
+    width: Axis | None
+    top: int
+    left: int
+    height_first: bool
+
+
+class Plan(NamedTuple):
+    """What both launches are driven by, on the host: (images, FIELDS) int64, (programs, 3) int32.
+
+    Addresses of the second pass that lie in the buffer between the passes count from its beginning;
+    ``is_buffered`` says of which images.
+    """
+
+    first_segments: Tensor
+    first_programs: Tensor
+    second_segments: Tensor
+    second_programs: Tensor
+    is_buffered: Tensor
+    buffer_size: int
+
+
+def plan(pictures: Sequence[Picture], window: tuple[int, int]) -> Plan:
+    """Return the tables for a batch whose results are windows of this (height, width)."""
+    channels = pictures[0].image.shape[2]
+    first, second, buffered = [], [], []
+    first_programs, second_programs = [], []
+    window_programs = _programs(window[0], window[1] * channels)
+    size = 0
+    for number, picture in enumerate(pictures):
+        nothing = [0] * len(FIELDS)
+        second_programs.append(_numbered(number, window_programs))
+        if picture.height is None or picture.width is None:
+            first.append(nothing)
+            second.append(nothing)
+            buffered.append(False)
+            continue
+        a, b = _passes(picture, size)
+        second.append(b)
+        buffered.append(a is not None)
+        first.append(a or nothing)
+        if a is not None:
+            rows, columns = a[8:10]
+            first_programs.append(_numbered(number, _programs(rows, columns * channels)))
+            size += rows * columns * channels
+    return Plan(
+        torch.tensor(first, dtype=torch.int64),
+        torch.cat(first_programs) if first_programs else torch.empty((0, 3), dtype=torch.int32),
+        torch.tensor(second, dtype=torch.int64),
+        torch.cat(second_programs),
+        torch.tensor(buffered),
+        size,
+    )
+
+
+def _passes(picture: Picture, place: int) -> tuple[list[int] | None, list[int]]:
+    """Return an image's rows of the two tables; None: its first axis stays as it is, and needs no pass."""
+    image, height, width, top, left, height_first = picture
+    assert height is not None
+    assert width is not None
+    row_stride, pixel_stride, channel_stride = image.stride()
+    channels = image.shape[2]
+    a, b = (height, width) if height_first else (width, height)
+    stride_a, stride_b = (row_stride, pixel_stride) if height_first else (pixel_stride, row_stride)
+    window = [height.count, width.count, top, left]
+    coefficients_b = [b.starts, b.weights, b.taps, int(not height_first)]
+    if a.is_unchanged:
+        address = image.data_ptr() + a.first_input * stride_a
+        strides = [row_stride, pixel_stride, channel_stride]
+        return None, [address, *strides, *coefficients_b, *window]
+    # Of the other axis, only what the second pass reads.
+    span = b.end - b.first_input
+    rows, columns = (a.count, span) if height_first else (span, a.count)
+    address = image.data_ptr() + b.first_input * stride_b
+    first = [
+        address, row_stride, pixel_stride, channel_stride,
+        a.starts, a.weights, a.taps, int(height_first), rows, columns, place, 0,
+    ]  # fmt: skip
+    strides = [columns * channels, channels, 1]
+    # The second pass counts its inputs from the image's first, not from the first that is there.
+    address = place - b.first_input * (channels if height_first else columns * channels)
+    return first, [address, *strides, *coefficients_b, *window]
+
+
+def _programs(rows: int, inner: int) -> Tensor:
+    """Return (programs, 2): where the tiles of a grid begin."""
+    return torch.cartesian_prod(
+        torch.arange(0, rows, ROWS, dtype=torch.int32),
+        torch.arange(0, inner, INNER, dtype=torch.int32),
+    )
+
+
+def _numbered(number: int, programs: Tensor) -> Tensor:
+    return torch.nn.functional.pad(programs, (1, 0), value=number)
+
+
+def first_pass_launch(
+    programs: Tensor,
+    segments: Tensor,
+    starts: Tensor,
+    weights: Tensor,
+    *,
+    intermediate: Tensor,
+    channels: int,
+    reads: int = 0,
+) -> Launch:
+    """Return the launch that resamples each image along its first axis.
+
+    Args:
+        programs, segments: The first tables of a :class:`Plan`, on the device.
+        starts, weights: int32, of all axes.
+        intermediate: The buffer between the passes, uint8.
+        channels: Of every image.
+        reads: Bytes of the images.
+    """
+    return Launch(
+        kernels.first_pass_kernel,
+        programs.shape[0],
+        {
+            "programs": programs, "segments": segments, "starts": starts, "weights": weights,
+            "intermediate": intermediate,
+        },
+        {"FIELDS": len(FIELDS), "CHANNELS": channels, "ROWS": ROWS, "INNER": INNER},
+        WARPS,
+        reads + programs.nbytes + segments.nbytes + starts.nbytes + weights.nbytes,
+        intermediate.nbytes,
+    )  # fmt: skip
+
+
+def second_pass_launch(
+    programs: Tensor,
+    segments: Tensor,
+    starts: Tensor,
+    weights: Tensor,
+    values: Tensor,
+    *,
+    intermediate: Tensor,
+    result: Tensor,
+    channels_last: bool,
+) -> Launch:
+    """Return the launch that resamples each image along its second axis and fills the result.
+
+    Args:
+        programs, segments: The second tables of a :class:`Plan`, on the device.
+        starts, weights: int32, of all axes.
+        values: (256, C): what each byte stands for, in the dtype of the result.
+        intermediate: The buffer between the passes, uint8.
+        result: (N, C, height, width).
+        channels_last: Its layout.
+    """
+    channels, height, width = result.shape[1:]
+    return Launch(
+        kernels.second_pass_kernel,
+        programs.shape[0],
+        {
+            "programs": programs, "segments": segments, "starts": starts, "weights": weights,
+            "like": intermediate, "values": values, "result": result, "height": height, "width": width,
+        },
+        {
+            "FIELDS": len(FIELDS), "CHANNELS": channels, "CHANNELS_LAST": channels_last,
+            "ROWS": ROWS, "INNER": INNER,
+        },
+        WARPS,
+        intermediate.nbytes + programs.nbytes + segments.nbytes + starts.nbytes + weights.nbytes
+        + values.nbytes,
+        result.nbytes,
+    )  # fmt: skip
