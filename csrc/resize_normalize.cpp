@@ -285,7 +285,8 @@ Tensor resize_normalize_floats(
 }
 
 // The tables of several lines, one after the other, for kernels elsewhere: int32 starts, int32 weights (those
-// of a line being count x taps), and int64 taps of each line. `lines` is flat: in_size, out_size, first, count.
+// of a line being taps x count, so that threads with neighbouring outputs read neighbouring numbers), and int64
+// taps of each line. `lines` is flat: in_size, out_size, first, count.
 std::tuple<Tensor, Tensor, Tensor> resampling_tables(const std::vector<int64_t>& lines, int64_t resample) {
   STD_TORCH_CHECK(lines.size() % 4 == 0, "lines must hold four numbers each");
   check_filter(resample);
@@ -317,8 +318,10 @@ std::tuple<Tensor, Tensor, Tensor> resampling_tables(const std::vector<int64_t>&
   int64_t* taps = static_cast<int64_t*>(std::get<2>(result).mutable_data_ptr());
   for (const auto& axis : axes) {
     start = std::copy(axis.starts.begin(), axis.starts.end(), start);
-    for (int64_t i = 0; i < axis.count; ++i) {
-      weight = std::copy_n(axis.weights.begin() + i * axis.stride, axis.taps, weight);
+    for (int64_t t = 0; t < axis.taps; ++t) {
+      for (int64_t i = 0; i < axis.count; ++i) {
+        *weight++ = axis.weights[i * axis.stride + t];
+      }
     }
     *taps++ = axis.taps;
   }

@@ -8,6 +8,7 @@ where it lies and how it is resampled, a row per program which tile of which ima
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Axis(NamedTuple):
     Attributes:
         count: Outputs.
         taps: Inputs of each.
-        starts, weights: Where its numbers begin: ``count`` starts, ``count * taps`` weights.
+        starts, weights: Where its numbers begin: ``count`` starts, weights (taps, count).
         first_input, end: The inputs that are read.
         is_unchanged: Each output is the input in its place, the first of them ``first_input``.
     """
@@ -85,33 +86,44 @@ def plan(pictures: Sequence[Picture], window: tuple[int, int]) -> Plan:
     """Return the tables for a batch whose results are windows of this (height, width)."""
     channels = pictures[0].image.shape[2]
     first, second, buffered = [], [], []
-    first_programs, second_programs = [], []
+    # By taps: the last programs to finish should be short ones.
+    first_programs: list[tuple[int, Tensor]] = []
+    second_programs: list[tuple[int, Tensor]] = []
     window_programs = _programs(window[0], window[1] * channels)
     size = 0
     for number, picture in enumerate(pictures):
         nothing = [0] * len(FIELDS)
-        second_programs.append(_numbered(number, window_programs))
+        numbered = _numbered(number, window_programs)
         if picture.height is None or picture.width is None:
             first.append(nothing)
             second.append(nothing)
             buffered.append(False)
+            second_programs.append((0, numbered))
             continue
         a, b = _passes(picture, size)
         second.append(b)
+        second_programs.append((b[6], numbered))
         buffered.append(a is not None)
         first.append(a or nothing)
         if a is not None:
             rows, columns = a[8:10]
-            first_programs.append(_numbered(number, _programs(rows, columns * channels)))
+            tiles = _programs(rows, columns * channels)
+            first_programs.append((a[6], _numbered(number, tiles)))
             size += rows * columns * channels
     return Plan(
         torch.tensor(first, dtype=torch.int64),
-        torch.cat(first_programs) if first_programs else torch.empty((0, 3), dtype=torch.int32),
+        _longest_first(first_programs),
         torch.tensor(second, dtype=torch.int64),
-        torch.cat(second_programs),
+        _longest_first(second_programs),
         torch.tensor(buffered),
         size,
     )
+
+
+def _longest_first(programs: list[tuple[int, Tensor]]) -> Tensor:
+    if not programs:
+        return torch.empty((0, 3), dtype=torch.int32)
+    return torch.cat([tiles for _, tiles in sorted(programs, key=lambda pair: -pair[0])])
 
 
 def _passes(picture: Picture, place: int) -> tuple[list[int] | None, list[int]]:
@@ -143,8 +155,9 @@ def _passes(picture: Picture, place: int) -> tuple[list[int] | None, list[int]]:
     return first, [address, *strides, *coefficients_b, *window]
 
 
+@lru_cache(maxsize=512)
 def _programs(rows: int, inner: int) -> Tensor:
-    """Return (programs, 2): where the tiles of a grid begin."""
+    """Return (programs, 2): where the tiles of a grid begin. Not to be written to."""
     return torch.cartesian_prod(
         torch.arange(0, rows, ROWS, dtype=torch.int32),
         torch.arange(0, inner, INNER, dtype=torch.int32),

@@ -27,33 +27,46 @@ def _tile(programs, segments, FIELDS: tl.constexpr, ROWS: tl.constexpr, INNER: t
 
 
 @triton.jit
-def _sum_of_taps(source, step, weight, taps, inside, exists):
-    """Return the sum of pixels ``step`` bytes apart, weighted and rounded to bytes."""
+def _sum_of_taps(source, step, weight, count, taps, inside, exists):
+    """Return the sum of pixels ``step`` bytes apart, weighted and rounded to bytes.
+
+    The weights of ``count`` outputs stand side by side, tap after tap.
+    """
     total = tl.zeros(inside.shape, tl.int32) + HALF
     for tap in range(0, taps):
         pixel = tl.load(source + tap * step, inside, other=0).to(tl.int32)
-        total += pixel * tl.load(weight + tap, exists, other=0)
+        total += pixel * tl.load(weight + tap * count, exists, other=0)
     return tl.minimum(tl.maximum(total >> PRECISION_BITS, 0), 255)
 
 
 @triton.jit
 def _along_height(
-    source, row_stride, pixel_stride, starts, weights, taps, row, column, has_row, inside
+    source, row_stride, pixel_stride, starts, weights, rows, taps, row, column, has_row, inside
 ):
     start = tl.load(starts + row, has_row, other=0)
     pixel = source + ((start * row_stride)[:, None] + (column * pixel_stride)[None, :])
-    weight = (weights + row.to(tl.int64) * taps)[:, None]
-    return _sum_of_taps(pixel, row_stride, weight, taps, inside, has_row[:, None])
+    weight = (weights + row)[:, None]
+    return _sum_of_taps(pixel, row_stride, weight, rows, taps, inside, has_row[:, None])
 
 
 @triton.jit
 def _along_width(
-    source, row_stride, pixel_stride, starts, weights, taps, row, column, has_column, inside
+    source,
+    row_stride,
+    pixel_stride,
+    starts,
+    weights,
+    columns,
+    taps,
+    row,
+    column,
+    has_column,
+    inside,
 ):
     start = tl.load(starts + column, has_column, other=0)
     pixel = source + ((row * row_stride)[:, None] + (start * pixel_stride)[None, :])
-    weight = (weights + column.to(tl.int64) * taps)[None, :]
-    return _sum_of_taps(pixel, pixel_stride, weight, taps, inside, has_column[None, :])
+    weight = (weights + column)[None, :]
+    return _sum_of_taps(pixel, pixel_stride, weight, columns, taps, inside, has_column[None, :])
 
 
 @triton.jit
@@ -68,16 +81,38 @@ def _resampled(segment, starts, weights, like, row, column, channel):
     starts += tl.load(segment + 4)
     weights += tl.load(segment + 5)
     taps = tl.load(segment + 6).to(tl.int32)
-    has_row = (row >= 0) & (row < tl.load(segment + 8))
-    has_column = (column >= 0) & (column < tl.load(segment + 9))
+    rows = tl.load(segment + 8)
+    columns = tl.load(segment + 9)
+    has_row = (row >= 0) & (row < rows)
+    has_column = (column >= 0) & (column < columns)
     inside = has_row[:, None] & has_column[None, :]
     if tl.load(segment + 7) != 0:
         byte = _along_height(
-            source, row_stride, pixel_stride, starts, weights, taps, row, column, has_row, inside
+            source,
+            row_stride,
+            pixel_stride,
+            starts,
+            weights,
+            rows,
+            taps,
+            row,
+            column,
+            has_row,
+            inside,
         )
     else:
         byte = _along_width(
-            source, row_stride, pixel_stride, starts, weights, taps, row, column, has_column, inside
+            source,
+            row_stride,
+            pixel_stride,
+            starts,
+            weights,
+            columns,
+            taps,
+            row,
+            column,
+            has_column,
+            inside,
         )
     return byte, inside
 
@@ -133,7 +168,9 @@ def second_pass_kernel(
         x, channel = inner % width, inner // width
         plane = channel.to(tl.int64) * height * width
         offset = (y.to(tl.int64) * width)[:, None] + (plane + x)[None, :]
-    row, column = y - tl.load(segment + 10), x - tl.load(segment + 11)
+    row = y - tl.load(segment + 10)
+    # The last tile of a window (C, H, W) ends in channels that no image has.
+    column = tl.where(channel < CHANNELS, x - tl.load(segment + 11), -1)
     byte, inside = _resampled(segment, starts, weights, like, row, column, channel)
     exists = (y < height)[:, None] & (inner < width * CHANNELS)[None, :]
     value = tl.load(values + tl.where(inside, byte, 0) * CHANNELS + channel[None, :], exists)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from bitfast.ops import resize_normalize_triton
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize, values_of_bytes
 from tests.image_layouts import LAYOUTS, poisoned_memory, random_image
 from tests.interpreter import DEVICE
+from tests.test_resize_normalize_native import memory_between_walls, tensor_at
 
 pytestmark = pytest.mark.skipif(
     extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
@@ -162,7 +164,7 @@ def test_the_tables_are_those_of_the_reference(seed: int) -> None:
         starts, weights, taps = torch.ops.bitfast.resampling_tables.native(line, resample)
         table = torch.zeros(count, before, dtype=torch.int64)
         places = starts.long()[:, None] + torch.arange(int(taps))
-        table.scatter_add_(1, places, weights.view(count, -1).long())
+        table.scatter_add_(1, places, weights.view(-1, count).T.long())
         if before == after:
             expected = torch.eye(before, dtype=torch.int64)[first : first + count] << PRECISION_BITS
         else:
@@ -200,3 +202,24 @@ def test_floating_images_are_not_for_it() -> None:
         pytest.raises(BackendUnavailableError, match=r"supports torch.uint8"),
     ):
         resize_normalize([image], [(3, 3)])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the walls are in the CPU's memory")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS[:-1])
+def test_nothing_outside_an_image_is_read(layout: str, channels_last: bool) -> None:
+    """The last tile of a small window reaches far beyond the channels and columns that there are."""
+    image = random_image(1, (64, 64, 3), layout)
+    length = 1 + sum((n - 1) * s for n, s in zip(image.shape, image.stride(), strict=True))
+    size = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+    arguments: dict[str, Any] = {
+        "sizes": [(9, 64)],  # the width stays, so that the second pass reads the image itself
+        "crop": (9, 7),
+        "pillow_version": (12, 1),
+        "memory_format": torch.channels_last if channels_last else torch.contiguous_format,
+    }
+    with use_backend("reference"):
+        expected = resize_normalize([image], **arguments)
+    with memory_between_walls(size) as start, use_backend("triton"):
+        for address in (start, start + size - length):
+            assert torch.equal(resize_normalize([tensor_at(address, image)], **arguments), expected)

@@ -51,9 +51,18 @@ def forward(
     channels_last: bool,
     first_axes: list[int],
 ) -> Tensor:
-    """Run ``bitfast::resize_normalize.triton``; nothing waits for the device."""
+    """Run ``bitfast::resize_normalize.triton``; nothing waits for the device.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured. Its replays would read tables of this batch's sizes
+            and addresses, which do not live as long.
+    """
     from bitfast.kernels import resize_normalize as kernels
 
+    if images[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "resize_normalize cannot be captured in a CUDA graph: preprocess before the capture"
+        )
     device, channels = images[0].device, images[0].shape[2]
     lines, tops, lefts = _lines(images, sizes, crop, offsets)
     starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), resample, device, _stream(device))
