@@ -78,7 +78,11 @@ def introduction(report: Report) -> str:
     machine = report.machine
     versions = {**machine["versions"], **report.peers}
     names = {"torch": "torch", "transformers": "transformers"}
-    names |= {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    kinds = {row.kind for row in report.rows}
+    if "images" in kinds:
+        names |= {"torchvision": "torchvision", "pillow": "Pillow"}
+    if "model" in kinds:
+        names |= {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     used = [f"{name} {versions[key]}" for key, name in names.items() if versions.get(key)]
     limits = "; ".join(
         f"with {count} thread{'s' if count > 1 else ''} "
@@ -86,11 +90,13 @@ def introduction(report: Report) -> str:
         f"{limit.flops['bfloat16'] / 1e9:.0f} in bfloat16, copies {limit.bandwidth / 1e9:.0f} GB/s"
         for count, limit in report.limits.items()
     )
-    return (
+    text = (
         f"{machine['cpu']} ({machine['capability']}), {machine['date']}, commit "
-        f"{machine['commit'] or 'unknown'}, {', '.join(used)}. Medians of one run; ratios are to transformers "
-        f"in float32, uncompiled. The machine reaches {limits}."
+        f"{machine['commit'] or 'unknown'}, {', '.join(used)}. Medians of one run"
     )
+    if "model" in kinds:
+        text += "; ratios are to transformers in float32, uncompiled"
+    return f"{text}. The machine reaches {limits}." if limits else f"{text}."
 
 
 # ---- models -------------------------------------------------------------------------------------
