@@ -199,8 +199,6 @@ def read_tensors(images: list[Any], convert_rgb: bool, input_data_format: Any) -
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """Return an array as a tensor, in place if torch can; not to be written to."""
-    if image.dtype.kind == "u" and image.dtype.itemsize > 1:  # which torch can hardly compute with
-        image = image.astype(np.int32 if image.dtype.itemsize == 2 else np.int64)
     if not image.dtype.isnative or min(image.strides, default=0) < 0:
         image = image.astype(image.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(image if image.flags.writeable else np.asarray(_Unlocked(image)))

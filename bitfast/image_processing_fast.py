@@ -117,11 +117,11 @@ class BitImageProcessorFast(ImageProcessor):
 
     # The defaults, which a subclass may replace.
     do_resize: Any = True
-    size: Any = {"shortest_edge": 224}
+    size: Any = {"shortest_edge": 224}  # noqa: RUF012 (copied before it becomes an instance's)
     default_to_square: Any = False
     resample: Any = Image.Resampling.BICUBIC
     do_center_crop: Any = True
-    crop_size: Any = {"height": 224, "width": 224}
+    crop_size: Any = {"height": 224, "width": 224}  # noqa: RUF012
     do_rescale: Any = True
     rescale_factor: Any = 1 / 255
     do_normalize: Any = True

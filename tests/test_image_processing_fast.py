@@ -25,6 +25,7 @@ from transformers.models.bit.image_processing_bit_fast import BitImageProcessorF
 
 from bitfast import BitImageProcessor, BitImageProcessorFast
 from bitfast.image_inputs import size_with_aspect_ratio, size_within
+from bitfast.image_processing_fast import PARAMETERS
 from tests.test_image_processing import PHOTOGRAPHS, crops, edges, photograph, statistics
 
 transformers.logging.set_verbosity_error()
@@ -46,9 +47,7 @@ def pixel_values(processor: Any, images: Any, **call: Any) -> list[torch.Tensor]
 def level(processor: Any, **call: Any) -> float:
     """Return what one level of a byte makes of ``pixel_values``."""
     value = 1.0
-    values = {
-        name: call.get(name, getattr(processor, name)) for name in BitImageProcessorFast.defaults
-    }
+    values = {name: call.get(name, getattr(processor, name)) for name in PARAMETERS}
     if values["do_rescale"]:
         value *= abs(values["rescale_factor"])
     if values["do_normalize"]:
@@ -330,12 +329,50 @@ def test_unknown_arguments_are_told() -> None:
         BitImageProcessorFast()(GOOD, sise=3)
 
 
-@pytest.mark.parametrize("kind", ["bool", "int8", "uint16", "int64"])
-def test_integers_of_other_types(kind: str) -> None:
-    array = (np.random.default_rng(0).integers(0, 100, (30, 40, 3)) > 50).astype(kind) * 1
-    expected = pixel_values(BitImageProcessorFast(), array.astype(np.uint8), return_tensors="pt")
-    result = pixel_values(BitImageProcessorFast(), array.astype(kind), return_tensors="pt")
-    assert torch.equal(result[0], expected[0])
+@pytest.mark.parametrize("kind", ["bool", "int8", "int16", "uint16", "int32", "int64"])
+@pytest.mark.parametrize("resample", [0, 2, 3])
+@pytest.mark.parametrize("do_normalize", [True, False])
+def test_integers_of_other_types(kind: str, resample: int, do_normalize: bool) -> None:
+    """They are resized as floating numbers and then rounded: not clamped, where cubes overshoot."""
+    random = np.random.default_rng(resample)
+    size = {"size": (21, 50), "crop_size": 33, "resample": resample, "do_normalize": do_normalize}
+    # Far enough from the ends of int8 and uint16 for cubes not to overshoot into numbers that wrap around.
+    low, high = {"bool": (0, 2), "int8": (0, 90), "uint16": (60, 256)}.get(kind, (0, 256))
+    array = random.integers(low, high, (30, 40, 3)).astype(kind)
+    assert_close(array, return_tensors="pt", **size)
+    assert_close(array, do_rescale=False, **size)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    assert_close(tensor, do_rescale=False, **size)
+    if kind in ("uint16", "int32", "int64"):
+        deep = {"rescale_factor": 1 / 65535, "return_tensors": "pt", **size}
+        assert_close(array * 200, **deep)
+        assert_close(torch.from_numpy(array * 200), input_data_format="channels_last", **deep)
+
+
+@pytest.mark.parametrize("resample", [0, 3])
+def test_one_channel_gets_those_of_the_statistics(resample: int) -> None:
+    image = photograph("camera.png").resize((60, 50))
+    assert image.mode == "L"
+    call = {"size": 40, "crop_size": 37, "resample": resample, "return_tensors": "pt"}
+    tensor = torch.from_numpy(np.array(image))[None]
+    one_for_all = {"image_mean": 0.3, "image_std": 0.2}
+    for images in (image, tensor, [tensor, tensor], tensor.float(), tensor.int()):
+        for normalization in ({}, one_for_all, {"do_normalize": False}):
+            assert_close(images, do_convert_rgb=False, **normalization, **call)
+    (flat,) = pixel_values(BitImageProcessorFast(), np.array(image), **call)
+    assert torch.equal(flat, pixel_values(BitImageProcessorFast(), tensor, **call)[0])
+
+
+def test_a_subclass_may_have_other_defaults() -> None:
+    attributes = {"size": {"shortest_edge": 30}, "crop_size": {"height": 25, "width": 20},
+                  "image_mean": [0.1, 0.2, 0.3], "do_convert_rgb": False}  # fmt: skip
+    ours = type("Processor", (BitImageProcessorFast,), attributes)()
+    theirs = type("Processor", (Theirs,), attributes)()
+    assert json.loads(ours.to_json_string()) == json.loads(theirs.to_json_string())
+    image = photograph("chelsea.png")
+    a, b = (p(image, return_tensors="pt").pixel_values for p in (ours, theirs))
+    assert (a - b).abs().max() <= 2.001 * level(ours)
+    assert BitImageProcessorFast.size == Theirs.size == {"shortest_edge": 224}
 
 
 def test_arrays_however_they_lie_in_memory() -> None:
@@ -361,7 +398,10 @@ def test_arrays_however_they_lie_in_memory() -> None:
         ([GOOD, GOOD + np.inf], {"do_rescale": False}, r"images\[1\] must hold finite numbers"),
         ([GOOD, GOOD - 1.5], {}, r"images\[1\] must hold numbers from 0 to 255 .* from -1.5"),
         ([GOOD, GOOD + 256.0], {}, r"images\[1\] must hold numbers from 0 to 255 .* to 256"),
-        ([GOOD, GOOD.astype(int) - 1], {"do_rescale": False}, r"images\[1\] must hold numbers from 0"),
+        ([GOOD, GOOD.astype(int) - 1], {}, r"images\[1\] must hold numbers from 0"),
+        ([GOOD, GOOD + 65536.0], {"rescale_factor": 1 / 65535}, r"images\[1\] must .* from 0 to 65535 to"),
+        ([GOOD], {"rescale_factor": 0}, "rescale_factor must not be 0"),
+        ([GOOD], {"crop_size": 10**6}, "crop_size: 1000000x1000000 pixels are more than the limit"),
         ([GOOD, GOOD[..., :2]], {"input_data_format": "channels_last"}, r"images\[1\]: image_mean must"),
         ([GOOD, GOOD[..., :2]], {}, r"images\[1\] must have 1 or 3 channels"),
         ([GOOD], {"image_std": [1, 0, 1]}, r"images\[0\]: image_std must hold numbers other than 0"),
@@ -398,7 +438,7 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_a_decompression_bomb_is_pillows_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     line = np.zeros((1, 500, 3), np.uint8)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     for processor in (BitImageProcessor(), BitImageProcessorFast()):
         with pytest.raises(
             ValueError, match=r"images\[0\]: 500x1 pixels would be resized to 112000x224"

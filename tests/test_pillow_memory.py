@@ -81,6 +81,29 @@ def test_rows_with_gaps_between_them_are_copied() -> None:
     assert np.array_equal(pixels_of(image), np.array(image))
 
 
+def test_memory_that_is_not_pillows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Mapped files and arrays, which Pillow before 13 must not be asked for: it would crash."""
+    array = np.random.default_rng(0).integers(0, 256, (50, 70), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "image.pgm")
+    foreign = [Image.fromarray(array), Image.open(tmp_path / "image.pgm")]
+    turned = Image.frombuffer("L", (60, 50), array.tobytes(), "raw", "L", 70, -1)
+    assert np.array_equal(pixels_of(turned), array[::-1, :60])
+    if pillow_memory.EXPORTS_ANY_MEMORY:
+        for image in foreign:
+            assert np.array_equal(pixels_of(image), array)
+
+    monkeypatch.setattr(pillow_memory, "EXPORTS_ANY_MEMORY", False)
+    rgb = random_image("RGB")
+    assert is_in_place(rgb)
+    if hasattr(Image, "fromarrow"):
+        borrowed = Image.fromarrow(rgb, "RGB", rgb.size)
+        assert not is_in_place(borrowed)
+        assert np.array_equal(pixels_of(borrowed), np.array(rgb))
+    for image in foreign:
+        assert not is_in_place(image)
+        assert np.array_equal(pixels_of(image), array)
+
+
 def test_an_older_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     image = random_image("RGB")
     monkeypatch.delattr(Image.Image, "__arrow_c_array__")
@@ -116,6 +139,11 @@ def test_what_is_read_is_not_written_to() -> None:
 
     image = random_image("RGB")
     before = np.array(image)
+    steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), False)
+    # Beside the other image this one is not processed by the op, which never returns its input.
+    results = BitImageProcessor(**steps)([image, before.astype(np.float32)]).pixel_values
+    for result in results:
+        result[...] = 0
     Inverted(do_resize=False)(image)
     BitImageProcessor()(image)
     assert np.array_equal(np.array(image), before)
