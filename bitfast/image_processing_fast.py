@@ -304,7 +304,8 @@ def _job(i: int, image: Tensor, options: _Options) -> Job:
     if options.size is not None:
         size = _resized(height, width, options.size)
         check_resized_size(i, height, width, size)
-    are_integers = not image.is_floating_point() and image.dtype != torch.uint8
+    given = image.dtype
+    are_integers = not image.is_floating_point() and given != torch.uint8
     if are_integers:
         image = image.double()  # exact
     if size != (height, width):
@@ -312,22 +313,26 @@ def _job(i: int, image: Tensor, options: _Options) -> Job:
             batch = image.permute(2, 0, 1)[None]
             image = F.interpolate(batch, size, mode=options.nearest_mode)[0].permute(1, 2, 0)
         elif are_integers:
-            image = _resize_integers(image, size, options.resample)
+            image = _resize_integers(image, size, options.resample, given)
     crop = size if options.crop is None else options.crop
     dtype = _computed_dtype(image.dtype, bool(factors or mean), bool(mean))
     recipe = Recipe(crop, options.resample, factors, mean, std, dtype, pillow_version=WIDTH_FIRST)
     return Job(image, size, (_offset(size[0], crop[0]), _offset(size[1], crop[1])), recipe)
 
 
-def _resize_integers(image: Tensor, size: tuple[int, int], resample: int) -> Tensor:
-    """Resize integers that are no bytes and so are not clamped, shape (H, W, C) of float64.
+def _resize_integers(
+    image: Tensor, size: tuple[int, int], resample: int, dtype: torch.dtype
+) -> Tensor:
+    """Resize integers that are no bytes, shape (H, W, C) of float64, which have been of ``dtype``.
 
-    As in torchvision, they are floating numbers meanwhile, and then rounded.
+    As in torchvision, they are floating numbers meanwhile, and then rounded. Where cubes overshoot the
+    dtype's range they stop at its ends, while torchvision lets them wrap around.
     """
     (resized,) = resize_normalize(
         [image.float()], [size], resample=resample, pillow_version=WIDTH_FIRST
     )
-    return resized.round().double().permute(1, 2, 0)
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return resized.round().double().clamp(low, high).permute(1, 2, 0)
 
 
 def _length(values: Any) -> int:

@@ -333,7 +333,7 @@ def test_unknown_arguments_are_told() -> None:
 @pytest.mark.parametrize("resample", [0, 2, 3])
 @pytest.mark.parametrize("do_normalize", [True, False])
 def test_integers_of_other_types(kind: str, resample: int, do_normalize: bool) -> None:
-    """They are resized as floating numbers and then rounded: not clamped, where cubes overshoot."""
+    """They are resized as floating numbers and then rounded, not clamped to 0 and 255."""
     random = np.random.default_rng(resample)
     size = {"size": (21, 50), "crop_size": 33, "resample": resample, "do_normalize": do_normalize}
     # Far enough from the ends of int8 and uint16 for cubes not to overshoot into numbers that wrap around.
@@ -347,6 +347,18 @@ def test_integers_of_other_types(kind: str, resample: int, do_normalize: bool) -
         deep = {"rescale_factor": 1 / 65535, "return_tensors": "pt", **size}
         assert_close(array * 200, **deep)
         assert_close(torch.from_numpy(array * 200), input_data_format="channels_last", **deep)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint16])
+def test_cubes_do_not_wrap_integers_around(dtype: torch.dtype) -> None:
+    high = 1 if dtype == torch.bool else torch.iinfo(dtype).max
+    edge = torch.zeros(3, 8, 8).index_fill_(2, torch.arange(4), 1).double().mul(high).to(dtype)
+    plain = {"do_center_crop": False, "do_rescale": False, "do_normalize": False, "size": 32}
+    (result,) = pixel_values(BitImageProcessorFast(), edge, return_tensors="pt", **plain)
+    assert result.dtype == dtype
+    result = result.double()
+    assert result[..., :12].min() >= 0.9 * high  # where it overshoots on either side of the edge
+    assert result[..., 20:].abs().max() <= 0.1 * high
 
 
 @pytest.mark.parametrize("resample", [0, 3])

@@ -66,9 +66,11 @@ def lines_of_json(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def scores_from_api(model: Path, path: Path, dtype: str = "float32") -> list[float]:
+def scores_from_api(
+    model: Path, path: Path, dtype: str = "float32", processor: Any = BitImageProcessor
+) -> list[float]:
     network = BitForImageClassification.from_pretrained(model, dtype=dtype)
-    pixels = BitImageProcessor.from_pretrained(model)(Image.open(path), return_tensors="pt")
+    pixels = processor.from_pretrained(model)(Image.open(path), return_tensors="pt")
     with torch.no_grad():
         logits = network(pixels["pixel_values"].to(network.dtype)).logits
     return logits.float().softmax(-1)[0].tolist()

@@ -10,11 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from bitfast import BitForImageClassification, BitImageProcessor, classify
+from bitfast import (
+    BitForImageClassification,
+    BitImageProcessor,
+    BitImageProcessorFast,
+    classify,
+)
 from tests.cli.common import (
     BAD,
     GOOD,
     LABELS,
+    SIZE,
     Run,
     lines_of_json,
     picture,
@@ -35,6 +41,24 @@ def test_json_equals_the_model_api(model: Path, photo: Path, run: Run, dtype: st
         {"label": LABELS[i], "index": i, "score": expected[i]} for i in order
     ]
     assert err.startswith("1 classified, 0 failed, in ")
+
+
+@pytest.mark.parametrize("processor", [BitImageProcessor, BitImageProcessorFast])
+def test_the_checkpoint_names_the_processor(
+    tmp_path: Path, photo: Path, run: Run, processor: type
+) -> None:
+    model = save_model(tmp_path / "model")
+    # 52x39 pixels are cropped to 24x24: one remainder is odd, of which the two leave out other halves.
+    processor(size={"shortest_edge": 39}, crop_size=SIZE).save_pretrained(model)
+    slow, fast = (
+        scores_from_api(model, photo, processor=p)
+        for p in (BitImageProcessor, BitImageProcessorFast)
+    )
+    assert slow != fast
+    _, out, _ = run("classify", photo, "--model", model, "--json")
+    predictions = lines_of_json(out)[0]["predictions"]
+    expected = slow if processor is BitImageProcessor else fast
+    assert {p["index"]: p["score"] for p in predictions} == dict(enumerate(expected))
 
 
 def test_text(model: Path, photo: Path, run: Run) -> None:
