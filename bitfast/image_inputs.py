@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from enum import Enum
@@ -292,6 +293,17 @@ def parse_resampling(name: str, value: Any) -> Image.Resampling:
         return Image.Resampling(value)
     allowed = ", ".join(f"{f.value} ({f.name.lower()})" for f in Image.Resampling)
     raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def parse_factor(value: Any) -> float:
+    """Return a ``rescale_factor``.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"rescale_factor must be a finite number, got {value!r}")
+    return float(value)
 
 
 def parse_size(name: str, value: Any, default_to_square: bool) -> Size:

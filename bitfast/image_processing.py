@@ -24,6 +24,7 @@ from bitfast.image_inputs import (
     is_scaled,
     list_images,
     parse_channel_dimension,
+    parse_factor,
     parse_resampling,
     parse_size,
     read_images,
@@ -202,7 +203,7 @@ class BitImageProcessor(ImageProcessor):
             parsed_size if override("do_resize", do_resize) else None,
             resample,
             _height_and_width(parsed_crop) if override("do_center_crop", do_center_crop) else None,
-            rescale_factor if do_rescale else None,
+            parse_factor(rescale_factor) if do_rescale else None,
             image_mean if do_normalize else None,
             image_std if do_normalize else None,
         )
@@ -390,7 +391,7 @@ def _job(image: np.ndarray, layout: ChannelDimension, options: _Options) -> Job:
         image, is_fraction = image_transforms.to_bytes(image)
         factors = (1 / 255,) if is_fraction else ()
     if options.factor is not None:
-        factors = (*factors, float(options.factor))
+        factors = (*factors, options.factor)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     if options.mean is not None:

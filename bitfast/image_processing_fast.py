@@ -20,6 +20,7 @@ from bitfast.image_inputs import (
     Size,
     flatten_images,
     parse_channel_dimension,
+    parse_factor,
     parse_resampling,
     parse_size,
     read_tensors,
@@ -230,7 +231,7 @@ def _parse(values: dict[str, Any]) -> _Options:
         crop = parsed["height"], parsed["width"]
         check_crop_size(crop)
     if values["do_rescale"]:
-        factor = float(_required(values, "rescale_factor"))
+        factor = parse_factor(_required(values, "rescale_factor"))
         if values["do_normalize"] and factor == 0:
             raise ValueError("rescale_factor must not be 0 where pixels are normalized, got 0")
     if values["do_normalize"]:
@@ -377,8 +378,11 @@ def _rescaling(
     inverse = np.float32(1) if options.factor is None else np.float32(1.0 / options.factor)
     mean = _per_channel("image_mean", options.mean, channels) * inverse
     std = _per_channel("image_std", options.std, channels) * inverse
-    if not std.all():
-        raise ValueError(f"image_std must hold numbers other than 0, got {options.std!r}")
+    if not std.all() or not np.isfinite([mean, std]).all():
+        raise ValueError(
+            "image_mean and image_std must hold finite numbers, the latter other than 0,"
+            f" got {options.mean!r} and {options.std!r}"
+        )
     return (), tuple(mean.tolist()), tuple(std.tolist())
 
 

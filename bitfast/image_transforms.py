@@ -109,13 +109,17 @@ def statistics(
     """Return the mean and the standard deviation, one number per channel each, in this dtype.
 
     Raises:
-        ValueError: one of them is neither a number nor one per channel; a ``std`` of 0.
+        ValueError: one of them is neither a finite number nor one per channel; a ``std`` of 0.
     """
     means = _per_channel("mean", mean, channels, dtype)
     stds = _per_channel("std", std, channels, dtype)
     if not stds.all():
         raise ValueError(
             f"std must hold numbers other than 0 in {np.dtype(dtype)}, got {stds.tolist()}"
+        )
+    if not np.isfinite([means, stds]).all():
+        raise ValueError(
+            f"mean and std must hold finite numbers, got {means.tolist()} and {stds.tolist()}"
         )
     return means, stds
 

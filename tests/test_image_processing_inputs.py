@@ -186,6 +186,14 @@ def truncated() -> Image.Image:
             {"input_data_format": "HWC"},
             "input_data_format must be \"channels_first\".* got 'HWC'",
         ),
+        (GOOD, {"rescale_factor": np.nan}, "^rescale_factor must be a finite number, got nan"),
+        (GOOD, {"rescale_factor": "1"}, "^rescale_factor must be a finite number, got '1'"),
+        (GOOD, {"image_std": np.inf}, r"images\[0\]: mean and std must hold finite numbers"),
+        (
+            [GOOD],
+            {"crop_size": (1, 10**9)},
+            "crop_size: 1000000000x1 pixels are more than the limit",
+        ),
         (
             [GOOD, pixels(9, 12, 3)],
             {"do_center_crop": False, "return_tensors": "pt"},
