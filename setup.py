@@ -12,6 +12,7 @@ is not on the PATH.
 import copy
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -128,11 +129,27 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build one library."""
         ext = copy.copy(ext)
-        cuda_sources = [source for source in ext.sources if source.endswith(".cu")]
-        objects = [self.compile_with_nvcc(source, ext) for source in cuda_sources]
-        ext.sources = [source for source in ext.sources if source not in cuda_sources]
+        # The longest first, side by side.
+        sources = sorted(ext.sources, key=os.path.getsize, reverse=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: self.compile(source, ext), sources))
+        ext.sources = []
         ext.extra_objects = [*objects, *ext.extra_objects]
         super().build_extension(ext)
+
+    def compile(self, source: str, ext: Extension) -> str:
+        """Compile one file; return the object's path."""
+        if source.endswith(".cu"):
+            return self.compile_with_nvcc(source, ext)
+        (target,) = self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=ext.extra_compile_args,
+            depends=ext.depends,
+        )
+        return target
 
     def compile_with_nvcc(self, source: str, ext: Extension) -> str:
         """Compile one file; return the object's path."""
