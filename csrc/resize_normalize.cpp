@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -40,6 +41,14 @@ constexpr int64_t rows_per_band = 16;
 // So that a thread that is held up leaves its bands to others.
 constexpr int64_t bands_per_thread = 2;
 
+// What is asked for, as bitfast/ops/resize_normalize.py describes it.
+struct Request {
+  const std::vector<Tensor>& images;
+  const std::vector<int64_t>&sizes, &crop, &offsets;
+  int64_t resample;
+  const std::vector<int64_t>& first_axes;
+};
+
 // ---- geometry ---------------------------------------------------------------------------------------
 
 // Outputs `first` to `first + count` of a line of `in_size` pixels that gets `out_size`.
@@ -62,11 +71,8 @@ struct Geometry {
   std::vector<int64_t> top, left;
 };
 
-Geometry geometry_of(
-    const std::vector<Tensor>& images,
-    const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& crop,
-    const std::vector<int64_t>& offsets) {
+Geometry geometry_of(const Request& request) {
+  const auto& [images, sizes, crop, offsets, resample, first_axes] = request;
   Geometry geometry;
   for (size_t i = 0; i < images.size(); ++i) {
     const auto [rows, top] = line_within(images[i].size(0), sizes[2 * i], offsets[2 * i], crop[0]);
@@ -83,13 +89,8 @@ void check_filter(int64_t resample) {
   STD_TORCH_CHECK(0 <= resample && resample <= 5, "resample must be one of Pillow's filters, 0 to 5, got ", resample);
 }
 
-void check(
-    const std::vector<Tensor>& images,
-    const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& crop,
-    const std::vector<int64_t>& offsets,
-    int64_t resample,
-    const std::vector<int64_t>& first_axes) {
+void check(const Request& request) {
+  const auto& [images, sizes, crop, offsets, resample, first_axes] = request;
   const size_t count = images.size();
   STD_TORCH_CHECK(
       count > 0 && sizes.size() == 2 * count && offsets.size() == 2 * count && first_axes.size() == count,
@@ -206,50 +207,37 @@ void fill(const std::vector<Plan<Pixel>>& plans, const Element* values, const Te
 
 // Calls function(plans), with one for each image.
 template <typename Pixel, typename Function>
-void with_plans(
-    const std::vector<Tensor>& images, const Geometry& geometry, int64_t resample,
-    const std::vector<int64_t>& first_axes, const Function& function) {
+void with_plans(const Request& request, const Function& function) {
   using Weight = typename WeightOf<Pixel>::type;
-  const std::map<Line, Axis<Weight>> axes = axes_of<Weight>(geometry, static_cast<Filter>(resample));
+  const std::vector<Tensor>& images = request.images;
+  const Geometry geometry = geometry_of(request);
+  const std::map<Line, Axis<Weight>> axes = axes_of<Weight>(geometry, static_cast<Filter>(request.resample));
   std::vector<Plan<Pixel>> plans;
   for (size_t i = 0; i < images.size(); ++i) {
     const bool is_empty = count_of(geometry.rows[i]) == 0 || count_of(geometry.columns[i]) == 0;
     plans.push_back(
         {image_of<Pixel>(images[i]), is_empty ? nullptr : &axes.at(geometry.rows[i]),
-         is_empty ? nullptr : &axes.at(geometry.columns[i]), geometry.top[i], geometry.left[i], first_axes[i] == 0});
+         is_empty ? nullptr : &axes.at(geometry.columns[i]), geometry.top[i], geometry.left[i], request.first_axes[i] == 0});
   }
   function(plans);
 }
 
-Tensor empty_batch(
-    const std::vector<Tensor>& images, const std::vector<int64_t>& crop, ScalarType dtype, bool channels_last) {
+Tensor empty_batch(const Request& request, ScalarType dtype, bool channels_last) {
+  const auto& [images, sizes, crop, offsets, resample, first_axes] = request;
   const std::array<int64_t, 4> size{static_cast<int64_t>(images.size()), images[0].size(2), crop[0], crop[1]};
   return torch::stable::empty(
       {size.data(), size.size()}, dtype, std::nullopt, images[0].device(), std::nullopt,
       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// ---- operators --------------------------------------------------------------------------------------
-
-Tensor resize_normalize_bytes(
-    const std::vector<Tensor>& images,
-    const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& crop,
-    const std::vector<int64_t>& offsets,
-    int64_t resample,
-    const Tensor& values,
-    bool channels_last,
-    const std::vector<int64_t>& first_axes) {
-  check(images, sizes, crop, offsets, resample, first_axes);
-  STD_TORCH_CHECK(images[0].scalar_type() == ScalarType::Byte, "images must be uint8");
+Tensor resize_bytes(const Request& request, const Tensor& values, bool channels_last) {
   STD_TORCH_CHECK(
-      values.dim() == 2 && values.size(0) == 256 && values.size(1) == images[0].size(2),
+      values.dim() == 2 && values.size(0) == 256 && values.size(1) == request.images[0].size(2),
       "values must have shape (256, C)");
-  Tensor result = empty_batch(images, crop, values.scalar_type(), channels_last);
+  Tensor result = empty_batch(request, values.scalar_type(), channels_last);
   const Tensor by_channel = torch::stable::contiguous(torch::stable::transpose(values, 0, 1));
-  const Geometry geometry = geometry_of(images, sizes, crop, offsets);
-  with_plans<uint8_t>(images, geometry, resample, first_axes, [&](const auto& plans) {
-    const void* data = by_channel.const_data_ptr();
+  const void* data = by_channel.const_data_ptr();
+  with_plans<uint8_t>(request, [&](const auto& plans) {
     switch (values.element_size()) {
       case 1:
         return fill(plans, static_cast<const uint8_t*>(data), result);
@@ -266,22 +254,29 @@ Tensor resize_normalize_bytes(
   return result;
 }
 
-Tensor resize_normalize_floats(
+Tensor resize_floats(const Request& request, bool channels_last) {
+  Tensor result = empty_batch(request, ScalarType::Float, channels_last);
+  with_plans<float>(request, [&](const auto& plans) { fill(plans, static_cast<const float*>(nullptr), result); });
+  return result;
+}
+
+// ---- operators --------------------------------------------------------------------------------------
+
+Tensor resize_normalize_pixels(
     const std::vector<Tensor>& images,
     const std::vector<int64_t>& sizes,
     const std::vector<int64_t>& crop,
     const std::vector<int64_t>& offsets,
     int64_t resample,
+    const std::optional<Tensor>& values,
     bool channels_last,
     const std::vector<int64_t>& first_axes) {
-  check(images, sizes, crop, offsets, resample, first_axes);
-  STD_TORCH_CHECK(images[0].scalar_type() == ScalarType::Float, "images must be float32");
-  Tensor result = empty_batch(images, crop, ScalarType::Float, channels_last);
-  const Geometry geometry = geometry_of(images, sizes, crop, offsets);
-  with_plans<float>(images, geometry, resample, first_axes, [&](const auto& plans) {
-    fill(plans, static_cast<const float*>(nullptr), result);
-  });
-  return result;
+  const Request request{images, sizes, crop, offsets, resample, first_axes};
+  check(request);
+  STD_TORCH_CHECK(
+      images[0].scalar_type() == (values ? ScalarType::Byte : ScalarType::Float),
+      "images must be uint8 with values, float32 without");
+  return values ? resize_bytes(request, *values, channels_last) : resize_floats(request, channels_last);
 }
 
 // The tables of several lines, one after the other, for kernels elsewhere: int32 starts, int32 weights (those
@@ -332,17 +327,13 @@ std::tuple<Tensor, Tensor, Tensor> resampling_tables(const std::vector<int64_t>&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
   m.def(
-      "resize_normalize_bytes.native(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, "
-      "Tensor values, bool channels_last, int[] first_axes) -> Tensor");
-  m.def(
-      "resize_normalize_floats.native(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, "
-      "bool channels_last, int[] first_axes) -> Tensor");
+      "resize_normalize_pixels.native(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, "
+      "int resample, Tensor? values, bool channels_last, int[] first_axes) -> Tensor");
   m.def("resampling_tables.native(int[] lines, int resample) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
-  m.impl("resize_normalize_bytes.native", TORCH_BOX(&resize_normalize_bytes));
-  m.impl("resize_normalize_floats.native", TORCH_BOX(&resize_normalize_floats));
+  m.impl("resize_normalize_pixels.native", TORCH_BOX(&resize_normalize_pixels));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CompositeExplicitAutograd, m) {

@@ -148,7 +148,8 @@ VALUES = torch.zeros(256, 3)
     [
         ({0: []}, "number of images"),
         ({0: [IMAGE[0]]}, "must have shape"),
-        ({0: [IMAGE.float()]}, "must be uint8"),
+        ({0: [IMAGE.float()]}, "must be uint8 with values"),
+        ({5: None}, "float32 without"),
         ({1: [3]}, "sizes, offsets and first_axes must fit"),
         ({1: [3, 0]}, "sizes must be from 1 to"),
         ({1: [3, 2**31]}, "sizes must be from 1 to"),
@@ -166,4 +167,4 @@ def test_the_operator_checks_what_memory_depends_on(changes: dict[int, Any], mes
     for i, value in changes.items():
         arguments[i] = value
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.bitfast.resize_normalize_bytes.native(*arguments)
+        torch.ops.bitfast.resize_normalize_pixels.native(*arguments)

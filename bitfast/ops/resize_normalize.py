@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -30,17 +30,12 @@ height and width of image 0, of image 1, ...; so is ``offsets``: top and left. `
 both empty or hold a number per channel. ``first_axes`` holds the axis of each image that is resampled
 first: 0 for height, 1 for width."""
 
-BYTES_SIGNATURE = (
-    "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, Tensor values,"
+PIXELS_SIGNATURE = (
+    "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, Tensor? values,"
     " bool channels_last, int[] first_axes) -> Tensor"
 )
-"""What the extension takes for uint8 images: ``values`` (256, C) holds what each byte becomes."""
-
-FLOATS_SIGNATURE = (
-    "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample,"
-    " bool channels_last, int[] first_axes) -> Tensor"
-)
-"""What the extension takes for float32 images, which it resizes and crops only."""
+"""What the extension takes: of uint8 images ``values`` (256, C) holds what each byte becomes; float32
+images, without it, are resized and cropped only."""
 
 NATIVE_DTYPES = frozenset({torch.uint8, torch.float32, torch.bfloat16, torch.float16})
 
@@ -279,25 +274,43 @@ def _check_result(
 # ---- the contract of the kernels ----------------------------------------------------------------
 
 
-def _fake(
-    images: list[Tensor],
-    sizes: list[int],
-    crop: list[int],
-    offsets: list[int],
-    resample: int,
-    rescale_factors: list[float],
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-    channels_last: bool,
-    first_axes: list[int],
-) -> Tensor:
-    return torch.empty(
-        (len(images), images[0].shape[2], *crop),
-        dtype=dtype,
-        device=images[0].device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+class Request(NamedTuple):
+    """The arguments of a backend, as :data:`SIGNATURE` has them."""
+
+    images: list[Tensor]
+    sizes: list[int]
+    crop: list[int]
+    offsets: list[int]
+    resample: int
+    rescale_factors: list[float]
+    mean: list[float]
+    std: list[float]
+    dtype: torch.dtype
+    channels_last: bool
+    first_axes: list[int]
+
+    def empty_result(self) -> Tensor:
+        """Return what the results are to be written to."""
+        return torch.empty(
+            (len(self.images), self.images[0].shape[2], *self.crop),
+            dtype=self.dtype,
+            device=self.images[0].device,
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+        )
+
+    def rescale_normalize(self, pixels: Tensor) -> Tensor:
+        """Return what becomes of resized pixels, of shape (N, C, H, W)."""
+        return rescale_normalize(pixels, self.rescale_factors, self.mean, self.std, self.dtype)
+
+    def values_of_bytes(self) -> Tensor:
+        """Return what becomes of each byte, shape (256, C), on the CPU."""
+        channels = self.images[0].shape[2]
+        numbers = (tuple(self.rescale_factors), tuple(self.mean), tuple(self.std))
+        return values_of_bytes(*numbers, channels, self.dtype)
+
+
+def _fake(*arguments: Any) -> Tensor:
+    return Request(*arguments).empty_result()
 
 
 define_operator(OP, "reference", SIGNATURE, reference.resize_normalize_forward, _fake)
@@ -350,66 +363,40 @@ def values_of_bytes(
 # ---- the extension ------------------------------------------------------------------------------
 
 
-def _native(
-    images: list[Tensor],
-    sizes: list[int],
-    crop: list[int],
-    offsets: list[int],
-    resample: int,
-    rescale_factors: list[float],
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-    channels_last: bool,
-    first_axes: list[int],
-) -> Tensor:
+def _native(*arguments: Any) -> Tensor:
+    request = Request(*arguments)
+    images = request.images
+    values = None
     if images[0].dtype == torch.uint8:
-        values = values_of_bytes(
-            tuple(rescale_factors), tuple(mean), tuple(std), images[0].shape[2], dtype
-        )
-        return torch.ops.bitfast.resize_normalize_bytes.native(
-            images, sizes, crop, offsets, resample, values, channels_last, first_axes
-        )
-    pixels = torch.ops.bitfast.resize_normalize_floats.native(
-        [image.float() for image in images],
-        sizes, crop, offsets, resample, channels_last, first_axes,
+        values = request.values_of_bytes()
+    else:
+        images = [image.float() for image in images]
+    pixels = torch.ops.bitfast.resize_normalize_pixels.native(
+        images, request.sizes, request.crop, request.offsets, request.resample, values,
+        request.channels_last, request.first_axes,
     )  # fmt: skip
-    return rescale_normalize(pixels, rescale_factors, mean, std, dtype)
+    return pixels if values is not None else request.rescale_normalize(pixels)
 
 
-def _fake_bytes(
+def _fake_pixels(
     images: list[Tensor],
     sizes: list[int],
     crop: list[int],
     offsets: list[int],
     resample: int,
-    values: Tensor,
+    values: Tensor | None,
     channels_last: bool,
     first_axes: list[int],
 ) -> Tensor:
+    dtype = torch.float32 if values is None else values.dtype
     return _fake(
-        images, sizes, crop, offsets, resample, [], [], [], values.dtype, channels_last, first_axes
-    )
-
-
-def _fake_floats(
-    images: list[Tensor],
-    sizes: list[int],
-    crop: list[int],
-    offsets: list[int],
-    resample: int,
-    channels_last: bool,
-    first_axes: list[int],
-) -> Tensor:
-    return _fake(
-        images, sizes, crop, offsets, resample, [], [], [], torch.float32, channels_last, first_axes
+        images, sizes, crop, offsets, resample, [], [], [], dtype, channels_last, first_axes
     )
 
 
 register_kernel(OP, "native", "cpu", NATIVE_DTYPES, lambda: extension.CPU.problem)
 if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined the schemas
-    complete_operator("resize_normalize_bytes", "native", BYTES_SIGNATURE, _fake_bytes)
-    complete_operator("resize_normalize_floats", "native", FLOATS_SIGNATURE, _fake_floats)
+    complete_operator("resize_normalize_pixels", "native", PIXELS_SIGNATURE, _fake_pixels)
     define_operator(OP, "native", SIGNATURE, _native, _fake)
 
 # ---- Triton -------------------------------------------------------------------------------------
@@ -418,7 +405,7 @@ if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined 
 def _triton(*arguments: Any) -> Tensor:
     from bitfast.ops import resize_normalize_triton
 
-    return resize_normalize_triton.forward(*arguments)
+    return resize_normalize_triton.forward(Request(*arguments))
 
 
 def _why_no_triton_on(device_type: str) -> str | None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bitfast import extension
 from bitfast.ops.common import run_launches, why_no_interpreter, why_no_triton
-from bitfast.ops.resize_normalize import values_of_bytes
+from bitfast.ops.resize_normalize import Request
 from bitfast.staging import upload
 
 if TYPE_CHECKING:
-    from bitfast.kernels.resize_normalize import Axis, Picture
+    from bitfast.kernels.resize_normalize import Axis
 
 NO_TABLES = "its tables of filters are made by the extension's CPU half, which is missing: "
 
@@ -38,19 +38,7 @@ Line = tuple[int, int, int, int]
 """Size before, size after, the first output that is wanted, and how many."""
 
 
-def forward(
-    images: list[Tensor],
-    sizes: list[int],
-    crop: list[int],
-    offsets: list[int],
-    resample: int,
-    rescale_factors: list[float],
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-    channels_last: bool,
-    first_axes: list[int],
-) -> Tensor:
+def forward(request: Request) -> Tensor:
     """Run ``bitfast::resize_normalize.triton``; nothing waits for the device.
 
     Raises:
@@ -59,30 +47,32 @@ def forward(
     """
     from bitfast.kernels import resize_normalize as kernels
 
-    if images[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    images, crop = request.images, request.crop
+    device, channels = images[0].device, images[0].shape[2]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "resize_normalize cannot be captured in a CUDA graph: preprocess before the capture"
         )
-    device, channels = images[0].device, images[0].shape[2]
-    lines, tops, lefts = _lines(images, sizes, crop, offsets)
-    starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), resample, device, _stream(device))
+    lines, tops, lefts = _lines(request)
+    stream = _stream(device)
+    starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), request.resample, device, stream)
     pictures = [
-        _picture(image, axes, lines[2 * i : 2 * i + 2], tops[i], lefts[i], first_axes[i] == 0)
+        kernels.Picture(
+            image,
+            axes.get(lines[2 * i]),
+            axes.get(lines[2 * i + 1]),
+            tops[i],
+            lefts[i],
+            request.first_axes[i] == 0,
+        )
         for i, image in enumerate(images)
     ]
     plan = kernels.plan(pictures, (crop[0], crop[1]))
     intermediate = torch.empty(max(plan.buffer_size, 1), dtype=torch.uint8, device=device)
     plan.second_segments[:, 0] += plan.is_buffered * intermediate.data_ptr()
     tables = upload([*plan[:4]], device)
-    values = _values(
-        tuple(rescale_factors), tuple(mean), tuple(std), channels, dtype, device, _stream(device)
-    )
-    result = torch.empty(
-        (len(images), channels, crop[0], crop[1]),
-        dtype=dtype,
-        device=device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    values = _on_device(request.values_of_bytes(), device, stream)
+    result = request.empty_result()
     launches = []
     if plan.buffer_size:
         read = sum(image.numel() for image in images)
@@ -95,40 +85,25 @@ def forward(
     launches.append(
         kernels.second_pass_launch(
             tables[3], tables[2], starts, weights, values,
-            intermediate=intermediate, result=result, channels_last=channels_last,
+            intermediate=intermediate, result=result, channels_last=request.channels_last,
         )
     )  # fmt: skip
     run_launches(launches, intermediate)
     return result
 
 
-def _lines(
-    images: list[Tensor], sizes: list[int], crop: list[int], offsets: list[int]
-) -> tuple[list[Line], list[int], list[int]]:
+def _lines(request: Request) -> tuple[list[Line], list[int], list[int]]:
     """Return the lines of each image, height and width in turns, and where they begin in the window."""
     lines: list[Line] = []
     begins: tuple[list[int], list[int]] = ([], [])
-    for i, image in enumerate(images):
+    for i, image in enumerate(request.images):
         for axis in (0, 1):
-            size, offset, window = sizes[2 * i + axis], offsets[2 * i + axis], crop[axis]
+            size, offset = request.sizes[2 * i + axis], request.offsets[2 * i + axis]
             first = min(max(offset, 0), size)
-            count = min(max(offset + window, first), size) - first
+            count = min(max(offset + request.crop[axis], first), size) - first
             lines.append((image.shape[axis], size, first, count))
             begins[axis].append(first - offset)
     return lines, begins[0], begins[1]
-
-
-def _picture(
-    image: Tensor,
-    axes: dict[Line, Axis],
-    lines: list[Line],
-    top: int,
-    left: int,
-    height_first: bool,
-) -> Picture:
-    from bitfast.kernels.resize_normalize import Picture
-
-    return Picture(image, axes.get(lines[0]), axes.get(lines[1]), top, left, height_first)
 
 
 def _stream(device: torch.device) -> int:
@@ -161,14 +136,6 @@ def _tables(
 
 
 @lru_cache(maxsize=64)
-def _values(
-    rescale_factors: tuple[float, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    channels: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    stream: int,
-) -> Tensor:
-    """Return the table of what each byte becomes, on the device."""
-    return upload([values_of_bytes(rescale_factors, mean, std, channels, dtype)], device)[0]
+def _on_device(table: Tensor, device: torch.device, stream: int) -> Tensor:
+    """Return a table that is kept itself, on the device."""
+    return upload([table], device)[0]
