@@ -20,14 +20,14 @@ DPI = 120
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Draw one chart per case about a model and one per op; return the files.
+    """Draw one chart per case about a model or image processors, and one per op; return the files.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    models = [row for row in report.rows if row.kind == "model"]
+    models = [row for row in report.rows if row.kind in ("model", "images")]
     for title, rows in cases_of(models).items():
         if any(row.status == TIMED for row in rows):
             paths.append(folder / f"{file_name(title)}.png")

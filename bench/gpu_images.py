@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from bitfast import BitImageProcessorFast
 
 from .gpu_models import is_installed
 from .gpu_summary import FROM_HOST, IMAGE_CASE, ON_DEVICE
-from .gpu_timing import Session, WrongResultError, _summarize, run_parts, synchronize
-from .images import PHOTOGRAPHS
+from .gpu_timing import Session, WrongResultError, run_parts, sample_of, synchronize
+from .images import PHOTOGRAPHS, photographs, resized
 
 SMALL = ((12, 9), (7, 15), (20, 20))
 """What takes the place of photographs in a smoke run."""
@@ -34,27 +33,11 @@ CLOSE = 0.2
 Function = Callable[[], Any]
 
 
-def batch_of(session: Session, count: int) -> list[Image.Image]:
-    """Draw images of mixed sizes."""
-    random = np.random.default_rng(0)
-    sizes = SMALL if session.is_smoke else PHOTOGRAPHS
-    distinct = []
-    for width, height in sizes:
-        coarse = random.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-        distinct.append(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    return list(islice(cycle(distinct), count))
-
-
 def with_pillow(images: list[Image.Image], edge: int) -> Tensor:
     """Return what the fast processor makes of images that Pillow has resized."""
-
-    def resized(image: Image.Image) -> Image.Image:
-        shorter = min(image.size)
-        size = int(edge * image.width / shorter), int(edge * image.height / shorter)
-        return image.resize(size, Image.Resampling.BICUBIC)
-
+    pictures = [image.resize(resized(image, edge), Image.Resampling.BICUBIC) for image in images]
     processor = BitImageProcessorFast(do_resize=False, crop_size=edge)
-    return processor([resized(image) for image in images], return_tensors="pt")["pixel_values"]
+    return processor(pictures, return_tensors="pt")["pixel_values"]
 
 
 def torchvision_function(images: list[Any], edge: int, device: str) -> Function:
@@ -120,7 +103,7 @@ def race(session: Session, case: str, name: str, function: Function, expected: T
         function()
         synchronize(session.device)
         times.append(time.perf_counter() - start)
-    sample = _summarize(times, 1, False)
+    sample = sample_of(times, 1, False)
     session.add(
         case,
         name,
@@ -135,7 +118,7 @@ def images(session: Session) -> None:
     """Batches of 64 and of 256, from the host and on the device."""
     edge = 8 if session.is_smoke else 224
     for count in (3,) if session.is_smoke else (256, 64):
-        batch = batch_of(session, count)
+        batch = photographs(SMALL if session.is_smoke else PHOTOGRAPHS, count)
         expected = with_pillow(batch, edge)
         on_device = [
             torch.from_numpy(np.array(image)).permute(2, 0, 1).to(session.device) for image in batch

@@ -265,7 +265,7 @@ def measure(
     times = [_event_seconds(once, 1)[0] for _ in range(3)]
     repeats = int(min(max(seconds / max(min(times), 1e-6), 9), 300))
     times = _event_seconds(once, repeats)
-    return _summarize(times, len(calls), graph is not None)
+    return sample_of(times, len(calls), graph is not None)
 
 
 def _event_seconds(function: Callable[[], None], repeats: int) -> list[float]:
@@ -309,10 +309,11 @@ def _measure_on_cpu(calls: Sequence[Callable[[], Any]], seconds: float) -> Sampl
         start = time.perf_counter()
         calls[len(times) % len(calls)]()
         times.append(time.perf_counter() - start)
-    return _summarize(times, 1, False)
+    return sample_of(times, 1, False)
 
 
-def _summarize(times: list[float], calls: int, is_captured: bool) -> Sample:
+def sample_of(times: list[float], calls: int, is_captured: bool) -> Sample:
+    """Return what is said of times of so many calls each."""
     low, middle, high = statistics.quantiles(times, n=4)
     return Sample(middle / calls, (high - low) / middle, len(times), is_captured)
 
@@ -327,7 +328,7 @@ def host_sample(function: Callable[[], Any], device: str, calls: int, repeats: i
             function()
         times.append((time.perf_counter() - start) / calls)
     synchronize(device)
-    return _summarize(times[2:], 1, False)
+    return sample_of(times[2:], 1, False)
 
 
 def synchronize(device: str) -> None:

@@ -91,15 +91,20 @@ def cases(thread_counts: Sequence[int]) -> Iterator[ImageCase]:
 
 
 def draw(case: ImageCase) -> list[Image.Image]:
-    """Draw a batch: noise, blurred as photographs are."""
+    """Draw the images of a case."""
+    return photographs(SIZES[case.images], case.batch)
+
+
+def photographs(sizes: Sequence[tuple[int, int]], count: int) -> list[Image.Image]:
+    """Draw images of these (width, height), over and over: noise, blurred as photographs are."""
     random = np.random.default_rng(0)
 
     def photograph(width: int, height: int) -> Image.Image:
         coarse = random.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
         return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
-    distinct = [photograph(*size) for size in SIZES[case.images][: case.batch]]
-    return list(islice(cycle(distinct), case.batch))
+    distinct = [photograph(*size) for size in sizes[:count]]
+    return list(islice(cycle(distinct), count))
 
 
 # ---- contestants ----------------------------------------------------------------------------------
@@ -111,10 +116,10 @@ def processor(make: Callable[[], Any], images: list[Image.Image]) -> Callable[[]
     return lambda: made(images, return_tensors="pt")["pixel_values"]
 
 
-def resized(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) with 224 pixels along the shorter edge."""
+def resized(image: Image.Image, edge: int = 224) -> tuple[int, int]:
+    """Return (width, height) with this many pixels along the shorter edge."""
     shorter = min(image.size)
-    return int(224 * image.width / shorter), int(224 * image.height / shorter)
+    return int(edge * image.width / shorter), int(edge * image.height / shorter)
 
 
 def contestants(images: list[Image.Image]) -> dict[str, Callable[[], Any]]:

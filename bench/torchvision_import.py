@@ -10,14 +10,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from functools import cache
 from types import ModuleType
 
-import torch
+from torch.library import Library
 
 OPERATORS = ("nms", "qnms")
 """Both take (dets, scores, iou_threshold)."""
-
-_library: torch.library.Library | None = None  # operators go with the library that defines them
 
 
 def import_torchvision() -> ModuleType | None:
@@ -31,8 +30,14 @@ def import_torchvision() -> ModuleType | None:
             raise
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
-    global _library
-    _library = torch.library.Library("torchvision", "DEF")
-    for name in OPERATORS:
-        _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_operators()
     return importlib.import_module("torchvision")
+
+
+@cache  # operators go with the object that defines them
+def define_operators() -> Library:
+    """Define what the library of kernels would, without an implementation."""
+    library = Library("torchvision", "DEF")
+    for name in OPERATORS:
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library

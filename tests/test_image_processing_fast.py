@@ -91,6 +91,9 @@ def test_a_batch_of_photographs_of_different_sizes_and_modes() -> None:
     mixed = [batch[0], np.array(batch[2]), torch.from_numpy(np.array(batch[4])).permute(2, 0, 1)]
     assert_close(mixed, return_tensors="pt")
     assert_close([mixed[:1], mixed[1:]], return_tensors="pt")
+    stack = np.stack([np.array(image.convert("RGB").resize((70, 60))) for image in batch])
+    for images in (stack, torch.from_numpy(stack).permute(0, 3, 1, 2), [stack[:2], stack[2:]]):
+        assert_close(images, size=40, crop_size=33, return_tensors="pt")
 
 
 @pytest.mark.parametrize("resample", [2, 3])

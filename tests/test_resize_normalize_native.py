@@ -130,6 +130,22 @@ def test_threads_share_one_large_image() -> None:
             assert torch.equal(resize_normalize([image], **arguments), expected)
 
 
+@pytest.mark.parametrize("resample", range(1, len(RESAMPLE_NAMES)))
+def test_only_the_window_is_computed(resample: int) -> None:
+    """A whole image of this size would be 12 million terabytes."""
+    image = random_image(2, (3, 3, 3), "HWC")
+    edge = 2_000_000_001
+    result = resize_normalize(
+        [image],
+        [(edge, edge)],
+        (5, 4),
+        resample,
+        offsets=[(edge // 2, edge // 2)],
+        dtype=torch.uint8,
+    )
+    assert torch.equal(result[0], image[1, 1].view(3, 1, 1).expand(3, 5, 4))
+
+
 def test_tables_made_in_inference_mode_serve_outside_of_it() -> None:
     image = random_image(0, (9, 9, 3), "HWC")
     factor = torch.rand(()).item()  # of which there is no table yet
