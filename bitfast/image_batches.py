@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from bitfast.image_inputs import parse_size
 from bitfast.ops.resize_normalize import INSTALLED_PILLOW, resize_normalize
 
 
@@ -104,14 +105,19 @@ def check_resized_size(i: int, height: int, width: int, size: tuple[int, int]) -
         )
 
 
-def check_crop_size(crop: tuple[int, int] | None) -> None:
-    """Refuse a (height, width) that no image is to be surrounded with zeros to; None is none.
+def parse_crop_size(value: Any) -> tuple[int, int]:
+    """Return a ``crop_size`` as (height, width).
 
     Raises:
-        ValueError: it would have more pixels than Pillow opens.
+        ValueError: it is none, or more pixels than Pillow opens.
     """
-    if crop is not None and _is_too_large(crop):
+    size = parse_size("crop_size", value, default_to_square=True)
+    if "height" not in size:
+        raise ValueError(f"crop_size must hold height and width, got {size!r}")
+    crop = size["height"], size["width"]
+    if _is_too_large(crop):
         raise ValueError(f"crop_size: {crop[1]}x{crop[0]} pixels are {_more_than_the_limit()}")
+    return crop
 
 
 def _is_too_large(size: tuple[int, int]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitfast import image_transforms
 from bitfast.batch_feature import BatchFeature, parse_tensor_type
-from bitfast.image_batches import Job, Recipe, check_crop_size, check_resized_size, process
+from bitfast.image_batches import Job, Recipe, check_resized_size, parse_crop_size, process
 from bitfast.image_inputs import (
     ChannelDimension,
     Size,
@@ -188,7 +188,7 @@ class BitImageProcessor(ImageProcessor):
             return getattr(self, name) if value is None else value
 
         parsed_size = parse_size("size", override("size", size), default_to_square=False)
-        parsed_crop = parse_size("crop_size", override("crop_size", crop_size), True)
+        crop = override("crop_size", crop_size)
         resample = parse_resampling("resample", override("resample", resample))
         rescale_factor = override("rescale_factor", rescale_factor)
         image_mean, image_std = override("image_mean", image_mean), override("image_std", image_std)
@@ -202,12 +202,11 @@ class BitImageProcessor(ImageProcessor):
         options = _Options(
             parsed_size if override("do_resize", do_resize) else None,
             resample,
-            _height_and_width(parsed_crop) if override("do_center_crop", do_center_crop) else None,
+            parse_crop_size(crop) if override("do_center_crop", do_center_crop) else None,
             parse_factor(rescale_factor) if do_rescale else None,
             image_mean if do_normalize else None,
             image_std if do_normalize else None,
         )
-        check_crop_size(options.crop)
 
         arrays, layouts = read_images(
             list_images(images), override("do_convert_rgb", do_convert_rgb), input_data_format
@@ -307,8 +306,7 @@ class BitImageProcessor(ImageProcessor):
             input_data_format: Layout of the image; None: inferred.
         """
         pixels, layout = _channels_last(image, input_data_format)
-        height, width = _height_and_width(parse_size("size", size, default_to_square=True))
-        result = image_transforms.center_crop(pixels, height, width)
+        result = image_transforms.center_crop(pixels, *parse_crop_size(size))
         return _in_layout(result, data_format, layout)
 
     def rescale(
@@ -395,7 +393,9 @@ def _job(image: np.ndarray, layout: ChannelDimension, options: _Options) -> Job:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     if options.mean is not None:
-        statistics = image_transforms.statistics(options.mean, options.std, channels, np.float32)
+        statistics = image_transforms.statistics(
+            options.mean, options.std, channels, np.float32, ("image_mean", "image_std")
+        )
         mean, std = (tuple(values.tolist()) for values in statistics)
     crop = size if options.crop is None else options.crop
     recipe = Recipe(
@@ -413,12 +413,6 @@ def _job(image: np.ndarray, layout: ChannelDimension, options: _Options) -> Job:
 
 
 # ---- arguments ----------------------------------------------------------------------------------
-
-
-def _height_and_width(crop_size: Size) -> tuple[int, int]:
-    if "height" not in crop_size:
-        raise ValueError(f"crop_size must hold height and width, got {crop_size!r}")
-    return crop_size["height"], crop_size["width"]
 
 
 def _require(name: str, value: Any, needed: bool) -> None:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bitfast import image_transforms
 from bitfast.batch_feature import BatchFeature, parse_tensor_type
-from bitfast.image_batches import Job, Recipe, check_crop_size, check_resized_size, process
+from bitfast.image_batches import Job, Recipe, check_resized_size, parse_crop_size, process
 from bitfast.image_inputs import (
     ChannelDimension,
     Size,
@@ -225,11 +226,7 @@ def _parse(values: dict[str, Any]) -> _Options:
         size = parse_size("size", given, bool(values["default_to_square"]))
         resample, nearest_mode = _parse_resampling(_required(values, "resample"))
     if values["do_center_crop"]:
-        parsed = parse_size("crop_size", _required(values, "crop_size"), True)
-        if "height" not in parsed:
-            raise ValueError(f"crop_size must hold height and width, got {parsed!r}")
-        crop = parsed["height"], parsed["width"]
-        check_crop_size(crop)
+        crop = parse_crop_size(_required(values, "crop_size"))
     if values["do_rescale"]:
         factor = parse_factor(_required(values, "rescale_factor"))
         if values["do_normalize"] and factor == 0:
@@ -376,23 +373,19 @@ def _rescaling(
         exact = dtype == torch.float64
         return (options.factor if exact else float(np.float32(options.factor)),), (), ()
     inverse = np.float32(1) if options.factor is None else np.float32(1.0 / options.factor)
-    mean = _per_channel("image_mean", options.mean, channels) * inverse
-    std = _per_channel("image_std", options.std, channels) * inverse
-    if not std.all() or not np.isfinite([mean, std]).all():
-        raise ValueError(
-            "image_mean and image_std must hold finite numbers, the latter other than 0,"
-            f" got {options.mean!r} and {options.std!r}"
-        )
-    return (), tuple(mean.tolist()), tuple(std.tolist())
+    mean, std = image_transforms.statistics(
+        _one_for_all(options.mean),
+        _one_for_all(options.std),
+        channels,
+        np.float32,
+        ("image_mean", "image_std"),
+    )
+    return (), tuple((mean * inverse).tolist()), tuple((std * inverse).tolist())
 
 
-def _per_channel(name: str, values: Any, channels: int) -> np.ndarray:
-    numbers = list(values) if isinstance(values, Collection) else [values]
-    if len(numbers) not in (1, channels) or isinstance(values, str):
-        raise ValueError(
-            f"{name} must be a number or hold one for each of the {channels} channels, got {values!r}"
-        )
-    return np.array(numbers * (channels // len(numbers)), dtype=np.float32)
+def _one_for_all(values: Any) -> Any:
+    """Return the only number of a list, which stands for every channel, or what there is."""
+    return next(iter(values)) if _length(values) == 1 and isinstance(values, Collection) else values
 
 
 def _computed_dtype(image: torch.dtype, is_scaled: bool, is_normalized: bool) -> torch.dtype:

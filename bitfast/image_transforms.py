@@ -104,22 +104,23 @@ def normalize(
 
 
 def statistics(
-    mean: float | Collection[float], std: float | Collection[float], channels: int, dtype: Any
+    mean: float | Collection[float],
+    std: float | Collection[float],
+    channels: int,
+    dtype: Any,
+    names: tuple[str, str] = ("mean", "std"),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the standard deviation, one number per channel each, in this dtype.
 
     Raises:
-        ValueError: one of them is neither a finite number nor one per channel; a ``std`` of 0.
+        ValueError: one of them, by these ``names``, is neither a finite number nor one per channel; a
+            ``std`` of 0.
     """
-    means = _per_channel("mean", mean, channels, dtype)
-    stds = _per_channel("std", std, channels, dtype)
+    means = _per_channel(names[0], mean, channels, dtype)
+    stds = _per_channel(names[1], std, channels, dtype)
     if not stds.all():
         raise ValueError(
-            f"std must hold numbers other than 0 in {np.dtype(dtype)}, got {stds.tolist()}"
-        )
-    if not np.isfinite([means, stds]).all():
-        raise ValueError(
-            f"mean and std must hold finite numbers, got {means.tolist()} and {stds.tolist()}"
+            f"{names[1]} must hold numbers other than 0 in {np.dtype(dtype)}, got {stds.tolist()}"
         )
     return means, stds
 
@@ -133,4 +134,7 @@ def _per_channel(
         raise ValueError(
             f"{name} must be a number or hold one for each of the {channels} channels, got {values!r}"
         )
-    return np.array(values, dtype=dtype)
+    numbers = np.array(values, dtype=dtype)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} must hold finite numbers, got {numbers.tolist()}")
+    return numbers
