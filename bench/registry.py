@@ -294,8 +294,8 @@ def norm_convolution_problem(
 ) -> Problem:
     """A norm, ReLU and a convolution, as in a preactivation block; the weights are standardized beforehand."""
     x = feature_maps(shape, dtype, CHANNELS_LAST)
-    norm = GroupNormActivation(GROUPS, shape[1], "relu")
-    convolution = WeightStandardizedConv2d(shape[1], out_channels, kernel_size).to(dtype)
+    norm = GroupNormActivation(GROUPS, shape[1], "relu").eval()
+    convolution = WeightStandardizedConv2d(shape[1], out_channels, kernel_size).to(dtype).eval()
     weight = weight_standardization(convolution.weight.detach(), convolution.eps)
     inputs = x, norm.weight.detach(), norm.bias.detach(), weight
 
@@ -304,7 +304,7 @@ def norm_convolution_problem(
         return F.conv2d(F.relu(normalized), weight, padding=kernel_size // 2)
 
     def ours(x: Tensor, *_: Tensor) -> Tensor:
-        if can_be_normalized_late(x) and convolution.can_normalize(x):
+        if can_be_normalized_late(norm, x) and convolution.can_normalize(x):
             return Deferred(x, None, norm).convolved(convolution)[0]
         return convolution(norm(x))
 

@@ -156,3 +156,11 @@ def test_the_quick_case_compiles_nothing() -> None:
     (case,) = (case for case in models.cases([2]) if case.is_quick)
     assert any(contestant.form == "compiled" for contestant in case.contestants)
     assert not any(contestant.form == "compiled" for contestant in case.quick().contestants)
+
+
+@pytest.mark.parametrize("case", [c for c in registry.cases() if c.is_quick], ids=lambda c: c.title)
+def test_the_contestants_of_a_quick_case_are_right(case: Case) -> None:
+    torch.manual_seed(0)  # as a run does
+    with torch.set_grad_enabled(case.is_training):
+        found = contest.checked_errors(case.make(), case.dtype)
+    assert {name: checked.problem for name, checked in found.items() if checked.problem} == {}
