@@ -9,11 +9,13 @@ from bitfast.checkpoints.files import CheckpointError
 from bitfast.configuration import BitConfig
 from bitfast.image_processing import BitImageProcessor
 from bitfast.image_processing_fast import BitImageProcessorFast
+from bitfast.in_place import AccelerationReport, accelerate, restore
 from bitfast.modeling import BitBackbone, BitForImageClassification, BitModel, BitPreTrainedModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationReport",
     "BackendUnavailableError",
     "BatchFeature",
     "BitBackbone",
@@ -24,5 +26,7 @@ __all__ = [
     "BitModel",
     "BitPreTrainedModel",
     "CheckpointError",
+    "accelerate",
+    "restore",
     "use_backend",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,17 +88,6 @@ def can_be_normalized_late(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-def drop_packed_weights(*modules: nn.Module) -> None:
-    """Forget the packed weights of the convolutions in these modules."""
-    packed_weights.drop(
-        [
-            weight
-            for convolution in standardized_convolutions(*modules)
-            if (weight := convolution._parameters.get("weight")) is not None
-        ]
-    )
-
-
 def standardized_convolutions(*modules: nn.Module) -> list[WeightStandardizedConv2d]:
     """Return the weight-standardized convolutions in these modules."""
     return [
@@ -164,6 +153,20 @@ class WeightStandardizedConv2d(nn.Conv2d):
         if weight is None:
             weight = weight_standardization(self.weight, self.eps)
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+
+    def train(self, mode: bool = True) -> WeightStandardizedConv2d:
+        """Switch between training and evaluation, and forget the weight packed for inference."""
+        self._forget_packed_weight()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WeightStandardizedConv2d:
+        self._forget_packed_weight()
+        return super()._apply(fn, recurse)
+
+    def _forget_packed_weight(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            packed_weights.drop([weight])
 
     def can_normalize(self, x: Tensor) -> bool:
         """Say whether the convolution can normalize x itself while it reads it, if any can."""
@@ -351,7 +354,6 @@ __all__ = [
     "MaxPool2d",
     "WeightStandardizedConv2d",
     "can_be_normalized_late",
-    "drop_packed_weights",
     "runs_as_written",
     "runs_channels_last",
     "runs_packed",

@@ -17,3 +17,9 @@ def is_channels_last(x: Tensor) -> bool:
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the memory format that a result takes after its input x."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def contiguous_nchw(x: Tensor) -> Tensor:
+    """Return x contiguous, with the strides of a new tensor also where it is 1x1."""
+    x = x.contiguous()
+    return x.view(x.shape[:2])[:, :, None, None] if x.shape[2:] == (1, 1) else x

@@ -7,7 +7,7 @@ Kolesnikov et al., "Big Transfer (BiT): General Visual Representation Learning",
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +17,15 @@ from torch import Tensor, nn
 from bitfast.checkpoints.hub import PretrainedModelMixin
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import align_output_stages
-from bitfast.layers import (
-    Deferred,
-    GroupNormActivation,
-    drop_packed_weights,
-    runs_as_written,
-    runs_channels_last,
-    runs_packed,
-)
-from bitfast.memory import keep_freed_memory
-from bitfast.memory_format import is_channels_last
+from bitfast.forward_pass import ForwardPass
+from bitfast.layers import GroupNormActivation, runs_as_written
 from bitfast.network import (
     BitEmbeddings,
     BitEncoder,
     BitStage,
-    fusable_norm,
-    preparable_convolutions,
     round_to_multiple,
     stage_widths,
 )
-from bitfast.ops.common import autocast_dtype
-from bitfast.ops.norm_convolution import fuses
 from bitfast.outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
@@ -119,7 +107,7 @@ class BitPreTrainedModel(PretrainedModelMixin, nn.Module):
         return output_hidden_states, return_dict
 
 
-class BitModel(BitPreTrainedModel):
+class BitModel(ForwardPass, BitPreTrainedModel):
     """The network without a head: feature map and its spatial mean."""
 
     def __init__(self, config: BitConfig) -> None:
@@ -180,90 +168,9 @@ class BitModel(BitPreTrainedModel):
         hidden_states, normalized = self.run(pixel_values, last, wanted, self.norm)
         return hidden_states, normalized, self.pooler(normalized)
 
-    def run(
-        self, pixel_values: Tensor, last: int, wanted: Container[int], norm: nn.Module | None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Compute the stem (0) and the stages from 1 to ``last``.
-
-        Args:
-            pixel_values: (N, num_channels, H, W).
-            last: The last stage to compute.
-            wanted: The stages whose outputs to return.
-            norm: Applied to the output of the last, or None.
-
-        Returns:
-            The wanted outputs, in order, and what ``norm`` makes of the last one, in the layout that the
-            network runs in.
-        """
-        self.embedder.check(pixel_values)
-        channels_last = runs_channels_last(pixel_values)
-        if channels_last:
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        convolutions = []
-        if not runs_packed(self, pixel_values):
-            stages = list(self.encoder.stages)[:last]
-            convolutions = preparable_convolutions(self.embedder, stages)
-        with self.prepared_weights.prepared(convolutions, channels_last):
-            x, outputs, done = self._begin(pixel_values, last, wanted)
-            preactivated: Tensor | Deferred | None = None
-            following = None if norm is None else fusable_norm(norm)
-            steps = self.encoder.run(x, done, last, following)
-            for number, (x, preactivated) in enumerate(steps, start=done + 1):  # noqa: B007
-                if number in wanted:
-                    outputs.append(x)
-            if isinstance(preactivated, Deferred):
-                x = preactivated.value()
-            elif norm is not None:
-                x = norm(x) if preactivated is None else preactivated
-        return outputs, x
-
-    def _begin(
-        self, pixel_values: Tensor, last: int, wanted: Container[int]
-    ) -> tuple[Tensor, list[Tensor], int]:
-        """Compute the stem, and in inference on the CPU the stages of high resolution, a few images at a time.
-
-        Their feature maps are then still in a cache when the next layer reads them, and small enough for the
-        memory allocator to use the same pages again.
-
-        Returns:
-            The last output, the wanted ones, and the number of stages that were computed.
-        """
-        if runs_packed(self, pixel_values):
-            keep_freed_memory()
-        size = images_at_a_time(self, pixel_values)
-        if size >= pixel_values.shape[0]:
-            x = self.embedder(pixel_values)
-            return x, [x] if 0 in wanted else [], 0
-        done = min(last, STAGES_IN_SLICES)
-        slices = []
-        for images in pixel_values.split(size):
-            outputs = [self.embedder(images)]
-            outputs += [x for x, _ in self.encoder.run(outputs[0], 0, done, None)]
-            slices.append([x for n, x in enumerate(outputs) if n in wanted or n == done])
-        results = [torch.cat(parts) for parts in zip(*slices, strict=True)]
-        return results[-1], results if done in wanted else results[:-1], done
-
-    def layout_of_outputs(self, pixel_values: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return what brings feature maps into the layout that plain convolutions would give them.
-
-        That is channels_last if the images or the weights are.
-        """
-        if is_channels_last(pixel_values) or is_channels_last(self.embedder.convolution.weight):
-            return lambda x: x.contiguous(memory_format=torch.channels_last)
-        return _nchw
-
-    def train(self, mode: bool = True) -> BitModel:
-        """Switch between training and evaluation, and forget the weights kept for inference."""
-        self._forget_kept_weights()
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BitModel:
-        self._forget_kept_weights()
-        return super()._apply(fn, recurse)
-
-    def _forget_kept_weights(self) -> None:
-        self.prepared_weights.drop()
-        drop_packed_weights(self)
+    def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
+        """Return the modules that :meth:`run` calls."""
+        return self.embedder, list(self.encoder.stages)
 
 
 class BitForImageClassification(BitPreTrainedModel):
@@ -430,43 +337,6 @@ class BitBackbone(BitPreTrainedModel):
             hidden_states=tuple(outputs) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
-
-
-def _nchw(x: Tensor) -> Tensor:
-    """Return x contiguous, with the strides of a new tensor also where it is 1x1."""
-    x = x.contiguous()
-    return x.view(x.shape[:2])[:, :, None, None] if x.shape[2:] == (1, 1) else x
-
-
-SLICE_BYTES = 7 * 2**20
-"""Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
-
-FUSED_SLICE_BYTES = 28 * 2**20
-"""The same where convolutions normalize what they read: less memory passes by, and all that matters is that
-the C library has no map of its own for a feature map, as from 32 MiB on."""
-
-STAGES_IN_SLICES = 2
-"""Later ones have small feature maps and large weights, which the whole batch should share."""
-
-
-def images_at_a_time(model: BitModel, pixel_values: Tensor) -> int:
-    """Return how many images should go through the first stages together; all where nothing is gained.
-
-    Nothing is in training, where gradients are recorded, or where a compiler plans the memory. Nor is a batch
-    cut where somebody watches a module, and would see it called more than once.
-    """
-    count = pixel_values.shape[0]
-    if torch.compiler.is_compiling() or not runs_packed(model, pixel_values):
-        return count
-    height, width = (-(-n // 4) for n in pixel_values.shape[2:])
-    dtype = autocast_dtype(pixel_values) or pixel_values.dtype
-    per_image = stage_widths(model.config)[0] * height * width * dtype.itemsize
-    is_fused = fuses(pixel_values.device.type, dtype)
-    size = max(1, (FUSED_SLICE_BYTES if is_fused else SLICE_BYTES) // per_image)
-    early = (model.embedder, *list(model.encoder.stages)[:STAGES_IN_SLICES])
-    if size >= count or not all(runs_as_written(m) for part in early for m in part.modules()):
-        return count
-    return size
 
 
 def as_bit_config(config: Any) -> BitConfig:

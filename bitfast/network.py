@@ -8,7 +8,7 @@ fit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,13 @@ from bitfast.layers import (
     MaxPool2d,
     WeightStandardizedConv2d,
     runs_as_written,
+    runs_channels_last,
     standardized_convolutions,
 )
+from bitfast.memory_format import contiguous_nchw
 from bitfast.ops.common import is_autocast_on
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def stage_widths(config: BitConfig) -> list[int]:
@@ -119,6 +123,7 @@ class BitStage(nn.Module):
         drop_path_rates: Sequence[float],
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         layer_class = LAYERS[config.layer_type]
         first_dilation = 1 if dilation in (1, 2) else 2
         self.layers = nn.Sequential(
@@ -144,8 +149,11 @@ class BitStage(nn.Module):
         return self.gradient_checkpointing and self.training
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        return self.run(x, None, None)[0]
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride), in the layout of x."""
+        if not runs_channels_last(x) or x.is_contiguous(memory_format=torch.channels_last):
+            return self.run(x, None, None)[0]
+        x = x.contiguous(memory_format=torch.channels_last)
+        return contiguous_nchw(self.run(x, None, None)[0])
 
     def run(
         self,
@@ -153,7 +161,7 @@ class BitStage(nn.Module):
         preactivated: Tensor | Deferred | None,
         following: GroupNormActivation | None,
     ) -> tuple[Tensor, Tensor | Deferred | None]:
-        """Do the same, each block applying the norm that comes next: see the block's ``run``."""
+        """Do the same in the layout at hand, each block applying the norm that comes next: see its ``run``."""
         layers: list[Any] = list(self.layers)
         next_norms = [*(first_norm(layer) for layer in layers[1:]), following]
         owns_x = False
@@ -169,8 +177,13 @@ class BitStage(nn.Module):
         return x, preactivated
 
 
+def is_plain(module: nn.Module | None, cls: type[Module]) -> TypeGuard[Module]:
+    """Say whether the module does what its class ``cls`` says: nobody's subclass computes something else."""
+    return isinstance(module, cls) and type(module).forward is cls.forward
+
+
 def preparable_convolutions(
-    embedder: nn.Module, stages: Sequence[nn.Module]
+    stem: nn.Module, stages: Sequence[nn.Module]
 ) -> list[WeightStandardizedConv2d]:
     """Return the convolutions whose weights may be standardized before the forward pass.
 
@@ -178,12 +191,12 @@ def preparable_convolutions(
     nothing is prepared: where activations are recomputed, by a stage or by whoever wraps or hooks a module.
     """
     if not torch.is_grad_enabled():
-        return standardized_convolutions(embedder, *stages)
+        return standardized_convolutions(stem, *stages)
     modules: list[nn.Module] = []
-    if type(embedder) is BitEmbeddings and runs_as_written(embedder):
-        modules.append(embedder)
+    if type(stem) in (BitEmbeddings, nn.Sequential) and runs_as_written(stem):
+        modules.append(stem)
     for stage in stages:
-        if type(stage) is BitStage and runs_as_written(stage) and not stage.is_recomputed:
+        if is_plain(stage, BitStage) and runs_as_written(stage) and not stage.is_recomputed:
             modules += [
                 layer
                 for layer in stage.layers
@@ -198,7 +211,7 @@ def first_norm(module: nn.Module) -> GroupNormActivation | None:
     It may where nobody watches the modules in between, which are then not called as such.
     """
     inner: nn.Module | None = module
-    if type(inner) is BitStage:
+    if is_plain(inner, BitStage):
         if not runs_as_written(inner) or not runs_as_written(inner.layers):
             return None
         if inner.is_recomputed:
@@ -237,29 +250,29 @@ class BitEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stem's output to the last stage's."""
-        for output, _ in self.run(x, 0, len(self.stages), None):
+        for output, _ in run_stages(list(self.stages), x, None):
             x = output
         return x
 
-    def run(
-        self, x: Tensor, first: int, last: int, following: GroupNormActivation | None
-    ) -> Iterator[tuple[Tensor, Tensor | Deferred | None]]:
-        """Yield the outputs of some stages, one one by one, each with what its last block's ``run`` returns.
 
-        Args:
-            x: The input of the first of them.
-            first, last: As in ``stages[first:last]``.
-            following: The norm that comes after the last of them, if that is to apply it.
-        """
-        stages: list[Any] = list(self.stages)[first:last]
-        next_norms = [*(first_norm(stage) for stage in stages[1:]), following]
-        preactivated: Tensor | Deferred | None = None
-        for stage, next_norm in zip(stages, next_norms, strict=False):
-            if first_norm(stage) is None:
-                x, preactivated = stage(x), None
-            else:
-                x, preactivated = stage.run(x, preactivated, next_norm)
-            yield x, preactivated
+def run_stages(
+    stages: Sequence[Any], x: Tensor, following: GroupNormActivation | None
+) -> Iterator[tuple[Tensor, Tensor | Deferred | None]]:
+    """Yield the outputs of stages, one by one, each with what its last block's ``run`` returns.
+
+    Args:
+        stages: One after the other.
+        x: The input of the first of them.
+        following: The norm that comes after the last of them, if that is to apply it.
+    """
+    next_norms = [*(first_norm(stage) for stage in stages[1:]), following]
+    preactivated: Tensor | Deferred | None = None
+    for stage, next_norm in zip(stages, next_norms, strict=False):
+        if first_norm(stage) is None:
+            x, preactivated = stage(x), None
+        else:
+            x, preactivated = stage.run(x, preactivated, next_norm)
+        yield x, preactivated
 
 
 def drop_path_rates(config: BitConfig) -> list[list[float]]:

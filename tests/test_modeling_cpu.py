@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfast import blocks, layers, modeling
+from bitfast import blocks, forward_pass, layers
 from bitfast.backends import use_backend
 from bitfast.layers import runs_packed
 from bitfast.ops.norm_convolution import fuses, why_not_fused
@@ -58,7 +58,7 @@ def way(request: Any, monkeypatch: Any) -> str:
 @pytest.fixture
 def small_slices(monkeypatch: Any) -> None:
     for name in ("SLICE_BYTES", "FUSED_SLICE_BYTES"):
-        monkeypatch.setattr(modeling, name, 2 * 16 * 10 * 9 * 4)
+        monkeypatch.setattr(forward_pass, name, 2 * 16 * 10 * 9 * 4)
 
 
 def outputs(model: Any, x: Tensor) -> list[Tensor]:

@@ -1,0 +1,165 @@
+"""The BiT of transformers: which of its modules become which of bitfast's, and how the whole runs then.
+
+Written for its versions 4.56 and 5; transformers itself is not imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitfast.forward_pass import ForwardPass
+from bitfast.in_place import parts
+from bitfast.in_place.changes import Change, require
+from bitfast.in_place.networks import Outcome, Recipes, network
+from bitfast.in_place.parts import Planned
+from bitfast.layers import runs_as_written
+from bitfast.network import BitEmbeddings, BitStage
+
+MODULE = "transformers.models.bit.modeling_bit"
+
+
+class TransformersNetwork(ForwardPass):
+    """How a BitModel of transformers runs with bitfast's modules inside: between its class and its objects."""
+
+    embedder: nn.Module
+    encoder: Any
+    norm: nn.Module
+    pooler: nn.Module
+    config: Any
+
+    def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
+        """Return what is called."""
+        return self.embedder, list(self.encoder.stages)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute what transformers' own computes, of the same type."""
+        if not runs_as_written(self.encoder):
+            return super().forward(
+                pixel_values,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if return_dict is None:
+            return_dict = getattr(config, "use_return_dict", config.return_dict)
+        last = len(self.encoder.stages)
+        wanted = range(last + 1) if output_hidden_states else ()
+        outputs, normalized = self.run(pixel_values, last, wanted, self.norm)
+        layout = self.layout_of_outputs(pixel_values)
+        pooled = layout(self.pooler(normalized))
+        normalized = layout(normalized)
+        hidden_states = tuple(map(layout, outputs)) if output_hidden_states else None
+        if not return_dict:
+            return (normalized, pooled, *(() if hidden_states is None else (hidden_states,)))
+        return self.output_class(normalized, pooled, hidden_states)  # type: ignore[operator]
+
+
+def _convolution(module: Any, planned: Planned) -> Outcome:
+    without = _padding(module)
+    return {module: parts.convolution(module, is_dynamic=bool(without), without=without)}
+
+
+def _norm(module: Any, planned: Planned) -> Outcome:
+    return {module: parts.norm(module, "activation", without=("activation",))}
+
+
+def _pool(module: Any, planned: Planned) -> Outcome:
+    is_dynamic = type(module.pad) is not nn.Identity
+    if is_dynamic:
+        _padding(module)
+    change = parts.pool(module, zero_pad=0, dynamic_padding=is_dynamic, without=("pad",))
+    return {module: change}
+
+
+def _padding(module: Any) -> tuple[str, ...]:
+    """Return the names of the children that pad a module's input, after a look at what they do."""
+    if module.pad is None:
+        return ()
+    pad = module.pad
+    require(
+        parts.qualified_name(type(pad)) == f"{MODULE}.DynamicPad2d" and pad.value == 0,
+        f"its padding is a {type(pad).__name__} of another kind",
+    )
+    return ("pad",)
+
+
+def _embeddings(module: Any, planned: Planned) -> Outcome:
+    pad, norm = module.pad, module.norm
+    require(
+        module.convolution in planned and module.pooler in planned,
+        "its convolution or its pooler is left as it is",
+    )
+    require(type(pad) is nn.Identity or parts.is_pad_of_one(pad), f"its pad is a {pad}")
+    convolution, pooler = planned[module.convolution], planned[module.pooler]
+    changes: dict[nn.Module, Change | str] = {}
+    if type(pad) is not nn.Identity and type(norm) is nn.Identity:
+        if runs_as_written(pad) and runs_as_written(norm):
+            # Nothing stands in between, so that the pool can add the zeros itself.
+            attributes = {**pooler.attributes, "zero_pad": 1}
+            changes[module.pooler] = Change(pooler.becomes, attributes, pooler.without)
+            changes[pad] = Change(nn.Identity)
+        else:
+            changes[pad] = "it has hooks or another forward"
+    if convolution.attributes["has_dynamic_padding"]:
+        min_size = 1 if pooler.attributes["dynamic_padding"] else 5
+    else:
+        min_size = 7 if module.convolution.padding == (0, 0) else 1
+    changes[module] = Change(BitEmbeddings, {"min_size": min_size})
+    return changes
+
+
+def _downsample(module: Any, planned: Planned) -> Outcome:
+    return {module: parts.downsample(module, planned)}
+
+
+def _preactivation_block(module: Any, planned: Planned) -> Outcome:
+    return {module: parts.preactivation_block(module, planned)}
+
+
+def _bottleneck_block(module: Any, planned: Planned) -> Outcome:
+    return {module: parts.bottleneck_block(module, planned, activation="activation")}
+
+
+def _stage(module: Any, planned: Planned) -> Outcome:
+    blocks = list(module.layers)
+    return {module: parts.stage(planned, BitStage, blocks, gradient_checkpointing=False)}
+
+
+def _model(module: Any, planned: Planned) -> Outcome:
+    stages = module.encoder.stages
+    require(
+        parts.qualified_name(type(module.encoder)) == f"{MODULE}.BitEncoder",
+        f"its encoder is a {type(module.encoder).__name__}",
+    )
+    require(any(stage in planned for stage in stages), "all its stages are left as they are")
+    output_class = vars(sys.modules[MODULE])["BaseModelOutputWithPoolingAndNoAttention"]
+    return {module: network(module, TransformersNetwork, output_class=output_class)}
+
+
+RECIPES: Recipes = {
+    f"{MODULE}.WeightStandardizedConv2d": _convolution,
+    f"{MODULE}.BitGroupNormActivation": _norm,
+    f"{MODULE}.BitMaxPool2d": _pool,
+    f"{MODULE}.BitEmbeddings": _embeddings,
+    f"{MODULE}.BitDownsampleConv": _downsample,
+    f"{MODULE}.BitPreActivationBottleneckLayer": _preactivation_block,
+    f"{MODULE}.BitBottleneckLayer": _bottleneck_block,
+    f"{MODULE}.BitStage": _stage,
+    f"{MODULE}.BitModel": _model,
+}
+"""What makes a change of a module, by the full name of its class."""
+
+__all__ = ["RECIPES", "TransformersNetwork"]
