@@ -15,7 +15,7 @@ from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, UnsuitableError, require
 from bitfast.in_place.networks import Outcome, Recipes, network
 from bitfast.in_place.parts import Planned, qualified_name
-from bitfast.layers import runs_as_written
+from bitfast.layers import Deferred, GroupNormActivation, runs_as_written
 from bitfast.network import BitStage
 
 
@@ -34,6 +34,17 @@ class TimmStage(BitStage):
     def gradient_checkpointing(self) -> bool:  # type: ignore[override]
         """Whether the blocks recompute their activations in the backward pass."""
         return self.grad_checkpointing
+
+    def run(
+        self,
+        x: Tensor,
+        preactivated: Tensor | Deferred | None,
+        following: GroupNormActivation | None,
+    ) -> tuple[Tensor, Tensor | Deferred | None]:
+        """Do what a stage does, which in timm calls the blocks as one module, if somebody watches that."""
+        if self.is_recomputed or runs_as_written(self.blocks):
+            return super().run(x, preactivated, following)
+        return self.blocks(x), None
 
 
 class TimmNetwork(ForwardPass):

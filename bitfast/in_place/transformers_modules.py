@@ -54,7 +54,7 @@ class TransformersNetwork(ForwardPass):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if return_dict is None:
-            return_dict = getattr(config, "use_return_dict", config.return_dict)
+            return_dict = config.return_dict and not getattr(config, "torchscript", False)
         last = len(self.encoder.stages)
         wanted = range(last + 1) if output_hidden_states else ()
         outputs, normalized = self.run(pixel_values, last, wanted, self.norm)
