@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+NEXT := .venv-transformers5
+TESTS_OF_NEXT := tests/test_in_place.py tests/test_in_place_report.py tests/test_auto_classes.py
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo test lint bench readme-table gpu-report clean
@@ -10,8 +12,10 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(INSTALLED)
 	$(BIN)/bitfast demo
 
-test: $(INSTALLED)
+# The tests of what is done to models of transformers run with its versions 4.56 and 5.
+test: $(INSTALLED) $(NEXT)/installed
 	$(BIN)/python -m pytest
+	$(NEXT)/bin/python -m pytest $(TESTS_OF_NEXT)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -47,5 +51,14 @@ $(INSTALLED): $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $(INSTALLED)
 
+# What transformers 5 needs lies here; all the rest, torch above all, is that of the first environment.
+$(NEXT)/installed: $(INSTALLED)
+	test -d $(NEXT) || $(BIN)/python -m venv $(NEXT)
+	shared="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+		echo "import site; site.addsitedir('$$shared')" \
+		> "$$($(NEXT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	$(NEXT)/bin/python -m pip install --quiet "transformers>=5.24,<6"
+	touch $(NEXT)/installed
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info bitfast/*.so
+	rm -rf $(VENV) $(NEXT) build dist *.egg-info bitfast/*.so

@@ -67,30 +67,59 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---- transformers and bitfast -------------------------------------------------------------------
+# ---- transformers, timm and bitfast -------------------------------------------------------------------
 
 
 def load_torch(work: Work) -> tuple[Build, AsArray]:
-    """Import what a model of transformers or bitfast needs."""
+    """Import what a model of transformers, timm or bitfast needs."""
     import torch
 
     torch.set_num_threads(work["threads"])
-    if work["package"] == "transformers":
+    if work["package"] != "bitfast":
         sys.path.append(str(Path(__file__).parent))
         from torchvision_import import import_torchvision
 
         import_torchvision()
-    model_class = getattr(__import__(work["package"]), work["architecture"])
+    package = __import__(work["package"])
+    if work["form"] == "accelerated":
+        import bitfast
     dtype = "float32" if work["form"] == "autocast" else work["dtype"]
 
     def build(x: np.ndarray) -> Call:
-        model = model_class.from_pretrained(work["folder"], dtype=dtype)
+        if work["package"] == "timm":
+            model = timm_model(package, work["folder"]).to(getattr(torch, dtype))
+        else:
+            model_class = getattr(package, work["architecture"])
+            model = model_class.from_pretrained(work["folder"], dtype=dtype)
+        if work["form"] == "accelerated":
+            bitfast.accelerate(model)
         images = torch.from_numpy(x).to(getattr(torch, dtype))
         if work["is_training"]:
             return training_call(model.train(), images, work)
         return inference_call(model.eval(), images, work["form"])
 
     return build, joined
+
+
+def timm_model(timm: Any, folder: str) -> Any:
+    """Return timm's R50x1 with the weights of a checkpoint of transformers."""
+    from safetensors.torch import load_file
+
+    names = {
+        "bit.embedder.convolution": "stem.conv",
+        "bit.encoder.stages": "stages",
+        "layers": "blocks",
+        "bit.norm": "norm",
+        "classifier.1": "head.fc",
+    }
+    model = timm.create_model("resnetv2_50x1_bit", num_classes=1000)
+    state = {}
+    for name, tensor in load_file(Path(folder) / "model.safetensors").items():
+        for theirs, its in names.items():
+            name = name.replace(theirs, its)
+        state[name] = tensor[:, :, None, None] if name == "head.fc.weight" else tensor
+    model.load_state_dict(state)
+    return model
 
 
 def inference_call(model: Any, images: Any, form: str) -> Call:
@@ -132,8 +161,13 @@ def training_call(model: Any, images: Any, work: Work) -> Call:
 
 
 def outputs_of(result: Any) -> list[Any]:
-    """Return the logits of a classifier, or the feature maps of a backbone."""
-    return [result.logits] if "logits" in result else list(result.feature_maps)
+    """Return the logits of a classifier, a depth, or the feature maps of a backbone."""
+    if not isinstance(result, dict):
+        return [result]
+    for name in ("logits", "predicted_depth"):
+        if name in result:
+            return [result[name]]
+    return list(result.feature_maps)
 
 
 def joined(tensors: list[Any]) -> np.ndarray:
@@ -196,6 +230,7 @@ def joined_arrays(arrays: list[np.ndarray]) -> np.ndarray:
 
 LOADERS: dict[str, Callable[[Work], tuple[Build, AsArray]]] = {
     "transformers": load_torch,
+    "timm": load_torch,
     "bitfast": load_torch,
     "onnxruntime": load_onnxruntime,
     "openvino": load_openvino,

@@ -28,8 +28,8 @@ class Contestant(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is bitfast's."""
-        return self.package == "bitfast"
+        """Whether bitfast computes, be it in somebody else's model."""
+        return self.package == "bitfast" or self.form == "accelerated"
 
 
 BASELINE = Contestant("transformers", "transformers")
@@ -56,6 +56,21 @@ EVERYBODY = (
 )
 """By dtype, each beginning with its yardstick. ONNX Runtime has no bfloat16 on the CPU."""
 EAGER = tuple(contestant for contestant in EVERYBODY if contestant.form != "compiled")
+IN_PLACE = (
+    BASELINE,
+    Contestant("timm", "timm"),
+    Contestant("bitfast", "bitfast"),
+    Contestant("bitfast in transformers", "transformers", "float32", "accelerated"),
+    Contestant("bitfast in timm", "timm", "float32", "accelerated"),
+    YARDSTICKS["bfloat16"],
+    Contestant("timm bfloat16", "timm", "bfloat16"),
+    Contestant("bitfast bfloat16", "bitfast", "bfloat16"),
+    Contestant("bitfast in transformers bfloat16", "transformers", "bfloat16", "accelerated"),
+    Contestant("bitfast in timm bfloat16", "timm", "bfloat16", "accelerated"),
+)
+"""What ``bitfast.accelerate`` makes of a model, beside bitfast's own."""
+IN_TRANSFORMERS = tuple(c for c in IN_PLACE if c.package == "transformers" and c.dtype == "float32")
+"""In bfloat16 a DPT of random weights magnifies roundings to a tenth of the result, whoever computes it."""
 TRAINING = (BASELINE, Contestant("bitfast", "bitfast"))
 
 
@@ -143,6 +158,22 @@ def cases(thread_counts: Sequence[int]) -> Iterator[ModelCase]:
         yield ModelCase(
             "R50x1 224x224 batch 8", R50X1, (8, 3, 224, 224), threads, TRAINING, is_training=True
         )
+        for batch in (1, 8):
+            yield ModelCase(
+                f"in place, R50x1 224x224 batch {batch}",
+                R50X1,
+                (batch, 3, 224, 224),
+                threads,
+                IN_PLACE,
+            )
+        yield ModelCase(
+            "in place, DPT-hybrid 384x384 batch 1",
+            HYBRID,
+            (1, 3, 384, 384),
+            threads,
+            IN_TRANSFORMERS,
+            "DPTForDepthEstimation",
+        )
 
 
 # ---- what a case's contestants are given --------------------------------------------------------
@@ -194,6 +225,16 @@ def prepare(case: ModelCase, folder: Path) -> Prepared:
 
     torch.manual_seed(0)
     config = transformers.BitConfig(**case.settings)
+    if case.architecture == "DPTForDepthEstimation":
+        config = transformers.DPTConfig(
+            is_hybrid=True,
+            backbone_config=config,
+            backbone_featmap_shape=[1, 1024, 24, 24],
+            readout_type="project",
+            neck_hidden_sizes=[256, 512, 768, 768],
+            neck_ignore_stages=[0, 1],
+            backbone_out_indices=[2, 5, 8, 11],
+        )
     model = getattr(transformers, case.architecture)(config).eval()
     randomize(model)
     model.save_pretrained(folder / "checkpoint")
@@ -233,5 +274,8 @@ def randomize(model: nn.Module) -> None:
 
 
 def outputs_of(result: Any) -> list[Tensor]:
-    """Return the logits of a classifier, or the feature maps of a backbone."""
-    return [result.logits] if "logits" in result else list(result.feature_maps)
+    """Return the logits of a classifier, a depth, or the feature maps of a backbone."""
+    for name in ("logits", "predicted_depth"):
+        if name in result:
+            return [result[name]]
+    return list(result.feature_maps)

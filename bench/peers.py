@@ -15,6 +15,7 @@ from bitfast.environment import package_version
 
 PEERS = {
     "transformers": "transformers==4.56.2",
+    "timm": "timm",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
     "torchvision": "torchvision",

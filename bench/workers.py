@@ -22,10 +22,10 @@ CALL_TIMEOUT = 300.0
 class Work(TypedDict):
     """What a contestant is to do; paths are text.
 
-    ``package`` is "transformers", "bitfast", "onnxruntime" or "openvino"; ``dtype`` is "float32" or
-    "bfloat16"; ``form`` is "eager", "compiled" or "autocast"; ``folder`` holds the checkpoint, ``onnx`` the
-    same network for other runtimes, ``input`` the images and ``grad`` the gradient of the output, for training;
-    ``output`` is where all numbers of the results go.
+    ``package`` is "transformers", "timm", "bitfast", "onnxruntime" or "openvino"; ``dtype`` is "float32" or
+    "bfloat16"; ``form`` is "eager", "compiled", "autocast" or "accelerated"; ``folder`` holds the checkpoint,
+    ``onnx`` the same network for other runtimes, ``input`` the images and ``grad`` the gradient of the output,
+    for training; ``output`` is where all numbers of the results go.
     """
 
     package: str

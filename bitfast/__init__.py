@@ -3,6 +3,7 @@
 ``from bitfast import BitModel`` instead of ``from transformers import BitModel``.
 """
 
+from bitfast.auto_classes import TransformersRegistration, register_with_transformers
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CheckpointError
@@ -26,7 +27,9 @@ __all__ = [
     "BitModel",
     "BitPreTrainedModel",
     "CheckpointError",
+    "TransformersRegistration",
     "accelerate",
+    "register_with_transformers",
     "restore",
     "use_backend",
 ]

@@ -42,6 +42,16 @@ With --json each line is {"path", "predictions": [{"label", "index", "score"}, .
 exit status: 0 all classified; 1 some failed; 2 wrong arguments or no usable model;
 130 interrupted; 141 the reader of the output is gone"""
 
+CONVERT_HELP = """\
+Write a BiT checkpoint of timm or of Google as a folder in transformers' format.
+
+SRC is one of
+  file    of weights: .safetensors, .bin, .pth or .pt of timm, or .npz of Google
+  folder  as timm saves a model: config.json, and model.safetensors or pytorch_model.bin
+  name    of such a folder on the Hugging Face Hub
+DST gets config.json, model.safetensors and preprocessor_config.json, all of them or, on any
+failure, none. How large the model is, its tensors say."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
@@ -75,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bitfast {bitfast.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_classify(commands)
+    _add_convert(commands)
     _add_demo(commands)
     _add_env(commands)
     _add_bench(commands)
@@ -116,6 +127,30 @@ def _add_classify(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
     parser.set_defaults(run=run_classify)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write a checkpoint of timm or Google in transformers' format",
+        description=CONVERT_HELP,
+        epilog="exit status: 0 written; 2 wrong arguments, no such checkpoint, or DST not free",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="file, folder or name on the Hub")
+    parser.add_argument("destination", metavar="DST", help="folder, new or empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as in SRC)")
+    parser.add_argument(
+        "--image-size",
+        type=positive_integer,
+        metavar="N",
+        help="height and width of the model's images (default: as SRC says, else that of the released "
+        "models' fine-tuning: 448, and 480 for R152x4)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the BiT model that DST has in it"
+    )
+    parser.set_defaults(run=run_convert)
 
 
 def _add_demo(commands: Any) -> None:
@@ -207,6 +242,32 @@ def run_classify(arguments: argparse.Namespace) -> int:
     classified = len(candidates) - failed
     print(f"{classified} classified, {failed} failed, in {seconds:.1f} s", file=sys.stderr)
     return SOME_FAILED if failed else SUCCESS
+
+
+# ---- bitfast convert ----------------------------------------------------------------------------
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Convert the checkpoint, print what was found and assumed, and return the exit status."""
+    from pathlib import Path
+
+    from bitfast import convert
+    from bitfast.configuration_values import parse_dtype
+    from bitfast.image_files import one_line
+
+    folder = Path(arguments.destination)
+    try:
+        converted = convert.convert(
+            arguments.source,
+            folder,
+            dtype=parse_dtype("dtype", arguments.dtype),
+            image_size=arguments.image_size,
+            overwrite=arguments.overwrite,
+        )
+    except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        return _usage_error(f"{arguments.source!r} cannot be converted: {one_line(error)}")
+    print(convert.as_text(converted, folder))
+    return SUCCESS
 
 
 # ---- the other commands -------------------------------------------------------------------------

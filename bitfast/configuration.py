@@ -8,10 +8,11 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from bitfast.checkpoints import timm
 from bitfast.checkpoints.files import (
     CONFIG_NAME,
     CheckpointError,
@@ -19,6 +20,7 @@ from bitfast.checkpoints.files import (
     read_json,
     write_text_atomically,
 )
+from bitfast.checkpoints.foreign import is_weight_file, read_foreign
 from bitfast.checkpoints.hub import PushToHubMixin
 from bitfast.configuration_values import (
     CHECKS,
@@ -78,6 +80,11 @@ class BitConfig(PushToHubMixin):
     """
 
     model_type = "bit"
+    _commit_hash: str | None = None
+    """Of a download; transformers' pipelines ask for it."""
+
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    """Configurations inside this one; transformers' auto classes ask for them."""
 
     return_dict: bool
     output_hidden_states: bool
@@ -312,10 +319,11 @@ class BitConfig(PushToHubMixin):
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load ``config.json`` of a checkpoint.
+        """Load ``config.json`` of a checkpoint, or infer it from the tensors of timm's and Google's.
 
         Args:
-            pretrained_model_name_or_path: A local folder, a JSON file, or the id of a Hub repository.
+            pretrained_model_name_or_path: A local folder, a JSON file, the id of a Hub repository, or a
+                weight file of timm or Google.
             return_unused_kwargs: As in :meth:`from_dict`.
             **kwargs: ``cache_dir``, ``force_download``, ``local_files_only``, ``token``, ``revision``
                 and ``subfolder`` as in :func:`bitfast.checkpoints.files.locate_file`; the others
@@ -325,8 +333,8 @@ class BitConfig(PushToHubMixin):
             CheckpointError: there is no such file, or it is not the configuration of a BiT model.
             ValueError: an override cannot work.
         """
-        path, overrides = _locate_config(pretrained_model_name_or_path, kwargs)
-        config = cls._from_file(path)
+        where, overrides = _split_where(kwargs)
+        config = cls._from_checkpoint(pretrained_model_name_or_path, where)
         unused = config._override(overrides)
         return (config, unused) if return_unused_kwargs else config
 
@@ -335,12 +343,27 @@ class BitConfig(PushToHubMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the content of a checkpoint's ``config.json``, and the ``kwargs`` not used for that."""
-        path, unused = _locate_config(pretrained_model_name_or_path, kwargs)
-        return read_json(path), unused
+        where, unused = _split_where(kwargs)
+        return read_json(_locate_config(pretrained_model_name_or_path, where)), unused
+
+    @classmethod
+    def _from_checkpoint(
+        cls, name_or_path: str | os.PathLike[str], where: dict[str, Any]
+    ) -> BitConfig:
+        path = None if is_weight_file(name_or_path) else _locate_config(name_or_path, where)
+        foreign = read_foreign(name_or_path, path, **where)
+        if foreign is not None:
+            return cls(**foreign.settings)
+        assert path is not None
+        return cls._from_file(path)
 
     @classmethod
     def _from_file(cls, path: Path) -> BitConfig:
         content = read_json(path)
+        if timm.is_config(content):
+            raise CheckpointError(
+                f"{path} is timm's and does not describe the whole model; load the folder, weights included"
+            )
         try:
             return cls(**content)
         except (TypeError, ValueError) as error:
@@ -412,14 +435,12 @@ def _require_model_type(model_type: Any) -> None:
         raise ValueError(f"model_type must be {BitConfig.model_type!r}, got {model_type!r}")
 
 
-def _locate_config(
-    name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]
-) -> tuple[Path, dict[str, Any]]:
-    """Find the configuration file; also return the kwargs that do not say where to look."""
+def _split_where(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the kwargs that say where to look for a file, and the others."""
     others = dict(kwargs)
     for name in ("proxies", "resume_download", "trust_remote_code", "attn_implementation"):
         others.pop(name, None)
-    where = {
+    where: dict[str, Any] = {
         name: others.pop(name)
         for name in (
             "cache_dir",
@@ -431,11 +452,15 @@ def _locate_config(
         )
         if name in others
     }
+    return where, others
+
+
+def _locate_config(name_or_path: str | os.PathLike[str], where: dict[str, Any]) -> Path:
     if os.path.isfile(name_or_path):
-        return Path(name_or_path), others
+        return Path(name_or_path)
     path = locate_file(name_or_path, CONFIG_NAME, **where)
     assert path is not None
-    return path, others
+    return path
 
 
 def _json_default(value: Any) -> Any:

@@ -13,12 +13,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from bitfast.checkpoints import timm
+from bitfast.checkpoints.files import CONFIG_NAME as MODEL_CONFIG_NAME
 from bitfast.checkpoints.files import (
     CheckpointError,
     locate_file,
     read_json,
     write_text_atomically,
 )
+from bitfast.checkpoints.foreign import is_weight_file
 from bitfast.checkpoints.hub import PushToHubMixin
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -107,7 +110,8 @@ class ImageProcessor(PushToHubMixin):
 
         Args:
             pretrained_model_name_or_path: A folder with ``preprocessor_config.json`` (or, failing that,
-                ``processor_config.json``), such a file, or the id of a Hub repository.
+                ``processor_config.json``, or timm's ``config.json`` with a "pretrained_cfg"), one of the
+                former files, or the id of a Hub repository.
             cache_dir: Where downloads are kept.
             force_download: Download again what the cache holds already.
             local_files_only: Look into the cache only.
@@ -128,9 +132,9 @@ class ImageProcessor(PushToHubMixin):
             "revision": revision,
             "subfolder": subfolder,
         }
-        path = _locate_config(pretrained_model_name_or_path, options)
+        path, parameters = _load_config(pretrained_model_name_or_path, options)
         try:
-            return cls.from_dict(_read_config(path), **kwargs)
+            return cls.from_dict(parameters, **kwargs)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"no image processor can be made of {path}: {error}") from error
 
@@ -172,7 +176,36 @@ def processor_type(name_or_path: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: the file cannot be found or read.
     """
-    return _read_config(_locate_config(name_or_path, {})).get("image_processor_type")
+    _, parameters = _load_config(name_or_path, {})
+    return parameters.get("image_processor_type")
+
+
+def _load_config(
+    name_or_path: str | os.PathLike[str], options: dict[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """Return the file that describes a checkpoint's images, and the parameters it gives."""
+    if is_weight_file(name_or_path):
+        raise CheckpointError(
+            f"{os.fspath(name_or_path)} is a file of weights, which says nothing about images; "
+            "bitfast convert makes a folder of it that does"
+        )
+    if os.path.isfile(name_or_path):
+        return Path(name_or_path), _read_config(Path(name_or_path))
+    for name in (CONFIG_NAME, PROCESSOR_CONFIG_NAME):
+        path = locate_file(name_or_path, name, required=False, **options)
+        if path is not None:
+            return path, _read_config(path)
+    path = locate_file(name_or_path, MODEL_CONFIG_NAME, required=False, **options)
+    parameters = None if path is None else _timm_parameters(path)
+    if path is None or parameters is None:
+        locate_file(name_or_path, CONFIG_NAME, **options)  # says what is missing
+        raise CheckpointError(f"{CONFIG_NAME} of {name_or_path!r} appeared while it was looked for")
+    return path, parameters
+
+
+def _timm_parameters(path: Path) -> dict[str, Any] | None:
+    content = read_json(path)
+    return timm.image_parameters(content, str(path)) if timm.is_config(content) else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -183,15 +216,3 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: image_processor must be a JSON object, got {type(content).__name__}"
         )
     return content
-
-
-def _locate_config(name_or_path: str | os.PathLike[str], options: dict[str, Any]) -> Path:
-    if os.path.isfile(name_or_path):
-        return Path(name_or_path)
-    path = locate_file(name_or_path, CONFIG_NAME, required=False, **options)
-    path = path or locate_file(name_or_path, PROCESSOR_CONFIG_NAME, required=False, **options)
-    if path is not None:
-        return path
-    missing = locate_file(name_or_path, CONFIG_NAME, **options)  # says what is missing
-    assert missing is not None
-    return missing

@@ -12,6 +12,9 @@ from typing import Any
 
 CONFIG_NAME = "config.json"
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz")
+"""Endings of the files that, of timm's and Google's, are a checkpoint on their own."""
+
 
 class CheckpointError(OSError, ValueError):
     """A checkpoint cannot be found, read or trusted; the message names the file and the reason."""
@@ -49,7 +52,13 @@ def locate_file(
     if os.path.isdir(name):
         return _locate_in_folder(Path(name), filename, subfolder, required)
     if os.path.exists(name):
-        raise CheckpointError(f"{name} is a file; expected a folder that contains {filename}")
+        raise CheckpointError(
+            f"{name} is a file; expected a folder that contains {filename}, or a weight file of timm or "
+            f"Google: {', '.join(WEIGHT_SUFFIXES)}"
+        )
+    if name.lower().endswith(WEIGHT_SUFFIXES):
+        # Not asked for on the Hub, where that is no name of a repository.
+        raise CheckpointError(f"there is no file {name}")
     return _locate_on_hub(
         name,
         filename,

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from bitfast.checkpoints import weights
-from bitfast.checkpoints.files import CONFIG_NAME, CheckpointError, replace_files, text_writer
+from bitfast.checkpoints.files import (
+    CONFIG_NAME,
+    CheckpointError,
+    locate_file,
+    replace_files,
+    text_writer,
+)
+from bitfast.checkpoints.foreign import ForeignCheckpoint, is_weight_file, read_foreign
 from bitfast.checkpoints.loading import SkipRandomInitialization, load_weights
 from bitfast.configuration_values import parse_dtype
 
@@ -25,6 +32,7 @@ Model = TypeVar("Model", bound="PretrainedModelMixin")
 # Arguments of transformers that change nothing about how a BiT model is loaded here.
 WITHOUT_EFFECT = frozenset(
     {
+        "adapter_kwargs",
         "attn_implementation",
         "low_cpu_mem_usage",
         "max_memory",
@@ -143,9 +151,12 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
         A model without a head loads from the checkpoint of one with a head, and the other way round.
         What is missing, not used or of another shape is named in one warning of the logger "bitfast".
 
+        BiT checkpoints of timm (a folder, a Hub repository or a weight file) and of Google (an ``.npz``
+        file) are loaded too; their tensors say how large the model is. They must hold a whole network.
+
         Args:
-            pretrained_model_name_or_path: A folder, or the id of a Hub repository. None if both
-                ``config`` and ``state_dict`` are given.
+            pretrained_model_name_or_path: A folder, the id of a Hub repository, or a weight file of timm
+                or Google. None if both ``config`` and ``state_dict`` are given.
             *model_args: Passed to the model's constructor after the configuration.
             config: A configuration, or the name or path of one, instead of the checkpoint's own.
             cache_dir: Where downloads are kept; by default huggingface_hub's cache.
@@ -183,7 +194,7 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
         name = os.fspath(pretrained_model_name_or_path or "")
         device = _single_device(device_map)
         kwargs = {key: value for key, value in kwargs.items() if key not in WITHOUT_EFFECT}
-        where = {
+        where: dict[str, Any] = {
             "cache_dir": cache_dir,
             "force_download": force_download,
             "local_files_only": local_files_only,
@@ -191,17 +202,25 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
             "revision": revision,
             "subfolder": subfolder,
         }
-        config, model_kwargs = cls._resolve_config(config, name, where, kwargs)
+        formats: dict[str, Any] = {"use_safetensors": use_safetensors, "variant": variant}
+        config_file, foreign = None, None
+        if state_dict is None:
+            config_file = _find_config_file(name, where)
+            foreign = read_foreign(name, config_file, **formats, **where)
+        if config is None:
+            config, model_kwargs = cls._own_config(config_file or name, foreign, where, kwargs)
+        else:
+            config, model_kwargs = cls._given_config(config, where, kwargs)
         requested = _requested_dtype(dtype if dtype is not None else torch_dtype)
         # The checkpoint is read to the CPU, whatever the default device is.
         with torch.device("cpu"), SkipRandomInitialization():
             model = cls(config, *model_args, **model_kwargs)
-        if state_dict is None:
-            tensors = weights.read_weights(
-                name, use_safetensors=use_safetensors, variant=variant, **where
-            )
-        else:
+        if state_dict is not None:
             tensors = {key: tensor.detach().clone() for key, tensor in state_dict.items()}
+        elif foreign is not None:
+            tensors = foreign.tensors
+        else:
+            tensors = weights.read_weights(name, **formats, **where)
         model.config.dtype = _resolve_dtype(requested, model.config.dtype, tensors)
         model.config.name_or_path = name
         source = repr(name) if name else "the given state_dict"
@@ -219,14 +238,29 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
         return (model, report.as_dict()) if output_loading_info else model
 
     @classmethod
-    def _resolve_config(
-        cls, config: Any, name: str, where: dict[str, Any], kwargs: dict[str, Any]
+    def _own_config(
+        cls,
+        name_or_file: str | Path,
+        foreign: ForeignCheckpoint | None,
+        where: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the configuration, and the kwargs that are none of its attributes."""
-        if config is not None and not isinstance(config, (str, os.PathLike)):
+        """Return a checkpoint's configuration, and the kwargs that are none of its attributes."""
+        if foreign is None:
+            return cls._given_config(name_or_file, where, kwargs)
+        return cls.config_class.from_dict(  # type: ignore[attr-defined]
+            foreign.settings, return_unused_kwargs=True, **kwargs
+        )
+
+    @classmethod
+    def _given_config(
+        cls, config: Any, where: dict[str, Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return a configuration given itself or by name, and the kwargs that are none of its attributes."""
+        if not isinstance(config, (str, os.PathLike)):
             return copy.deepcopy(config), kwargs
         return cls.config_class.from_pretrained(  # type: ignore[attr-defined]
-            name if config is None else config, return_unused_kwargs=True, **where, **kwargs
+            config, return_unused_kwargs=True, **where, **kwargs
         )
 
     @classmethod
@@ -345,6 +379,11 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
         """Return the bytes of the parameters and, unless told otherwise, of the buffers."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _find_config_file(name: str, where: Mapping[str, Any]) -> Path | None:
+    """Return a checkpoint's ``config.json``; None if it has none, as for a file of weights."""
+    return None if is_weight_file(name) else locate_file(name, CONFIG_NAME, required=False, **where)
 
 
 def _requested_dtype(dtype: Any) -> torch.dtype | str | None:

@@ -50,7 +50,9 @@ def test_charts_without_matplotlib(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_list(run: Run) -> None:
-    status, out, _ = run("bench", "--list", "--only", "R50x1 224x224 batch 1", "--threads", 2, 1)
+    status, out, _ = run(
+        "bench", "--list", "--only", "inference: R50x1 224x224 batch 1", "--threads", 2, 1
+    )
     assert status == 0
     assert out.splitlines() == [
         "inference: R50x1 224x224 batch 1, 1 thread",
@@ -70,7 +72,7 @@ def test_a_short_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     report = Report.read(output)
     assert {"bitfast", "python", "torch"} <= set(report.machine["versions"])
     assert {"date", "commit", "cpu"} <= set(report.machine)
-    assert set(report.peers) == {"transformers", "onnxruntime", "openvino", "torchvision"}
+    assert set(report.peers) == {"transformers", "timm", "onnxruntime", "openvino", "torchvision"}
     assert [row.contestant for row in report.rows] == ["plain PyTorch", "bitfast"]
     assert {row.threads for row in report.rows} == {1}
     limits = report.limits[1]

@@ -1,0 +1,158 @@
+"""Letting the auto classes of transformers give bitfast's classes for BiT checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from bitfast.configuration import BitConfig
+from bitfast.image_processing import BitImageProcessor
+from bitfast.image_processing_fast import BitImageProcessorFast
+from bitfast.modeling import BitBackbone, BitForImageClassification, BitModel
+
+MODELS = {
+    "AutoModel": BitModel,
+    "AutoModelForImageClassification": BitForImageClassification,
+    "AutoBackbone": BitBackbone,
+}
+
+PROCESSORS: dict[str, dict[int, Any]] = {
+    "BitImageProcessor": {4: BitImageProcessor, 5: BitImageProcessorFast},
+    "BitImageProcessorFast": {4: BitImageProcessorFast, 5: BitImageProcessorFast},
+    "BitImageProcessorPil": {5: BitImageProcessor},
+}
+"""By the name of transformers' class, and by the first number of its version: since version 5 the name
+without an ending is that of the one made of torchvision."""
+
+MISSING = object()
+
+
+class TransformersRegistration:
+    """What :func:`register_with_transformers` has done, until :meth:`undo`, or the end of a ``with``."""
+
+    def __init__(self, undoing: list[Callable[[], None]]) -> None:
+        self._undoing = undoing
+
+    def undo(self) -> None:
+        """Let the auto classes give transformers' own classes again; a second time does nothing."""
+        while self._undoing:
+            self._undoing.pop()()
+
+    def __enter__(self) -> TransformersRegistration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def register_with_transformers() -> TransformersRegistration:
+    """Let ``AutoModel``, ``AutoModelForImageClassification``, ``AutoBackbone`` and ``AutoImageProcessor`` give
+    bitfast's classes where they gave transformers' for the model type "bit".
+
+    So do ``pipeline("image-classification", ...)`` and models that build their backbone by ``AutoBackbone``.
+    Nothing else changes: ``AutoConfig`` gives transformers' configuration, from which bitfast's models make
+    theirs, and the processors of other models stay, also where they are of the same class (as DINOv2's is).
+    Registering twice is as good as once; registrations are undone in the opposite order.
+
+    Returns:
+        What undoes it: ``.undo()``, or as a context manager the end of the block.
+
+    Raises:
+        ImportError: transformers is not installed, or of a version whose auto classes work otherwise.
+    """
+    try:
+        import transformers
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    except ImportError as error:
+        raise ImportError(
+            f"register_with_transformers needs transformers (pip install transformers): {error}"
+        ) from error
+    major = int(transformers.__version__.split(".")[0])
+    mappings = {name: getattr(transformers, name)._model_mapping for name in MODELS}
+    for name, mapping in mappings.items():
+        if not isinstance(getattr(mapping, "_extra_content", None), dict):
+            raise ImportError(
+                f"the auto classes of transformers {transformers.__version__} are not like those of 4.56 and 5:"
+                f" {name} keeps no registered classes"
+            )
+    undoing: list[Callable[[], None]] = []
+    for name, model_class in MODELS.items():
+        for config_class in (transformers.BitConfig, BitConfig):
+            undoing.append(_set_item(mappings[name]._extra_content, config_class, model_class))
+    undoing.append(_wrap_processors(AutoImageProcessor, major))
+    return TransformersRegistration(undoing)
+
+
+def _set_item(content: dict[Any, Any], key: Any, value: Any) -> Callable[[], None]:
+    """Set an item; return what sets it back."""
+    previous = content.get(key, MISSING)
+    content[key] = value
+
+    def undo() -> None:
+        if previous is MISSING:
+            content.pop(key, None)
+        else:
+            content[key] = previous
+
+    return undo
+
+
+def _wrap_processors(auto_class: Any, major: int) -> Callable[[], None]:
+    """Let ``from_pretrained`` give bitfast's processor where it made a BiT's; return what undoes that.
+
+    Which class it makes depends on a name in a file, which DINOv2, FocalNet and Hiera share with BiT. So the
+    outcome is looked at, and the model that it is for.
+    """
+    original = auto_class.__dict__["from_pretrained"]
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any
+    ) -> Any:
+        made = original.__func__(cls, pretrained_model_name_or_path, *inputs, **dict(kwargs))
+        processor, *unused = made if isinstance(made, tuple) else (made,)
+        ours = _our_processor(type(processor), major)
+        if ours is None or _model_type(pretrained_model_name_or_path, kwargs) != "bit":
+            return made
+        replacement = ours.from_dict(processor.to_dict())
+        return (replacement, *unused) if isinstance(made, tuple) else replacement
+
+    auto_class.from_pretrained = classmethod(from_pretrained)
+
+    def undo() -> None:
+        auto_class.from_pretrained = original
+
+    return undo
+
+
+def _our_processor(cls: type, major: int) -> Any:
+    """Return what stands for a class of transformers, None for any other."""
+    if not cls.__module__.startswith("transformers.models.bit."):
+        return None
+    return PROCESSORS.get(cls.__name__, {}).get(major)
+
+
+def _model_type(name_or_path: Any, kwargs: dict[str, Any]) -> str:
+    """Return the type of the model that a processor is for; a folder without a model is taken for BiT's."""
+    from transformers import AutoConfig
+
+    config = kwargs.get("config")
+    if config is None:
+        where = (
+            "cache_dir",
+            "force_download",
+            "local_files_only",
+            "token",
+            "revision",
+            "subfolder",
+        )
+        options = {name: kwargs[name] for name in where if name in kwargs}
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, **options)
+        except (OSError, ValueError):
+            return "bit"
+    return getattr(config, "model_type", "bit")
+
+
+__all__ = ["TransformersRegistration", "register_with_transformers"]
