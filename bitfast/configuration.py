@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from bitfast.checkpoints import timm
 from bitfast.checkpoints.files import (
     CONFIG_NAME,
     CheckpointError,
+    is_weight_file,
     locate_file,
     read_json,
     write_text_atomically,
 )
-from bitfast.checkpoints.foreign import is_weight_file, read_foreign
 from bitfast.checkpoints.hub import PushToHubMixin
 from bitfast.configuration_values import (
     CHECKS,
@@ -350,6 +349,8 @@ class BitConfig(PushToHubMixin):
     def _from_checkpoint(
         cls, name_or_path: str | os.PathLike[str], where: dict[str, Any]
     ) -> BitConfig:
+        from bitfast.checkpoints.foreign import read_foreign  # when something is loaded, not before
+
         path = None if is_weight_file(name_or_path) else _locate_config(name_or_path, where)
         foreign = read_foreign(name_or_path, path, **where)
         if foreign is not None:
@@ -359,6 +360,8 @@ class BitConfig(PushToHubMixin):
 
     @classmethod
     def _from_file(cls, path: Path) -> BitConfig:
+        from bitfast.checkpoints import timm
+
         content = read_json(path)
         if timm.is_config(content):
             raise CheckpointError(

@@ -16,12 +16,13 @@ from bitfast.checkpoints import timm, weights
 from bitfast.checkpoints.files import (
     CONFIG_NAME,
     CheckpointError,
+    is_weight_file,
     locate_file,
     read_json,
     replace_files,
     text_writer,
 )
-from bitfast.checkpoints.foreign import ForeignCheckpoint, is_weight_file, read_foreign
+from bitfast.checkpoints.foreign import ForeignCheckpoint, read_foreign
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import dtype_name
 from bitfast.image_processing import BitImageProcessor

@@ -13,15 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from bitfast.checkpoints import timm
 from bitfast.checkpoints.files import CONFIG_NAME as MODEL_CONFIG_NAME
 from bitfast.checkpoints.files import (
     CheckpointError,
+    is_weight_file,
     locate_file,
     read_json,
     write_text_atomically,
 )
-from bitfast.checkpoints.foreign import is_weight_file
 from bitfast.checkpoints.hub import PushToHubMixin
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -204,6 +203,8 @@ def _load_config(
 
 
 def _timm_parameters(path: Path) -> dict[str, Any] | None:
+    from bitfast.checkpoints import timm
+
     content = read_json(path)
     return timm.image_parameters(content, str(path)) if timm.is_config(content) else None
 

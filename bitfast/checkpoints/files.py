@@ -72,6 +72,12 @@ def locate_file(
     )
 
 
+def is_weight_file(name_or_path: str | os.PathLike[str]) -> bool:
+    """Say whether this is a file of weights, rather than a folder, a JSON file or a name on the Hub."""
+    path = Path(name_or_path)
+    return path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
+
+
 def _locate_in_folder(folder: Path, filename: str, subfolder: str, required: bool) -> Path | None:
     path = resolve_relative(folder, Path(subfolder, filename).as_posix(), follow_links=False)
     if path.is_file():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitfast.checkpoints import google, timm, weights
 from bitfast.checkpoints.architecture import Architecture
-from bitfast.checkpoints.files import WEIGHT_SUFFIXES, CheckpointError, read_json
+from bitfast.checkpoints.files import CheckpointError, is_weight_file, read_json
 
 NPZ = ".npz"
 
@@ -39,12 +39,6 @@ class ForeignCheckpoint:
     settings: dict[str, Any]
     source: str
     config: Mapping[str, Any] = field(default_factory=dict)
-
-
-def is_weight_file(name_or_path: str | os.PathLike[str]) -> bool:
-    """Say whether this is a file of weights, rather than a folder, a JSON file or a name on the Hub."""
-    path = Path(name_or_path)
-    return path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
 
 
 def read_foreign(

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,16 @@ from bitfast.checkpoints import weights
 from bitfast.checkpoints.files import (
     CONFIG_NAME,
     CheckpointError,
+    is_weight_file,
     locate_file,
     replace_files,
     text_writer,
 )
-from bitfast.checkpoints.foreign import ForeignCheckpoint, is_weight_file, read_foreign
 from bitfast.checkpoints.loading import SkipRandomInitialization, load_weights
 from bitfast.configuration_values import parse_dtype
+
+if TYPE_CHECKING:
+    from bitfast.checkpoints.foreign import ForeignCheckpoint
 
 logger = logging.getLogger("bitfast")
 
@@ -205,6 +208,8 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
         formats: dict[str, Any] = {"use_safetensors": use_safetensors, "variant": variant}
         config_file, foreign = None, None
         if state_dict is None:
+            from bitfast.checkpoints.foreign import read_foreign  # not before something is loaded
+
             config_file = _find_config_file(name, where)
             foreign = read_foreign(name, config_file, **formats, **where)
         if config is None:

@@ -7,12 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bitfast.in_place import timm_modules, transformers_modules
-from bitfast.in_place.changes import Change, UnsuitableError, class_before, is_changed, undo
-from bitfast.in_place.parts import qualified_name
+from bitfast.in_place.changes import class_before, is_changed, undo
 from bitfast.layers import WeightStandardizedConv2d
-
-RECIPES = {**transformers_modules.RECIPES, **timm_modules.RECIPES}
 
 KNOWN = "transformers' BitModel, or a BiT ResNetV2 of timm"
 
@@ -68,7 +64,9 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     _require_module("accelerate", model)
     if any(map(is_changed, model.modules())):
         restore(model)
-    changes, left = _plan(model)
+    from bitfast.in_place.plan import plan  # when it is needed, not with every import of bitfast
+
+    changes, left = plan(model)
     if not any(change.becomes is WeightStandardizedConv2d for change in changes.values()):
         raise ValueError(_nothing_found(model, left))
     for module, change in changes.items():
@@ -102,45 +100,6 @@ def restore(model: nn.Module) -> None:
         raise ValueError(f"restore: nothing in this {type(model).__name__} was accelerated")
     for module in changed:
         undo(module)
-
-
-def _plan(model: nn.Module) -> tuple[dict[nn.Module, Change], dict[nn.Module, str]]:
-    """Return the change of each module that can be changed, and why the others cannot."""
-    changes: dict[nn.Module, Change] = {}
-    left: dict[nn.Module, str] = {}
-    for module in reversed(list(model.modules())):  # what is inside comes first
-        known = _known_class(type(module))
-        if known is None:
-            continue
-        try:
-            _require_as_written(module, known)
-            outcome = RECIPES[qualified_name(known)](module, changes)
-        except UnsuitableError as reason:
-            outcome = {module: str(reason)}
-        for part, change in outcome.items():
-            if isinstance(change, Change):
-                changes[part] = change
-            else:
-                left[part] = change
-    return changes, left
-
-
-def _known_class(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the first of a class and its bases that there is a recipe for."""
-    return next((base for base in cls.__mro__ if qualified_name(base) in RECIPES), None)
-
-
-def _require_as_written(module: nn.Module, known: type[nn.Module]) -> None:
-    """Raise UnsuitableError if a module computes something else than the class that is known."""
-    if "forward" in module.__dict__:
-        raise UnsuitableError("its forward was replaced")
-    cls = type(module)
-    if cls is known:
-        return
-    is_network = hasattr(module, "init_weights")
-    entry = "forward_features" if hasattr(known, "forward_features") else "forward"
-    if not is_network or getattr(cls, entry) is not getattr(known, entry):
-        raise UnsuitableError(f"it is a {cls.__name__}, a subclass that may compute something else")
 
 
 def _nothing_found(model: nn.Module, left: dict[nn.Module, str]) -> str:

@@ -133,4 +133,7 @@ RECIPES: Recipes = {
 }
 """What makes a change of a module, by the full name of its class."""
 
-__all__ = ["RECIPES", "TimmNetwork", "TimmStage"]
+ENTRIES = {"timm.models.resnetv2.ResNetV2": "forward_features"}
+"""The method of a network that bitfast replaces. A subclass that has its own is left."""
+
+__all__ = ["ENTRIES", "RECIPES", "TimmNetwork", "TimmStage"]

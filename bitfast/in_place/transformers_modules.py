@@ -162,4 +162,7 @@ RECIPES: Recipes = {
 }
 """What makes a change of a module, by the full name of its class."""
 
-__all__ = ["RECIPES", "TransformersNetwork"]
+ENTRIES = {f"{MODULE}.BitModel": "forward"}
+"""The method of a network that bitfast replaces. A subclass that has its own is left."""
+
+__all__ = ["ENTRIES", "RECIPES", "TransformersNetwork"]
