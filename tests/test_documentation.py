@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import skimage
 import torch
+import transformers
 
+import bitfast
 from bitfast.digits import MODEL_PATH
+from tests.foreign_checkpoints import google_arrays, save_folder, save_npz, timm_model
+from tests.foreign_models import dpt_hybrid
 
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"
@@ -20,16 +25,48 @@ def python_blocks(text: str) -> list[str]:
 
 
 def test_the_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = [
-        block
-        for block in python_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-        if "from_pretrained" in block
-    ]
-    assert '"google/bit-50"' in example
-    assert '"cat.jpg"' in example
-    example = example.replace('"google/bit-50"', repr(str(MODEL_PATH)))
-    exec(example.replace('"cat.jpg"', repr(str(PHOTOGRAPH))), {})
+    run_example("cat.jpg", {"google/bit-50": MODEL_PATH, "cat.jpg": PHOTOGRAPH})
     assert capsys.readouterr().out.strip() in [str(digit) for digit in range(10)]
+
+
+def run_example(word: str, files: dict[str, Path], **names: Any) -> dict[str, Any]:
+    """Run the README's example that has this word in it, with what is on this machine for what is not.
+
+    Args:
+        files: Paths by the names that the example gives them.
+        names: What the example takes as given.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = [block for block in python_blocks(text) if word in block]
+    for shown, path in files.items():
+        assert f'"{shown}"' in example
+        example = example.replace(f'"{shown}"', repr(str(path)))
+    exec(example, names)
+    return names
+
+
+def test_accelerating_as_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    model = dpt_hybrid()
+    text = repr(model)
+    run_example("accelerate", {}, bitfast=bitfast, model=model)
+    assert "modules are bitfast's now" in capsys.readouterr().out
+    assert repr(model) == text
+
+
+def test_a_pipeline_as_the_readme_shows() -> None:
+    files = {"google/bit-50": MODEL_PATH}
+    found = run_example("pipeline", files, bitfast=bitfast, transformers=transformers)
+    assert type(found["classify"].model) is bitfast.BitForImageClassification
+    assert found["classify"](str(PHOTOGRAPH))
+
+
+def test_foreign_checkpoints_as_the_readme_shows(tmp_path: Path) -> None:
+    model = timm_model()
+    files = {
+        "timm/resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k": save_folder(tmp_path / "timm", model),
+        "BiT-M-R50x3.npz": save_npz(tmp_path / "google.npz", google_arrays(model)),
+    }
+    run_example(".npz", files, BitForImageClassification=bitfast.BitForImageClassification)
 
 
 def test_the_first_example_of_transformers_documentation() -> None:

@@ -13,12 +13,10 @@ from typing import Any
 from torch import nn
 
 from bitfast.in_place.changes import Change
+from bitfast.in_place.parts import Outcome, Planned
 from bitfast.prepared_weights import PreparedWeights
 
-Outcome = dict[nn.Module, Change | str]
-"""The change of each module, or why it is left as it is."""
-
-Recipes = Mapping[str, Callable[[Any, Mapping[nn.Module, Change]], Outcome]]
+Recipes = Mapping[str, Callable[[Any, Planned], Outcome]]
 """By the full name of a class: what plans for a module of it, given the changes planned so far."""
 
 
@@ -56,4 +54,4 @@ def _new(cls: type[nn.Module], runner: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-__all__ = ["Outcome", "Recipes", "network", "run_by"]
+__all__ = ["Recipes", "network", "run_by"]

@@ -1,6 +1,6 @@
 """How the parts of a BiT, whoever wrote them, become bitfast's: what transformers and timm have in common.
 
-Each function looks at a module, and returns its change or raises :class:`UnsuitableError`.
+Each function looks at a module, and returns its change or what is planned for it, or raises UnsuitableError.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from bitfast.layers import GroupNormActivation, MaxPool2d, WeightStandardizedCon
 
 Planned = Mapping[nn.Module, Change]
 """The changes of the modules inside the one at hand."""
+
+Outcome = dict[nn.Module, Change | str]
+"""The change of each module, or why it is left as it is."""
 
 ACTIVATION_NAMES = {
     "torch.nn.modules.linear.Identity": "none",
@@ -122,18 +125,19 @@ def is_pad_of_one(module: nn.Module) -> bool:
     )
 
 
-def downsample(module: Any, planned: Planned) -> Change:
-    """Return the change of a block's shortcut: a 1x1 convolution and a norm or none."""
+def downsample(module: Any, planned: Planned) -> Outcome:
+    """Plan for a block's shortcut: a 1x1 convolution and a norm or none."""
     _require_changed(module, ["conv"], WeightStandardizedConv2d, planned)
     if type(module.norm) is not nn.Identity:
         _require_changed(module, ["norm"], GroupNormActivation, planned)
-    return Change(BitDownsampleConv)
+    return {module: Change(BitDownsampleConv)}
 
 
-def preactivation_block(module: Any, planned: Planned) -> Change:
-    """Return the change of a block whose norms stand before its convolutions."""
+def preactivation_block(module: Any, planned: Planned) -> Outcome:
+    """Plan for a block whose norms stand before its convolutions."""
     _require_block(module, planned)
-    return Change(BitPreActivationBottleneckLayer, {"may_shrink": _may_shrink(module, planned)})
+    attributes = {"may_shrink": _may_shrink(module, planned)}
+    return {module: Change(BitPreActivationBottleneckLayer, attributes)}
 
 
 def bottleneck_block(module: Any, planned: Planned, *, activation: str) -> Change:
@@ -208,6 +212,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 __all__ = [
+    "Outcome",
     "Planned",
     "activation_name",
     "bottleneck_block",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bitfast.forward_pass import ForwardPass
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, UnsuitableError, require
-from bitfast.in_place.networks import Outcome, Recipes, network
-from bitfast.in_place.parts import Planned, qualified_name
+from bitfast.in_place.networks import Recipes, network
+from bitfast.in_place.parts import Outcome, Planned, qualified_name
 from bitfast.layers import Deferred, GroupNormActivation, runs_as_written
 from bitfast.network import BitStage
 
@@ -76,14 +76,6 @@ def _norm(module: Any, planned: Planned) -> Outcome:
     return {module: parts.norm(module, "act", without=("drop", "act"))}
 
 
-def _downsample(module: Any, planned: Planned) -> Outcome:
-    return {module: parts.downsample(module, planned)}
-
-
-def _preactivation_block(module: Any, planned: Planned) -> Outcome:
-    return {module: parts.preactivation_block(module, planned)}
-
-
 def _bottleneck_block(module: Any, planned: Planned) -> Outcome:
     return {module: parts.bottleneck_block(module, planned, activation="act3")}
 
@@ -125,8 +117,8 @@ RECIPES: Recipes = {
     "timm.layers.std_conv.StdConv2d": _convolution,
     "timm.layers.std_conv.StdConv2dSame": _convolution,
     "timm.layers.norm_act.GroupNormAct": _norm,
-    "timm.models.resnetv2.DownsampleConv": _downsample,
-    "timm.models.resnetv2.PreActBottleneck": _preactivation_block,
+    "timm.models.resnetv2.DownsampleConv": parts.downsample,
+    "timm.models.resnetv2.PreActBottleneck": parts.preactivation_block,
     "timm.models.resnetv2.Bottleneck": _bottleneck_block,
     "timm.models.resnetv2.ResNetStage": _stage,
     "timm.models.resnetv2.ResNetV2": _resnet,

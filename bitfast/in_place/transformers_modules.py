@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bitfast.forward_pass import ForwardPass
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, require
-from bitfast.in_place.networks import Outcome, Recipes, network
-from bitfast.in_place.parts import Planned
+from bitfast.in_place.networks import Recipes, network
+from bitfast.in_place.parts import Outcome, Planned
 from bitfast.layers import runs_as_written
 from bitfast.network import BitEmbeddings, BitStage
 
@@ -121,14 +121,6 @@ def _embeddings(module: Any, planned: Planned) -> Outcome:
     return changes
 
 
-def _downsample(module: Any, planned: Planned) -> Outcome:
-    return {module: parts.downsample(module, planned)}
-
-
-def _preactivation_block(module: Any, planned: Planned) -> Outcome:
-    return {module: parts.preactivation_block(module, planned)}
-
-
 def _bottleneck_block(module: Any, planned: Planned) -> Outcome:
     return {module: parts.bottleneck_block(module, planned, activation="activation")}
 
@@ -154,8 +146,8 @@ RECIPES: Recipes = {
     f"{MODULE}.BitGroupNormActivation": _norm,
     f"{MODULE}.BitMaxPool2d": _pool,
     f"{MODULE}.BitEmbeddings": _embeddings,
-    f"{MODULE}.BitDownsampleConv": _downsample,
-    f"{MODULE}.BitPreActivationBottleneckLayer": _preactivation_block,
+    f"{MODULE}.BitDownsampleConv": parts.downsample,
+    f"{MODULE}.BitPreActivationBottleneckLayer": parts.preactivation_block,
     f"{MODULE}.BitBottleneckLayer": _bottleneck_block,
     f"{MODULE}.BitStage": _stage,
     f"{MODULE}.BitModel": _model,
