@@ -55,12 +55,15 @@ def fusable_norm(norm: nn.Module) -> GroupNormActivation | None:
     return norm if type(norm) is GroupNormActivation and runs_as_written(norm) else None
 
 
-def normed(norm: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
-    """Return norm(x), in the memory of x where nobody else gets to see what ``makers`` have made."""
+def is_fusable(convolution: nn.Module) -> bool:
+    """Say whether the convolution may be part of a fused op: it is bitfast's, and nobody watches it."""
+    return type(convolution) is WeightStandardizedConv2d and runs_as_written(convolution)
+
+
+def normed(norm: nn.Module, x: Tensor, made_new: bool) -> Tensor:
+    """Return norm(x), in the memory of x if that was made new: if nobody else gets to see it."""
     fusable = fusable_norm(norm)
-    if fusable is not None and all(map(runs_as_written, makers)):
-        return fusable.into(x, x)
-    return norm(x)
+    return norm(x) if fusable is None or not made_new else fusable.into(x, x)
 
 
 class BitDownsampleConv(nn.Module):
@@ -79,11 +82,19 @@ class BitDownsampleConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
-        return normed(self.norm, self.conv(x), self.conv)
+        return normed(self.norm, self.conv(x), is_fusable(self.conv))
 
     def makes_new(self) -> bool:
         """Say whether nobody but the caller gets to see the result."""
-        return all(runs_as_written(module) for module in (self, self.conv, self.norm))
+        has_own_norm = type(self.norm) is nn.Identity or fusable_norm(self.norm) is not None
+        return (
+            has_own_norm and is_fusable(self.conv) and all(map(runs_as_written, (self, self.norm)))
+        )
+
+
+def makes_new(downsample: nn.Module | None) -> bool:
+    """Say whether a block has a shortcut of its own whose result nobody else gets to see."""
+    return type(downsample) is BitDownsampleConv and downsample.makes_new()
 
 
 class BitPreActivationBottleneckLayer(nn.Module):
@@ -153,9 +164,9 @@ class BitPreActivationBottleneckLayer(nn.Module):
             preactivated = self.norm1(x)
         assert isinstance(preactivated, Tensor)
         shortcut = x if self.downsample is None else self.downsample(preactivated)
-        owns_shortcut = owns_input if self.downsample is None else self.downsample.makes_new()
-        branch = normed(self.norm2, self.conv1(preactivated), self.conv1)
-        branch = normed(self.norm3, self.conv2(branch), self.conv2)
+        owns_shortcut = owns_input if self.downsample is None else makes_new(self.downsample)
+        branch = normed(self.norm2, self.conv1(preactivated), is_fusable(self.conv1))
+        branch = normed(self.norm3, self.conv2(branch), is_fusable(self.conv2))
         if owns_shortcut and self.adds_as_it_convolves() and self.conv3.add_to(shortcut, branch):
             if following is None:
                 return shortcut, None
@@ -193,28 +204,26 @@ class BitPreActivationBottleneckLayer(nn.Module):
             self.adds_as_it_convolves()
             and fusable_norm(self.norm2) is not None
             and fusable_norm(self.norm3) is not None
-            and runs_as_written(self.conv1)
-            and runs_as_written(self.conv2)
+            and is_fusable(self.conv1)
+            and is_fusable(self.conv2)
             and self.conv1.can_normalize(x)
             and self.conv3.can_normalize(x)
             and (
                 self.downsample is None
-                or (self.downsample.makes_new() and self.downsample.conv.can_normalize(x))
+                or (makes_new(self.downsample) and self.downsample.conv.can_normalize(x))
             )
         )
 
     def owns_preactivated(self) -> bool:
         """Say whether nobody but the block gets to see what its first norm has made."""
-        return runs_as_written(self.conv1) and (
-            self.downsample is None or self.downsample.makes_new()
-        )
+        return is_fusable(self.conv1) and (self.downsample is None or makes_new(self.downsample))
 
     def adds_as_it_convolves(self) -> bool:
         """Say whether the last convolution may add its result to the shortcut by itself."""
         return (
             infers(self)
             and not self.may_shrink
-            and runs_as_written(self.conv3)
+            and is_fusable(self.conv3)
             and runs_as_written(self.drop_path)
         )
 
@@ -256,9 +265,9 @@ class BitBottleneckLayer(nn.Module):
         if can_be_normalized_late(self, x) and self.normalizes_as_it_convolves(x):
             return self.run_fused(x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        branch = normed(self.norm1, self.conv1(x), self.conv1)
-        branch = normed(self.norm2, self.conv2(branch), self.conv2)
-        branch = normed(self.norm3, self.conv3(branch), self.conv3)
+        branch = normed(self.norm1, self.conv1(x), is_fusable(self.conv1))
+        branch = normed(self.norm2, self.conv2(branch), is_fusable(self.conv2))
+        branch = normed(self.norm3, self.conv3(branch), is_fusable(self.conv3))
         return ACTIVATIONS[self.activation](add_to_shortcut(self.drop_path(branch), shortcut))
 
     def run_fused(self, x: Tensor) -> Tensor:
@@ -275,17 +284,17 @@ class BitBottleneckLayer(nn.Module):
 
     def normalizes_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
-        modules = (self.conv1, self.norm1, self.conv2, self.norm2, self.conv3, self.norm3)
+        convolutions = (self.conv1, self.conv2, self.conv3)
+        norms = (self.norm1, self.norm2, self.norm3)
         downsample = self.downsample
         return (
             not self.may_shrink
-            and all(runs_as_written(module) for module in (*modules, self.drop_path))
-            and all(fusable_norm(norm) is not None for norm in modules[1::2])
+            and runs_as_written(self.drop_path)
+            and all(map(is_fusable, convolutions))
+            and all(fusable_norm(norm) is not None for norm in norms)
             and self.conv1.can_normalize(x)
             and self.conv3.can_normalize(x)
-            and (
-                downsample is None or (downsample.makes_new() and downsample.conv.can_normalize(x))
-            )
+            and (downsample is None or (makes_new(downsample) and downsample.conv.can_normalize(x)))
         )
 
 

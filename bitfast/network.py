@@ -18,6 +18,7 @@ from bitfast.blocks import (
     LAYERS,
     BitPreActivationBottleneckLayer,
     fusable_norm,
+    is_fusable,
     normed,
     round_to_multiple,
 )
@@ -82,7 +83,8 @@ class BitEmbeddings(nn.Module):
         """Map images (N, num_channels, H, W) to (N, embedding_size, about H/4, about W/4)."""
         self.check(pixel_values)
         x = self.pad(self.convolution(pixel_values))
-        return self.pooler(normed(self.norm, x, self.convolution, self.pad))
+        made_new = is_fusable(self.convolution) and runs_as_written(self.pad)
+        return self.pooler(normed(self.norm, x, made_new))
 
     def check(self, pixel_values: Tensor) -> None:
         """Raise TypeError or ValueError unless :meth:`forward` can take the images."""
@@ -95,7 +97,7 @@ class BitEmbeddings(nn.Module):
                 f"pixel_values must have shape (batch, {self.num_channels}, height, width), the channels as"
                 f" config.num_channels says; got {tuple(pixel_values.shape)}"
             )
-        dtype = self.convolution.weight.dtype
+        dtype = next(self.parameters()).dtype
         converts = is_autocast_on(pixel_values.device.type)
         if pixel_values.dtype != dtype and not (converts and pixel_values.is_floating_point()):
             raise TypeError(

@@ -343,3 +343,49 @@ def test_inductor(fresh_compiler):
             before = images.clone()
             assert_close(outputs(compiled, images), expected(model, images))
             assert torch.equal(images, before)
+
+
+class Wrapper(nn.Module):
+    """What libraries that add small trainable matrices to layers put in their place."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return 1.5 * self.base_layer(x)
+
+
+@pytest.mark.parametrize("layer_type", ["preactivation", "bottleneck"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "embedder",
+        "embedder.convolution",
+        "norm",
+        "encoder.stages.1",
+        "encoder.stages.1.layers.0",
+        *(
+            f"encoder.stages.1.layers.0.{name}"
+            for name in (
+                "conv1", "norm1", "conv2", "norm2", "conv3", "norm3",
+                "downsample", "downsample.conv", "downsample.norm",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_wrapped_modules_are_called(path, layer_type):
+    settings = {"depths": [1, 2], "hidden_sizes": [16, 32], "layer_type": layer_type}
+    model = ours("BitModel", **settings).eval()
+    images = torch.randn(2, 3, 48, 40)
+    parent, _, name = path.rpartition(".")
+    wrapper = Wrapper(model.get_submodule(path))
+    setattr(model.get_submodule(parent), name, wrapper)
+    with torch.no_grad():
+        actual = model(images).last_hidden_state
+        assert wrapper.calls == 1
+        with use_backend("reference"):
+            expected = model(images).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
