@@ -8,6 +8,7 @@ from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CheckpointError
 from bitfast.configuration import BitConfig
+from bitfast.export import exportable
 from bitfast.image_processing import BitImageProcessor
 from bitfast.image_processing_fast import BitImageProcessorFast
 from bitfast.in_place import AccelerationReport, accelerate, restore
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "TransformersRegistration",
     "accelerate",
+    "exportable",
     "register_with_transformers",
     "restore",
     "use_backend",

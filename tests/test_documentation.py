@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import skimage
 import torch
@@ -15,6 +16,7 @@ import bitfast
 from bitfast.digits import MODEL_PATH
 from tests.foreign_checkpoints import google_arrays, save_folder, save_npz, timm_model
 from tests.foreign_models import dpt_hybrid
+from tests.model_pairs import our_model
 
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"
@@ -101,3 +103,17 @@ def test_the_last_example_of_transformers_documentation() -> None:
             logits = model(**inputs).logits
         labels.append(model.config.id2label[logits.argmax(-1).item()])
     assert labels[0] == labels[1]
+
+
+def test_exporting_as_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = our_model("BitForImageClassification", depths=[1], hidden_sizes=[16]).eval()
+    images = torch.randn(2, 3, 64, 50)
+    run_example("exportable", {}, bitfast=bitfast, torch=torch, model=model, images=images)
+    with torch.no_grad():
+        expected = model(images).logits
+        (packaged,) = torch._inductor.aoti_load_package("bit.pt2")(images)
+    session = onnxruntime.InferenceSession("bit.onnx", providers=["CPUExecutionProvider"])
+    (converted,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    for actual in (packaged, torch.from_numpy(converted)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

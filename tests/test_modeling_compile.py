@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from bitfast import outputs
+from bitfast import extension, outputs
+from bitfast.backends import use_backend
 from tests.model_pairs import (
     CLASSES,
     LAYER_TYPES,
@@ -22,11 +24,14 @@ from tests.model_pairs import (
     gradients,
     our_model,
 )
+from tests.tolerances import Triples, assert_draws_within_contract
 from tests.versions import TRACER_KEEPS_LAYOUTS
 
 SHALLOW = {"depths": [1, 1], "hidden_sizes": [16, 32]}
 ONE_STAGE = {"depths": [1], "hidden_sizes": [16]}
 SAME = {"global_padding": "same", "embedding_dynamic_padding": True}
+BACKENDS = pytest.mark.parametrize("backend", [None, "native", "reference"])
+"""None: what each op chooses. Those of Triton are compiled in test_modeling_triton.py."""
 PADDINGS = pytest.mark.parametrize("padding", [{}, SAME], ids=["default", "same"])
 SIZES = [(2, 33, 47), (3, 64, 50), (5, 40, 70), (4, 31, 32)]
 """The first is compiled for itself, the second for all; the others must not be compiled for."""
@@ -55,6 +60,12 @@ def on_every_size(compiled: Any, model: nn.Module, bound: float, **settings: Any
                 assert a.stride() == e.stride()
 
 
+def on_backend(backend: str | None) -> AbstractContextManager[None]:
+    if backend == "native" and extension.CPU.problem is not None:
+        pytest.skip(f"the extension: {extension.CPU.problem}")
+    return nullcontext() if backend is None else use_backend(backend)
+
+
 @PADDINGS
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 @pytest.mark.parametrize("name", CLASSES)
@@ -62,6 +73,44 @@ def test_compiles_to_one_graph_for_all_sizes(name, layer_type, padding):
     model = our_model(name, layer_type=layer_type, **SHALLOW, **padding).double().eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     on_every_size(compiled, model, RELATIVE_FLOAT64)
+
+
+@BACKENDS
+@pytest.mark.parametrize("learns", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_compiler_finds_one_graph_and_no_break(name, learns, backend):
+    model = our_model(name, **ONE_STAGE, **SAME).train(learns)
+    images = torch.randn(2, 3, 33, 47)
+    with torch.set_grad_enabled(learns), on_backend(backend):
+        found = torch._dynamo.explain(model)(images)
+    assert found.graph_count == 1
+    assert found.graph_break_count == 0
+
+
+@BACKENDS
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_is_as_exact_as_eager_on_each_backend(dtype, layer_type, backend):
+    model = our_model("BitForImageClassification", layer_type=layer_type, **ONE_STAGE, **SAME)
+    model.to(dtype).eval()
+    exact = copy.deepcopy(model).double()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def draw() -> Triples:
+        results = []
+        for number, (batch, *size) in enumerate(SIZES):
+            images = torch.randn(batch, 3, *size).to(dtype)
+            stance = "fail_on_recompile" if number > 1 else "default"
+            with torch.no_grad(), on_backend(backend):
+                with torch.compiler.set_stance(stance):
+                    actual = compiled(images).logits
+                plain = model(images).logits
+            with torch.no_grad():
+                results.append((actual, plain, exact(images.double()).logits))
+        actual, plain, oracle = map(torch.cat, zip(*results, strict=True))
+        return {"logits": (actual, plain, oracle)}
+
+    assert_draws_within_contract(draw, 3)
 
 
 def test_compiles_in_channels_last():

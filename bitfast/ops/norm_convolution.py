@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bitfast import extension
 from bitfast.backends import select_backend
@@ -187,7 +188,9 @@ def _why_not_fused(dtype: torch.dtype) -> str | None:
         return f"the kernels are for float32 and bfloat16, not {dtype}"
     if extension.CPU.problem is not None:
         return extension.CPU.problem
-    return torch.ops.bitfast.norm_convolution_problem(dtype == torch.bfloat16) or None
+    # Whoever asks may be tracing, and the question is no part of a program.
+    with _disable_current_modes():
+        return torch.ops.bitfast.norm_convolution_problem(dtype == torch.bfloat16) or None
 
 
 # ---- the kept weights -----------------------------------------------------------------------------
