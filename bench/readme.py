@@ -81,8 +81,10 @@ def introduction(report: Report) -> str:
     kinds = {row.kind for row in report.rows}
     if "images" in kinds:
         names |= {"torchvision": "torchvision", "pillow": "Pillow"}
-    if "model" in kinds:
-        names |= {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    contestants = {family_of(row) for row in report.rows}
+    for package, name in (("timm", "timm"), ("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        if name in contestants:
+            names[package] = name
     used = [f"{name} {versions[key]}" for key, name in names.items() if versions.get(key)]
     limits = "; ".join(
         f"with {count} thread{'s' if count > 1 else ''} "
