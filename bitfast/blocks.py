@@ -210,7 +210,11 @@ class BitPreActivationBottleneckLayer(nn.Module):
             and self.conv3.can_normalize(x)
             and (
                 self.downsample is None
-                or (makes_new(self.downsample) and self.downsample.conv.can_normalize(x))
+                or (
+                    makes_new(self.downsample)
+                    and type(self.downsample.norm) is nn.Identity
+                    and self.downsample.conv.can_normalize(x)
+                )
             )
         )
 

@@ -356,6 +356,20 @@ def tensors(value: Any) -> list[Tensor]:
     return []
 
 
+@pytest.mark.parametrize(
+    ("name", "path"), [("BitModel", "embedder.pooler"), ("ResNetV2", "stem.pool")]
+)
+def test_a_hook_on_the_pool_sees_padded_inputs(name, path):
+    model = ALL[name].model(torch.float64)
+    seen: list[Tensor] = []
+    model.get_submodule(path).register_forward_hook(lambda m, inputs, y: seen.append(inputs[0]))
+    images = ALL[name].images(torch.float64)
+    results(model, images)
+    assert bitfast.accelerate(model).left
+    results(model, images)
+    assert_close(seen[1], seen[0])
+
+
 def test_a_hook_may_change_what_a_module_returns():
     for name, path in [
         ("BitModel", "encoder"),
@@ -365,6 +379,8 @@ def test_a_hook_may_change_what_a_module_returns():
         ("ResNetV2", "stages.1.blocks"),
         ("ResNetV2", "stages.1.blocks.1.conv2"),
         ("ResNetV2", "stem.pad"),
+        ("ResNetV2", "stem.pool"),
+        ("BitModel", "embedder.pad"),
     ]:
         model = ALL[name].model(torch.float64)
         images = ALL[name].images(torch.float64)

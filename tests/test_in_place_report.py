@@ -152,7 +152,7 @@ LEFT: dict[Any, tuple[str, str]] = {
     another_padding: ("encoder.stages.1.layers.0.conv2", "its padding is 'reflect'"),
     another_drop_path: ("encoder.stages.1.layers.0", "its drop_path is a Doubled"),
     a_bias: ("encoder.stages.1.layers.0.conv2", "it has a bias"),
-    a_watched_pad: ("embedder.pad", "it has hooks or another forward"),
+    a_watched_pad: ("embedder.pad", "it or what comes after it has hooks"),
 }
 
 

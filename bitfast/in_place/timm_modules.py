@@ -97,7 +97,8 @@ def _stem_pool(stem: nn.Sequential, planned: Planned) -> Outcome:
         return {}
     try:
         if pad is not None and parts.is_pad_of_one(pad):
-            require(runs_as_written(pad), "what pads it has hooks or another forward")
+            unwatched = runs_as_written(pad) and runs_as_written(pool)
+            require(unwatched, "it or what pads it has hooks or another forward")
             change = parts.pool(pool, zero_pad=1, dynamic_padding=False)
             return {pad: Change(nn.Identity), pool: change}
         if qualified_name(type(pool)) == "timm.layers.pool2d_same.MaxPool2dSame":

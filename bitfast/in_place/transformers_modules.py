@@ -106,13 +106,13 @@ def _embeddings(module: Any, planned: Planned) -> Outcome:
     convolution, pooler = planned[module.convolution], planned[module.pooler]
     changes: dict[nn.Module, Change | str] = {}
     if type(pad) is not nn.Identity and type(norm) is nn.Identity:
-        if runs_as_written(pad) and runs_as_written(norm):
+        if all(map(runs_as_written, (pad, norm, module.pooler))):
             # Nothing stands in between, so that the pool can add the zeros itself.
             attributes = {**pooler.attributes, "zero_pad": 1}
             changes[module.pooler] = Change(pooler.becomes, attributes, pooler.without)
             changes[pad] = Change(nn.Identity)
         else:
-            changes[pad] = "it has hooks or another forward"
+            changes[pad] = "it or what comes after it has hooks or another forward"
     if convolution.attributes["has_dynamic_padding"]:
         min_size = 1 if pooler.attributes["dynamic_padding"] else 5
     else:
