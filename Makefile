@@ -12,10 +12,14 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(INSTALLED)
 	$(BIN)/bitfast demo
 
-# The tests of what is done to models of transformers run with its versions 4.56 and 5.
+# The tests of what is done to models of transformers run with its versions 4.56 and 5. Each process takes whole files;
+# threads that wait must not spin, or the processes would keep each other from working.
+JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: export OMP_WAIT_POLICY = passive
 test: $(INSTALLED) $(NEXT)/installed
-	$(BIN)/python -m pytest
-	$(NEXT)/bin/python -m pytest $(TESTS_OF_NEXT)
+	$(BIN)/python $(PYTEST)
+	$(NEXT)/bin/python $(PYTEST) $(TESTS_OF_NEXT)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

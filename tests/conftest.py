@@ -24,6 +24,28 @@ else:
     settings.load_profile("bitfast")
 
 
+LONGEST = (
+    "test_kernel_builds",
+    "test_modeling",
+    "test_modeling_compile",
+    "test_group_norm_act_kernels",
+    "test_instruction_sets",
+    "test_export",
+    "test_gpu_report",
+    "test_in_place",
+    "test_packaging",
+    "test_modeling_triton",
+    "test_documentation",
+    "test_modeling_cpu",
+)
+"""The files that take longest. First, so that of processes which share the files none is left with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seed torch and random from BITFAST_TEST_SEED, or anew; pytest shows the line when a test fails."""
