@@ -82,7 +82,11 @@ def introduction(report: Report) -> str:
     if "images" in kinds:
         names |= {"torchvision": "torchvision", "pillow": "Pillow"}
     contestants = {family_of(row) for row in report.rows}
-    for package, name in (("timm", "timm"), ("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+    for package, name in (
+        ("timm", "timm"),
+        ("onnxruntime", "ONNX Runtime"),
+        ("openvino", "OpenVINO"),
+    ):
         if name in contestants:
             names[package] = name
     used = [f"{name} {versions[key]}" for key, name in names.items() if versions.get(key)]
