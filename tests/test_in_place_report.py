@@ -60,9 +60,36 @@ def test_a_released_model_is_replaced_whole(features_only):
         "BitDownsampleConv": 4,
         "TimmStage": 4,
     }
-    if not features_only:
-        expected |= {"ResNetV2": 1, "Identity": 1, "MaxPool2d": 1}
+    expected |= {"Identity": 1, "MaxPool2d": 1} | ({} if features_only else {"ResNetV2": 1})
     assert kinds(report) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "convolutions"),
+    [
+        (
+            lambda: transformers.AutoBackbone.from_config(
+                transformers.TimmBackboneConfig(
+                    backbone="resnetv2_50x1_bit", use_pretrained_backbone=False, out_indices=(1, 4)
+                )
+            ),
+            53,
+        ),
+        (
+            lambda: transformers.TimmWrapperForImageClassification(
+                transformers.TimmWrapperConfig(architecture="resnetv2_101x1_bit", num_labels=10)
+            ),
+            104,
+        ),
+    ],
+    ids=["TimmBackbone", "TimmWrapper"],
+)
+def test_a_model_of_timm_inside_one_of_transformers(build, convolutions):
+    with torch.device("meta"):
+        model = build()
+    report = bitfast.accelerate(model)
+    assert report.left == {}
+    assert kinds(report)["WeightStandardizedConv2d"] == convolutions
 
 
 def test_the_report_names_and_counts():

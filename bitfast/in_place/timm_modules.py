@@ -5,7 +5,7 @@ timm itself is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,12 +86,24 @@ def _stage(module: Any, planned: Planned) -> Outcome:
 
 def _resnet(module: Any, planned: Planned) -> Outcome:
     require(any(stage in planned for stage in module.stages), "all its stages are left as they are")
-    return {**_stem_pool(module.stem, planned), module: network(module, TimmNetwork)}
+    pool = _stem_pool(dict(module.stem.named_children()), planned)
+    return {**pool, module: network(module, TimmNetwork)}
 
 
-def _stem_pool(stem: nn.Sequential, planned: Planned) -> Outcome:
+def _features(module: Any, planned: Planned) -> Outcome:
+    """Plan for the list that a ``features_only`` network is, which calls its children one by one."""
+    stem = {
+        name.removeprefix("stem_"): child
+        for name, child in module.named_children()
+        if name.startswith("stem_")
+    }
+    if stem.get("conv") not in planned or "stem_pad" in module.return_layers:
+        return {}
+    return _stem_pool(stem, planned)
+
+
+def _stem_pool(children: Mapping[str, nn.Module], planned: Planned) -> Outcome:
     """Let the stem's pool do its padding itself, if it is padded as in BiT or in hybrid ViTs."""
-    children = dict(stem.named_children())
     pad, pool, norm = (children.get(name) for name in ("pad", "pool", "norm"))
     if pool is None:
         return {}
@@ -123,6 +135,8 @@ RECIPES: Recipes = {
     "timm.models.resnetv2.Bottleneck": _bottleneck_block,
     "timm.models.resnetv2.ResNetStage": _stage,
     "timm.models.resnetv2.ResNetV2": _resnet,
+    "timm.models._features.FeatureDictNet": _features,
+    "timm.models._features.FeatureListNet": _features,
 }
 """What makes a change of a module, by the full name of its class."""
 
