@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from bitfast.checkpoints.files import WHERE
 from bitfast.configuration import BitConfig
 from bitfast.image_processing import BitImageProcessor
 from bitfast.image_processing_fast import BitImageProcessorFast
@@ -139,15 +140,7 @@ def _model_type(name_or_path: Any, kwargs: dict[str, Any]) -> str:
 
     config = kwargs.get("config")
     if config is None:
-        where = (
-            "cache_dir",
-            "force_download",
-            "local_files_only",
-            "token",
-            "revision",
-            "subfolder",
-        )
-        options = {name: kwargs[name] for name in where if name in kwargs}
+        options = {name: kwargs[name] for name in WHERE if name in kwargs}
         try:
             config = AutoConfig.from_pretrained(name_or_path, **options)
         except (OSError, ValueError):

@@ -14,6 +14,7 @@ import torch
 
 from bitfast.checkpoints.files import (
     CONFIG_NAME,
+    WHERE,
     CheckpointError,
     is_weight_file,
     locate_file,
@@ -443,18 +444,7 @@ def _split_where(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     others = dict(kwargs)
     for name in ("proxies", "resume_download", "trust_remote_code", "attn_implementation"):
         others.pop(name, None)
-    where: dict[str, Any] = {
-        name: others.pop(name)
-        for name in (
-            "cache_dir",
-            "force_download",
-            "local_files_only",
-            "token",
-            "revision",
-            "subfolder",
-        )
-        if name in others
-    }
+    where: dict[str, Any] = {name: others.pop(name) for name in WHERE if name in others}
     return where, others
 
 

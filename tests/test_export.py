@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -291,8 +292,6 @@ def test_a_process_without_bitfast_cannot_load_what_returns_its_classes(tmp_path
 
 
 def onnx_session(model: nn.Module, backend: AbstractContextManager[None], folder: Path) -> Any:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     with backend:
         program = torch.onnx.export(
             model, (drawn(SIZES[0]),), dynamo=True, dynamic_shapes=DYNAMIC, verbose=False

@@ -12,6 +12,9 @@ from typing import Any
 
 CONFIG_NAME = "config.json"
 
+WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+"""What says where a file of a checkpoint is to be looked for."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz")
 """Endings of the files that, of timm's and Google's, are a checkpoint on their own."""
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-pytest.importorskip("timm")
+pytest.importorskip("transformers", reason="the models to accelerate are transformers'")
+pytest.importorskip("timm", reason="the models to accelerate are timm's")
 
 import bitfast
 from tests.foreign_models import ALL
