@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bitfast.torch_state import runs_in_plain_pytorch
+
 BACKENDS = ("triton", "native", "reference")
 """Every backend name, in order of preference."""
 
@@ -86,6 +88,9 @@ def register_kernel(
 def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Return the backend that runs ``op`` for a tensor of this device type and dtype.
 
+    Under function transforms, forward-mode differentiation and ``torch.jit.trace`` that is the reference,
+    also where another is demanded: of a kernel they would see nothing.
+
     Raises:
         BackendUnavailableError: :func:`use_backend` demands one that cannot.
     """
@@ -94,6 +99,9 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
         reason = why_unavailable(op, requested, device_type, dtype)
         if reason is not None:
             raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}")
+    if runs_in_plain_pytorch():
+        return "reference"
+    if requested is not None:
         return requested
     for backend in BACKENDS:
         if not _is_on_demand(op, backend, device_type) and (

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from bitfast import extension
 from bitfast.backends import select_backend
@@ -26,6 +25,7 @@ from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.packed_convolution import packs
 from bitfast.ops.packed_weights import Form, Geometry, packed_weights
 from bitfast.ops.weight_standardization import weight_standardization
+from bitfast.torch_state import unseen
 
 OP = "norm_convolution"
 
@@ -188,8 +188,7 @@ def _why_not_fused(dtype: torch.dtype) -> str | None:
         return f"the kernels are for float32 and bfloat16, not {dtype}"
     if extension.CPU.problem is not None:
         return extension.CPU.problem
-    # Whoever asks may be tracing, and the question is no part of a program.
-    with _disable_current_modes():
+    with unseen():
         return torch.ops.bitfast.norm_convolution_problem(dtype == torch.bfloat16) or None
 
 

@@ -13,13 +13,13 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from bitfast.backends import select_backend
 from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES
 from bitfast.ops.packed_weights import Form, Geometry, Pair, packed_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
+from bitfast.torch_state import unseen
 
 OP = "packed_convolution"
 
@@ -120,15 +120,9 @@ def _why_not_packed(dtype: torch.dtype) -> str | None:
         return f"packed weights are float32 or bfloat16, not {dtype}"
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this CPU lacks the instructions for bfloat16 that oneDNN needs"
-    # Whoever asks may be tracing, in autocast or in inference mode; the trial is none of these.
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
+    with unseen():
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this CPU lacks the instructions for bfloat16 that oneDNN needs"
         return _try_out(dtype)
 
 

@@ -1,0 +1,79 @@
+"""What torch is doing around a call: who transforms it, traces it, or looks at each of its operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def is_transformed() -> bool:
+    """Say whether a function transform (``torch.func``) or forward-mode differentiation is at work.
+
+    They see what plain PyTorch computes, but nothing of what a kernel does.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
+# torch guards on both of what is asked.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def runs_in_plain_pytorch() -> bool:
+    """Say whether operators of our own would be lost on who transforms or traces the call.
+
+    ``torch.jit.trace`` does record them, but its programs are to run where there is no bitfast.
+    """
+    return is_transformed() or torch.jit.is_tracing()
+
+
+def is_concrete(x: object) -> bool:
+    """Say whether x is a tensor whose layout and dtype may decide how to compute: nothing traces the call.
+
+    ``torch.compile`` and ``torch.export`` do trace, but follow such decisions.
+    """
+    return not isinstance(x, Proxy) and not runs_in_plain_pytorch()
+
+
+def is_dispatch_watched() -> bool:
+    """Say whether a mode looks at each operator, as one that counts FLOPs does."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within the block nobody sees what is computed, nor has a say in it: no tracer, mode or transform.
+
+    For questions to the machine, which are no part of a program.
+    """
+    tracing_state = torch._C._get_tracing_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        torch._C._set_tracing_state(None)
+        try:
+            yield
+        finally:
+            torch._C._set_tracing_state(tracing_state)
+
+
+__all__ = [
+    "is_concrete",
+    "is_dispatch_watched",
+    "is_transformed",
+    "runs_in_plain_pytorch",
+    "unseen",
+]
