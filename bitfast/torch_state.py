@@ -63,11 +63,11 @@ def unseen() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            torch._C._set_tracing_state(tracing_state)
+            torch._C._set_tracing_state(tracing_state)  # type: ignore[attr-defined]
 
 
 __all__ = [

@@ -1,0 +1,280 @@
+"""The three models, whoever gives them their configuration and checkpoints.
+
+:mod:`bitfast.modeling` does, and for models that are instances of transformers' own classes
+:mod:`bitfast.transformers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitfast import outputs
+from bitfast.forward_pass import ForwardPass
+from bitfast.layers import GroupNormActivation, runs_as_written
+from bitfast.network import BitEmbeddings, BitEncoder, BitStage, round_to_multiple, stage_widths
+from bitfast.prepared_weights import PreparedWeights
+
+
+class Shared(nn.Module):
+    """What the three have in common: initialisation, gradient checkpointing, options of a call."""
+
+    config: Any
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module the way BiT is initialised before training."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.in_features)
+            nn.init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.GroupNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks recompute their activations in the backward pass."""
+        return any(stage.gradient_checkpointing for stage in self._stages())
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """In training, keep only each block's input and recompute the rest in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: Passed to ``torch.utils.checkpoint.checkpoint``; by default
+                ``{"use_reentrant": False}``.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for stage in self._stages():
+            stage.gradient_checkpointing = True
+            stage.checkpoint_options = options
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations for the backward pass again."""
+        for stage in self._stages():
+            stage.gradient_checkpointing = False
+
+    def _stages(self) -> list[BitStage]:
+        return [module for module in self.modules() if isinstance(module, BitStage)]
+
+    def _resolve_output_options(
+        self, output_hidden_states: bool | None, return_dict: bool | None
+    ) -> tuple[bool, bool]:
+        """Fill in from the configuration what a forward call left open."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.use_return_dict
+        return output_hidden_states, return_dict
+
+
+class Model(ForwardPass, Shared):
+    """The network without a head: feature map and its spatial mean."""
+
+    output_class: ClassVar[Any] = outputs.BaseModelOutputWithPoolingAndNoAttention
+
+    def add_modules(self, config: Any) -> None:
+        """Make the modules that the configuration describes."""
+        self.embedder = BitEmbeddings(config)
+        self.encoder = BitEncoder(config)
+        self.norm = (
+            GroupNormActivation(config.num_groups, stage_widths(config)[-1], config.hidden_act)
+            if config.layer_type == "preactivation"
+            else nn.Identity()
+        )
+        self.pooler = nn.AdaptiveAvgPool2d((1, 1))
+        self.prepared_weights = PreparedWeights()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Compute the features of a batch of images.
+
+        Args:
+            pixel_values: (N, num_channels, H, W), floating point, NCHW or channels_last.
+            output_hidden_states: Also return the stem's and each stage's output.
+            return_dict: False: return a plain tuple of the values that are not None.
+
+        Returns:
+            BaseModelOutputWithPoolingAndNoAttention, or a tuple.
+
+        Raises:
+            TypeError: ``pixel_values`` is no tensor, or not of the parameters' dtype (autocast aside).
+            ValueError: ``pixel_values`` has another shape, or is too small.
+        """
+        output_hidden_states, return_dict = self._resolve_output_options(
+            output_hidden_states, return_dict
+        )
+        hidden_states, normalized, pooled = self.features(pixel_values, output_hidden_states)
+        layout = self.layout_of_outputs(pixel_values)
+        output = self.output_class(
+            layout(normalized), layout(pooled), tuple(map(layout, hidden_states)) or None
+        )
+        return output if return_dict else output.to_tuple()
+
+    def features(
+        self, pixel_values: Tensor, output_hidden_states: bool
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the hidden states (or none), the last of them normalized, and its spatial mean.
+
+        Args:
+            pixel_values: (N, num_channels, H, W).
+            output_hidden_states: Also return the stem's and each stage's output.
+
+        Returns:
+            Feature maps in the layout that the network runs in.
+        """
+        last = len(self.encoder.stages)
+        wanted = range(last + 1) if output_hidden_states else ()
+        hidden_states, normalized = self.run(pixel_values, last, wanted, self.norm)
+        return hidden_states, normalized, self.pooler(normalized)
+
+    def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
+        """Return the modules that :meth:`run` calls."""
+        return self.embedder, list(self.encoder.stages)
+
+
+class Classifier(Shared):
+    """The network and a linear classifier on its pooled features."""
+
+    output_class: ClassVar[Any] = outputs.ImageClassifierOutputWithNoAttention
+
+    def add_modules(self, config: Any, base_model: nn.Module) -> None:
+        """Put a classifier on a base model."""
+        self.num_labels = config.num_labels
+        self.bit: Any = base_model
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(stage_widths(config)[-1], config.num_labels)
+            if config.num_labels > 0
+            else nn.Identity(),
+        )
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Classify a batch of images.
+
+        Args:
+            pixel_values: (N, num_channels, H, W), floating point, NCHW or channels_last.
+            labels: To compute the loss that ``config.problem_type`` names: (N,) class indices
+                ("single_label_classification"), (N, num_labels) zeros and ones
+                ("multi_label_classification"), or (N,) or (N, num_labels) values ("regression").
+                Where it names none, one label means regression, integer labels a single class, others
+                several. (transformers also writes that choice into the configuration.)
+            output_hidden_states: Also return the stem's and each stage's output.
+            return_dict: False: return a plain tuple of the values that are not None.
+
+        Returns:
+            ImageClassifierOutputWithNoAttention, or a tuple.
+
+        Raises:
+            TypeError: ``pixel_values`` is no tensor, or not of the parameters' dtype (autocast aside).
+            ValueError: ``pixel_values`` is missing, has another shape, or is too small.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values must be given: (batch, num_channels, height, width)")
+        output_hidden_states, return_dict = self._resolve_output_options(
+            output_hidden_states, return_dict
+        )
+        hidden_states: tuple[Tensor, ...] | None
+        if runs_as_written(self.bit) and not output_hidden_states:
+            hidden_states = None
+            *_, pooled = self.bit.features(pixel_values, output_hidden_states=False)
+        else:
+            features = self.bit(pixel_values, output_hidden_states, return_dict=True)
+            hidden_states, pooled = features.hidden_states, features.pooler_output
+        logits = self.classifier(pooled)
+        loss = None if labels is None else self._loss(logits, labels)
+        output = self.output_class(loss, logits, hidden_states)
+        return output if return_dict else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem_type = self.config.problem_type
+        if problem_type is None:
+            if self.num_labels == 1:
+                problem_type = "regression"
+            elif labels.dtype in (torch.int64, torch.int32):
+                problem_type = "single_label_classification"
+            else:
+                problem_type = "multi_label_classification"
+        if problem_type == "regression":
+            if self.num_labels == 1:
+                return F.mse_loss(logits.squeeze(), labels.squeeze())
+            return F.mse_loss(logits, labels)
+        if problem_type == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class Backbone(Shared):
+    """The feature maps of chosen stages.
+
+    Subclasses have ``stage_names`` and ``out_features``.
+    """
+
+    output_class: ClassVar[Any] = outputs.BackboneOutput
+    stage_names: list[str]
+    has_attentions = False
+
+    def add_modules(self, config: Any, base_model: nn.Module) -> None:
+        """Take the feature maps of a base model."""
+        self.bit: Any = base_model
+        # Like transformers, also of hidden sizes that have no depth, and so no stage.
+        self.num_features = [
+            config.embedding_size,
+            *(round_to_multiple(size * config.width_factor) for size in config.hidden_sizes),
+        ]
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Compute the chosen feature maps of a batch of images.
+
+        Args:
+            pixel_values: (N, num_channels, H, W), floating point, NCHW or channels_last.
+            output_hidden_states: Also return the stem's and every stage's output.
+            return_dict: False: return a plain tuple of the values that are not None.
+
+        Returns:
+            BackboneOutput, or a tuple.
+
+        Raises:
+            TypeError: ``pixel_values`` is no tensor, or not of the parameters' dtype (autocast aside).
+            ValueError: ``pixel_values`` has another shape, or is too small.
+        """
+        output_hidden_states, return_dict = self._resolve_output_options(
+            output_hidden_states, return_dict
+        )
+        chosen = [self.stage_names.index(name) for name in self.out_features]  # type: ignore[union-attr]
+        last = len(self.bit.encoder.stages) if output_hidden_states else max(chosen, default=0)
+        computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
+        outputs, _ = self.bit.run(pixel_values, last, computed, norm=None)
+        outputs = [*map(self.bit.layout_of_outputs(pixel_values), outputs)]
+        output = self.output_class(
+            feature_maps=tuple(outputs[computed.index(index)] for index in chosen),
+            hidden_states=tuple(outputs) if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+__all__ = ["Backbone", "Classifier", "Model", "Shared"]
