@@ -16,12 +16,8 @@ from torch import Tensor
 
 from bitfast import BitConfig, BitModel
 from bitfast.backends import select_backend
-from bitfast.layers import (
-    Deferred,
-    GroupNormActivation,
-    WeightStandardizedConv2d,
-    can_be_normalized_late,
-)
+from bitfast.fusion import Deferred, can_be_normalized_late
+from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops import (
     add_group_norm_act,
     group_norm_act,
@@ -294,7 +290,7 @@ def norm_convolution_problem(
 ) -> Problem:
     """A norm, ReLU and a convolution, as in a preactivation block; the weights are standardized beforehand."""
     x = feature_maps(shape, dtype, CHANNELS_LAST)
-    norm = GroupNormActivation(GROUPS, shape[1], "relu").eval()
+    norm = GroupNormActivation(GROUPS, shape[1], activation="relu").eval()
     convolution = WeightStandardizedConv2d(shape[1], out_channels, kernel_size).to(dtype).eval()
     weight = weight_standardization(convolution.weight.detach(), convolution.eps)
     inputs = x, norm.weight.detach(), norm.bias.detach(), weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -14,3 +14,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "selu": F.selu,
 }
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "selu": nn.SELU,
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Return the name of what a module computes; None if that is no activation of these."""
+    cls = type(module)
+    if cls is nn.ReLU:
+        return "relu"
+    if cls is nn.Identity:
+        return "none"
+    if cls is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_new"
+    return "selu" if cls is nn.SELU else None
+
+
+__all__ = ["ACTIVATIONS", "MODULES", "activation_name"]

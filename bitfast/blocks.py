@@ -9,17 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitfast.activations import ACTIVATIONS
+from bitfast.activations import MODULES, activation_name
 from bitfast.configuration import BitConfig
-from bitfast.layers import (
-    Deferred,
-    DropPath,
-    GroupNormActivation,
-    WeightStandardizedConv2d,
-    can_be_normalized_late,
-    infers,
-    runs_as_written,
-)
+from bitfast.fusion import Deferred, can_be_normalized_late, fusable_norm, is_fusable, normed
+from bitfast.layers import DropPath, GroupNormActivation, WeightStandardizedConv2d, infers
+from bitfast.torch_state import is_concrete
+from bitfast.watching import runs_as_written
+
+WEIGHT_EPS = 1e-8
+"""Added to a filter's variance in BiT's transformers checkpoints (Google's own code uses 1e-10)."""
 
 
 def round_to_multiple(width: float, divisor: int = 8) -> int:
@@ -40,7 +38,8 @@ def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
 
 def check_summands(branch: Tensor, shortcut: Tensor) -> None:
     """Raise ValueError unless :func:`add_to_shortcut` can add the two."""
-    if not torch.compiler.is_compiling() and branch.shape != shortcut.shape:
+    is_known = is_concrete(branch) and not torch.compiler.is_compiling()
+    if is_known and branch.shape != shortcut.shape:
         for small, large in zip(branch.shape[2:], shortcut.shape[2:], strict=True):
             if small not in (1, large):
                 raise ValueError(
@@ -50,20 +49,38 @@ def check_summands(branch: Tensor, shortcut: Tensor) -> None:
                 )
 
 
-def fusable_norm(norm: nn.Module) -> GroupNormActivation | None:
-    """Return the norm if what comes before it may apply it, else None."""
-    return norm if type(norm) is GroupNormActivation and runs_as_written(norm) else None
+def drop_path(rate: float) -> nn.Module:
+    """Return what drops a block's branch with probability ``rate``, as the last thing before it is added."""
+    return DropPath(rate) if rate > 0 else nn.Identity()
 
 
-def is_fusable(convolution: nn.Module) -> bool:
-    """Say whether the convolution may be part of a fused op: it is bitfast's, and nobody watches it."""
-    return type(convolution) is WeightStandardizedConv2d and runs_as_written(convolution)
+def convolution(
+    config: BitConfig,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+) -> WeightStandardizedConv2d:
+    """Return a convolution with the padding of the whole network."""
+    return WeightStandardizedConv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride,
+        config.global_padding,
+        dilation,
+        eps=WEIGHT_EPS,
+    )
 
 
-def normed(norm: nn.Module, x: Tensor, made_new: bool) -> Tensor:
-    """Return norm(x), in the memory of x if that was made new: if nobody else gets to see it."""
-    fusable = fusable_norm(norm)
-    return norm(x) if fusable is None or not made_new else fusable.into(x, x)
+def norm(
+    config: BitConfig, num_channels: int, activation: str | None = None
+) -> GroupNormActivation:
+    """Return a norm with the activation of the whole network, or with that one."""
+    return GroupNormActivation(
+        config.num_groups, num_channels, activation=activation or config.hidden_act
+    )
 
 
 class BitDownsampleConv(nn.Module):
@@ -71,13 +88,11 @@ class BitDownsampleConv(nn.Module):
 
     def __init__(self, config: BitConfig, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv = WeightStandardizedConv2d(
-            in_channels, out_channels, 1, stride=stride, padding=config.global_padding
-        )
+        self.conv = convolution(config, in_channels, out_channels, 1, stride)
         self.norm = (
             nn.Identity()
             if config.layer_type == "preactivation"
-            else GroupNormActivation(config.num_groups, out_channels, "none")
+            else norm(config, out_channels, "none")
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +112,25 @@ def makes_new(downsample: nn.Module | None) -> bool:
     return type(downsample) is BitDownsampleConv and downsample.makes_new()
 
 
-class BitPreActivationBottleneckLayer(nn.Module):
+class ResidualBlock(nn.Module):
+    """What both blocks have in common."""
+
+    idle_in_inference: tuple[type[nn.Module], ...] = (nn.Identity, DropPath)
+    """The classes of ``drop_path`` that return what they are given, but for training."""
+
+    drop_path: nn.Module
+
+    def drops_nothing(self) -> bool:
+        """Say whether the branch need not go through ``drop_path``, in inference."""
+        drop_path = self.drop_path
+        return (
+            type(drop_path) in self.idle_in_inference
+            and runs_as_written(drop_path)
+            and (type(drop_path) is nn.Identity or not drop_path.training)
+        )
+
+
+class BitPreActivationBottleneckLayer(ResidualBlock):
     """Norm-activation before each of three convolutions (1x1, 3x3, 1x1), added to the shortcut.
 
     ``dilation`` is not used: transformers' own layer ignores it, so at ``output_stride`` 8 and 16 the
@@ -116,21 +149,18 @@ class BitPreActivationBottleneckLayer(nn.Module):
         is_first_layer: bool,
     ) -> None:
         super().__init__()
-        groups, act, padding = config.num_groups, config.hidden_act, config.global_padding
         mid_channels = round_to_multiple(out_channels / 4)
         self.downsample = (
             BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
         )
-        self.norm1 = GroupNormActivation(groups, in_channels, act)
-        self.conv1 = WeightStandardizedConv2d(in_channels, mid_channels, 1, padding=padding)
-        self.norm2 = GroupNormActivation(groups, mid_channels, act)
-        self.conv2 = WeightStandardizedConv2d(
-            mid_channels, mid_channels, 3, stride=stride, padding=padding
-        )
-        self.norm3 = GroupNormActivation(groups, mid_channels, act)
-        self.conv3 = WeightStandardizedConv2d(mid_channels, out_channels, 1, padding=padding)
-        self.drop_path = DropPath(drop_path_rate)
-        self.may_shrink = padding == "VALID"
+        self.norm1 = norm(config, in_channels)
+        self.conv1 = convolution(config, in_channels, mid_channels, 1)
+        self.norm2 = norm(config, mid_channels)
+        self.conv2 = convolution(config, mid_channels, mid_channels, 3, stride)
+        self.norm3 = norm(config, mid_channels)
+        self.conv3 = convolution(config, mid_channels, out_channels, 1)
+        self.drop_path = drop_path(drop_path_rate)
+        self.may_shrink = config.global_padding == "VALID"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
@@ -167,7 +197,11 @@ class BitPreActivationBottleneckLayer(nn.Module):
         owns_shortcut = owns_input if self.downsample is None else makes_new(self.downsample)
         branch = normed(self.norm2, self.conv1(preactivated), is_fusable(self.conv1))
         branch = normed(self.norm3, self.conv2(branch), is_fusable(self.conv2))
-        if owns_shortcut and self.adds_as_it_convolves() and self.conv3.add_to(shortcut, branch):
+        if (
+            owns_shortcut
+            and self.adds_as_it_convolves(branch)
+            and self.conv3.add_to(shortcut, branch)
+        ):
             if following is None:
                 return shortcut, None
             # What is normalized next takes the place of what was normalized before.
@@ -201,7 +235,7 @@ class BitPreActivationBottleneckLayer(nn.Module):
     def normalizes_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
         return (
-            self.adds_as_it_convolves()
+            self.adds_as_it_convolves(x)
             and fusable_norm(self.norm2) is not None
             and fusable_norm(self.norm3) is not None
             and is_fusable(self.conv1)
@@ -222,17 +256,17 @@ class BitPreActivationBottleneckLayer(nn.Module):
         """Say whether nobody but the block gets to see what its first norm has made."""
         return is_fusable(self.conv1) and (self.downsample is None or makes_new(self.downsample))
 
-    def adds_as_it_convolves(self) -> bool:
+    def adds_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the last convolution may add its result to the shortcut by itself."""
         return (
-            infers(self)
+            infers(self, x)
             and not self.may_shrink
             and is_fusable(self.conv3)
-            and runs_as_written(self.drop_path)
+            and self.drops_nothing()
         )
 
 
-class BitBottleneckLayer(nn.Module):
+class BitBottleneckLayer(ResidualBlock):
     """Three convolutions (1x1, 3x3, 1x1), each followed by its norm, added to the shortcut, activated."""
 
     def __init__(
@@ -247,22 +281,19 @@ class BitBottleneckLayer(nn.Module):
         is_first_layer: bool,
     ) -> None:
         super().__init__()
-        groups, act, padding = config.num_groups, config.hidden_act, config.global_padding
         mid_channels = round_to_multiple(out_channels / 4)
         self.downsample = (
             BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
         )
-        self.conv1 = WeightStandardizedConv2d(in_channels, mid_channels, 1, padding=padding)
-        self.norm1 = GroupNormActivation(groups, mid_channels, act)
-        self.conv2 = WeightStandardizedConv2d(
-            mid_channels, mid_channels, 3, stride=stride, dilation=dilation, padding=padding
-        )
-        self.norm2 = GroupNormActivation(groups, mid_channels, act)
-        self.conv3 = WeightStandardizedConv2d(mid_channels, out_channels, 1, padding=padding)
-        self.norm3 = GroupNormActivation(groups, out_channels, "none")
-        self.drop_path = DropPath(drop_path_rate)
-        self.activation = act
-        self.may_shrink = padding == "VALID"
+        self.conv1 = convolution(config, in_channels, mid_channels, 1)
+        self.norm1 = norm(config, mid_channels)
+        self.conv2 = convolution(config, mid_channels, mid_channels, 3, stride, dilation)
+        self.norm2 = norm(config, mid_channels)
+        self.conv3 = convolution(config, mid_channels, out_channels, 1)
+        self.norm3 = norm(config, out_channels, "none")
+        self.drop_path = drop_path(drop_path_rate)
+        self.activation = MODULES[config.hidden_act]()
+        self.may_shrink = config.global_padding == "VALID"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
@@ -272,7 +303,7 @@ class BitBottleneckLayer(nn.Module):
         branch = normed(self.norm1, self.conv1(x), is_fusable(self.conv1))
         branch = normed(self.norm2, self.conv2(branch), is_fusable(self.conv2))
         branch = normed(self.norm3, self.conv3(branch), is_fusable(self.conv3))
-        return ACTIVATIONS[self.activation](add_to_shortcut(self.drop_path(branch), shortcut))
+        return self.activation(add_to_shortcut(self.drop_path(branch), shortcut))
 
     def run_fused(self, x: Tensor) -> Tensor:
         """Do the same with convolutions that normalize what they read."""
@@ -284,7 +315,9 @@ class BitBottleneckLayer(nn.Module):
         branch = Deferred(*self.conv1.with_moments(x), self.norm1)
         branch = Deferred(*branch.convolved(self.conv2), self.norm2)
         result, moments = branch.convolved(self.conv3)
-        return self.norm3.add_and_activate_(result, moments, shortcut, self.activation)
+        name = activation_name(self.activation)
+        assert name is not None
+        return self.norm3.add_and_activate_(result, moments, shortcut, name)
 
     def normalizes_as_it_convolves(self, x: Tensor) -> bool:
         """Say whether the convolutions can apply the norms before them, and nobody sees what is between."""
@@ -293,7 +326,9 @@ class BitBottleneckLayer(nn.Module):
         downsample = self.downsample
         return (
             not self.may_shrink
-            and runs_as_written(self.drop_path)
+            and self.drops_nothing()
+            and runs_as_written(self.activation)
+            and activation_name(self.activation) is not None
             and all(map(is_fusable, convolutions))
             and all(fusable_norm(norm) is not None for norm in norms)
             and self.conv1.can_normalize(x)

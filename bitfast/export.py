@@ -20,11 +20,9 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfast.layers import WeightStandardizedConv2d
-from bitfast.ops.same_padding import same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -61,9 +59,8 @@ class StandardizedConv2d(WeightStandardizedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H', W')."""
-        if self.has_dynamic_padding:
-            x = same_pad(x, self.kernel_size, self.stride, self.dilation)
-        return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation)
+        x = x if self.pad is None else self.pad(x)
+        return self._conv_forward(x, self.weight, self.bias)
 
     def can_normalize(self, x: Tensor) -> bool:
         """Say no: the kernels that could would standardize the filters again."""

@@ -11,26 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfast.layers import (
-    Deferred,
-    runs_as_written,
-    runs_channels_last,
-    runs_packed,
-    standardized_convolutions,
-)
+from bitfast.fusion import Deferred, fusable_norm
+from bitfast.layers import runs_channels_last, runs_packed, standardized_convolutions
 from bitfast.memory import keep_freed_memory
 from bitfast.memory_format import contiguous_nchw, is_channels_last
 from bitfast.network import (
     BitEmbeddings,
     BitStage,
-    fusable_norm,
-    is_plain,
+    last_of_stages,
     preparable_convolutions,
     run_stages,
 )
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.norm_convolution import fuses
 from bitfast.prepared_weights import PreparedWeights
+from bitfast.watching import is_plain, runs_as_written
 
 SLICE_BYTES = 7 * 2**20
 """Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
@@ -67,13 +62,15 @@ class ForwardPass(nn.Module):
             norm: Applied to the output of the last, or None.
 
         Returns:
-            The wanted outputs, in order, and what ``norm`` makes of the last one, in the layout that the
-            network runs in.
+            The wanted outputs, in order, in the layout that plain convolutions would give them; and what
+            ``norm`` makes of the last one, in the layout that the network runs in. Where gradients are
+            recorded, the network goes on from the outputs, so that there are gradients with respect to them.
         """
         stem, stages = self.stem_and_stages()
         stages = stages[:last]
         if isinstance(stem, BitEmbeddings):
             stem.check(pixel_values)
+        layout = self.layout_of_outputs(pixel_values)
         channels_last = runs_channels_last(pixel_values)
         if channels_last:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -81,17 +78,62 @@ class ForwardPass(nn.Module):
         if not runs_packed(self, pixel_values):
             convolutions = preparable_convolutions(stem, stages)
         with self.prepared_weights.prepared(convolutions, channels_last):
-            x, outputs, done = self._begin(pixel_values, stem, stages, wanted)
-            preactivated: Tensor | Deferred | None = None
-            following = None if norm is None else fusable_norm(norm)
-            steps = run_stages(stages[done:], x, following)
-            for number, (x, preactivated) in enumerate(steps, start=done + 1):  # noqa: B007
-                if number in wanted:
-                    outputs.append(x)
-            if isinstance(preactivated, Deferred):
-                x = preactivated.value()
-            elif norm is not None:
-                x = norm(x) if preactivated is None else preactivated
+            if torch.is_grad_enabled() and wanted:
+                outputs, x = self._through(pixel_values, stem, stages, wanted, layout)
+                x = x if norm is None else norm(x)
+            else:
+                outputs, x = self._at_once(pixel_values, stem, stages, wanted, norm)
+                outputs = [*map(layout, outputs)]
+        return outputs, x
+
+    def _through(
+        self,
+        pixel_values: Tensor,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        wanted: Container[int],
+        layout: Callable[[Tensor], Tensor],
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compute the stem and the stages one by one, each from what the one before returns to the caller.
+
+        Returns:
+            The wanted outputs, and the last one.
+        """
+        outputs = []
+        x = pixel_values
+        for number, module in enumerate((stem, *stages)):
+            x = last_of_stages([module], x) if number else module(x)
+            if number in wanted:
+                x = layout(x)
+                outputs.append(x)
+                if number < len(stages) and runs_channels_last(x):
+                    x = x.contiguous(memory_format=torch.channels_last)
+        return outputs, x
+
+    def _at_once(
+        self,
+        pixel_values: Tensor,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        wanted: Container[int],
+        norm: nn.Module | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compute the same with norms that what comes before them applies, across stages, too.
+
+        Returns:
+            The wanted outputs, and the last one normalized; in the layout that the network runs in.
+        """
+        x, outputs, done = self._begin(pixel_values, stem, stages, wanted)
+        preactivated: Tensor | Deferred | None = None
+        following = None if norm is None else fusable_norm(norm)
+        steps = run_stages(stages[done:], x, following)
+        for number, (x, preactivated) in enumerate(steps, start=done + 1):  # noqa: B007
+            if number in wanted:
+                outputs.append(x)
+        if isinstance(preactivated, Deferred):
+            x = preactivated.value()
+        elif norm is not None:
+            x = norm(x) if preactivated is None else preactivated
         return outputs, x
 
     def _begin(

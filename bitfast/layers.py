@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitfast.activations import MODULES, activation_name
 from bitfast.backends import select_backend
+from bitfast.inference_tensors import make_ordinary
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act, group_norm_act_into
 from bitfast.ops.norm_convolution import (
     Norm,
-    add_norm_convolution_,
     fits,
-    fuses,
     norm_convolution,
 )
 from bitfast.ops.packed_convolution import (
@@ -24,28 +24,21 @@ from bitfast.ops.packed_convolution import (
     packed_convolution,
     packs,
 )
-from bitfast.ops.packed_weights import packed_weights
+from bitfast.ops.packed_weights import Geometry, packed_weights
 from bitfast.ops.same_padding import same_max_pool, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.prepared_weights import prepared_weight
+from bitfast.torch_state import is_concrete
+from bitfast.watching import runs_as_written
 
-WEIGHT_EPS = 1e-8
-"""Added to a filter's variance in BiT's transformers checkpoints (Google's own code uses 1e-10)."""
-
-
-def runs_as_written(module: nn.Module) -> bool:
-    """Say whether calling the module does what its class says: no hooks, no replaced or compiled call.
-
-    Only then may its work be done by another module, as part of a fused op.
-    """
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-    )
+for _op in (
+    "add_group_norm_act",
+    "group_norm_act",
+    "same_max_pool",
+    "same_pad",
+    "weight_standardization",
+):
+    torch.fx.wrap(_op)  # torch.fx takes them whole: they look at shapes and dtypes
 
 
 def runs_channels_last(x: Tensor) -> bool:
@@ -54,38 +47,29 @@ def runs_channels_last(x: Tensor) -> bool:
     It should where the norms run in Triton, and on the CPU where they run in C++ and the convolutions in
     oneDNN: these are fastest there.
     """
-    if x.dim() != 4:
+    if not is_concrete(x) or x.dim() != 4:
         return False
     backend = select_backend("group_norm_act", x.device.type, x.dtype)
     return backend == "triton" or (backend == "native" and _packs(x))
 
 
-def infers(module: nn.Module) -> bool:
+def infers(module: nn.Module, x: Tensor) -> bool:
     """Say whether the module may compute in ways that differ, by rounding, from those that record gradients.
 
     In training it may not, even where no gradients are recorded: reentrant checkpoints run a block first
-    without them, then with them, and the numbers must agree.
+    without them, then with them, and the numbers must agree. Nor may it where x is followed by a tracer or a
+    transform.
     """
-    return not module.training and not torch.is_grad_enabled()
+    return not module.training and not torch.is_grad_enabled() and is_concrete(x)
 
 
 def runs_packed(network: nn.Module, x: Tensor) -> bool:
     """Say whether the convolutions of a network on such a tensor run with packed weights."""
-    return infers(network) and _packs(x)
+    return infers(network, x) and _packs(x)
 
 
 def _packs(x: Tensor) -> bool:
     return packs(x.device.type, autocast_dtype(x) or x.dtype)
-
-
-def can_be_normalized_late(module: nn.Module, x: Tensor) -> bool:
-    """Say whether convolutions may normalize x themselves while they read it, on behalf of the module."""
-    return (
-        infers(module)
-        and fuses(x.device.type, x.dtype)
-        and x.dtype == (autocast_dtype(x) or x.dtype)
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 def standardized_convolutions(*modules: nn.Module) -> list[WeightStandardizedConv2d]:
@@ -98,61 +82,126 @@ def standardized_convolutions(*modules: nn.Module) -> list[WeightStandardizedCon
     ]
 
 
+class DynamicPad2d(nn.Module):
+    """TensorFlow's "same" zeros for a window, which depend on the size of the input.
+
+    Args:
+        kernel_size: Of the window to come; one integer or (height, width), as the next two.
+        stride: Of the window to come.
+        dilation: Of the window to come.
+        value: What the padding holds.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int],
+        dilation: int | tuple[int, int] = 1,
+        value: float = 0,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.dilation = _pair(dilation)
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, H', W')."""
+        return same_pad(x, self.kernel_size, self.stride, self.dilation, self.value)
+
+    def extra_repr(self) -> str:
+        """Describe the layer for ``print(model)``."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+
+
 class WeightStandardizedConv2d(nn.Conv2d):
-    """Convolution without bias whose filters are standardized before use.
+    """Convolution whose filters are standardized before use.
+
+    Takes the arguments of transformers' class of this name, and so those that ``torch.nn.Conv2d`` has as well.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Height and width of the filters.
+        kernel_size: Height and width of the filters; one integer or a pair, as the next three.
         stride: In both axes.
-        dilation: In both axes.
-        padding: None: (kernel span - 1 + stride - 1) // 2 zeros on each side. "VALID": none. "SAME":
+        padding: Zeros on each side. None: (kernel span - 1 + stride - 1) // 2 of them. "valid": none. "same":
             TensorFlow's, which depends on the input's size whenever it is not symmetric.
+        dilation: In both axes.
+        groups: Divides both numbers of channels.
+        bias: Whether to add one number per output channel.
         eps: Added to each filter's variance.
+        padding_mode, device, dtype: As in ``torch.nn.Conv2d``.
+
+    Raises:
+        ValueError: ``padding`` is another string; or what ``torch.nn.Conv2d`` raises.
     """
+
+    pad: nn.Module | None
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        padding: str | None = None,
-        eps: float = WEIGHT_EPS,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] | None = "SAME",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        eps: float = 1e-6,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        span = dilation * (kernel_size - 1)
-        is_symmetric = stride == 1 and span % 2 == 0
-        self_padded = padding == "SAME" and not is_symmetric
-        zeros = 0 if padding == "VALID" or self_padded else (stride - 1 + span) // 2
+        kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        zeros = _zeros(padding, kernel_size, stride, dilation)
         super().__init__(
             in_channels,
             out_channels,
             kernel_size,
             stride=stride,
-            padding=zeros,
+            padding=(0, 0) if zeros is None else zeros,
             dilation=dilation,
-            bias=False,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
         )
         self.eps = eps
-        self.has_dynamic_padding = self_padded
-        self.geometry = ((stride, stride), (zeros, zeros), (dilation, dilation))
+        self.pad = DynamicPad2d(kernel_size, stride, dilation) if zeros is None else None
+        make_ordinary(self.weight)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Stride, zeros on each side, and dilation, each as (height, width)."""
+        return self.stride, self.padding, self.dilation  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H', W')."""
-        if self.has_dynamic_padding:
-            x = same_pad(x, self.kernel_size, self.stride, self.dilation)
-        if infers(self):
+        if self.pad is not None:
+            x = self.pad(x)
+        if infers(self, x):
             x = _cast_for_autocast(x)
-            parameter = self.weight
-            if can_pack(x, parameter):
-                return packed_convolution(x, parameter, self.eps, self.geometry)
+            if self.can_pack(x):
+                return packed_convolution(x, self.weight, self.eps, self.geometry)
         weight = prepared_weight(self)
         if weight is None:
             weight = weight_standardization(self.weight, self.eps)
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+        return self._conv_forward(x, weight, self.bias)
+
+    def can_pack(self, x: Tensor) -> bool:
+        """Say whether a packed weight can serve, in inference, for an input that is padded already."""
+        return self._keeps_weight() and can_pack(x, self.weight)
+
+    def _keeps_weight(self) -> bool:
+        """Say whether ops that keep their form of the weight can serve: it has no bias, groups or reflections.
+
+        A weight that was made in inference mode is made one that can be kept.
+        """
+        if not torch.compiler.is_compiling():
+            make_ordinary(self.weight)
+        return self.bias is None and self.groups == 1 and self.padding_mode == "zeros"
 
     def train(self, mode: bool = True) -> WeightStandardizedConv2d:
         """Switch between training and evaluation, and forget the weight packed for inference."""
@@ -161,7 +210,9 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
     def _apply(self, fn: Any, recurse: bool = True) -> WeightStandardizedConv2d:
         self._forget_packed_weight()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        make_ordinary(self._parameters.get("weight"))
+        return self
 
     def _forget_packed_weight(self) -> None:
         weight = self._parameters.get("weight")
@@ -171,9 +222,13 @@ class WeightStandardizedConv2d(nn.Conv2d):
     def can_normalize(self, x: Tensor) -> bool:
         """Say whether the convolution can normalize x itself while it reads it, if any can."""
         # "same" padding of 1x1 filters is none, whatever the stride.
-        is_padded_by_itself = self.has_dynamic_padding and self.kernel_size != (1, 1)
+        is_padded_by_itself = self.pad is not None and self.kernel_size != (1, 1)
         size = None if torch.compiler.is_compiling() else x.shape[2:]
-        return not is_padded_by_itself and fits(self.weight, self.geometry, x.dtype, size)
+        return (
+            self._keeps_weight()
+            and not is_padded_by_itself
+            and fits(self.weight, self.geometry, x.dtype, size)
+        )
 
     def with_moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Do what :meth:`forward` does where :meth:`can_normalize`; return the result's moments as well."""
@@ -189,14 +244,41 @@ class WeightStandardizedConv2d(nn.Conv2d):
         Returns:
             Whether it was done. If not, nothing was.
         """
-        if not infers(self) or self.has_dynamic_padding:
+        if not infers(self, x) or self.pad is not None:
             return False
-        parameter = self.weight
         fits = total.dtype == x.dtype and total.is_contiguous(memory_format=torch.channels_last)
-        if not fits or _cast_for_autocast(x) is not x or not can_pack(x, parameter):
+        if not fits or _cast_for_autocast(x) is not x or not self.can_pack(x):
             return False
-        add_packed_convolution_(x, parameter, total, self.eps, self.geometry)
+        add_packed_convolution_(x, self.weight, total, self.eps, self.geometry)
         return True
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+
+
+def _zeros(
+    padding: str | int | tuple[int, int] | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int] | None:
+    """Return the zeros that a convolution puts on each side; None if they depend on the input's size."""
+    if padding is not None and not isinstance(padding, str):
+        return _pair(padding)
+    name = None if padding is None else padding.upper()
+    if name not in (None, "SAME", "VALID"):
+        raise ValueError(
+            f"padding must be None, 'same', 'valid' or numbers of zeros, got {padding!r}"
+        )
+    if name == "VALID":
+        return 0, 0
+    spans = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    is_symmetric = stride == (1, 1) and not any(span % 2 for span in spans)
+    if name == "SAME" and not is_symmetric:
+        return None
+    zeros = [(s - 1 + span) // 2 for s, span in zip(stride, spans, strict=True)]
+    return zeros[0], zeros[1]
 
 
 def _cast_for_autocast(x: Tensor) -> Tensor:
@@ -206,21 +288,52 @@ def _cast_for_autocast(x: Tensor) -> Tensor:
 
 
 class GroupNormActivation(nn.GroupNorm):
-    """GroupNorm with scale and shift, followed by an activation.
+    """GroupNorm, followed by an activation, which is a child of its own.
 
     Args:
         num_groups: Divides ``num_channels``.
         num_channels: Channels of the input.
+        eps, affine, device, dtype: As in ``torch.nn.GroupNorm``.
         activation: "none", "relu", "gelu", "gelu_new" or "selu".
     """
 
-    def __init__(self, num_groups: int, num_channels: int, activation: str) -> None:
-        super().__init__(num_groups, num_channels, eps=1e-5)
-        self.activation = activation
+    activation: nn.Module
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "none",
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        self.activation = MODULES[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
-        return group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, self.activation)
+        fused = self.fused_activation()
+        if not self.affine:
+            x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        else:
+            x = group_norm_act(
+                x, self.weight, self.bias, self.num_groups, self.eps, fused or "none"
+            )
+            if fused is not None:
+                return x
+        return self.activate(x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return what the modules after the norm make of it."""
+        return self.activation(x)
+
+    def fused_activation(self) -> str | None:
+        """Return the name of the activation if a fused op may apply it; None if it must be called."""
+        activation = self.activation
+        return activation_name(activation) if runs_as_written(activation) else None
 
     def into(self, memory: Tensor | None, x: Tensor, moments: Tensor | None = None) -> Tensor:
         """Do the same, in memory that may be overwritten (x itself, for instance) where that can be done.
@@ -229,98 +342,94 @@ class GroupNormActivation(nn.GroupNorm):
             memory: None: new memory.
             moments: Those of x, if ``norm_convolution`` has made it.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_concrete(x):
             return self.forward(x)
-        return group_norm_act_into(
-            x, self.weight, self.bias, self.num_groups, self.eps, self.activation, memory, moments
-        )
+        return group_norm_act_into(x, *self.op_parameters(), memory, moments)
 
     def add_and_activate_(
         self, x: Tensor, moments: Tensor | None, shortcut: Tensor, activation: str
     ) -> Tensor:
         """Return activation(norm(x) + shortcut), in the memory of x where that can be done; not activated
         in between, for a norm of activation "none"."""
-        return group_norm_act_into(
-            x, self.weight, self.bias, self.num_groups, self.eps, activation, x, moments, shortcut
-        )
+        parameters = self.op_parameters()._replace(activation=activation)
+        return group_norm_act_into(x, *parameters, x, moments, shortcut)
 
     def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + residual and what :meth:`forward` makes of that sum; all of shape (N, C, H, W)."""
-        return add_group_norm_act(
-            x, residual, self.weight, self.bias, self.num_groups, self.eps, self.activation
-        )
+        return add_group_norm_act(x, residual, *self.op_parameters())
 
-    def extra_repr(self) -> str:
-        """Describe the layer for ``print(model)``."""
-        return f"{super().extra_repr()}, activation={self.activation}"
-
-
-class Deferred(NamedTuple):
-    """What a norm makes of x, still to be computed: by the convolution that reads it, if that can."""
-
-    x: Tensor
-    moments: Tensor | None
-    """The mean and the variance of each image's channels, if they are known."""
-    norm: GroupNormActivation
-
-    def value(self) -> Tensor:
-        """Compute it."""
-        return self.norm.into(None, self.x, self.moments)
-
-    @classmethod
-    def of(cls, x: Tensor, norm: GroupNormActivation) -> Deferred | None:
-        """Return what norm makes of x, or None if convolutions could not compute it, or in training."""
-        return cls(x, None, norm) if can_be_normalized_late(norm, x) else None
-
-    def convolved(
-        self, convolution: WeightStandardizedConv2d, wants_moments: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the convolution of it and the moments of that, if wanted and at hand; may overwrite x."""
-        if convolution.can_normalize(self.x):
-            stride = convolution.stride[0]
-            return norm_convolution(
-                self.x, self.moments, self._norm(), convolution.weight, convolution.eps, stride, wants_moments
-            )  # fmt: skip
-        return convolution(self.norm.into(self.x, self.x, self.moments)), None
-
-    def convolved_onto(
-        self, total: Tensor, convolution: WeightStandardizedConv2d, wants_moments: bool
-    ) -> Tensor | None:
-        """Add the convolution of it to ``total`` in place; return the moments of the sum, if wanted."""
-        return add_norm_convolution_(
-            self.x, self.moments, self._norm(), convolution.weight, total, convolution.eps, 1, wants_moments
-        )  # fmt: skip
-
-    def _norm(self) -> Norm:
-        norm = self.norm
-        return Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, norm.activation)
+    def op_parameters(self) -> Norm:
+        """Return what the fused ops want to know, of a norm for which :func:`fusable_norm` is true."""
+        name = self.fused_activation()
+        assert name is not None
+        return Norm(self.weight, self.bias, self.num_groups, self.eps, name)
 
 
-class MaxPool2d(nn.Module):
-    """3x3 max-pool with stride 2 whose zero padding takes part in the maximum.
+class MaxPool2d(nn.MaxPool2d):
+    """Max-pool whose padding takes part in the maximum.
 
     Args:
-        zero_pad: Zeros on all four sides.
-        dynamic_padding: Then, TensorFlow's "same" zeros for the size at hand.
+        kernel_size, stride, padding, dilation, return_indices, ceil_mode: As in ``torch.nn.MaxPool2d``.
+        padding_value: What TensorFlow's "same" padding holds.
+        use_dynamic_padding: Whether the input is padded so, for the size at hand.
     """
 
-    def __init__(self, *, zero_pad: int, dynamic_padding: bool) -> None:
-        super().__init__()
-        self.zero_pad = zero_pad
-        self.dynamic_padding = dynamic_padding
+    pad: nn.Module
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        return_indices: bool = False,
+        ceil_mode: bool = False,
+        *,
+        padding_value: float = 0,
+        use_dynamic_padding: bool = True,
+    ) -> None:
+        kernel_size, dilation = _pair(kernel_size), _pair(dilation)
+        stride = kernel_size if stride is None else _pair(stride)
+        super().__init__(kernel_size, stride, _pair(padding), dilation, return_indices, ceil_mode)
+        self.pad = (
+            DynamicPad2d(kernel_size, stride, dilation, padding_value)
+            if use_dynamic_padding
+            else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H', W')."""
-        sides = (self.zero_pad,) * 4
-        if not self.dynamic_padding:
-            return same_max_pool(x, 3, 2, padding=sides)
-        if self.zero_pad:
-            x = F.pad(x, sides)
-        return same_max_pool(x, 3, 2, padding="same")
+        return self.with_zeros(x, 0)
 
-    def extra_repr(self) -> str:
-        """Describe the layer for ``print(model)``."""
-        return f"zero_pad={self.zero_pad}, dynamic_padding={self.dynamic_padding}"
+    def with_zeros(self, x: Tensor, zeros: int) -> Tensor:
+        """Do the same after putting so many zeros on all four sides of x."""
+        if not self.is_fused():
+            return super().forward(self.pad(F.pad(x, (zeros,) * 4) if zeros else x))
+        window = self.kernel_size, self.stride, self.dilation
+        if type(self.pad) is nn.Identity:
+            return same_max_pool(x, *window, padding=(zeros,) * 4)
+        if zeros:
+            x = F.pad(x, (zeros,) * 4)
+        return same_max_pool(x, *window, padding="same", value=self.pad.value)  # type: ignore[arg-type]
+
+    def is_fused(self) -> bool:
+        """Say whether the padding may be read as part of the pool: nobody watches it, and it is that of BiT."""
+        pad = self.pad
+        return (
+            runs_as_written(pad)
+            and _pair(self.padding) == (0, 0)
+            and not self.ceil_mode
+            and not self.return_indices
+            and (
+                type(pad) is nn.Identity
+                or (
+                    type(pad) is DynamicPad2d
+                    and pad.kernel_size == self.kernel_size
+                    and pad.stride == self.stride
+                    and pad.dilation == self.dilation
+                )
+            )
+        )
 
 
 class DropPath(nn.Module):
@@ -348,13 +457,12 @@ class DropPath(nn.Module):
 
 
 __all__ = [
-    "Deferred",
     "DropPath",
+    "DynamicPad2d",
     "GroupNormActivation",
     "MaxPool2d",
     "WeightStandardizedConv2d",
-    "can_be_normalized_late",
-    "runs_as_written",
+    "infers",
     "runs_channels_last",
     "runs_packed",
     "standardized_convolutions",

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfast import outputs
+from bitfast.blocks import norm, round_to_multiple
 from bitfast.forward_pass import ForwardPass
-from bitfast.layers import GroupNormActivation, runs_as_written
-from bitfast.network import BitEmbeddings, BitEncoder, BitStage, round_to_multiple, stage_widths
+from bitfast.fusion import fusable_norm
+from bitfast.network import BitEmbeddings, BitEncoder, BitStage, stage_widths
 from bitfast.prepared_weights import PreparedWeights
+from bitfast.watching import is_plain, runs_as_written
 
 
 class Shared(nn.Module):
@@ -87,7 +89,7 @@ class Model(ForwardPass, Shared):
         self.embedder = BitEmbeddings(config)
         self.encoder = BitEncoder(config)
         self.norm = (
-            GroupNormActivation(config.num_groups, stage_widths(config)[-1], config.hidden_act)
+            norm(config, stage_widths(config)[-1])
             if config.layer_type == "preactivation"
             else nn.Identity()
         )
@@ -117,29 +119,55 @@ class Model(ForwardPass, Shared):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        hidden_states, normalized, pooled = self.features(pixel_values, output_hidden_states)
-        layout = self.layout_of_outputs(pixel_values)
-        output = self.output_class(
-            layout(normalized), layout(pooled), tuple(map(layout, hidden_states)) or None
-        )
+        hidden_states: tuple[Tensor, ...] | None
+        if self.is_run_whole():
+            hidden_states, normalized = self.features(pixel_values, output_hidden_states)
+            normalized = self.layout_of_outputs(pixel_values)(normalized)
+        else:
+            encoded = self.encoder(
+                self.embedder(pixel_values),
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+            )
+            normalized = self.norm(encoded[0])
+            hidden_states = encoded[1] if output_hidden_states else None
+        output = self.output_class(normalized, self.pooler(normalized), hidden_states)
         return output if return_dict else output.to_tuple()
+
+    def is_run_whole(self) -> bool:
+        """Say whether this module may run the stages itself: nobody watches or has replaced the encoder."""
+        encoder = self.encoder
+        return is_plain(encoder, BitEncoder) and runs_as_written(encoder)
 
     def features(
         self, pixel_values: Tensor, output_hidden_states: bool
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return the hidden states (or none), the last of them normalized, and its spatial mean.
+    ) -> tuple[tuple[Tensor, ...] | None, Tensor]:
+        """Return the hidden states (or None), and the last of them normalized.
 
         Args:
             pixel_values: (N, num_channels, H, W).
             output_hidden_states: Also return the stem's and each stage's output.
 
         Returns:
-            Feature maps in the layout that the network runs in.
+            The hidden states in the layout that plain convolutions would give them, the other in the one that
+            the network runs in.
         """
         last = len(self.encoder.stages)
         wanted = range(last + 1) if output_hidden_states else ()
         hidden_states, normalized = self.run(pixel_values, last, wanted, self.norm)
-        return hidden_states, normalized, self.pooler(normalized)
+        return tuple(hidden_states) if output_hidden_states else None, normalized
+
+    def is_needed_only_up_to(self, stage: int) -> bool:
+        """Say whether nobody would notice if what comes after a stage were not called."""
+        following = [*self.encoder.stages[stage:], self.norm, self.pooler]
+        are_known = (
+            all(is_plain(module, BitStage) for module in following[:-2])
+            and (type(self.norm) is nn.Identity or fusable_norm(self.norm) is not None)
+            and type(self.pooler) is nn.AdaptiveAvgPool2d
+        )
+        return are_known and all(
+            runs_as_written(inner) for module in following for inner in module.modules()
+        )
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
         """Return the modules that :meth:`run` calls."""
@@ -193,13 +221,15 @@ class Classifier(Shared):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        hidden_states: tuple[Tensor, ...] | None
-        if runs_as_written(self.bit) and not output_hidden_states:
-            hidden_states = None
-            *_, pooled = self.bit.features(pixel_values, output_hidden_states=False)
+        bit, hidden_states = self.bit, None
+        if is_run_by_others(bit) and not output_hidden_states:
+            pooled = bit.pooler(bit.features(pixel_values, output_hidden_states)[1])
         else:
-            features = self.bit(pixel_values, output_hidden_states, return_dict=True)
-            hidden_states, pooled = features.hidden_states, features.pooler_output
+            features = bit(
+                pixel_values, output_hidden_states=output_hidden_states, return_dict=return_dict
+            )
+            pooled = features[1]
+            hidden_states = features[2] if output_hidden_states else None
         logits = self.classifier(pooled)
         loss = None if labels is None else self._loss(logits, labels)
         output = self.output_class(loss, logits, hidden_states)
@@ -266,15 +296,27 @@ class Backbone(Shared):
             output_hidden_states, return_dict
         )
         chosen = [self.stage_names.index(name) for name in self.out_features]  # type: ignore[union-attr]
-        last = len(self.bit.encoder.stages) if output_hidden_states else max(chosen, default=0)
-        computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
-        outputs, _ = self.bit.run(pixel_values, last, computed, norm=None)
-        outputs = [*map(self.bit.layout_of_outputs(pixel_values), outputs)]
+        last = len(self.stage_names) - 1 if output_hidden_states else max(chosen, default=0)
+        if self.is_run_whole(last):
+            computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
+            outputs, _ = self.bit.run(pixel_values, last, computed, norm=None)
+        else:
+            features = self.bit(pixel_values, output_hidden_states=True, return_dict=True)
+            outputs, computed = features.hidden_states, range(len(self.stage_names))
         output = self.output_class(
             feature_maps=tuple(outputs[computed.index(index)] for index in chosen),
             hidden_states=tuple(outputs) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def is_run_whole(self, last: int) -> bool:
+        """Say whether this module may run the base model's stages itself, and no more of them."""
+        return is_run_by_others(self.bit) and self.bit.is_needed_only_up_to(last)
+
+
+def is_run_by_others(bit: nn.Module) -> bool:
+    """Say whether a model with a head may run the stages of its base model by itself."""
+    return is_plain(bit, Model) and runs_as_written(bit) and bit.is_run_whole()
 
 
 __all__ = ["Backbone", "Classifier", "Model", "Shared"]

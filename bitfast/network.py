@@ -7,35 +7,33 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bitfast import outputs
 from bitfast.blocks import (
     LAYERS,
     BitPreActivationBottleneckLayer,
-    fusable_norm,
-    is_fusable,
-    normed,
+    convolution,
+    norm,
     round_to_multiple,
 )
 from bitfast.configuration import BitConfig
+from bitfast.fusion import Deferred, fusable_norm, is_fusable, normed
 from bitfast.layers import (
-    Deferred,
     GroupNormActivation,
     MaxPool2d,
     WeightStandardizedConv2d,
-    runs_as_written,
     runs_channels_last,
     standardized_convolutions,
 )
 from bitfast.memory_format import contiguous_nchw
 from bitfast.ops.common import is_autocast_on
-
-Module = TypeVar("Module", bound=nn.Module)
+from bitfast.watching import is_plain, runs_as_written
 
 
 def stage_widths(config: BitConfig) -> list[int]:
@@ -58,36 +56,39 @@ class BitEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.min_size = smallest_image(config)
-        self.convolution = WeightStandardizedConv2d(
-            config.num_channels,
-            config.embedding_size,
-            7,
-            stride=2,
-            padding=config.global_padding,
+        self.convolution = convolution(config, config.num_channels, config.embedding_size, 7, 2)
+        self.pooler = MaxPool2d(3, 2, use_dynamic_padding=config.embedding_dynamic_padding)
+        self.pad: nn.Module = (
+            nn.Identity() if config.global_padding == "SAME" else nn.ConstantPad2d(1, 0.0)
         )
-        zero_pad = 0 if config.global_padding == "SAME" else 1
-        dynamic = config.embedding_dynamic_padding
-        if config.layer_type == "preactivation":
-            self.pad: nn.Module = nn.Identity()
-            self.norm: nn.Module = nn.Identity()
-            self.pooler = MaxPool2d(zero_pad=zero_pad, dynamic_padding=dynamic)
-        else:
-            # The norm stands between the zeros and the pool, so the pool cannot add them itself.
-            self.pad = nn.ZeroPad2d(zero_pad) if zero_pad else nn.Identity()
-            self.norm = GroupNormActivation(
-                config.num_groups, config.embedding_size, config.hidden_act
-            )
-            self.pooler = MaxPool2d(zero_pad=0, dynamic_padding=dynamic)
+        self.norm: nn.Module = (
+            nn.Identity()
+            if config.layer_type == "preactivation"
+            else norm(config, config.embedding_size)
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images (N, num_channels, H, W) to (N, embedding_size, about H/4, about W/4)."""
         self.check(pixel_values)
-        x = self.pad(self.convolution(pixel_values))
-        made_new = is_fusable(self.convolution) and runs_as_written(self.pad)
-        return self.pooler(normed(self.norm, x, made_new))
+        return in_best_layout(self.run, pixel_values)
+
+    def run(self, pixel_values: Tensor) -> Tensor:
+        """Do the same in the layout at hand."""
+        x = self.convolution(pixel_values)
+        zeros = zeros_of(self.pad)
+        if zeros is None:
+            return self.pooler(normed(self.norm, self.pad(x), made_new=False))
+        if type(self.norm) is not nn.Identity:  # it stands between the zeros and the pool
+            x = self.pad(x) if zeros else x
+            return self.pooler(normed(self.norm, x, is_fusable(self.convolution)))
+        if is_plain(self.pooler, MaxPool2d) and all(map(runs_as_written, (self.norm, self.pooler))):
+            return self.pooler.with_zeros(x, zeros)
+        return self.pooler(self.norm(self.pad(x)))
 
     def check(self, pixel_values: Tensor) -> None:
         """Raise TypeError or ValueError unless :meth:`forward` can take the images."""
+        if isinstance(pixel_values, torch.fx.Proxy):
+            return
         if not isinstance(pixel_values, Tensor):
             raise TypeError(
                 f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}"
@@ -109,6 +110,23 @@ class BitEmbeddings(nn.Module):
                 f"pixel_values must be at least {self.min_size} pixels high and wide for this configuration,"
                 f" got {tuple(pixel_values.shape)}"
             )
+
+
+def zeros_of(pad: nn.Module) -> int | None:
+    """Return how many zeros a module puts on each side, if it does nothing else and nobody watches it."""
+    if not runs_as_written(pad):
+        return None
+    if type(pad) is nn.Identity:
+        return 0
+    is_uniform = isinstance(pad, nn.ConstantPad2d) and len(set(pad.padding)) == 1 and pad.value == 0
+    return pad.padding[0] if is_uniform else None  # type: ignore[index, return-value]
+
+
+def in_best_layout(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return function(x) in the layout of x, computed in the one that is fastest."""
+    if not runs_channels_last(x) or x.is_contiguous(memory_format=torch.channels_last):
+        return function(x)
+    return contiguous_nchw(function(x.contiguous(memory_format=torch.channels_last)))
 
 
 class BitStage(nn.Module):
@@ -152,10 +170,7 @@ class BitStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride), in the layout of x."""
-        if not runs_channels_last(x) or x.is_contiguous(memory_format=torch.channels_last):
-            return self.run(x, None, None)[0]
-        x = x.contiguous(memory_format=torch.channels_last)
-        return contiguous_nchw(self.run(x, None, None)[0])
+        return in_best_layout(lambda x: self.run(x, None, None)[0], x)
 
     def run(
         self,
@@ -179,11 +194,6 @@ class BitStage(nn.Module):
         return x, preactivated
 
 
-def is_plain(module: nn.Module | None, cls: type[Module]) -> TypeGuard[Module]:
-    """Say whether the module does what its class ``cls`` says: nobody's subclass computes something else."""
-    return isinstance(module, cls) and type(module).forward is cls.forward
-
-
 def preparable_convolutions(
     stem: nn.Module, stages: Sequence[nn.Module]
 ) -> list[WeightStandardizedConv2d]:
@@ -195,14 +205,14 @@ def preparable_convolutions(
     if not torch.is_grad_enabled():
         return standardized_convolutions(stem, *stages)
     modules: list[nn.Module] = []
-    if type(stem) in (BitEmbeddings, nn.Sequential) and runs_as_written(stem):
+    if isinstance(stem, (BitEmbeddings, nn.Sequential)) and runs_as_written(stem):
         modules.append(stem)
     for stage in stages:
         if is_plain(stage, BitStage) and runs_as_written(stage) and not stage.is_recomputed:
             modules += [
                 layer
                 for layer in stage.layers
-                if type(layer) in LAYERS.values() and runs_as_written(layer)
+                if any(is_plain(layer, cls) for cls in LAYERS.values()) and runs_as_written(layer)
             ]
     return standardized_convolutions(*modules)
 
@@ -227,6 +237,8 @@ def first_norm(module: nn.Module) -> GroupNormActivation | None:
 class BitEncoder(nn.Module):
     """The stages, one after the other."""
 
+    output_class: ClassVar[Any] = outputs.BaseModelOutputWithNoAttention
+
     def __init__(self, config: BitConfig) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
@@ -250,11 +262,36 @@ class BitEncoder(nn.Module):
             in_channels = out_channels
             current_stride *= stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the stem's output to the last stage's."""
-        for output, _ in run_stages(list(self.stages), x, None):
-            x = output
-        return x
+    def forward(
+        self, hidden_state: Tensor, output_hidden_states: bool = False, return_dict: bool = True
+    ) -> Any:
+        """Compute the stages.
+
+        Args:
+            hidden_state: The stem's output, (N, embedding_size, H, W).
+            output_hidden_states: Also return the input and each stage's output.
+            return_dict: False: return a plain tuple of the values that are not None.
+
+        Returns:
+            BaseModelOutputWithNoAttention, or a tuple.
+        """
+        stages = list(self.stages)
+        if output_hidden_states:
+            hidden_states = [hidden_state]
+            for stage in stages:
+                hidden_states.append(stage(hidden_states[-1]))
+            last = hidden_states[-1]
+        else:
+            last = in_best_layout(lambda x: last_of_stages(stages, x), hidden_state)
+        output = self.output_class(last, tuple(hidden_states) if output_hidden_states else None)
+        return output if return_dict else output.to_tuple()
+
+
+def last_of_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Return the output of the last stage, for the input of the first."""
+    for output, _ in run_stages(stages, x, None):
+        x = output
+    return x
 
 
 def run_stages(

@@ -107,6 +107,19 @@ def _flatten_with_keys(output: ModelOutput) -> tuple[list[Any], list[str]]:
 
 
 @dataclass(eq=False)
+class BaseModelOutputWithNoAttention(ModelOutput):
+    """Output of the encoder.
+
+    Attributes:
+        last_hidden_state: (N, C, H, W), the last stage's output.
+        hidden_states: The encoder's input and each stage's output; on request.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
 class BaseModelOutputWithPoolingAndNoAttention(ModelOutput):
     """Output of :class:`~bitfast.BitModel`.
 
@@ -153,6 +166,7 @@ class BackboneOutput(ModelOutput):
 
 __all__ = [
     "BackboneOutput",
+    "BaseModelOutputWithNoAttention",
     "BaseModelOutputWithPoolingAndNoAttention",
     "ImageClassifierOutputWithNoAttention",
     "ModelOutput",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfast import layers
+from bitfast import fusion, layers
 from bitfast.blocks import BitPreActivationBottleneckLayer
 from bitfast.layers import GroupNormActivation
 from bitfast.network import BitStage
@@ -22,7 +22,7 @@ DEPTHS = {"depths": [2, 1, 2], "hidden_sizes": [16, 16, 32]}
 def without_packed_weights(monkeypatch: Any) -> None:
     """As on a GPU: convolutions do not add to the shortcut by themselves."""
     monkeypatch.setattr(layers, "packs", lambda *_: False)
-    monkeypatch.setattr(layers, "fuses", lambda *_: False)
+    monkeypatch.setattr(fusion, "fuses", lambda *_: False)
 
 
 @pytest.fixture
@@ -212,5 +212,5 @@ def test_a_stage_called_alone_gives_its_output(model):
             expected = block(expected)
         assert torch.equal(stage(x), expected)
         assert torch.equal(
-            model.encoder(x), model.encoder.stages[2](model.encoder.stages[1](expected))
+            model.encoder(x)[0], model.encoder.stages[2](model.encoder.stages[1](expected))
         )

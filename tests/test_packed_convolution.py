@@ -214,7 +214,7 @@ def test_threads_may_pack_at_the_same_time(packings):
 
 @pytest.fixture
 def layer() -> WeightStandardizedConv2d:
-    return WeightStandardizedConv2d(16, 8, 3).eval()
+    return WeightStandardizedConv2d(16, 8, 3, eps=EPS).eval()
 
 
 def test_the_layer_packs_only_where_it_may(layer, packings):

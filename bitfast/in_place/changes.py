@@ -1,7 +1,7 @@
 """Turning a module into one of another class and back, with everything it holds left in place.
 
 The module stays the object that it is: its parameters, hooks, children and whatever else refers to it are
-not touched. What is added, replaced or taken out is written down in the module itself, so that the change
+not touched. What is added or replaced is written down in the module itself, so that the change
 can be undone, also in a copy of the model.
 """
 
@@ -34,12 +34,10 @@ class Change:
     Attributes:
         becomes: Its new class, whose ``__init__`` does not run.
         attributes: What that class needs to find in the module.
-        without: Children that the new class does without: what they do is in its attributes.
     """
 
     becomes: type[nn.Module]
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
 
     def apply(self, module: nn.Module) -> None:
         """Change the module."""
@@ -48,11 +46,7 @@ class Change:
             type(module),
             {name: own[name] for name in self.attributes if name in own},
             tuple(name for name in self.attributes if name not in own),
-            {name: module._modules[name] for name in self.without},
-            tuple(module._modules),
         )
-        for name in self.without:
-            del module._modules[name]
         own.update(self.attributes)
         own[RECORD] = record
         module.__class__ = self.becomes
@@ -64,9 +58,6 @@ class _Record(NamedTuple):
     cls: type[nn.Module]
     replaced: dict[str, Any]
     added: tuple[str, ...]
-    children: dict[str, nn.Module | None]
-    order: tuple[str, ...]
-    """Names of all children."""
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -87,10 +78,3 @@ def undo(module: nn.Module) -> None:
     for name in record.added:
         own.pop(name, None)
     own.update(record.replaced)
-    for child in record.children.values():
-        if child is not None:
-            child.train(module.training)
-    now = {**module._modules, **record.children}
-    names = [*(name for name in record.order if name in now), *now]
-    module._modules.clear()
-    module._modules.update({name: now[name] for name in dict.fromkeys(names)})

@@ -10,9 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from bitfast.blocks import BitBottleneckLayer, BitDownsampleConv, BitPreActivationBottleneckLayer
+from bitfast.blocks import (
+    BitBottleneckLayer,
+    BitDownsampleConv,
+    BitPreActivationBottleneckLayer,
+    ResidualBlock,
+)
 from bitfast.in_place.changes import Change, require
-from bitfast.layers import GroupNormActivation, MaxPool2d, WeightStandardizedConv2d, runs_as_written
+from bitfast.layers import DynamicPad2d, GroupNormActivation, MaxPool2d, WeightStandardizedConv2d
 
 Planned = Mapping[nn.Module, Change]
 """The changes of the modules inside the one at hand."""
@@ -20,17 +25,13 @@ Planned = Mapping[nn.Module, Change]
 Outcome = dict[nn.Module, Change | str]
 """The change of each module, or why it is left as it is."""
 
-ACTIVATION_NAMES = {
-    "torch.nn.modules.linear.Identity": "none",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.activation.SELU": "selu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.NewGELUActivation": "gelu_new",
-    "timm.layers.activations.GELU": "gelu",
-    "timm.layers.activations.GELUTanh": "gelu_new",
+GELUS = {
+    "transformers.activations.GELUActivation": "none",
+    "transformers.activations.NewGELUActivation": "tanh",
+    "timm.layers.activations.GELU": "none",
+    "timm.layers.activations.GELUTanh": "tanh",
 }
-GELU_NAMES = {"none": "gelu", "tanh": "gelu_new"}
-"""By the ``approximate`` of ``torch.nn.GELU``."""
+"""The ``approximate`` of the ``torch.nn.GELU`` that computes the same, by the full name of a class."""
 
 IDENTITIES_IN_INFERENCE = frozenset(
     {
@@ -46,12 +47,16 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def convolution(module: Any, *, is_dynamic: bool, without: tuple[str, ...] = ()) -> Change:
+def dynamic_pad(module: Any, planned: Planned) -> Outcome:
+    """Plan for TensorFlow's "same" padding."""
+    return {module: Change(DynamicPad2d)}
+
+
+def convolution(module: Any, **attributes: Any) -> Change:
     """Return the change of a convolution with an ``eps``.
 
     Args:
-        is_dynamic: TensorFlow's "same" zeros go around its input.
-        without: Children that write these.
+        attributes: More that bitfast's class needs to find in it.
     """
     require("weight" in module._parameters, "its weight is not a plain parameter")
     require(module.bias is None, "it has a bias")
@@ -60,48 +65,36 @@ def convolution(module: Any, *, is_dynamic: bool, without: tuple[str, ...] = ())
         module.padding_mode == "zeros" and not isinstance(module.padding, str),
         f"its padding is {module.padding_mode!r} {module.padding!r}",
     )
-    _require_unwatched(module, *without)
-    attributes = {
-        "has_dynamic_padding": is_dynamic,
-        "geometry": tuple(map(tuple, (module.stride, module.padding, module.dilation))),
-    }
-    return Change(WeightStandardizedConv2d, attributes, without)
+    return Change(WeightStandardizedConv2d, attributes)
 
 
-def norm(module: Any, activation: str, *, without: tuple[str, ...]) -> Change:
-    """Return the change of a GroupNorm with an activation.
+def norm(
+    module: Any, activation: nn.Module, becomes: type[nn.Module] = GroupNormActivation
+) -> Outcome:
+    """Plan for a GroupNorm with an activation.
 
     Args:
-        activation: The name of the child that activates.
-        without: All children.
+        activation: Its child that activates.
+        becomes: bitfast's class, or one that finds the activation elsewhere.
     """
     require(module.weight is not None and module.bias is not None, "it has no scale and shift")
     require({"weight", "bias"} <= module._parameters.keys(), "its scale is not a plain parameter")
-    _require_unwatched(module, *without)
-    name = activation_name(module._modules[activation])
-    return Change(GroupNormActivation, {"activation": name}, without)
+    return {module: Change(becomes), **_activation(activation)}
 
 
-def activation_name(module: Any) -> str:
-    """Return what bitfast calls an activation."""
-    full_name = qualified_name(type(module))
-    if full_name == "torch.nn.modules.activation.GELU":
-        return GELU_NAMES[module.approximate]
-    require(
-        full_name in ACTIVATION_NAMES,
-        f"its activation, {type(module).__name__}, is none of relu, gelu, gelu_new, selu",
-    )
-    return ACTIVATION_NAMES[full_name]
+def _activation(module: nn.Module) -> Outcome:
+    """Plan for an activation that is to become torch's; none if it is one already, or unknown."""
+    approximate = GELUS.get(qualified_name(type(module)))
+    if approximate is None:
+        return {}
+    return {module: Change(nn.GELU, {"approximate": approximate})}
 
 
-def pool(
-    module: Any, *, zero_pad: int, dynamic_padding: bool, without: tuple[str, ...] = ()
-) -> Change:
+def pool(module: Any, **attributes: Any) -> Change:
     """Return the change of the stem's max-pool.
 
     Args:
-        zero_pad, dynamic_padding: As in bitfast's own.
-        without: Children that pad its input.
+        attributes: More that bitfast's class needs to find in it.
     """
     sizes = [_pair(value) for value in (module.kernel_size, module.stride)]
     require(sizes == [(3, 3), (2, 2)], f"its windows and stride are {sizes}, not 3x3 and 2")
@@ -111,18 +104,8 @@ def pool(
         and not module.return_indices,
         "it is padded, dilated, rounded up or returns indices",
     )
-    _require_unwatched(module, *without)
-    attributes = {"zero_pad": zero_pad, "dynamic_padding": dynamic_padding}
-    return Change(MaxPool2d, attributes, without)
-
-
-def is_pad_of_one(module: nn.Module) -> bool:
-    """Say whether the module puts one zero on each side."""
-    return (
-        isinstance(module, nn.ConstantPad2d)
-        and tuple(module.padding) == (1, 1, 1, 1)
-        and module.value == 0
-    )
+    pairs = {name: _pair(getattr(module, name)) for name in ("kernel_size", "stride", "dilation")}
+    return Change(MaxPool2d, {**pairs, **attributes})
 
 
 def downsample(module: Any, planned: Planned) -> Outcome:
@@ -136,23 +119,24 @@ def downsample(module: Any, planned: Planned) -> Outcome:
 def preactivation_block(module: Any, planned: Planned) -> Outcome:
     """Plan for a block whose norms stand before its convolutions."""
     _require_block(module, planned)
-    attributes = {"may_shrink": _may_shrink(module, planned)}
-    return {module: Change(BitPreActivationBottleneckLayer, attributes)}
+    return {module: Change(BitPreActivationBottleneckLayer, _block_attributes(module, planned))}
 
 
-def bottleneck_block(module: Any, planned: Planned, *, activation: str) -> Change:
-    """Return the change of a block whose norms stand after its convolutions.
+def bottleneck_block(
+    module: Any,
+    planned: Planned,
+    activation: nn.Module,
+    becomes: type[nn.Module] = BitBottleneckLayer,
+) -> Outcome:
+    """Plan for a block whose norms stand after its convolutions.
 
     Args:
-        activation: The name of the child that activates the sum.
+        activation: Its child that activates the sum.
+        becomes: bitfast's class, or one that finds the activation elsewhere.
     """
     _require_block(module, planned)
-    _require_unwatched(module, activation)
-    attributes = {
-        "activation": activation_name(module._modules[activation]),
-        "may_shrink": _may_shrink(module, planned),
-    }
-    return Change(BitBottleneckLayer, attributes, (activation,))
+    change = Change(becomes, _block_attributes(module, planned))
+    return {module: change, **_activation(activation)}
 
 
 def stage(
@@ -188,23 +172,24 @@ def _require_changed(
 ) -> None:
     for name in names:
         change = planned.get(getattr(module, name))
-        require(change is not None and change.becomes is cls, f"its {name} is left as it is")
-
-
-def _require_unwatched(module: nn.Module, *names: str) -> None:
-    """Require that nobody would notice if these children were not called any more."""
-    for name in names:
-        child = module._modules[name]
         require(
-            child is None or all(map(runs_as_written, child.modules())),
-            f"its {name}, which would not be called any more, has hooks or another forward",
+            change is not None and issubclass(change.becomes, cls), f"its {name} is left as it is"
         )
 
 
-def _may_shrink(module: Any, planned: Planned) -> bool:
-    """Say whether the 3x3 convolution loses the border."""
-    pads_itself = planned[module.conv2].attributes["has_dynamic_padding"]
-    return module.conv2.padding == (0, 0) and not pads_itself
+def _block_attributes(module: Any, planned: Planned) -> dict[str, Any]:
+    """Return what bitfast's blocks need to find in one."""
+    pads_itself = _attribute(module.conv2, planned, "pad") is not None
+    return {
+        "may_shrink": module.conv2.padding == (0, 0) and not pads_itself,
+        "idle_in_inference": (*ResidualBlock.idle_in_inference, type(module.drop_path)),
+    }
+
+
+def _attribute(module: Any, planned: Planned, name: str) -> Any:
+    """Return an attribute that a module will have."""
+    attributes = planned[module].attributes
+    return attributes[name] if name in attributes else getattr(module, name)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -214,11 +199,10 @@ def _pair(value: Any) -> tuple[int, int]:
 __all__ = [
     "Outcome",
     "Planned",
-    "activation_name",
     "bottleneck_block",
     "convolution",
     "downsample",
-    "is_pad_of_one",
+    "dynamic_pad",
     "norm",
     "pool",
     "preactivation_block",

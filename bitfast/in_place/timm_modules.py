@@ -6,17 +6,73 @@ timm itself is not imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+from bitfast.blocks import BitBottleneckLayer
 from bitfast.forward_pass import ForwardPass
+from bitfast.fusion import Deferred
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, UnsuitableError, require
 from bitfast.in_place.networks import Recipes, network
 from bitfast.in_place.parts import Outcome, Planned, qualified_name
-from bitfast.layers import Deferred, GroupNormActivation, runs_as_written
-from bitfast.network import BitStage
+from bitfast.layers import DynamicPad2d, GroupNormActivation, MaxPool2d
+from bitfast.network import BitStage, zeros_of
+from bitfast.torch_state import is_concrete
+from bitfast.watching import is_plain, runs_as_written
+
+
+class TimmGroupNormActivation(GroupNormActivation):
+    """A norm whose activation is called ``act``, with a ``drop`` before it that does nothing in BiT."""
+
+    act: nn.Module
+    drop: nn.Module
+
+    @property
+    def activation(self) -> nn.Module:  # type: ignore[override]
+        """What activates."""
+        return self.act
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return what the modules after the norm make of it."""
+        return self.act(self.drop(x))
+
+    def fused_activation(self) -> str | None:
+        """Return the name of the activation if a fused op may apply it; None if it must be called."""
+        is_idle = type(self.drop) is nn.Identity and runs_as_written(self.drop)
+        return super().fused_activation() if is_idle else None
+
+
+class TimmBottleneckLayer(BitBottleneckLayer):
+    """A block whose activation is called ``act3``."""
+
+    act3: nn.Module
+
+    @property
+    def activation(self) -> nn.Module:  # type: ignore[override]
+        """What activates the sum."""
+        return self.act3
+
+
+class TimmStem(nn.Sequential):
+    """A stem whose pool puts the zeros around its input by itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to the first feature map."""
+        x, zeros = input, 0
+        for module, following in pairwise([*self, None]):
+            assert module is not None
+            if zeros:
+                assert isinstance(module, MaxPool2d)
+                x, zeros = module.with_zeros(x, zeros), 0
+            elif is_plain(following, MaxPool2d) and runs_as_written(following):
+                zeros = zeros_of(module) or 0
+                x = x if zeros else module(x)
+            else:
+                x = module(x)
+        return x
 
 
 class TimmStage(BitStage):
@@ -60,24 +116,25 @@ class TimmNetwork(ForwardPass):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the normalized output of the last stage."""
-        if not runs_as_written(self.stages):
+        if not is_concrete(x) or not runs_as_written(self.stages):
             return super().forward_features(x)  # type: ignore[misc]
         _, features = self.run(x, len(self.stages), (), self.norm)
         return self.layout_of_outputs(x)(features)
 
 
 def _convolution(module: Any, planned: Planned) -> Outcome:
-    is_dynamic = getattr(module, "same_pad", False)
-    return {module: parts.convolution(module, is_dynamic=is_dynamic)}
+    pads_itself = getattr(module, "same_pad", False)
+    pad = DynamicPad2d(module.kernel_size, module.stride, module.dilation) if pads_itself else None
+    return {module: parts.convolution(module, pad=pad)}
 
 
 def _norm(module: Any, planned: Planned) -> Outcome:
     require(type(module.drop) is nn.Identity, "it drops activations")
-    return {module: parts.norm(module, "act", without=("drop", "act"))}
+    return parts.norm(module, module.act, TimmGroupNormActivation)
 
 
 def _bottleneck_block(module: Any, planned: Planned) -> Outcome:
-    return {module: parts.bottleneck_block(module, planned, activation="act3")}
+    return parts.bottleneck_block(module, planned, module.act3, TimmBottleneckLayer)
 
 
 def _stage(module: Any, planned: Planned) -> Outcome:
@@ -86,8 +143,10 @@ def _stage(module: Any, planned: Planned) -> Outcome:
 
 def _resnet(module: Any, planned: Planned) -> Outcome:
     require(any(stage in planned for stage in module.stages), "all its stages are left as they are")
-    pool = _stem_pool(dict(module.stem.named_children()), planned)
-    return {**pool, module: network(module, TimmNetwork)}
+    changes = _stem_pool(dict(module.stem.named_children()), planned)
+    if is_plain(module.stem, nn.Sequential) and "forward" not in module.stem.__dict__:
+        changes[module.stem] = Change(TimmStem)
+    return {**changes, module: network(module, TimmNetwork)}
 
 
 def _features(module: Any, planned: Planned) -> Outcome:
@@ -97,32 +156,25 @@ def _features(module: Any, planned: Planned) -> Outcome:
         for name, child in module.named_children()
         if name.startswith("stem_")
     }
-    if stem.get("conv") not in planned or "stem_pad" in module.return_layers:
-        return {}
-    return _stem_pool(stem, planned)
+    return _stem_pool(stem, planned) if stem.get("conv") in planned else {}
 
 
 def _stem_pool(children: Mapping[str, nn.Module], planned: Planned) -> Outcome:
-    """Let the stem's pool do its padding itself, if it is padded as in BiT or in hybrid ViTs."""
-    pad, pool, norm = (children.get(name) for name in ("pad", "pool", "norm"))
-    if pool is None:
-        return {}
+    """Plan for the stem's pool, if it is one of BiT or of hybrid ViTs."""
+    pool, norm = children.get("pool"), children.get("norm")
     try:
-        if pad is not None and parts.is_pad_of_one(pad):
-            unwatched = runs_as_written(pad) and runs_as_written(pool)
-            require(unwatched, "it or what pads it has hooks or another forward")
-            change = parts.pool(pool, zero_pad=1, dynamic_padding=False)
-            return {pad: Change(nn.Identity), pool: change}
+        if type(pool) is nn.MaxPool2d:
+            require("forward" not in pool.__dict__, "its forward was replaced")
+            return {pool: parts.pool(pool, pad=nn.Identity())}
         if qualified_name(type(pool)) == "timm.layers.pool2d_same.MaxPool2dSame":
             # Its padding is minus infinity, which beside what ReLU leaves is as good as zero.
-            activates = norm is not None and norm in planned
             require(
-                activates and planned[norm].attributes["activation"] == "relu",  # type: ignore[index]
+                norm is not None and norm in planned and type(norm.act) is nn.ReLU,
                 "what it pads with minus infinity has not gone through a ReLU",
             )
-            return {pool: parts.pool(pool, zero_pad=0, dynamic_padding=True)}
+            return {pool: parts.pool(pool, pad=DynamicPad2d(3, 2))}  # type: ignore[dict-item]
     except UnsuitableError as reason:
-        return {pool: str(reason)}
+        return {pool: str(reason)}  # type: ignore[dict-item]
     return {}
 
 

@@ -16,8 +16,9 @@ from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, require
 from bitfast.in_place.networks import Recipes, network
 from bitfast.in_place.parts import Outcome, Planned
-from bitfast.layers import runs_as_written
+from bitfast.layers import DropPath
 from bitfast.network import BitEmbeddings, BitStage
+from bitfast.watching import runs_as_written
 
 MODULE = "transformers.models.bit.modeling_bit"
 
@@ -43,7 +44,7 @@ class TransformersNetwork(ForwardPass):
         **kwargs: Any,
     ) -> Any:
         """Compute what transformers' own computes, of the same type."""
-        if not runs_as_written(self.encoder):
+        if not _is_encoder(self.encoder) or not runs_as_written(self.encoder):
             return super().forward(
                 pixel_values,
                 output_hidden_states=output_hidden_states,
@@ -59,70 +60,45 @@ class TransformersNetwork(ForwardPass):
         wanted = range(last + 1) if output_hidden_states else ()
         outputs, normalized = self.run(pixel_values, last, wanted, self.norm)
         layout = self.layout_of_outputs(pixel_values)
-        pooled = layout(self.pooler(normalized))
         normalized = layout(normalized)
-        hidden_states = tuple(map(layout, outputs)) if output_hidden_states else None
+        pooled = self.pooler(normalized)
+        hidden_states = tuple(outputs) if output_hidden_states else None
         if not return_dict:
             return (normalized, pooled, *(() if hidden_states is None else (hidden_states,)))
         return self.output_class(normalized, pooled, hidden_states)  # type: ignore[operator]
 
 
 def _convolution(module: Any, planned: Planned) -> Outcome:
-    without = _padding(module)
-    return {module: parts.convolution(module, is_dynamic=bool(without), without=without)}
+    return {module: parts.convolution(module)}
+
+
+def _drop_path(module: Any, planned: Planned) -> Outcome:
+    return {module: Change(DropPath, {"rate": module.drop_prob or 0.0})}
 
 
 def _norm(module: Any, planned: Planned) -> Outcome:
-    return {module: parts.norm(module, "activation", without=("activation",))}
+    return parts.norm(module, module.activation)
 
 
 def _pool(module: Any, planned: Planned) -> Outcome:
-    is_dynamic = type(module.pad) is not nn.Identity
-    if is_dynamic:
-        _padding(module)
-    change = parts.pool(module, zero_pad=0, dynamic_padding=is_dynamic, without=("pad",))
-    return {module: change}
-
-
-def _padding(module: Any) -> tuple[str, ...]:
-    """Return the names of the children that pad a module's input, after a look at what they do."""
-    if module.pad is None:
-        return ()
-    pad = module.pad
-    require(
-        parts.qualified_name(type(pad)) == f"{MODULE}.DynamicPad2d" and pad.value == 0,
-        f"its padding is a {type(pad).__name__} of another kind",
-    )
-    return ("pad",)
+    return {module: parts.pool(module)}
 
 
 def _embeddings(module: Any, planned: Planned) -> Outcome:
-    pad, norm = module.pad, module.norm
+    convolution, pooler = module.convolution, module.pooler
     require(
-        module.convolution in planned and module.pooler in planned,
+        convolution in planned and pooler in planned,
         "its convolution or its pooler is left as it is",
     )
-    require(type(pad) is nn.Identity or parts.is_pad_of_one(pad), f"its pad is a {pad}")
-    convolution, pooler = planned[module.convolution], planned[module.pooler]
-    changes: dict[nn.Module, Change | str] = {}
-    if type(pad) is not nn.Identity and type(norm) is nn.Identity:
-        if all(map(runs_as_written, (pad, norm, module.pooler))):
-            # Nothing stands in between, so that the pool can add the zeros itself.
-            attributes = {**pooler.attributes, "zero_pad": 1}
-            changes[module.pooler] = Change(pooler.becomes, attributes, pooler.without)
-            changes[pad] = Change(nn.Identity)
-        else:
-            changes[pad] = "it or what comes after it has hooks or another forward"
-    if convolution.attributes["has_dynamic_padding"]:
-        min_size = 1 if pooler.attributes["dynamic_padding"] else 5
+    if convolution.pad is not None:
+        min_size = 5 if type(pooler.pad) is nn.Identity else 1
     else:
-        min_size = 7 if module.convolution.padding == (0, 0) else 1
-    changes[module] = Change(BitEmbeddings, {"min_size": min_size})
-    return changes
+        min_size = 7 if convolution.padding == (0, 0) else 1
+    return {module: Change(BitEmbeddings, {"min_size": min_size})}
 
 
 def _bottleneck_block(module: Any, planned: Planned) -> Outcome:
-    return {module: parts.bottleneck_block(module, planned, activation="activation")}
+    return parts.bottleneck_block(module, planned, module.activation)
 
 
 def _stage(module: Any, planned: Planned) -> Outcome:
@@ -132,16 +108,19 @@ def _stage(module: Any, planned: Planned) -> Outcome:
 
 def _model(module: Any, planned: Planned) -> Outcome:
     stages = module.encoder.stages
-    require(
-        parts.qualified_name(type(module.encoder)) == f"{MODULE}.BitEncoder",
-        f"its encoder is a {type(module.encoder).__name__}",
-    )
+    require(_is_encoder(module.encoder), f"its encoder is a {type(module.encoder).__name__}")
     require(any(stage in planned for stage in stages), "all its stages are left as they are")
     output_class = vars(sys.modules[MODULE])["BaseModelOutputWithPoolingAndNoAttention"]
     return {module: network(module, TransformersNetwork, output_class=output_class)}
 
 
+def _is_encoder(module: nn.Module) -> bool:
+    return parts.qualified_name(type(module)) == f"{MODULE}.BitEncoder"
+
+
 RECIPES: Recipes = {
+    f"{MODULE}.BitDropPath": _drop_path,
+    f"{MODULE}.DynamicPad2d": parts.dynamic_pad,
     f"{MODULE}.WeightStandardizedConv2d": _convolution,
     f"{MODULE}.BitGroupNormActivation": _norm,
     f"{MODULE}.BitMaxPool2d": _pool,
