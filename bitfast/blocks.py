@@ -192,7 +192,7 @@ class BitPreActivationBottleneckLayer(ResidualBlock):
             preactivated = preactivated.value()
         if preactivated is None:
             preactivated = self.norm1(x)
-        assert isinstance(preactivated, Tensor)
+        assert not isinstance(preactivated, Deferred)
         shortcut = x if self.downsample is None else self.downsample(preactivated)
         owns_shortcut = owns_input if self.downsample is None else makes_new(self.downsample)
         branch = normed(self.norm2, self.conv1(preactivated), is_fusable(self.conv1))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_tracing
 
 from bitfast.activations import MODULES, activation_name
 from bitfast.backends import select_backend
@@ -29,7 +30,7 @@ from bitfast.ops.same_padding import same_max_pool, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.prepared_weights import prepared_weight
 from bitfast.torch_state import is_concrete
-from bitfast.watching import runs_as_written
+from bitfast.watching import is_plain, runs_as_written
 
 for _op in (
     "add_group_norm_act",
@@ -374,7 +375,7 @@ class MaxPool2d(nn.MaxPool2d):
         use_dynamic_padding: Whether the input is padded so, for the size at hand.
     """
 
-    pad: nn.Module
+    pad: nn.Module | None
 
     def __init__(
         self,
@@ -403,33 +404,35 @@ class MaxPool2d(nn.MaxPool2d):
 
     def with_zeros(self, x: Tensor, zeros: int) -> Tensor:
         """Do the same after putting so many zeros on all four sides of x."""
+        pad = self.pad
         if not self.is_fused():
-            return super().forward(self.pad(F.pad(x, (zeros,) * 4) if zeros else x))
+            x = F.pad(x, (zeros,) * 4) if zeros else x
+            return super().forward(x if pad is None else pad(x))
         window = self.kernel_size, self.stride, self.dilation
-        if type(self.pad) is nn.Identity:
+        if not isinstance(pad, DynamicPad2d):
             return same_max_pool(x, *window, padding=(zeros,) * 4)
-        if zeros:
-            x = F.pad(x, (zeros,) * 4)
-        return same_max_pool(x, *window, padding="same", value=self.pad.value)  # type: ignore[arg-type]
+        x = F.pad(x, (zeros,) * 4) if zeros else x
+        return same_max_pool(x, *window, padding="same", value=pad.value)
 
     def is_fused(self) -> bool:
         """Say whether the padding may be read as part of the pool: nobody watches it, and it is that of BiT."""
-        pad = self.pad
         return (
-            runs_as_written(pad)
+            self._pads_for_its_window()
             and _pair(self.padding) == (0, 0)
             and not self.ceil_mode
             and not self.return_indices
-            and (
-                type(pad) is nn.Identity
-                or (
-                    type(pad) is DynamicPad2d
-                    and pad.kernel_size == self.kernel_size
-                    and pad.stride == self.stride
-                    and pad.dilation == self.dilation
-                )
-            )
         )
+
+    def _pads_for_its_window(self) -> bool:
+        pad = self.pad
+        if pad is None:
+            return not is_fx_tracing()
+        if not runs_as_written(pad):
+            return False
+        if type(pad) is nn.Identity:
+            return True
+        window = self.kernel_size, self.stride, self.dilation
+        return is_plain(pad, DynamicPad2d) and (pad.kernel_size, pad.stride, pad.dilation) == window
 
 
 class DropPath(nn.Module):

@@ -48,6 +48,9 @@ def is_dispatch_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+is_dispatch_watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
     """Within the block nobody sees what is computed, nor has a say in it: no tracer, mode or transform.

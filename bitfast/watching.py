@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeGuard, TypeVar
 
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn.modules import module as torch_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -13,7 +14,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def runs_as_written(module: nn.Module) -> bool:
     """Say whether calling the module does what its class says: no hooks, no replaced or compiled call.
 
-    Only then may its work be done by another module, as part of a fused op.
+    Only then may its work be done by another module, as part of a fused op. ``torch.fx`` watches all modules.
     """
     return not (
         module._forward_hooks
@@ -26,6 +27,7 @@ def runs_as_written(module: nn.Module) -> bool:
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
+        or is_fx_tracing()
     )
 
 

@@ -24,6 +24,12 @@ from bitfast.torch_state import is_concrete
 from bitfast.watching import is_plain, runs_as_written
 
 
+class PartOfModule(DynamicPad2d):
+    """A padding that is no module of the network, so that nobody could watch it: a call is its forward."""
+
+    __call__ = DynamicPad2d.forward
+
+
 class TimmGroupNormActivation(GroupNormActivation):
     """A norm whose activation is called ``act``, with a ``drop`` before it that does nothing in BiT."""
 
@@ -124,7 +130,7 @@ class TimmNetwork(ForwardPass):
 
 def _convolution(module: Any, planned: Planned) -> Outcome:
     pads_itself = getattr(module, "same_pad", False)
-    pad = DynamicPad2d(module.kernel_size, module.stride, module.dilation) if pads_itself else None
+    pad = PartOfModule(module.kernel_size, module.stride, module.dilation) if pads_itself else None
     return {module: parts.convolution(module, pad=pad)}
 
 
@@ -165,14 +171,14 @@ def _stem_pool(children: Mapping[str, nn.Module], planned: Planned) -> Outcome:
     try:
         if type(pool) is nn.MaxPool2d:
             require("forward" not in pool.__dict__, "its forward was replaced")
-            return {pool: parts.pool(pool, pad=nn.Identity())}
+            return {pool: parts.pool(pool, pad=None)}
         if qualified_name(type(pool)) == "timm.layers.pool2d_same.MaxPool2dSame":
             # Its padding is minus infinity, which beside what ReLU leaves is as good as zero.
             require(
                 norm is not None and norm in planned and type(norm.act) is nn.ReLU,
                 "what it pads with minus infinity has not gone through a ReLU",
             )
-            return {pool: parts.pool(pool, pad=DynamicPad2d(3, 2))}  # type: ignore[dict-item]
+            return {pool: parts.pool(pool, pad=PartOfModule(3, 2))}  # type: ignore[dict-item]
     except UnsuitableError as reason:
         return {pool: str(reason)}  # type: ignore[dict-item]
     return {}

@@ -19,7 +19,7 @@ from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES
 from bitfast.ops.packed_weights import Form, Geometry, Pair, packed_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
-from bitfast.torch_state import unseen
+from bitfast.torch_state import is_dispatch_watched, unseen
 
 OP = "packed_convolution"
 
@@ -82,14 +82,17 @@ def can_pack(x: Tensor, weight: Tensor) -> bool:
 
 
 def packs(device_type: str, dtype: torch.dtype) -> bool:
-    """Say whether convolutions of such tensors run with packed weights where no gradient is recorded."""
+    """Say whether convolutions of such tensors run with packed weights where no gradient is recorded.
+
+    They do not where somebody looks at each operator, and would not know a packed convolution.
+    """
     return (
         device_type == "cpu"
         and _is_onednn_on()
         and why_not_packed(dtype) is None
         and select_backend(STANDARDIZATION, device_type, dtype) == "native"
         and not _is_exporting()
-        and not torch.jit.is_tracing()
+        and not is_dispatch_watched()
     )
 
 
