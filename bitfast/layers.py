@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from bitfast.activations import MODULES, activation_name
 from bitfast.backends import select_backend
@@ -426,7 +426,7 @@ class MaxPool2d(nn.MaxPool2d):
     def _pads_for_its_window(self) -> bool:
         pad = self.pad
         if pad is None:
-            return not is_fx_tracing()
+            return not is_fx_symbolic_tracing()
         if not runs_as_written(pad):
             return False
         if type(pad) is nn.Identity:

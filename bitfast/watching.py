@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeGuard, TypeVar
 
 from torch import nn
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules import module as torch_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -27,7 +27,7 @@ def runs_as_written(module: nn.Module) -> bool:
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
-        or is_fx_tracing()
+        or is_fx_symbolic_tracing()
     )
 
 

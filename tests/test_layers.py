@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,3 +277,80 @@ def test_valid_padding_says_why_it_cannot_run(size, layer_type):
         our_model("BitModel", **settings)(images)
     with pytest.raises(RuntimeError, match="must match"):
         their_model("BitModel", **settings)(images)
+
+
+# ---- the arguments of torch's own layers ------------------------------------------------------------
+
+CONVOLUTIONS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((8, 8, (3, 3), (1, 1), (1, 1)), {"bias": False}),  # as PEFT calls it
+    ((8, 8, 1), {"bias": False}),
+    ((8, 8, 3, 2, 1, 1, 4, True), {}),
+    ((8, 8, (3, 1), (1, 2), "same", (2, 1)), {"groups": 2}),
+    ((8, 8, 3), {"stride": 2, "padding": None, "bias": True, "eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("arguments", "options"), CONVOLUTIONS)
+def test_convolution_takes_the_arguments_of_torch_and_transformers(arguments, options, gradients):
+    ours = WeightStandardizedConv2d(*arguments, **options).double().eval()
+    twin = theirs.WeightStandardizedConv2d(*arguments, **options).double()
+    twin.load_state_dict(ours.state_dict())
+    for dtype in (torch.float64, torch.float32):
+        x = torch.randn(2, 8, 11, 12, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(gradients):
+            actual, expected = ours.to(dtype)(x), twin.to(dtype)(x)
+        if dtype == torch.float64:
+            assert_close(actual, expected, RELATIVE_FLOAT64)
+        else:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_that_is_changed_afterwards_does_as_it_is_told():
+    """As who makes a network denser does: strides become dilations."""
+    ours = WeightStandardizedConv2d(16, 16, 3, 2, None, eps=1e-8).eval()
+    twin = theirs.WeightStandardizedConv2d(16, 16, 3, 2, None, eps=1e-8).eval()
+    twin.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 16, 12, 12).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), twin(x), rtol=1e-4, atol=1e-4)
+        for layer in (ours, twin):
+            layer.stride, layer.padding, layer.dilation = (1, 1), (2, 2), (2, 2)
+        assert ours(x).shape == x.shape
+        torch.testing.assert_close(ours(x), twin(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["reflect", "", "full"])
+def test_unknown_padding_is_refused(padding):
+    with pytest.raises(ValueError, match=f"padding must be None, 'same', 'valid'.*got '{padding}'"):
+        WeightStandardizedConv2d(3, 4, 3, padding=padding)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_takes_the_arguments_of_torch(affine):
+    ours, twin = GroupNormActivation(4, 8, 1e-3, affine), nn.GroupNorm(4, 8, 1e-3, affine)
+    x = torch.randn(2, 8, 5, 3)
+    torch.testing.assert_close(ours(x), twin(x))
+    assert list(ours.state_dict()) == list(twin.state_dict())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": 1},
+        {"stride": 1, "ceil_mode": True},
+        {"dilation": 2},
+        {"return_indices": True},
+    ],
+)
+def test_pool_takes_the_arguments_of_torch(options, dynamic):
+    x = torch.randn(2, 4, 11, 12)
+    pool = MaxPool2d(3, **options, use_dynamic_padding=dynamic)
+    twin = nn.MaxPool2d(3, **options)
+    actual, expected = pool(x), twin(pool.pad(x))
+    if "return_indices" not in options:
+        actual, expected = [actual], [expected]
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)

@@ -1,0 +1,165 @@
+"""Models made, loaded or moved in inference mode are as fast as others, and follow changes as others do."""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitfast
+from bitfast.inference_tensors import make_ordinary
+from bitfast.ops import packed_weights as module_of_packed_weights
+from tests.model_pairs import our_model, pair, their_model
+
+
+def made(tmp_path: Any) -> nn.Module:
+    return our_model("BitModel").eval()
+
+
+def loaded(tmp_path: Any) -> nn.Module:
+    their_model("BitModel").save_pretrained(tmp_path)
+    return bitfast.BitModel.from_pretrained(tmp_path)
+
+
+def converted(tmp_path: Any) -> nn.Module:
+    return our_model("BitModel").eval().to(torch.bfloat16).float()
+
+
+def assigned(tmp_path: Any) -> nn.Module:
+    model = our_model("BitModel").eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def accelerated(tmp_path: Any) -> nn.Module:
+    model = their_model("BitModel").eval()
+    bitfast.accelerate(model)
+    return model
+
+
+WAYS = [made, loaded, converted, assigned, accelerated]
+
+
+@pytest.fixture
+def packings(monkeypatch: Any) -> list[Tensor]:
+    """The weights that were packed."""
+    packed: list[Tensor] = []
+    original = module_of_packed_weights.PackedWeights._pack
+
+    def count(self: Any, weight: Tensor, *arguments: Any) -> Tensor:
+        packed.append(weight)
+        return original(self, weight, *arguments)
+
+    monkeypatch.setattr(module_of_packed_weights.PackedWeights, "_pack", count)
+    return packed
+
+
+@pytest.mark.parametrize("make", WAYS)
+def test_weights_are_kept_and_changes_are_seen(make, tmp_path, packings):
+    with torch.inference_mode():
+        model = make(tmp_path)
+        twin = copy.deepcopy(model)
+        x = torch.randn(2, 3, 64, 64)
+        first = model(x).pooler_output
+        count = len(packings)
+        assert count > 15
+        assert torch.equal(model(x).pooler_output, first)
+        assert len(packings) == count
+        for _ in range(2):
+            for module in (model, twin):
+                convolution = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+                convolution.weight[:, 0].mul_(-3)
+            changed = model(x).pooler_output
+            assert not torch.allclose(changed, first)
+            fresh = copy.deepcopy(twin)  # has kept nothing
+            torch.testing.assert_close(changed, fresh(x).pooler_output)
+            first = changed
+    with torch.no_grad():  # out of inference mode as well
+        torch.testing.assert_close(model(x).pooler_output, first)
+
+
+def test_prepared_weights_are_kept(monkeypatch):
+    """As on a GPU, where all are standardized at once."""
+    from bitfast import layers, prepared_weights
+
+    calls: list[int] = []
+    original = prepared_weights.weight_standardization_all
+
+    def count(weights: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(len(weights))
+        return original(weights, *arguments, **options)
+
+    monkeypatch.setattr(prepared_weights, "weight_standardization_all", count)
+    monkeypatch.setattr(layers, "packs", lambda *_: False)
+    with torch.inference_mode():
+        model = our_model("BitModel").eval()
+        x = torch.randn(2, 3, 64, 64)
+        first = model(x).pooler_output
+        assert len(calls) == 1
+        model(x)
+        assert len(calls) == 1
+        model.embedder.convolution.weight[:, 0].mul_(-3)
+        assert not torch.allclose(model(x).pooler_output, first)
+        assert len(calls) == 2
+
+
+def test_the_parameter_is_the_same_object_in_the_same_memory():
+    with torch.inference_mode():
+        weight = nn.Parameter(torch.randn(4, 3, 3, 3), requires_grad=False)
+    values, address = weight.clone(), weight.data_ptr()
+    make_ordinary(weight)
+    assert not weight.is_inference()
+    assert type(weight) is nn.Parameter
+    assert not weight.requires_grad
+    assert weight.data_ptr() == address
+    assert torch.equal(weight, values)
+    version = weight._version
+    with torch.inference_mode():
+        weight.add_(1)
+    assert weight._version > version
+
+
+@pytest.mark.filterwarnings("default")
+def test_who_cannot_be_made_ordinary_is_told_and_computed_right():
+    with torch.inference_mode():
+        model = our_model("BitModel").eval()
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        convolution = model.encoder.stages[0].layers[0].conv1
+        convolution.weight = nn.Parameter(state["encoder.stages.0.layers.0.conv1.weight"])
+        holder = weakref.ref(convolution.weight)  # for which torch cannot swap the tensor
+        x = torch.randn(1, 3, 32, 32)
+        with pytest.warns(UserWarning, match="made in inference mode is standardized in each pass"):
+            first = model(x).pooler_output
+        torch.testing.assert_close(model(x).pooler_output, first)
+        convolution.weight[0].mul_(-2)
+        assert not torch.equal(model(x).pooler_output, first)
+    assert holder() is convolution.weight
+
+
+def best_time(function: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_such_a_model_is_as_fast_as_another():
+    settings: dict[str, Any] = {"embedding_size": 64, "hidden_sizes": [256, 512], "depths": [1, 2]}
+    ordinary, _ = pair("BitModel", **settings, num_groups=32)
+    ordinary.eval()
+    with torch.inference_mode():
+        model = our_model("BitModel", **settings, num_groups=32).eval()
+        x = torch.randn(1, 3, 32, 32)
+        for m in (model, ordinary):
+            m(x)
+        slow, usual = best_time(lambda: model(x)), best_time(lambda: ordinary(x))
+    assert slow < 1.5 * usual
