@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import bitfast
+from bitfast.ops.flops import register_flop_formulas
+from bitfast.ops.norm_convolution import why_not_fused
 from tests.foreign_models import timm_resnet
 from tests.model_pairs import CLASSES, RELATIVE_FLOAT64, assert_close, flatten, pair
 from tests.test_modules import SETTINGS
@@ -136,6 +139,43 @@ def flops(model: nn.Module, x: Tensor, gradients: bool) -> int:
         if gradients:
             output[0].float().sum().backward()
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("form", ["kept", "native"])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_flops_of_the_convolutions_that_are_operators(kernel_size, form):
+    if (reason := why_not_fused(torch.float32)) is not None:
+        pytest.skip(reason)
+    register_flop_formulas()
+    operators = torch.ops.bitfast
+    x = torch.randn(2, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+    weight = nn.Parameter(torch.randn(32, 16, kernel_size, kernel_size))
+    total = torch.zeros(2, 32, 9, 8).contiguous(memory_format=torch.channels_last)
+    packed = operators.pack_norm_convolution.native(weight.detach(), False)
+    padding = kernel_size // 2
+    norm = (None, None, None, 1, 0.0, "none")
+    geometry = ([1, 1], [padding] * 2, [1, 1])
+    calls: dict[str, Any] = {
+        "kept": [
+            lambda: operators.norm_convolution.kept(x, *norm, weight, 1e-8, 1, False),
+            lambda: operators.norm_convolution_add_.kept(x, *norm, weight, total, 1e-8, 1, False),
+        ],
+        "native": [
+            lambda: operators.norm_convolution.native(x, *norm, packed, 32, kernel_size, 1, False),
+            lambda: operators.norm_convolution_add_.native(
+                x, *norm, packed, total, kernel_size, 1, True
+            ),
+            lambda: operators.packed_convolution.native(x, weight, 1e-8, *geometry),
+            lambda: operators.packed_convolution_add_.native(x, weight, total, 1e-8, *geometry),
+        ],
+    }
+    with FlopCounterMode(display=False) as counter:
+        F.conv2d(x, weight, padding=padding)
+    expected = counter.get_total_flops()
+    for call in calls[form]:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == expected
 
 
 class Recorder(TorchDispatchMode):

@@ -1,0 +1,73 @@
+"""What torch's FlopCounterMode counts for the operators of our own: convolutions, as it counts its own.
+
+Norms, activations, pools and the standardization of weights count for nothing there, whoever computes them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def register_flop_formulas() -> None:
+    """Tell torch's counter of FLOPs about the convolutions, if it is loaded.
+
+    Loading it would load Triton. Models are counted right in any case: where a mode looks at each operator,
+    they use torch's own convolutions.
+    """
+    counter: Any = sys.modules.get(COUNTER)
+    if counter is None:
+        return
+    for name, formula in FORMULAS.items():
+        packet = getattr(torch.ops.bitfast, name, None)
+        if packet is not None and packet not in counter.flop_registry:
+            counter.register_flop_formula(packet, get_raw=True)(formula)
+
+
+def _products(result: Tensor, filters: Sequence[int]) -> int:
+    """Count two operations for each product of a filter's element with a pixel, as torch does."""
+    return 2 * result.shape[0] * prod(result.shape[2:]) * prod(filters)
+
+
+def _filters(image: Tensor, weight: Tensor, out_channels: int, kernel_size: Any) -> Sequence[int]:
+    """Return the shape of a weight, which may be packed."""
+    if weight.dim() == 4:
+        return weight.shape
+    return out_channels, image.shape[1], kernel_size, kernel_size
+
+
+def _norm_convolution(x: Tensor, *arguments: Any, out_val: tuple[Tensor, Tensor], **_: Any) -> int:
+    weight, _out_channels, kernel_size = arguments[6:9]
+    result = out_val[0]
+    return _products(result, _filters(x, weight, result.shape[1], kernel_size))
+
+
+def _norm_convolution_add(x: Tensor, *arguments: Any, **_: Any) -> int:
+    weight, total, kernel_size = arguments[6:9]
+    return _products(total, _filters(x, weight, total.shape[1], kernel_size))
+
+
+def _packed_convolution(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return _products(out_val, weight.shape)
+
+
+def _packed_convolution_add(x: Tensor, weight: Tensor, total: Tensor, *_: Any, **__: Any) -> int:
+    return _products(total, weight.shape)
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "norm_convolution": _norm_convolution,
+    "norm_convolution_add_": _norm_convolution_add,
+    "packed_convolution": _packed_convolution,
+    "packed_convolution_add_": _packed_convolution_add,
+}
+"""By the operator's name."""
+
+__all__ = ["register_flop_formulas"]
