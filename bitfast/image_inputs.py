@@ -6,11 +6,10 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -91,20 +90,16 @@ def is_image(image: Any) -> bool:
     return isinstance(image, Image.Image) or hasattr(image, "__array__")
 
 
-@contextmanager
-def naming(i: int) -> Iterator[None]:
-    """Let an error that an image causes say which one of the batch it is.
+def raise_named(i: int, error: Exception) -> NoReturn:
+    """Raise an error that an image has caused, saying which one of the batch it is.
 
     "image must ..." becomes "images[3] must ...", and "images[1] must ..." "images[3][1] must ...". Errors of
     other classes than those raised here are somebody else's, and stay.
     """
-    try:
-        yield
-    except Exception as error:
-        if type(error) not in (OSError, TypeError, ValueError):
-            raise
-        rest = re.fullmatch(r"images?(\b.*)", str(error), flags=re.DOTALL)
-        raise type(error)(f"images[{i}]{rest[1] if rest else f': {error}'}") from error
+    if type(error) not in (OSError, TypeError, ValueError):
+        raise error
+    rest = re.fullmatch(r"images?(\b.*)", str(error), flags=re.DOTALL)
+    raise type(error)(f"images[{i}]{rest[1] if rest else f': {error}'}") from error
 
 
 def read_images(
@@ -384,7 +379,7 @@ def parse_size(name: str, value: Any, default_to_square: bool) -> Size:
         ValueError: anything else, or an edge that is no positive integer.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a SizeDict
-        size: Any = {key: v for key, v in dataclasses.asdict(value).items() if v is not None}
+        size: Any = {key: v for key, v in vars(value).items() if v is not None}
     elif isinstance(value, (tuple, list)) and len(value) == 2:
         size = {"height": value[0], "width": value[1]}
     elif isinstance(value, Real):

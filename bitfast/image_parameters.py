@@ -73,33 +73,48 @@ class Options(NamedTuple):
     std: Any = None
 
 
+NEEDED = {
+    "do_resize": ("size", "interpolation"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+"""What each step cannot do without."""
+
+
+def check_given(values: Mapping[str, Any]) -> None:
+    """Refuse None for a parameter of a step that is taken.
+
+    Raises:
+        ValueError: the message names the parameter.
+    """
+    for step, names in NEEDED.items():
+        for name in names if values[step] else ():
+            if values[name] is None:
+                shown = "resample" if name == "interpolation" else name
+                raise ValueError(f"{shown} must be given, got None")
+
+
 def parse_options(values: Mapping[str, Any]) -> Options:
     """Return what ``do_resize``, ``size``, ``interpolation``, ``do_center_crop``... come down to.
 
     Raises:
         ValueError: a parameter of a step that is taken is None, or not as the processor describes.
     """
+    check_given(values)
     options = Options()
     if values["do_resize"]:
-        size = parse_size("size", _required(values, "size"), default_to_square=False)
-        filter_of = _required(values, "interpolation", "resample")
-        options = options._replace(size=size, **_parse_interpolation(filter_of))
+        size = parse_size("size", values["size"], default_to_square=False)
+        options = options._replace(size=size, **_parse_interpolation(values["interpolation"]))
     if values["do_center_crop"]:
-        options = options._replace(crop=parse_crop_size(_required(values, "crop_size")))
+        options = options._replace(crop=parse_crop_size(values["crop_size"]))
     if values["do_rescale"]:
-        options = options._replace(factor=parse_factor(_required(values, "rescale_factor")))
-        if values["do_normalize"] and options.factor == 0:
-            raise ValueError("rescale_factor must not be 0 where pixels are normalized, got 0")
+        options = options._replace(factor=parse_factor(values["rescale_factor"]))
     if values["do_normalize"]:
-        mean, std = _required(values, "image_mean"), _required(values, "image_std")
-        options = options._replace(mean=mean, std=std)
+        options = options._replace(mean=values["image_mean"], std=values["image_std"])
+        if options.factor == 0:
+            raise ValueError("rescale_factor must not be 0 where pixels are normalized, got 0")
     return options
-
-
-def _required(values: Mapping[str, Any], name: str, shown: str | None = None) -> Any:
-    if values[name] is None:
-        raise ValueError(f"{shown or name} must be given, got None")
-    return values[name]
 
 
 def _parse_interpolation(value: Any) -> dict[str, Any]:

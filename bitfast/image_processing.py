@@ -24,11 +24,11 @@ from bitfast.image_inputs import (
     infer_channel_dimension,
     is_scaled,
     list_images,
-    naming,
     parse_channel_dimension,
     parse_factor,
     parse_resampling,
     parse_size,
+    raise_named,
     read_images,
     resized_size,
     to_channels_last,
@@ -221,7 +221,11 @@ class BitImageProcessor(ImageProcessor):
             check_finite(i, array)
             if options.size is not None:
                 height, width = array.shape[:2]
-                check_resized_size(i, height, width, resized_size(height, width, options.size))
+                size_after = resized_size(height, width, options.size)
+                try:
+                    check_resized_size(height, width, size_after)
+                except ValueError as error:
+                    raise_named(i, error)
         if options.factor is not None and options.size is None:
             others = [(i, array) for i, array in enumerate(arrays) if array.dtype != np.uint8]
             ranges = [(i, float(array.min()), float(array.max())) for i, array in others]
@@ -260,9 +264,11 @@ class BitImageProcessor(ImageProcessor):
             # It may be Pillow's memory, into which neither these steps nor who gets the result may write.
             given = from_channels_last(array, layout)
             image = given.copy() if replaced(self, STEPS) else given
-            with naming(i):
+            try:
                 for step in steps:
                     image = step(image=image, input_data_format=layout)
+            except Exception as error:
+                raise_named(i, error)
             image = image.copy() if np.may_share_memory(image, array) else image
             results.append(from_channels_last(to_channels_last(image, layout), results_in[i]))
         return results

@@ -25,7 +25,7 @@ from bitfast.checkpoints.files import (
     write_text_atomically,
 )
 from bitfast.checkpoints.hub import PushToHubMixin
-from bitfast.image_inputs import is_image, naming
+from bitfast.image_inputs import is_image, raise_named
 from bitfast.image_sources import load_image
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -85,15 +85,17 @@ class ImageProcessor(PushToHubMixin):
             ValueError: text that is no path, address or base64.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
-            images = []
-            for i, image in enumerate(image_url_or_urls):
-                with naming(i):
+            images: list[Any] = []
+            try:
+                for image in image_url_or_urls:
                     images.append(self.fetch_images(image))
+            except Exception as error:
+                raise_named(len(images), error)
             return images
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return load_image(image_url_or_urls)
         if is_image(image_url_or_urls):
             return image_url_or_urls
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return load_image(image_url_or_urls)
         raise TypeError(
             "image must be a path, an address, a PIL.Image.Image, numpy.ndarray or torch.Tensor, "
             f"got {type(image_url_or_urls).__name__}"
@@ -265,10 +267,11 @@ def replaced(processor: Any, methods: Mapping[str, Any]) -> bool:
         processor: The object.
         methods: As they are defined, by name.
     """
-    return any(
-        name in vars(processor) or getattr(type(processor), name) is not method
-        for name, method in methods.items()
-    )
+    own, class_ = vars(processor), type(processor)
+    # Not by any(), which takes twice as long: it is asked for each image.
+    return not own.keys().isdisjoint(methods) or [
+        getattr(class_, name) for name in methods
+    ] != list(methods.values())
 
 
 def _to_json(value: Any) -> Any:

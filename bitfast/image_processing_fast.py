@@ -17,15 +17,16 @@ from bitfast.batch_feature import BatchFeature, parse_tensor_type
 from bitfast.image_inputs import (
     ChannelDimension,
     flatten_images,
-    naming,
     parse_channel_dimension,
     parse_size,
+    raise_named,
     read_tensor,
 )
 from bitfast.image_parameters import (
     DefaultFastImageProcessorKwargs,
     Options,
     SizeDict,
+    check_given,
     parse_options,
     torchvision_mode,
 )
@@ -215,7 +216,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         Raises:
             ValueError: the message names one of them.
         """
-        parse_options(kwargs)
+        check_given(kwargs)
         tensor_type = parse_tensor_type(kwargs["return_tensors"])
         if tensor_type not in (None, "pt"):
             raise ValueError(f"return_tensors must be 'pt' or None, got {tensor_type!r}")
@@ -252,22 +253,22 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
     ) -> list[Any]:
         """Return images as tensors (C, H, W) on the device asked for, in lists where they are in lists."""
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
-        # Unless a subclass wants to see it, not one image after the other goes to the device, but all at once.
-        each = device if replaced(self, READING) else None
+        nested = [isinstance(image, (list, tuple)) for image in images]
+        # One copy takes all of them to a device, unless a subclass has other plans.
+        at_once = device is not None and not any(nested) and not replaced(self, READING)
         read = partial(
             self._process_image,
             do_convert_rgb=do_convert_rgb,
             input_data_format=input_data_format,
-            device=each,
+            device=None if at_once else device,
         )
         tensors: list[Any] = []
-        for i, image in enumerate(images):
-            with naming(i):
-                nested = isinstance(image, (list, tuple))
-                tensors.append([read(part) for part in image] if nested else read(image))
-        if device is None or each is not None:
-            return tensors
-        return upload(tensors, torch.device(device))
+        try:
+            for image, is_list in zip(images, nested, strict=True):
+                tensors.append([read(part) for part in image] if is_list else read(image))
+        except Exception as error:
+            raise_named(len(tensors), error)
+        return upload(tensors, torch.device(device)) if at_once else tensors
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """Return the images as one list, those that are paths and the like read."""
@@ -284,12 +285,8 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         pixels = read_tensor(
             self.convert_to_rgb(image) if do_convert_rgb else image, input_data_format
         )
-        # It may be Pillow's memory, into which nobody may write.
-        pixels = (
-            pixels.clone(memory_format=torch.contiguous_format)
-            if replaced(self, METHODS)
-            else pixels
-        )
+        if replaced(self, METHODS):  # who may write into it, and it may be Pillow's memory
+            pixels = pixels.clone(memory_format=torch.contiguous_format)
         return pixels if device is None else pixels.to(device)
 
     def convert_to_rgb(self, image: Any) -> Any:

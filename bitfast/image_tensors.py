@@ -18,7 +18,7 @@ from bitfast import image_transforms
 from bitfast.image_batches import Job, Recipe, check_resized_size, parse_crop_size, process
 from bitfast.image_inputs import (
     check_range,
-    naming,
+    raise_named,
     resized_size,
     size_with_aspect_ratio,
     size_within,
@@ -73,13 +73,12 @@ def process_at_once(images: Sequence[Tensor], options: Options) -> Tensor | list
     """
     if options[3:] == Options()[3:] and options.size is None:
         return list(images)
-    jobs = []
-    for i, image in enumerate(images):
-        try:
-            jobs.append(_job(i, image.detach().permute(1, 2, 0), options))
-        except ValueError as error:
-            message = str(error).removeprefix(f"images[{i}]: ")
-            raise ValueError(f"images[{i}]: {message}") from error
+    jobs: list[Job] = []
+    try:
+        for image in images:
+            jobs.append(_job(image.detach().permute(1, 2, 0), options))
+    except ValueError as error:
+        raise_named(len(jobs), error)
     dtypes = [_result_dtype(image.dtype, options) for image in images]
     results = process(jobs)
     if isinstance(results, Tensor) and set(dtypes) == {results.dtype}:
@@ -87,13 +86,13 @@ def process_at_once(images: Sequence[Tensor], options: Options) -> Tensor | list
     return [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
 
 
-def size_after_resizing(image: Tensor, options: Options) -> tuple[int, int]:
-    """Return (height, width) of an image (..., H, W) after it has been resized, if it is to be.
+def size_after_resizing(height: int, width: int, options: Options) -> tuple[int, int]:
+    """Return (height, width) of an image after it has been resized, if it is to be.
 
     Raises:
-        ValueError: ``options.size`` does not say, or a line of the image would vanish.
+        ValueError: ``options.size`` does not say; a line of the image would vanish, or more pixels come out
+            than Pillow opens.
     """
-    height, width = image.shape[-2:]
     size = options.size
     if size is None:
         return height, width
@@ -105,28 +104,29 @@ def size_after_resizing(image: Tensor, options: Options) -> tuple[int, int]:
         result = resized_size(height, width, size)
     if min(result) < 1:
         raise ValueError(f"{width}x{height} pixels would be resized to {result[1]}x{result[0]}")
+    check_resized_size(height, width, result)
     return result
 
 
 def sizes_after_resizing(images: Sequence[Tensor], options: Options) -> list[tuple[int, int]]:
     """Return :func:`size_after_resizing` of each image; an error says of which."""
-    sizes = []
-    for i, image in enumerate(images):
-        with naming(i):
-            sizes.append(size_after_resizing(image, options))
-        check_resized_size(i, image.shape[-2], image.shape[-1], sizes[-1])
+    sizes: list[tuple[int, int]] = []
+    try:
+        for image in images:
+            sizes.append(size_after_resizing(image.shape[1], image.shape[2], options))
+    except ValueError as error:
+        raise_named(len(sizes), error)
     return sizes
 
 
-def _job(i: int, image: Tensor, options: Options) -> Job:
+def _job(image: Tensor, options: Options) -> Job:
     """Describe an image (H, W, C) and what the steps make of it."""
     height, width, channels = image.shape
     if options.mean is not None and channels == 1:
         channels = max(_length(options.mean), _length(options.std))
         image = image.expand(height, width, channels)
     factors, mean, std = _rescaling(channels, image.dtype, options)
-    size = size_after_resizing(image.permute(2, 0, 1), options)
-    check_resized_size(i, height, width, size)
+    size = size_after_resizing(height, width, options)
     given = image.dtype
     are_integers = not image.is_floating_point() and given != torch.uint8
     if are_integers:
@@ -251,7 +251,7 @@ def resize(images: Tensor, options: Options, antialias: bool) -> Tensor:
         ValueError: a filter that torch has no form of, where it is needed: without antialiasing, and
             where a gradient is recorded.
     """
-    size = size_after_resizing(images, options)
+    size = size_after_resizing(images.shape[-2], images.shape[-1], options)
     if size == tuple(images.shape[-2:]):
         return images
     flat = images.flatten(0, -4) if images.dim() > 3 else images[None]

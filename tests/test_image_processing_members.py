@@ -26,7 +26,6 @@ LEFT_OUT = {
     "_get_files_timestamps",
     "_upload_modified_files",
     "compile_friendly_resize",  # goes round a fault of torch.compile on AMD's MI300
-    "_BaseImageProcessor__backends",
 }
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)

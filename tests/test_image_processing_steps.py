@@ -463,3 +463,25 @@ def test_unused_parameters_are_told() -> None:
     ours = type("Processor", (BitImageProcessorFast,), {"unused_kwargs": ["crop_size"]})
     with pytest.warns(UserWarning, match="Processor does not use crop_size"):
         ours(crop_size=5)
+
+
+class Pairs:
+    """Takes pairs of images, whose halves it lays beside each other."""
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
+        return images
+
+    def _preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        joined = [torch.cat([a[..., :30], b[..., -30:]], dim=-1) for a, b in images]
+        return super()._preprocess(joined, *args, **kwargs)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_subclass_may_take_lists_of_images(device: str | None) -> None:
+    photo = photograph("chelsea.png").resize((80, 60))
+    pairs = [[photo, photo.rotate(180)], [photo.rotate(180), photo]]
+    a, b = (
+        type("Processor", (Pairs, base), {})(**SMALL)(pairs, return_tensors="pt", device=device)
+        for base in (BitImageProcessorFast, TheirFast)
+    )
+    assert (a.pixel_values - b.pixel_values).abs().max() <= TWO_LEVELS
