@@ -505,6 +505,8 @@ def test_unusual_pixels_are_computed_with(
     rounding = 2 * torch.finfo(torch.float16 if dtype == "float16" else torch.float32).eps
     one_level = 1.001 * level(BitImageProcessorFast(), **call) if "int" in dtype else 0.0
     assert difference <= 4 * rounding * b.double().abs().max() + one_level
+    if dtype in ("int16", "uint16"):  # of int32's 24 bits float32 sums lose the last
+        assert ((a - b).abs() > one_level / 2).double().mean() <= 0.01
 
 
 @pytest.mark.parametrize("processor_class", [BitImageProcessor, BitImageProcessorFast])
