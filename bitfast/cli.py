@@ -83,13 +83,28 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bitfast", description="Big Transfer (BiT) image models, fast."
     )
     parser.add_argument("--version", action="version", version=f"bitfast {bitfast.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
     _add_classify(commands)
     _add_convert(commands)
     _add_demo(commands)
     _add_env(commands)
     _add_bench(commands)
     return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Refuses an argument that its command does not have, with the command's own usage.
+
+    argparse leaves those to the main parser, whose usage says nothing about the command.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
 
 def _add_classify(commands: Any) -> None:
@@ -126,7 +141,7 @@ def _add_classify(commands: Any) -> None:
         "--device", help='such as "cpu" or "cuda:1" (default: cuda where there is one, else cpu)'
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
-    parser.set_defaults(run=run_classify)
+    parser.set_defaults(run=run_classify, refuse=parser.error)
 
 
 def _add_convert(commands: Any) -> None:
@@ -220,7 +235,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
     try:
         device = classify.find_device(arguments.device)
     except ValueError as error:
-        return _usage_error(f"argument --device: {one_line(error)}")
+        arguments.refuse(f"argument --device: {one_line(error)}")
     model = str(classify.default_model()) if arguments.model is None else arguments.model
     try:
         classifier = classify.Classifier.load(model, device, arguments.dtype)

@@ -87,11 +87,10 @@ def _process_alike(jobs: Sequence[Job]) -> Tensor:
     return batch.permute(0, 2, 3, 1) if recipe.channels_last else batch
 
 
-def check_resized_size(i: int, height: int, width: int, size: tuple[int, int]) -> None:
+def check_resized_size(height: int, width: int, size: tuple[int, int]) -> None:
     """Refuse an image that resizing would blow up past Pillow's limit: a line of pixels can.
 
     Args:
-        i: Its number, for the message.
         height, width: As it is.
         size: (height, width) after resizing.
 
@@ -100,8 +99,7 @@ def check_resized_size(i: int, height: int, width: int, size: tuple[int, int]) -
     """
     if _is_too_large(size):
         raise ValueError(
-            f"images[{i}]: {width}x{height} pixels would be resized to {size[1]}x{size[0]},"
-            f" {_more_than_the_limit()}"
+            f"{width}x{height} pixels would be resized to {size[1]}x{size[0]}, {_more_than_the_limit()}"
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from enum import Enum
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -42,8 +44,8 @@ INFERRED_CHANNELS = (1, 3)
 # ---- images -------------------------------------------------------------------------------------
 
 
-def list_images(images: Any) -> list[Any]:
-    """Return the images of one image, a list or tuple of images, or a 4-D array of them.
+def list_images(images: Any, dimensions: int = 3) -> list[Any]:
+    """Return the images of one image, a list or tuple of images, or an array of one dimension more.
 
     Raises:
         ValueError: no image, or something else.
@@ -52,7 +54,7 @@ def list_images(images: Any) -> list[Any]:
         if not images:
             raise ValueError("images must hold at least one image, got an empty list")
         return list(images)
-    if _is_batch(images):
+    if _is_batch(images, dimensions):
         if len(images) == 0:
             raise ValueError(
                 f"images must hold at least one image, got shape {tuple(images.shape)}"
@@ -61,19 +63,43 @@ def list_images(images: Any) -> list[Any]:
     return [images]
 
 
-def flatten_images(images: Any) -> list[Any]:
-    """Return what :func:`list_images` does, the images of each entry if the entries are lists or batches."""
+def flatten_images(images: Any, dimensions: int = 3) -> list[Any]:
+    """Return what :func:`list_images` does, the images of each entry if the entries are lists or batches.
+
+    Args:
+        images: The images.
+        dimensions: Of an array that is one image. With one more, it is a batch.
+    """
     return [
         image
-        for entry in list_images(images)
+        for entry in list_images(images, dimensions)
         for image in (
-            list_images(entry) if isinstance(entry, (list, tuple)) or _is_batch(entry) else [entry]
+            list_images(entry, dimensions)
+            if isinstance(entry, (list, tuple)) or _is_batch(entry, dimensions)
+            else [entry]
         )
     ]
 
 
-def _is_batch(images: Any) -> bool:
-    return not isinstance(images, Image.Image) and getattr(images, "ndim", None) == 4
+def _is_batch(images: Any, dimensions: int) -> bool:
+    return not isinstance(images, Image.Image) and getattr(images, "ndim", None) == dimensions + 1
+
+
+def is_image(image: Any) -> bool:
+    """Say whether this may be an image, or a batch of them: Pillow's, or what numpy makes an array of."""
+    return isinstance(image, Image.Image) or hasattr(image, "__array__")
+
+
+def raise_named(i: int, error: Exception) -> NoReturn:
+    """Raise an error that an image has caused, saying which one of the batch it is.
+
+    "image must ..." becomes "images[3] must ...", and "images[1] must ..." "images[3][1] must ...". Errors of
+    other classes than those raised here are somebody else's, and stay.
+    """
+    if type(error) not in (OSError, TypeError, ValueError):
+        raise error
+    rest = re.fullmatch(r"images?(\b.*)", str(error), flags=re.DOTALL)
+    raise type(error)(f"images[{i}]{rest[1] if rest else f': {error}'}") from error
 
 
 def read_images(
@@ -92,7 +118,7 @@ def read_images(
         OSError: a PIL image cannot be decoded.
         ValueError: an image that is none, has no pixels or another layout; the message says which.
     """
-    arrays = [_read_image(i, image, convert_rgb) for i, image in enumerate(images)]
+    arrays = [_read_image(f"images[{i}]", image, convert_rgb) for i, image in enumerate(images)]
     explicit = parse_channel_dimension("input_data_format", input_data_format, two_dimensional=True)
     layout = explicit
     result, layouts = [], []
@@ -112,9 +138,9 @@ def read_images(
     return result, layouts
 
 
-def _read_image(i: int, image: Any, convert_rgb: bool) -> np.ndarray:
+def _read_image(name: str, image: Any, convert_rgb: bool) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return read_pil_image(i, image, convert_rgb)
+        return read_pil_image(name, image, convert_rgb)
     if isinstance(image, torch.Tensor):
         # numpy has no bfloat16; float32 holds each of its values.
         image = image.detach().cpu()
@@ -122,21 +148,21 @@ def _read_image(i: int, image: Any, convert_rgb: bool) -> np.ndarray:
     elif hasattr(image, "__array__"):
         array = np.asarray(image)
     else:
-        hint = "; open a file with PIL.Image.open" if isinstance(image, str) else ""
+        hint = "; fetch_images opens files and addresses" if isinstance(image, str) else ""
         raise ValueError(
-            f"images[{i}] must be a PIL.Image.Image, numpy.ndarray or torch.Tensor, "
+            f"{name} must be a PIL.Image.Image, numpy.ndarray or torch.Tensor, "
             f"got {type(image).__name__}{hint}"
         )
     if array.ndim not in (2, 3):
         raise ValueError(
-            f"images[{i}] must have shape (H, W, C), (C, H, W) or (H, W), got {array.shape}"
+            f"{name} must have shape (H, W, C), (C, H, W) or (H, W), got {array.shape}"
         )
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"images[{i}] must hold real numbers, got dtype {array.dtype}")
+        raise ValueError(f"{name} must hold real numbers, got dtype {array.dtype}")
     return array
 
 
-def read_pil_image(i: int, image: Image.Image, convert_rgb: bool) -> np.ndarray:
+def read_pil_image(name: str, image: Image.Image, convert_rgb: bool) -> np.ndarray:
     """Return the pixels of a PIL image, (H, W, C) or (H, W), which may be its own memory.
 
     Raises:
@@ -145,7 +171,7 @@ def read_pil_image(i: int, image: Image.Image, convert_rgb: bool) -> np.ndarray:
     try:
         return pixels_of(image.convert("RGB") if convert_rgb and image.mode != "RGB" else image)
     except Exception as error:  # Pillow's decoders raise nearly anything
-        raise OSError(f"images[{i}] cannot be decoded: {error}") from error
+        raise OSError(f"{name} cannot be decoded: {error}") from error
 
 
 def check_finite(i: int, image: np.ndarray) -> None:
@@ -163,39 +189,41 @@ def _first_other(image: np.ndarray) -> str:
     return f"{image[place]} at {place}"
 
 
-def read_tensors(images: list[Any], convert_rgb: bool, input_data_format: Any) -> list[Tensor]:
-    """Return each image as a tensor of shape (H, W, C), on the device that it is on.
+def read_tensor(image: Any, input_data_format: Any) -> Tensor:
+    """Return an image as a tensor of shape (C, H, W), on the device that it is on, in place if possible.
 
     Args:
-        images: As for :func:`read_images`.
-        convert_rgb: Whether to convert PIL images to mode "RGB"; arrays stay as they are.
-        input_data_format: Layout of the arrays, or None: the one that each array's own shape shows.
+        image: As for :func:`read_images`.
+        input_data_format: Its layout if it is an array, or None: the one that its shape shows.
 
     Raises:
         OSError: a PIL image cannot be decoded.
-        ValueError: an image that is none, or has no pixels; the message says which.
+        ValueError: an image that is none, has no pixels, or on the CPU NaN or infinite ones.
     """
     explicit = parse_channel_dimension("input_data_format", input_data_format, two_dimensional=True)
-    result = []
-    for i, image in enumerate(images):
-        if isinstance(image, torch.Tensor):
-            pixels = image.detach()
-            if pixels.dim() not in (2, 3) or pixels.is_complex():
-                raise ValueError(
-                    f"images[{i}] must be real and have shape (H, W, C), (C, H, W) or (H, W),"
-                    f" got {pixels.dtype} of shape {tuple(pixels.shape)}"
-                )
-        else:
-            pixels = to_tensor(_read_image(i, image, convert_rgb))
-        if pixels.dim() == 2:
-            pixels = pixels[:, :, None]
-        elif not isinstance(image, Image.Image):
-            layout = explicit or infer_channel_dimension(pixels.shape, f"images[{i}]")
-            pixels = pixels.permute(1, 2, 0) if layout == ChannelDimension.FIRST else pixels
-        if 0 in pixels.shape:
-            raise ValueError(f"images[{i}] must have pixels, got shape {tuple(pixels.shape)}")
-        result.append(pixels)
-    return result
+    if isinstance(image, torch.Tensor):
+        pixels = image if torch.is_grad_enabled() else image.detach()
+        if pixels.dim() not in (2, 3) or pixels.is_complex():
+            raise ValueError(
+                "image must be real and have shape (H, W, C), (C, H, W) or (H, W),"
+                f" got {pixels.dtype} of shape {tuple(pixels.shape)}"
+            )
+    else:
+        pixels = to_tensor(_read_image("image", image, convert_rgb=False))
+    if pixels.dim() == 2:
+        pixels = pixels[None]
+    elif isinstance(image, Image.Image):
+        pixels = pixels.permute(2, 0, 1)
+    else:
+        layout = explicit or infer_channel_dimension(pixels.shape)
+        pixels = pixels.permute(2, 0, 1) if layout == ChannelDimension.LAST else pixels
+    if 0 in pixels.shape:
+        raise ValueError(f"image must have pixels, got shape {tuple(pixels.shape)}")
+    if pixels.is_floating_point() and pixels.device.type == "cpu":
+        low, high = (float(v) for v in pixels.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"image must hold finite numbers, got {low} to {high}")
+    return pixels
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -256,6 +284,38 @@ def from_channels_last(image: np.ndarray, layout: ChannelDimension) -> np.ndarra
     return np.moveaxis(image, -1, -3) if layout == ChannelDimension.FIRST else image
 
 
+DEEPEST = 2.0**32
+"""No image has deeper pixels."""
+
+
+def check_range(ranges: Sequence[tuple[int, float, float]], factor: float, stacklevel: int) -> None:
+    """Warn, once, of pixels that are neither from 0 to 255 nor, if that is more, to what ``factor`` makes 1.
+
+    Args:
+        ranges: The number of an image, its lowest and its highest pixel.
+        factor: By which they are to be rescaled.
+        stacklevel: Of the warning, from here.
+
+    Raises:
+        ValueError: pixels are larger than those of any image.
+    """
+    most = max(255.0, abs(1 / factor)) if factor else math.inf
+    unusual = [entry for entry in ranges if not 0 <= entry[1] <= entry[2] <= most]
+    for i, low, high in unusual:
+        if max(-low, high) > DEEPEST:
+            raise ValueError(
+                f"images[{i}] must hold numbers of at most {DEEPEST:g} to be rescaled by {factor:g}, "
+                f"got {low:g} to {high:g}"
+            )
+    if unusual:
+        i, low, high = unusual[0]
+        warnings.warn(
+            f"images[{i}] holds numbers from {low:g} to {high:g}, not from 0 to {most:g}; they are rescaled "
+            f"by {factor:g} as they are",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def is_scaled(image: np.ndarray) -> bool:
     """Say whether the pixels look like numbers between 0 and 1 rather than between 0 and 255."""
     return image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1
@@ -311,14 +371,17 @@ def parse_size(name: str, value: Any, default_to_square: bool) -> Size:
 
     Args:
         name: The argument's, for messages.
-        value: A dictionary whose keys are one of :data:`SIZE_KEYS`, (height, width), or one integer.
+        value: A dictionary whose keys are one of :data:`SIZE_KEYS`, a SizeDict of this library or of
+            transformers, (height, width), or one integer.
         default_to_square: Whether one integer means height and width, or the shortest edge.
 
     Raises:
         ValueError: anything else, or an edge that is no positive integer.
     """
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        size: Any = {"height": value[0], "width": value[1]}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a SizeDict
+        size: Any = {key: v for key, v in vars(value).items() if v is not None}
+    elif isinstance(value, (tuple, list)) and len(value) == 2:
+        size = {"height": value[0], "width": value[1]}
     elif isinstance(value, Real):
         size = dict.fromkeys(
             ("height", "width") if default_to_square else ("shortest_edge",), value

@@ -19,6 +19,7 @@ from bitfast.image_inputs import (
     ChannelDimension,
     Size,
     check_finite,
+    check_range,
     from_channels_last,
     infer_channel_dimension,
     is_scaled,
@@ -27,16 +28,19 @@ from bitfast.image_inputs import (
     parse_factor,
     parse_resampling,
     parse_size,
+    raise_named,
     read_images,
     resized_size,
     to_channels_last,
     to_tensor,
 )
-from bitfast.image_processing_base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageProcessor
+from bitfast.image_processing_base import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageProcessor,
+    replaced,
+)
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES
-
-STEPS = ("resize", "center_crop", "rescale", "normalize")
-"""The methods of the steps, in order."""
 
 ALPHA = (2, 4)
 """Numbers of channels of which Pillow takes the last for alpha, by which it weights the others."""
@@ -99,7 +103,7 @@ class BitImageProcessor(ImageProcessor):
         do_convert_rgb: bool = True,
         **kwargs: Any,
     ) -> None:
-        self._keep_unknown(kwargs)
+        super().__init__(**kwargs)
         self.do_resize = do_resize
         self.size = parse_size("size", 224 if size is None else size, default_to_square=False)
         self.resample = parse_resampling("resample", resample)
@@ -111,10 +115,6 @@ class BitImageProcessor(ImageProcessor):
         self.image_mean = list(OPENAI_CLIP_MEAN) if image_mean is None else image_mean
         self.image_std = list(OPENAI_CLIP_STD) if image_std is None else image_std
         self.do_convert_rgb = do_convert_rgb
-
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Call :meth:`preprocess`."""
-        return self.preprocess(images, **kwargs)
 
     def preprocess(
         self,
@@ -215,36 +215,46 @@ class BitImageProcessor(ImageProcessor):
             warnings.warn(
                 "the pixels of the first image are between 0 and 1 already; if those of the others "
                 "are too, pass do_rescale=False",
-                stacklevel=2,
+                stacklevel=3,
             )
         for i, array in enumerate(arrays):
             check_finite(i, array)
             if options.size is not None:
                 height, width = array.shape[:2]
-                check_resized_size(i, height, width, resized_size(height, width, options.size))
-        layouts = [output_layout or layout for layout in layouts]
-        if self._has_own_steps() or not all(_is_made_of_bytes(a, options) for a in arrays):
-            results: Any = self._step_by_step(arrays, layouts, options)
+                size_after = resized_size(height, width, options.size)
+                try:
+                    check_resized_size(height, width, size_after)
+                except ValueError as error:
+                    raise_named(i, error)
+        if options.factor is not None and options.size is None:
+            others = [(i, array) for i, array in enumerate(arrays) if array.dtype != np.uint8]
+            ranges = [(i, float(array.min()), float(array.max())) for i, array in others]
+            check_range(ranges, options.factor, stacklevel=3)
+        results_in = [output_layout or layout for layout in layouts]
+        if replaced(self, STEPS) or not all(_is_made_of_bytes(a, options) for a in arrays):
+            results: Any = self._step_by_step(arrays, layouts, results_in, options)
         else:
-            results = _all_at_once(arrays, layouts, options)
+            results = _all_at_once(arrays, results_in, options)
             if tensor_type is None or not isinstance(results, Tensor):
                 results = [result.numpy() for result in results]
             elif tensor_type != "pt":
                 results = results.numpy()
         return BatchFeature({"pixel_values": results}, tensor_type)
 
-    def _has_own_steps(self) -> bool:
-        """Whether a subclass computes a step in its own way."""
-        return any(getattr(type(self), s) is not getattr(BitImageProcessor, s) for s in STEPS)
-
     def _step_by_step(
-        self, arrays: list[np.ndarray], layouts: list[ChannelDimension], options: _Options
+        self,
+        arrays: list[np.ndarray],
+        layouts: list[ChannelDimension],
+        results_in: list[ChannelDimension],
+        options: _Options,
     ) -> list[np.ndarray]:
+        """Call the method of each step for each image, (H, W, C), in the layout that it came in."""
         steps: list[Callable[..., np.ndarray]] = []
         if options.size is not None:
             steps.append(partial(self.resize, size=options.size, resample=options.resample))
         if options.crop is not None:
-            steps.append(partial(self.center_crop, size=options.crop))
+            crop_size = {"height": options.crop[0], "width": options.crop[1]}
+            steps.append(partial(self.center_crop, size=crop_size))
         if options.factor is not None:
             steps.append(partial(self.rescale, scale=options.factor))
         if options.mean is not None:
@@ -252,14 +262,15 @@ class BitImageProcessor(ImageProcessor):
         results = []
         for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
             # It may be Pillow's memory, into which neither these steps nor who gets the result may write.
-            image = array.copy() if self._has_own_steps() else array
+            given = from_channels_last(array, layout)
+            image = given.copy() if replaced(self, STEPS) else given
             try:
                 for step in steps:
-                    image = step(image=image, input_data_format=ChannelDimension.LAST)
-            except ValueError as error:
-                raise ValueError(f"images[{i}]: {error}") from error
+                    image = step(image=image, input_data_format=layout)
+            except Exception as error:
+                raise_named(i, error)
             image = image.copy() if np.may_share_memory(image, array) else image
-            results.append(from_channels_last(image, layout))
+            results.append(from_channels_last(to_channels_last(image, layout), results_in[i]))
         return results
 
     # ---- the single steps -----------------------------------------------------------------------
@@ -351,6 +362,12 @@ class BitImageProcessor(ImageProcessor):
         pixels, layout = _channels_last(image, input_data_format)
         return _in_layout(image_transforms.normalize(pixels, mean, std), data_format, layout)
 
+
+STEPS = {
+    name: getattr(BitImageProcessor, name)
+    for name in ("resize", "center_crop", "rescale", "normalize")
+}
+"""The methods of the steps, as they are before anybody replaces them."""
 
 # ---- all steps of a batch at once ---------------------------------------------------------------
 

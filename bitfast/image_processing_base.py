@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CONFIG_NAME as MODEL_CONFIG_NAME
 from bitfast.checkpoints.files import (
+    WHERE,
     CheckpointError,
     is_weight_file,
     locate_file,
@@ -22,6 +25,8 @@ from bitfast.checkpoints.files import (
     write_text_atomically,
 )
 from bitfast.checkpoints.hub import PushToHubMixin
+from bitfast.image_inputs import is_image, raise_named
+from bitfast.image_sources import load_image
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 """Mean of the channels of CLIP's training images, in [0, 1]."""
@@ -37,18 +42,64 @@ class ImageProcessor(PushToHubMixin):
     """A processor whose parameters are attributes, can be overridden in each call, and make up its file."""
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    _auto_class: ClassVar[str | None] = None
 
-    def _keep_unknown(self, parameters: dict[str, Any]) -> None:
-        self._processor_class = parameters.pop("processor_class", None)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()  # a subclass may have another library's processor as its second base
+        self._processor_class = kwargs.pop("processor_class", None)
         # Files name the class that wrote them; the one that is saved next is this one.
         for name in ("image_processor_type", "feature_extractor_type"):
-            parameters.pop(name, None)
-        for name, value in parameters.items():
+            kwargs.pop(name, None)
+        for name, value in kwargs.items():
             if callable(getattr(type(self), name, None)):
                 raise ValueError(
                     f"{type(self).__name__}: {name} is a method and cannot be a parameter, got {value!r}"
                 )
             setattr(self, name, value)
+
+    def _set_processor_class(self, processor_class: str) -> None:
+        # Called by transformers' processors of several modalities, whose part this one can be.
+        self._processor_class = processor_class
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Call :meth:`preprocess`."""
+        return self.preprocess(images, *args, **kwargs)
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Preprocess one image or a batch of images: what a subclass does."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how images are preprocessed")
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Return images in the place of the paths, addresses and base64 texts that stand for them.
+
+        Args:
+            image_url_or_urls: The path of a file, an http:// or https:// address, an image in base64, an
+                image, which stays as it is, or a list of any of these, or of such lists.
+
+        Returns:
+            A PIL image in mode "RGB", turned as its EXIF data say, for what has been read; lists for lists.
+
+        Raises:
+            OSError: an address cannot be fetched, or what is there is no image that Pillow decodes.
+            TypeError: something else than text and images.
+            ValueError: text that is no path, address or base64.
+        """
+        if isinstance(image_url_or_urls, (list, tuple)):
+            images: list[Any] = []
+            try:
+                for image in image_url_or_urls:
+                    images.append(self.fetch_images(image))
+            except Exception as error:
+                raise_named(len(images), error)
+            return images
+        if is_image(image_url_or_urls):
+            return image_url_or_urls
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return load_image(image_url_or_urls)
+        raise TypeError(
+            "image must be a path, an address, a PIL.Image.Image, numpy.ndarray or torch.Tensor, "
+            f"got {type(image_url_or_urls).__name__}"
+        )
 
     @classmethod
     def _parameter_names(cls) -> set[str]:
@@ -61,7 +112,7 @@ class ImageProcessor(PushToHubMixin):
     def to_json_string(self) -> str:
         """Return what ``preprocessor_config.json`` holds."""
         content = self.to_dict()
-        processor_class = content.pop("_processor_class")
+        processor_class = content.pop("_processor_class", None)
         if processor_class is not None:
             content["processor_class"] = processor_class
         return json.dumps(content, indent=2, sort_keys=True, default=_to_json) + "\n"
@@ -123,7 +174,7 @@ class ImageProcessor(PushToHubMixin):
             CheckpointError: the file cannot be found or read.
             ValueError: a parameter in it is not as the class describes.
         """
-        options = {
+        where = {
             "cache_dir": cache_dir,
             "force_download": force_download,
             "local_files_only": local_files_only,
@@ -131,16 +182,63 @@ class ImageProcessor(PushToHubMixin):
             "revision": revision,
             "subfolder": subfolder,
         }
-        path, parameters = _load_config(pretrained_model_name_or_path, options)
+        name = pretrained_model_name_or_path
+        parameters, kwargs = cls.get_image_processor_dict(name, **where, **kwargs)
         try:
             return cls.from_dict(parameters, **kwargs)
         except (TypeError, ValueError) as error:
+            path, _ = _load_config(name, where)
             raise CheckpointError(f"no image processor can be made of {path}: {error}") from error
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what a checkpoint says of its images, for :meth:`from_dict`, and the unused arguments.
+
+        Args:
+            pretrained_model_name_or_path: See :meth:`from_pretrained`.
+            **kwargs: The arguments of :meth:`from_pretrained` that say where to look, and
+                ``image_processor_filename``, by default "preprocessor_config.json". Others are returned.
+
+        Raises:
+            CheckpointError: the file cannot be found or read.
+        """
+        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
+        filename = kwargs.pop("image_processor_filename", CONFIG_NAME)
+        for name in ("resume_download", "proxies", "_from_pipeline", "_from_auto"):
+            kwargs.pop(
+                name, None
+            )  # as huggingface_hub's environment variables have it, or for statistics
+        _, parameters = _load_config(pretrained_model_name_or_path, where, filename)
+        return parameters, kwargs
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoImageProcessor") -> None:
+        """Let :meth:`save_pretrained` save the module of this class, for ``trust_remote_code=True``.
+
+        It needs transformers, as does loading what is saved so. For a class of one's own: those of this
+        library are known to it.
+
+        Args:
+            auto_class: The auto class that is to load it, or its name.
+
+        Raises:
+            ValueError: transformers has no such auto class.
+        """
+        import transformers.models.auto as auto_classes
+
+        name = auto_class if isinstance(auto_class, str) else auto_class.__name__
+        if not hasattr(auto_classes, name):
+            raise ValueError(f"auto_class must be an auto class of transformers, got {name!r}")
+        cls._auto_class = name
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """Write ``preprocessor_config.json`` into a folder, which is made if need be.
+
+        Beside it goes the module of a class that has been :meth:`registered <register_for_auto_class>`.
 
         Args:
             save_directory: The folder.
@@ -152,10 +250,28 @@ class ImageProcessor(PushToHubMixin):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        if self._auto_class is not None:
+            from transformers.dynamic_module_utils import custom_object_save
+
+            custom_object_save(self, folder, config=self)  # type: ignore[arg-type]
         self.to_json_file(folder / CONFIG_NAME)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return [str(folder / CONFIG_NAME)]
+
+
+def replaced(processor: Any, methods: Mapping[str, Any]) -> bool:
+    """Whether a subclass, or somebody with this very object, has put others in the place of these methods.
+
+    Args:
+        processor: The object.
+        methods: As they are defined, by name.
+    """
+    own, class_ = vars(processor), type(processor)
+    # Not by any(), which takes twice as long: it is asked for each image.
+    return not own.keys().isdisjoint(methods) or [
+        getattr(class_, name) for name in methods
+    ] != list(methods.values())
 
 
 def _to_json(value: Any) -> Any:
@@ -180,7 +296,7 @@ def processor_type(name_or_path: str | os.PathLike[str]) -> Any:
 
 
 def _load_config(
-    name_or_path: str | os.PathLike[str], options: dict[str, Any]
+    name_or_path: str | os.PathLike[str], options: dict[str, Any], filename: str = CONFIG_NAME
 ) -> tuple[Path, dict[str, Any]]:
     """Return the file that describes a checkpoint's images, and the parameters it gives."""
     if is_weight_file(name_or_path):
@@ -190,15 +306,15 @@ def _load_config(
         )
     if os.path.isfile(name_or_path):
         return Path(name_or_path), _read_config(Path(name_or_path))
-    for name in (CONFIG_NAME, PROCESSOR_CONFIG_NAME):
+    for name in (filename, PROCESSOR_CONFIG_NAME):
         path = locate_file(name_or_path, name, required=False, **options)
         if path is not None:
             return path, _read_config(path)
     path = locate_file(name_or_path, MODEL_CONFIG_NAME, required=False, **options)
     parameters = None if path is None else _timm_parameters(path)
     if path is None or parameters is None:
-        locate_file(name_or_path, CONFIG_NAME, **options)  # says what is missing
-        raise CheckpointError(f"{CONFIG_NAME} of {name_or_path!r} appeared while it was looked for")
+        locate_file(name_or_path, filename, **options)  # says what is missing
+        raise CheckpointError(f"{filename} of {name_or_path!r} appeared while it was looked for")
     return path, parameters
 
 

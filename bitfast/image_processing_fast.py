@@ -4,77 +4,43 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bitfast import image_transforms
+from bitfast import image_tensors
 from bitfast.batch_feature import BatchFeature, parse_tensor_type
-from bitfast.image_batches import Job, Recipe, check_resized_size, parse_crop_size, process
 from bitfast.image_inputs import (
     ChannelDimension,
-    Size,
     flatten_images,
     parse_channel_dimension,
-    parse_factor,
-    parse_resampling,
     parse_size,
-    read_tensors,
-    resized_size,
-    size_with_aspect_ratio,
-    size_within,
+    raise_named,
+    read_tensor,
 )
-from bitfast.image_processing_base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageProcessor
-from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
+from bitfast.image_parameters import (
+    DefaultFastImageProcessorKwargs,
+    Options,
+    SizeDict,
+    check_given,
+    parse_options,
+    torchvision_mode,
+)
+from bitfast.image_processing_base import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageProcessor,
+    replaced,
+)
+from bitfast.image_tensors import TensorSteps
 from bitfast.staging import upload
 
-NEAREST = 0
-"""Pillow's number of its filter that copies pixels."""
 
-WIDTH_FIRST = (12, 1)
-"""The last version of Pillow that always resamples along the width first, as torchvision does."""
-
-
-PARAMETERS = (
-    "do_resize",
-    "size",
-    "default_to_square",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-    "return_tensors",
-    "data_format",
-    "input_data_format",
-    "device",
-    "disable_grouping",
-)
-"""Of BitImageProcessorFast."""
-
-
-class _Options(NamedTuple):
-    """The parameters of one call, parsed; None: that step is not taken."""
-
-    size: Size | None
-    resample: int
-    nearest_mode: str | None  # of torch.nn.functional.interpolate, which then resizes
-    crop: tuple[int, int] | None
-    factor: float | None
-    mean: Any
-    std: Any
-
-
-class BitImageProcessorFast(ImageProcessor):
+class BitImageProcessorFast(TensorSteps, ImageProcessor):
     """Resizes, center-crops, rescales and normalizes images, in that order, each step optional.
 
     A drop-in replacement of the class of this name in transformers 4.56: the same parameters and files,
@@ -108,14 +74,21 @@ class BitImageProcessorFast(ImageProcessor):
             channels. "none" says (H, W).
         device: Where to work, and where the results lie; None: where the images are. From the CPU to a
             GPU all images go in one asynchronous copy.
-        disable_grouping: Has no effect: images of all sizes are processed at once in any case.
+        disable_grouping: Whether a step that a subclass replaces is called for each image, as a batch of one,
+            rather than for all images of one size. Has no other effect.
         **kwargs: Unknown parameters are kept as attributes and saved.
+
+    A subclass may have other defaults, more parameters (``valid_kwargs``) and its own steps: the methods below
+    are called where transformers calls them, with the same arguments. All those steps of a batch that are not
+    replaced are one op.
 
     Raises:
         ValueError: a ``size`` or ``crop_size`` that is none; an unknown parameter with the name of a method.
     """
 
     is_fast = True
+    valid_kwargs: ClassVar[Any] = DefaultFastImageProcessorKwargs
+    unused_kwargs: ClassVar[list[str] | None] = None
 
     # The defaults, which a subclass may replace.
     do_resize: Any = True
@@ -137,266 +110,299 @@ class BitImageProcessorFast(ImageProcessor):
     disable_grouping: Any = None
 
     def __init__(self, **kwargs: Any) -> None:
-        values = {
-            name: kwargs.pop(name) if name in kwargs else copy.deepcopy(getattr(self, name))
-            for name in PARAMETERS
-        }
-        self._keep_unknown(kwargs)
-        if values["size"] is not None:
-            values["size"] = parse_size("size", values["size"], bool(values["default_to_square"]))
-        if values["crop_size"] is not None:
-            values["crop_size"] = parse_size("crop_size", values["crop_size"], True)
-        for name, value in values.items():
+        super().__init__(**kwargs)
+        self._valid_kwargs_names = list(self.valid_kwargs.__annotations__)
+        kwargs = self.filter_out_unused_kwargs(kwargs)
+        for name in self._valid_kwargs_names:
+            value = kwargs[name] if name in kwargs else copy.deepcopy(getattr(self, name, None))
             setattr(self, name, value)
+        if self.size is not None:
+            self.size = parse_size("size", self.size, bool(self.default_to_square))
+        if self.crop_size is not None:
+            self.crop_size = parse_size("crop_size", self.crop_size, True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every parameter and attribute, and the class's name under "image_processor_type"."""
+        content = super().to_dict()
+        del content["_valid_kwargs_names"]
+        return content
 
     @classmethod
     def _parameter_names(cls) -> set[str]:
-        return set(PARAMETERS)
+        return set(cls.valid_kwargs.__annotations__)
 
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Call :meth:`preprocess`."""
-        return self.preprocess(images, **kwargs)
+    def filter_out_unused_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the parameters that ``unused_kwargs`` names out of a dictionary, with a warning; return it."""
+        for name in self.unused_kwargs or ():
+            if name in kwargs:
+                del kwargs[name]
+                warnings.warn(f"{type(self).__name__} does not use {name}", stacklevel=3)
+        return kwargs
 
-    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+    # ---- one call -------------------------------------------------------------------------------
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         """Preprocess one image or a batch of images.
 
         Args:
-            images: A PIL image, a numpy array or torch tensor of shape (H, W, C), (C, H, W) or (H, W),
-                a list of those (or of such lists), or an array of shape (N, H, W, C) or (N, C, H, W). The
-                sizes in a list may differ. Pixels to be rescaled are from 0 to 255 or, if that is more, to
-                ``1 / rescale_factor`` (which is not checked on a GPU: the host would wait for it).
+            images: A PIL image, a numpy array or torch tensor of shape (H, W, C), (C, H, W) or (H, W), text
+                that :meth:`fetch_images` reads (a path or an address), a list of those (or of such lists),
+                or an array of shape (N, H, W, C) or (N, C, H, W). The sizes in a list may differ. Pixels to
+                be rescaled are from 0 to 255 or, if that is more, to ``1 / rescale_factor``; others are
+                computed with after a warning. (Neither that nor whether they are finite is looked at on a
+                GPU: the host would wait for it.)
+            *args: Passed to ``_preprocess``.
             **kwargs: Override the attributes of the same name; see the class. Others are ignored, with a
-                warning.
+                warning, unless a subclass's ``_preprocess`` takes them.
 
         Returns:
             :class:`BatchFeature` with ``pixel_values``: a tensor (N, C, H, W), or a list of tensors
             (C, H, W). The dtype is float32 after normalization or rescaled integers; else the input's.
-            Normalized images of one channel get the channels of ``image_mean`` and ``image_std``.
+            Normalized images of one channel get the channels of ``image_mean`` and ``image_std``. A gradient
+            reaches floating tensors that require one.
 
         Raises:
-            OSError: a PIL image cannot be decoded; the message names its index in the batch.
+            OSError: an image cannot be fetched or decoded; the message names its index in the batch.
+            TypeError: something else than images and text.
             ValueError: any argument that is not as described; where one image is the cause, the message
                 names its index in the batch.
         """
-        unknown = [name for name in kwargs if name not in PARAMETERS]
+        unknown = [name for name in kwargs if name not in self._valid_kwargs_names]
         if unknown:
             names = ", ".join(map(repr, unknown))
             warnings.warn(
-                f"{type(self).__name__}.preprocess ignores the arguments {names}", stacklevel=2
+                f"{type(self).__name__}.preprocess ignores the arguments {names}", stacklevel=3
             )
-        values = {name: kwargs.get(name, getattr(self, name)) for name in PARAMETERS}
-        options = _parse(values)
-        tensor_type = parse_tensor_type(values["return_tensors"])
+        for name in self._valid_kwargs_names:
+            kwargs.setdefault(name, getattr(self, name, None))
+        reading = {
+            name: kwargs.pop(name) for name in ("do_convert_rgb", "input_data_format", "device")
+        }
+        kwargs = self._further_process_kwargs(**kwargs)
+        self._validate_preprocess_kwargs(**kwargs)
+        del kwargs["data_format"]
+        return self._preprocess_image_like_inputs(images, *args, **reading, **kwargs)
+
+    def _further_process_kwargs(
+        self,
+        size: Any = None,
+        crop_size: Any = None,
+        default_to_square: bool | None = None,
+        image_mean: Any = None,
+        image_std: Any = None,
+        data_format: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the parameters in the form that the steps take them."""
+        if size is not None:
+            size = SizeDict(**parse_size("size", size, bool(default_to_square)))
+        if crop_size is not None:
+            crop_size = SizeDict(**parse_size("crop_size", crop_size, True))
+        resample = kwargs.pop("resample")
+        return {
+            **kwargs,
+            "size": size,
+            "crop_size": crop_size,
+            "image_mean": tuple(image_mean) if isinstance(image_mean, list) else image_mean,
+            "image_std": tuple(image_std) if isinstance(image_std, list) else image_std,
+            "data_format": ChannelDimension.FIRST if data_format is None else data_format,
+            # Only a subclass has use for torchvision's enumeration, the import of which takes a second.
+            "interpolation": torchvision_mode(resample) if replaced(self, METHODS) else resample,
+        }
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        """Refuse parameters that do not fit together.
+
+        Raises:
+            ValueError: the message names one of them.
+        """
+        check_given(kwargs)
+        tensor_type = parse_tensor_type(kwargs["return_tensors"])
         if tensor_type not in (None, "pt"):
             raise ValueError(f"return_tensors must be 'pt' or None, got {tensor_type!r}")
-        if parse_channel_dimension("data_format", values["data_format"]) == ChannelDimension.LAST:
+        if parse_channel_dimension("data_format", kwargs["data_format"]) == ChannelDimension.LAST:
             raise ValueError("data_format must be 'channels_first', got 'channels_last'")
 
-        tensors = read_tensors(
-            flatten_images(images), bool(values["do_convert_rgb"]), values["input_data_format"]
+    def _preprocess_image_like_inputs(
+        self,
+        images: Any,
+        *args: Any,
+        do_convert_rgb: bool,
+        input_data_format: Any,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Read the images and preprocess them; a subclass may take masks and the like here."""
+        tensors = self._prepare_image_like_inputs(
+            images=images,
+            do_convert_rgb=do_convert_rgb,
+            input_data_format=input_data_format,
+            device=device,
         )
-        for i, tensor in enumerate(tensors):
-            _check_pixels(i, tensor, options)
-        if values["device"] is not None:
-            tensors = upload(tensors, torch.device(values["device"]))
-        jobs, dtypes = [], []
-        for i, tensor in enumerate(tensors):
-            try:
-                jobs.append(_job(i, tensor, options))
-            except ValueError as error:
-                message = str(error).removeprefix(f"images[{i}]: ")
-                raise ValueError(f"images[{i}]: {message}") from error
-            dtypes.append(_result_dtype(tensor.dtype, options))
-        results = process(jobs)
-        if isinstance(results, Tensor) and set(dtypes) == {results.dtype}:
-            return BatchFeature({"pixel_values": results if tensor_type else list(results)})
-        converted = [r.to(dtype) for r, dtype in zip(results, dtypes, strict=True)]
-        return BatchFeature({"pixel_values": converted}, tensor_type)
+        return self._preprocess(tensors, *args, **kwargs)
 
+    # ---- reading images -------------------------------------------------------------------------
 
-# ---- arguments ----------------------------------------------------------------------------------
-
-
-def _parse(values: dict[str, Any]) -> _Options:
-    """Return the parameters of a call in the form that the steps take."""
-    size = crop = factor = mean = std = None
-    resample, nearest_mode = NEAREST, None
-    if values["do_resize"]:
-        given = _required(values, "size")
-        size = parse_size("size", given, bool(values["default_to_square"]))
-        resample, nearest_mode = _parse_resampling(_required(values, "resample"))
-    if values["do_center_crop"]:
-        crop = parse_crop_size(_required(values, "crop_size"))
-    if values["do_rescale"]:
-        factor = parse_factor(_required(values, "rescale_factor"))
-        if values["do_normalize"] and factor == 0:
-            raise ValueError("rescale_factor must not be 0 where pixels are normalized, got 0")
-    if values["do_normalize"]:
-        mean, std = _required(values, "image_mean"), _required(values, "image_std")
-    return _Options(size, resample, nearest_mode, crop, factor, mean, std)
-
-
-def _required(values: dict[str, Any], name: str) -> Any:
-    if values[name] is None:
-        raise ValueError(f"{name} must be given, got None")
-    return values[name]
-
-
-def _parse_resampling(resample: Any) -> tuple[int, str | None]:
-    """Return Pillow's filter number, and for its nearest pixel torch's mode, which computes positions."""
-    number = int(parse_resampling("resample", resample))
-    if number >= len(RESAMPLE_NAMES):
-        raise ValueError(
-            f"resample must be one of Pillow's first six filters, 0 to 5, got {number}"
+    def _prepare_image_like_inputs(
+        self,
+        images: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: Any = None,
+        device: Any = None,
+        expected_ndims: int = 3,
+    ) -> list[Any]:
+        """Return images as tensors (C, H, W) on the device asked for, in lists where they are in lists."""
+        images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
+        nested = [isinstance(image, (list, tuple)) for image in images]
+        # One copy takes all of them to a device, unless a subclass has other plans.
+        at_once = device is not None and not any(nested) and not replaced(self, READING)
+        read = partial(
+            self._process_image,
+            do_convert_rgb=do_convert_rgb,
+            input_data_format=input_data_format,
+            device=None if at_once else device,
         )
-    if number != NEAREST:
-        return number, None
-    # In torchvision's enumeration "nearest" is another filter, without the half pixel.
-    is_theirs = type(resample).__name__ == "InterpolationMode"
-    return number, resample.value if is_theirs else "nearest-exact"
+        tensors: list[Any] = []
+        try:
+            for image, is_list in zip(images, nested, strict=True):
+                tensors.append([read(part) for part in image] if is_list else read(image))
+        except Exception as error:
+            raise_named(len(tensors), error)
+        return upload(tensors, torch.device(device)) if at_once else tensors
 
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        """Return the images as one list, those that are paths and the like read."""
+        return flatten_images(self.fetch_images(images), expected_ndims)
 
-def _check_pixels(i: int, image: Tensor, options: _Options) -> None:
-    """Refuse pixels that no processing makes sense of; those on a GPU are not looked at.
-
-    Raises:
-        ValueError: an image that holds NaN or infinity, or is to be rescaled and holds numbers out of the
-            range that :meth:`BitImageProcessorFast.preprocess` describes.
-    """
-    is_floating = image.is_floating_point()
-    if image.device.type != "cpu" or image.dtype == torch.uint8:
-        return
-    if not is_floating and options.factor is None:
-        return
-    # torch compares neither bool nor unsigned integers of more than 8 bits.
-    low, high = (float(v) for v in (image if is_floating else image.double()).aminmax())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"images[{i}] must hold finite numbers, got {low} to {high}")
-    if options.factor is None:
-        return
-    most = max(255.0, abs(1 / options.factor)) if options.factor else np.inf
-    if not 0 <= low <= high <= most:
-        raise ValueError(
-            f"images[{i}] must hold numbers from 0 to {most:g} to be rescaled by {options.factor:g},"
-            f" got {image.dtype} from {low:g} to {high:g}"
+    def _process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: Any = None,
+        device: Any = None,
+    ) -> Tensor:
+        """Return one image as a tensor (C, H, W) on the device asked for."""
+        pixels = read_tensor(
+            self.convert_to_rgb(image) if do_convert_rgb else image, input_data_format
         )
-    if is_floating and high <= 1 and i == 0:
-        warnings.warn(
-            "the pixels of the first image are between 0 and 1 already; if those of the others "
-            "are too, pass do_rescale=False",
-            stacklevel=3,
+        if replaced(self, METHODS):  # who may write into it, and it may be Pillow's memory
+            pixels = pixels.clone(memory_format=torch.contiguous_format)
+        return pixels if device is None else pixels.to(device)
+
+    def convert_to_rgb(self, image: Any) -> Any:
+        """Return a PIL image in mode "RGB", and anything else as it is.
+
+        Raises:
+            OSError: the image cannot be decoded.
+        """
+        if not isinstance(image, Image.Image) or image.mode == "RGB":
+            return image
+        try:
+            return image.convert("RGB")
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            raise OSError(f"image cannot be decoded: {error}") from error
+
+    # ---- the steps: TensorSteps has each one ----------------------------------------------------
+
+    def _preprocess(
+        self,
+        images: Sequence[Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        interpolation: Any,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        disable_grouping: bool | None,
+        return_tensors: Any,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Take the steps: those that a subclass has replaced by its methods, all others at once.
+
+        Args:
+            images: Shape (C, H, W) each.
+            do_resize: This and the next arguments are as :meth:`preprocess` takes them.
+            size: What :meth:`resize` takes.
+            interpolation: What :meth:`resize` takes.
+            do_center_crop: Whether to crop.
+            crop_size: What :meth:`center_crop` takes.
+            do_rescale: Whether to rescale.
+            rescale_factor: What :meth:`rescale_and_normalize` takes.
+            do_normalize: Whether to normalize.
+            image_mean: What :meth:`rescale_and_normalize` takes.
+            image_std: What :meth:`rescale_and_normalize` takes.
+            disable_grouping: Whether to call a replaced step for each image alone.
+            return_tensors: "pt" for one tensor; None for a list.
+            **kwargs: Ignored; more parameters of a subclass.
+        """
+        options = parse_options(
+            {
+                "do_resize": do_resize,
+                "size": size,
+                "interpolation": interpolation,
+                "do_center_crop": do_center_crop,
+                "crop_size": crop_size,
+                "do_rescale": do_rescale,
+                "rescale_factor": rescale_factor,
+                "do_normalize": do_normalize,
+                "image_mean": image_mean,
+                "image_std": image_std,
+            }
         )
+        image_tensors.check_pixels(images, options, stacklevel=5)
+        recorded = any(map(image_tensors.is_recorded, images))
+        if do_resize and (recorded or replaced(self, RESIZING)):
+            images = image_tensors.call_by_shape(
+                images,
+                [image.shape for image in images],
+                lambda stack: self.resize(image=stack, size=size, interpolation=interpolation),
+                disable_grouping,
+            )
+            options = options._replace(size=None)
+        crops = do_center_crop and (recorded or replaced(self, CROPPING))
+        rescales = recorded or replaced(self, RESCALING)
+        if crops or rescales:
+
+            def crop_and_rescale(stack: Tensor) -> Tensor:
+                if crops:
+                    stack = self.center_crop(stack, crop_size)
+                if rescales:
+                    stack = self.rescale_and_normalize(
+                        stack, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                    )
+                return stack
+
+            shapes = image_tensors.sizes_after_resizing(images, options)
+            before = Options(*options[:3], crop=None if crops else options.crop)
+            images = list(image_tensors.process_at_once(images, before))
+            images = image_tensors.call_by_shape(images, shapes, crop_and_rescale, disable_grouping)
+            options = Options() if rescales else options._replace(size=None, crop=None)
+        pixel_values = image_tensors.process_at_once(images, options)
+        if not return_tensors:
+            pixel_values = list(pixel_values)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
-# ---- one image ----------------------------------------------------------------------------------
+def _methods(*names: str) -> dict[str, Any]:
+    return {name: getattr(BitImageProcessorFast, name) for name in names}
 
 
-def _job(i: int, image: Tensor, options: _Options) -> Job:
-    """Describe an image (H, W, C) and what the steps make of it."""
-    height, width, channels = image.shape
-    size = height, width
-    if options.mean is not None and channels == 1:
-        channels = max(_length(options.mean), _length(options.std))
-        image = image.expand(height, width, channels)
-    factors, mean, std = _rescaling(channels, image.dtype, options)
-    if options.size is not None:
-        size = _resized(height, width, options.size)
-        check_resized_size(i, height, width, size)
-    given = image.dtype
-    are_integers = not image.is_floating_point() and given != torch.uint8
-    if are_integers:
-        image = image.double()  # exact
-    if size != (height, width):
-        if options.nearest_mode is not None:
-            batch = image.permute(2, 0, 1)[None]
-            image = F.interpolate(batch, size, mode=options.nearest_mode)[0].permute(1, 2, 0)
-        elif are_integers:
-            image = _resize_integers(image, size, options.resample, given)
-    crop = size if options.crop is None else options.crop
-    dtype = _computed_dtype(image.dtype, bool(factors or mean), bool(mean))
-    recipe = Recipe(crop, options.resample, factors, mean, std, dtype, pillow_version=WIDTH_FIRST)
-    return Job(image, size, (_offset(size[0], crop[0]), _offset(size[1], crop[1])), recipe)
-
-
-def _resize_integers(
-    image: Tensor, size: tuple[int, int], resample: int, dtype: torch.dtype
-) -> Tensor:
-    """Resize integers that are no bytes, shape (H, W, C) of float64, which have been of ``dtype``.
-
-    As in torchvision, they are floating numbers meanwhile, and then rounded. Where cubes overshoot the
-    dtype's range they stop at its ends, while torchvision lets them wrap around.
-    """
-    (resized,) = resize_normalize(
-        [image.float()], [size], resample=resample, pillow_version=WIDTH_FIRST
-    )
-    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    return resized.round().double().clamp(low, high).permute(1, 2, 0)
-
-
-def _length(values: Any) -> int:
-    return len(values) if isinstance(values, Collection) else 1
-
-
-def _resized(height: int, width: int, size: Size) -> tuple[int, int]:
-    """Return (height, width) after resizing."""
-    if set(size) == {"shortest_edge", "longest_edge"}:
-        result = size_with_aspect_ratio(height, width, size["shortest_edge"], size["longest_edge"])
-    elif "max_height" in size:
-        result = size_within(height, width, size["max_height"], size["max_width"])
-    else:
-        result = resized_size(height, width, size)
-    if min(result) < 1:
-        raise ValueError(f"{width}x{height} pixels would be resized to {result[1]}x{result[0]}")
-    return result
-
-
-def _offset(have: int, want: int) -> int:
-    """Return where a window of ``want`` pixels begins in ``have``; negative: zeros come first.
-
-    As torchvision has it: halves go to the even number, and a smaller image stands nearer to the top and
-    left in its window.
-    """
-    return round((have - want) / 2) if have >= want else -((want - have) // 2)
-
-
-def _rescaling(
-    channels: int, dtype: torch.dtype, options: _Options
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-    """Return factors, mean and std for an image of this dtype, such that rounding is that of tensors.
-
-    Rescaled and normalized at once, the statistics are divided by the factor, as float32 numbers.
-    """
-    if options.mean is None:
-        if options.factor is None:
-            return (), (), ()
-        # The op's product is of float64 numbers, and exact if these are float32 numbers.
-        exact = dtype == torch.float64
-        return (options.factor if exact else float(np.float32(options.factor)),), (), ()
-    inverse = np.float32(1) if options.factor is None else np.float32(1.0 / options.factor)
-    mean, std = image_transforms.statistics(
-        _one_for_all(options.mean),
-        _one_for_all(options.std),
-        channels,
-        np.float32,
-        ("image_mean", "image_std"),
-    )
-    return (), tuple((mean * inverse).tolist()), tuple((std * inverse).tolist())
-
-
-def _one_for_all(values: Any) -> Any:
-    """Return the only number of a list, which stands for every channel, or what there is."""
-    return next(iter(values)) if _length(values) == 1 and isinstance(values, Collection) else values
-
-
-def _computed_dtype(image: torch.dtype, is_scaled: bool, is_normalized: bool) -> torch.dtype:
-    """Return the dtype in which the op returns an image of this dtype."""
-    if is_normalized or (is_scaled and not image.is_floating_point):
-        return torch.float32
-    return image
-
-
-def _result_dtype(image: torch.dtype, options: _Options) -> torch.dtype:
-    """Return the dtype of the result for an image that was given in this one."""
-    return _computed_dtype(
-        image, options.factor is not None or options.mean is not None, options.mean is not None
-    )
+RESIZING = _methods("resize")
+CROPPING = _methods("center_crop")
+RESCALING = _methods(
+    "rescale", "normalize", "rescale_and_normalize", "_fuse_mean_std_and_rescale_factor"
+)
+READING = _methods("_process_image")
+METHODS = _methods(
+    *(*RESIZING, *CROPPING, *RESCALING, *READING),
+    "_further_process_kwargs",
+    "_prepare_image_like_inputs",
+    "_preprocess",
+    "_preprocess_image_like_inputs",
+    "_validate_preprocess_kwargs",
+)
+"""Those that are given tensors or torchvision's enumerations, as they are before anybody replaces them."""

@@ -89,8 +89,9 @@ class PreparedWeights:
     dtype, layout or backend asked for differs. :meth:`drop` forgets them; models call it when they are
     moved, converted or switched between training and evaluation.
 
-    Writing through ``parameter.data`` or a numpy view, and the replay of a CUDA graph that trains, escape
-    torch's own count of changes. After those call ``model.eval()`` again, which drops what was kept.
+    Writing through ``parameter.data`` or the array of ``parameter.detach().numpy()``, and the replay of a CUDA
+    graph that trains, escape torch's own count of changes. After those call ``model.eval()``
+    again, which drops what was kept.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
+import tarfile
+import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +166,49 @@ def test_code_in_a_pickle_is_not_run(
     save({"norm.weight": torch.ones(32), "norm.bias": Payload(marker)}, checkpoint / name)
     assert_refused(checkpoint, name)
     assert not marker.exists()
+
+
+def save_torchscript(content: Any, path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
+
+
+def save_nonsense(content: Any, path: Path) -> None:
+    path.write_bytes(b"\x80\x02x nothing that a pickle holds")
+
+
+def save_tar(content: Any, path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+
+
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize(
+    ("save", "reason"),
+    [
+        (save_zip, "holds Python objects (posix.mkdir)"),
+        (save_legacy, "holds Python objects (posix.mkdir)"),
+        (save_pickle, "holds Python objects (posix.mkdir)"),
+        (save_pickle_in_zip, "holds Python objects (posix.mkdir)"),
+        (save_torchscript, "TorchScript archive, which holds code"),
+        (save_nonsense, "is broken, or holds Python objects"),
+        (save_tar, "nothing else is loaded: it"),
+    ],
+)
+def test_nobody_is_told_how_to_run_the_code_in_a_file(
+    checkpoint: Path, save: Callable[[Any, Path], None], reason: str, tmp_path: Path
+) -> None:
+    """torch's errors advise ``weights_only=False``; neither the message nor the traceback repeats that."""
+    (checkpoint / "model.safetensors").unlink()
+    save({"norm.weight": Payload(tmp_path / "executed")}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=re.escape(reason)) as caught:
+        BitModel.from_pretrained(checkpoint)
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "CheckpointError" in printed
+    assert "torch.load" not in printed  # nor its own error, chained
+    for advice in ("weights_only", "safe_globals", "allowlist", "likely succeed"):
+        assert advice not in printed
 
 
 @pytest.mark.parametrize(

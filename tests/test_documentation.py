@@ -117,3 +117,24 @@ def test_exporting_as_the_readme_shows(tmp_path: Path, monkeypatch: pytest.Monke
     (converted,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     for actual in (packaged, torch.from_numpy(converted)):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alias", ["parameter.data", "parameter.detach().numpy()"])
+def test_ways_to_write_that_torch_does_not_count(alias: str) -> None:
+    """README names them, and what to do after them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (paragraph,) = re.findall(r"^- \*\*Standardized weights are kept.*?(?=^- )", text, re.M | re.S)
+    assert f"`{alias}`" in paragraph
+    assert "`model.eval()`" in paragraph
+    model = our_model("BitModel").eval()
+    images = torch.randn(1, 3, 64, 64)
+    parameter = model.embedder.convolution.weight
+    with torch.no_grad():
+        before = model(images).last_hidden_state
+        version = parameter._version
+        eval(alias)[...] *= -1
+        assert parameter._version == version
+        after = model.eval()(images).last_hidden_state
+        assert not torch.equal(before, after)
+        parameter.copy_(parameter.clone())  # which torch counts
+        assert torch.equal(model(images).last_hidden_state, after)

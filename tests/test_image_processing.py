@@ -225,7 +225,7 @@ def test_channels_kept_with_an_explicit_layout(channels: int, resample: int) -> 
 
 
 @pytest.mark.parametrize("low", [-1, 0, 1])
-@pytest.mark.parametrize("dtype", [np.int32, np.float32, np.uint16])
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64, np.uint16])
 def test_integers_that_only_an_unresized_image_may_hold(low: int, dtype: Any) -> None:
     array = (np.arange(5 * 6 * 3).reshape(5, 6, 3) * 11 + low).astype(dtype)
     assert_same(array, do_resize=False, crop_size=(4, 9), return_tensors="pt")

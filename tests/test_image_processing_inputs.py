@@ -139,7 +139,7 @@ def truncated() -> Image.Image:
         ([], {}, "images must hold at least one image, got an empty list"),
         (pixels(0, 8, 9, 3), {}, r"images must hold at least one image, got shape \(0, 8, 9, 3\)"),
         (None, {}, r"images\[0\] must be a PIL.Image.Image.* got NoneType"),
-        ([GOOD, "cat.png"], {}, r"images\[1\] must be .* got str; open a file with PIL.Image.open"),
+        ([GOOD, "cat.png"], {}, r"images\[1\] must be .* got str; fetch_images opens files"),
         ([[GOOD]], {}, r"images\[0\] must be .* got list"),
         ([GOOD, pixels(2, 8, 9, 3)], {}, r"images\[1\] must have shape .* got \(2, 8, 9, 3\)"),
         (pixels(2, 2, 8, 9, 3), {}, r"images\[0\] must have shape .* got \(2, 2, 8, 9, 3\)"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -170,10 +171,10 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # The unpickler meets whatever the file holds; it fails with almost any type of exception.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{path} is not a PyTorch file of plain tensors, and nothing else is loaded: {reason}"
-        ) from error
+            f"{path} is not a PyTorch file of plain tensors, and nothing else is loaded: "
+            f"{_why_not_loaded(error)}"
+        ) from None  # torch's own text advises to load the file regardless
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a dictionary, got {type(content).__name__}")
     for key, value in content.items():
@@ -182,6 +183,18 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
             raise CheckpointError(f"{path} has {key!r}, which is not a plain tensor")
     return _own_storages(content)
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """Return why torch refused a file, without its advice on how to run what is in it."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "it is a TorchScript archive, which holds code"
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds Python objects ({refused[1]}), which may run code when they are loaded"
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
+        return "it is broken, or holds Python objects, which may run code when they are loaded"
+    return text.strip().split("\n")[0] or type(error).__name__
 
 
 def _own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

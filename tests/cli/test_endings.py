@@ -53,6 +53,33 @@ def test_usage_errors(run: Run, arguments: list[str], said: str) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "classify",
+        "classify x.png --topk",
+        "classify x.png --topk 3",
+        "classify x.png --top-k",
+        "classify x.png --top-k many",
+        "classify x.png --device abacus",
+        "convert a",
+        "convert a b c",
+        "convert a b --dtipe float32",
+        "demo now",
+        "demo --threads",
+        "env --jason",
+        "bench --fast",
+        "bench --rounds",
+    ],
+)
+def test_wrong_arguments_show_the_usage_of_their_command(run: Run, wrong: str) -> None:
+    command = wrong.split()[0]
+    status, out, err = run(*wrong.split())
+    assert (status, out) == (2, "")
+    assert err.startswith(f"usage: bitfast {command} [-h]")
+    assert f"bitfast {command}: error: " in err
+
+
 def remove_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
