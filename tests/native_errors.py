@@ -6,11 +6,20 @@ Loads the library alone, without the rest of bitfast, so that one that was built
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+
+Message = tuple[str, str, str]
+"""An operator, what it said, and the words that this must end with."""
 
 
 class Wrong(NamedTuple):
@@ -225,6 +234,27 @@ def what_is_said(wrong: Wrong) -> str:
     except RuntimeError as error:
         return str(error)
     return "nothing"
+
+
+def messages(library: Path, **environment: str) -> list[Message]:
+    """Return what a library says of each wrong call; the last message is torch's own."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.native_errors", str(library)],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    return [tuple(row) for row in json.loads(process.stdout.splitlines()[-1])]
+
+
+def assert_whole(found: list[Message]) -> None:
+    """Hold the messages to their words, and to where they say that they come from."""
+    *ours, (_, of_torch, _) = found
+    for operator, message, words in ours:
+        assert re.fullmatch(rf"\w+(\(\))?, \S+:\d+, {re.escape(words)}", message), (
+            operator,
+            message,
+        )
+    assert re.search(r"API call failed at \S+, line \d+$", of_torch), of_torch
 
 
 def main() -> None:
