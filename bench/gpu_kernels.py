@@ -24,6 +24,8 @@ R50X1_NORMS = (
 
 FEW_NORMS = ((256, 56), (1024, 14), (2048, 7))
 GROUPS = 32
+KINK = 1e-4
+"""Inputs of ReLU this near to 0 may come out on either side: float32 rounds them by 1e-6 at most."""
 
 
 @lru_cache(maxsize=1)
@@ -71,6 +73,17 @@ class Norms:
         self.weight = (torch.rand(channels, device=session.device) + 0.5).to(dtype)
         self.bias = torch.randn(channels, device=session.device).to(dtype)
         self.groups = min(GROUPS, channels)
+
+    def drop_gradients_at_kinks(self) -> None:
+        """Let no gradient reach input set 0 where rounding decides on which side of ReLU's kink it is.
+
+        One such element among the 400,000 of a channel changes the gradient of its weight a thousand times
+        more than all roundings of the sum do, and plain PyTorch has as many of them.
+        """
+        x, grad = self.nchw[0]
+        z = F.group_norm(x.double(), self.groups, self.weight.double(), self.bias.double())
+        grad.masked_fill_(z.abs() < KINK, 0.0)
+        self.last[0][1].copy_(grad)
 
     def exact(self) -> list[Tensor]:
         """Return input set 0 and the parameters in float64."""
@@ -125,6 +138,8 @@ def norm_contest(
     plain, ours = norm_in(form, plain_function), norm_in(form, our_function)
     case = f"GroupNorm+ReLU {form} {batch}x{channels}x{size}x{size} {name_of(dtype)}"
     norms = Norms(session, batch, channels, size, dtype, tensors)
+    if form == "forward+backward":
+        norms.drop_gradients_at_kinks()
     parameters = (norms.weight, norms.bias, norms.groups)
     contestants: dict[str, Callable[[int], Any]] = {
         "torch eager, NCHW": lambda i: plain(*norms.nchw[i], *parameters),

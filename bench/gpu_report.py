@@ -1,9 +1,9 @@
 """``make gpu-report OUT=<folder>``: everything that is to be learnt on a machine with a GPU, in one command.
 
-It builds the extension, runs the GPU tests and the sanitizer, measures the kernels and whole models beside
-the peers that are installed, and leaves report.json, report.md, plots and log.txt. Each part is a process
-with a time limit of its own; one that fails, crashes or hangs is recorded, and the others still run. The
-exit status is 1 if anything failed.
+It builds the extension, proves every kernel, measures the kernels and whole models beside the peers that are
+installed, runs the GPU tests and the sanitizer, and leaves report.json, report.md, plots and log.txt, in eight
+minutes. Each part is a process with a time limit of its own (``gpu_plan`` says which, in what order); one that
+fails, crashes or hangs is recorded, and the others still run. The exit status is 1 if anything failed.
 
 This file needs nothing but Python: what is broken on the machine shall break a part, not the report.
 """
@@ -14,54 +14,24 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, TextIO
 from xml.etree import ElementTree
 
+from .gpu_plan import ROOT, SECONDS, SMOKE_PATIENCE, Part, Plan
 from .gpu_summary import add_ratios, draw_plots, markdown, short_table, targets
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 520.0
-"""Of the whole report: under nine minutes, with what Python needs to start and stop."""
-
-GRACE = 6.0
+GRACE = 3.0
 """Seconds that an interrupted part has to write what it knows."""
 
 NOTHING_BEGINS = 12.0
 """Seconds before the end in which no part is started."""
-
-
-@dataclass
-class Part:
-    """One process of the report.
-
-    Attributes:
-        name: For people.
-        command: What runs.
-        seconds: Its time limit.
-        environment: Variables beside those of every part.
-        is_optional: Running out of time is no failure.
-        skipped: Why it cannot run here, or "".
-        junit: Where pytest leaves its results, or None.
-        rows: Where the part leaves its rows.
-    """
-
-    name: str
-    command: list[str]
-    seconds: float
-    environment: dict[str, str] = field(default_factory=dict)
-    is_optional: bool = False
-    skipped: str = ""
-    junit: Path | None = None
-    rows: Path | None = None
 
 
 @dataclass
@@ -74,132 +44,6 @@ class Running:
     began: float
     ends: float
     is_late: bool = False
-
-
-# ---- what runs ------------------------------------------------------------------------------------
-
-
-class Plan:
-    """The parts, in groups: those of a group run side by side, one group after the other."""
-
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options = options
-        self.folder = folder
-
-    def groups(self) -> list[list[Part]]:
-        """Return all parts. Times are taken by one part at a time; checks may share the GPU."""
-        kernels, models = "bench.gpu_kernels", "bench.gpu_models"
-        groups = [
-            [self.module("environment", "bench.gpu_device", 40)],
-            [
-                *self.all_tests(125),
-                self.sanitizer("memcheck", 125),
-                self.sanitizer("racecheck", 125),
-                # Kernels are compiled here; the parts that take times find them in Triton's cache.
-                self.module("group_norm_act", kernels, 120, "--check-only"),
-            ],
-            [self.module("ceilings", "bench.gpu_device", 30)],
-            [self.module("weight_standardization", kernels, 45)],
-            [self.module("models_eager", models, 95)],
-            [self.module("group_norm_act", kernels, 55)],
-            [self.module("models_compiled", models, 130)],
-            [self.module("same_padding", kernels, 15)],
-            [self.module("images", "bench.gpu_images", 45)],
-            [self.module("dispatch", "bench.gpu_device", 15)],
-            [self.module("models_peers", models, 80)],
-            [self.module("models_autotuned", models, 240, is_optional=True)],
-        ]
-        if self.options.smoke:
-            groups[-1][0].skipped = "a smoke run generates no code: see models_compiled"
-        only = self.options.only
-        if only:
-            groups = [[part for part in group if part.name in only] for group in groups]
-        return [[self.spoilt(part) for part in group] for group in groups if group]
-
-    def module(
-        self, name: str, module: str, seconds: float, *more: str, is_optional: bool = False
-    ) -> Part:
-        """Return a part that is a part of one of our modules."""
-        label = f"{name}_check" if "--check-only" in more else name
-        rows = self.folder / f"{label}.jsonl"
-        command = [sys.executable, "-m", module, "--part", name, "--rows", str(rows), *more]
-        return Part(label, [*command, *self.device()], seconds, is_optional=is_optional, rows=rows)
-
-    def all_tests(self, seconds: float) -> list[Part]:
-        """Return a part for each file of GPU tests: most of their time goes into compiling kernels."""
-        files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py"))
-        parts = [
-            self.tests("tests_gpu_" + Path(f).stem.removeprefix("test_"), [f], seconds)
-            for f in files
-        ]
-        parts.append(self.tests("tests_kernels", KERNEL_TESTS, seconds))
-        if self.options.smoke:
-            for part in parts[1:]:
-                part.skipped = "a smoke run runs one file of tests"
-        return parts
-
-    def tests(self, name: str, paths: list[str], seconds: float) -> Part:
-        """Return a part that runs tests."""
-        junit = self.folder / f"{name}.xml"
-        there = [path for path in paths if (ROOT / path).exists()]
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
-        if name == "tests_kernels" and importlib.util.find_spec("xdist") is not None:
-            command += ["-n", str(min(6, os.cpu_count() or 1))]
-        skipped = "" if there else f"not in this checkout: {', '.join(paths)}"
-        return Part(
-            name, [*command, f"--junitxml={junit}", *there], seconds, skipped=skipped, junit=junit
-        )
-
-    def sanitizer(self, tool: str, seconds: float) -> Part:
-        """Return a part that runs every kernel under compute-sanitizer."""
-        watched = [sys.executable, "-m", "bench.sanitizer_cases", *self.device()]
-        if self.options.smoke:
-            skipped = "" if tool == "memcheck" else "a smoke run runs the cases once, unwatched"
-            return Part(f"sanitizer_{tool}", watched, seconds, skipped=skipped)
-        found = shutil.which("compute-sanitizer")
-        command = [
-            str(found),
-            "--tool", tool, "--error-exitcode", "9", "--print-limit", "20",
-            # Calls that torch makes to ask what the driver can do are no errors of ours.
-            *(["--report-api-errors", "no"] if tool == "memcheck" else []),
-            *watched,
-        ]  # fmt: skip
-        # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        skipped = "" if found else "compute-sanitizer is not installed"
-        return Part(f"sanitizer_{tool}", command, seconds, environment, skipped=skipped)
-
-    def device(self) -> list[str]:
-        """Return the options that say where a part computes."""
-        return ["--device", self.options.device, *(["--smoke"] if self.options.smoke else [])]
-
-    def spoilt(self, part: Part) -> Part:
-        """Return the part, or one that fails in its place if a test asks for that."""
-        if part.name in self.options.sabotage:
-            part.command = [sys.executable, "-c", "raise RuntimeError('sabotaged')"]
-        return part
-
-    def builds(self) -> list[Part]:
-        """Return the ways to build, each tried if the one before failed."""
-        command = [
-            sys.executable,
-            "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
-            "--editable", str(ROOT),
-        ]  # fmt: skip
-        pip = {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        return [
-            self.spoilt(
-                Part(f"build_{choice}", command, limit, {**pip, "BITFAST_EXTENSION": choice})
-            )
-            for choice, limit in (("cuda", 150.0), ("cpu", 60.0), ("none", 40.0))
-        ]
-
-
-KERNEL_TESTS = [
-    "tests/test_group_norm_act_kernels.py",
-    "tests/test_resize_normalize_kernels.py",
-    "tests/test_weight_standardization_kernels.py",
-]
 
 
 # ---- running it -----------------------------------------------------------------------------------
@@ -220,6 +64,8 @@ class Runner:
         """Run the parts of one group side by side."""
         started = []
         for part in group:
+            if part.instead_of and not self.has_failed(part.instead_of):
+                continue
             left = self.ends - time.monotonic()
             if not part.skipped and left < NOTHING_BEGINS:
                 part.skipped = "the report is out of time"
@@ -293,7 +139,9 @@ class Runner:
         if status == "failed":
             problem += f"\nexit status {process.returncode}"
         said = (text.strip().splitlines() or [""])[-1]
-        is_telling = part.name.startswith(("tests", "sanitizer"))  # of others the rows say more
+        is_telling = part.name.startswith(
+            ("tests", "sanitizer", "proof")
+        )  # of others the rows say more
         self.ended(part, status, seconds, problem, said[:160] if is_telling else "")
 
     def ended(
@@ -311,12 +159,9 @@ class Runner:
         )
         print(f"{part.name}: {status} after {seconds:.0f} s", flush=True)
 
-    def build(self, builds: list[Part]) -> None:
-        """Build the extension; with less of it where that fails, so that the Triton kernels can run."""
-        for part in builds:
-            self.run([part])
-            if self.parts[-1]["status"] == "done":
-                return
+    def has_failed(self, name: str) -> bool:
+        """Say whether the part of this name has failed; one that ran out of time leaves none to others."""
+        return any(part["part"] == name and part["status"] == "failed" for part in self.parts)
 
     def succeeded(self) -> bool:
         """Say whether nothing failed."""
@@ -406,7 +251,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for the report")
     parser.add_argument("--build", action="store_true", help="build and install in place first")
     parser.add_argument("--only", action="append", default=[], metavar="PART")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the whole report")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for the whole report; {SECONDS:.0f} by default"
+    )
     parser.add_argument("--commit", help="where this is a copy without git's history")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
@@ -417,6 +264,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.smoke:
         parser.error("--device cpu needs --smoke: times from a CPU say nothing about a GPU")
+    if options.seconds is None:
+        options.seconds = SECONDS * (SMOKE_PATIENCE if options.smoke else 1)
     if options.commit:
         os.environ["BITFAST_COMMIT"] = options.commit
     return options
@@ -432,10 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         (options.output / "log.txt").open("w") as log,
     ):
         runner = Runner(options, Path(folder), log)
-        plan = Plan(options, Path(folder))
-        if options.build:
-            runner.build(plan.builds())
-        for group in plan.groups():
+        for group in Plan(options, Path(folder)).groups():
             runner.run(group)
             write(report_of(runner, options.output), options.output)
     report = report_of(runner, options.output)

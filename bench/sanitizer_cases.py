@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,13 +126,32 @@ def run_norm(
         compare(a, e, f"gradients of {shape} {groups} {dtype}")
 
 
-def all_norms(device: str, is_quick: bool) -> None:
-    """Run the norms, cut up as on a device of this size and as on a small one."""
+Round = tuple[Device | None, list[tuple[tuple[int, int, int, int], int]], bool]
+"""The device to plan for (None: the one there is), shapes and groups, and whether offsets have 64 bits."""
+
+
+def norms_held(device: str, is_quick: bool) -> None:
+    """Run norms of which a program holds all pixels."""
+    small: Round = (SMALL_DEVICE, HELD[:1], True)
+    run_rounds([(None, HELD[:1] if is_quick else HELD, False), small], device)
+
+
+def norms_shared_out(device: str, is_quick: bool) -> None:
+    """Run norms of which programs share the pixels."""
+    small: Round = (SMALL_DEVICE, HELD[:1], False)
+    large: list[Round] = [(SMALL_DEVICE, SHARED_OUT, False), (SMALL_DEVICE, SHARED_OUT[:1], True)]
+    run_rounds([small] if is_quick else large, device)
+
+
+def norms_streamed(device: str, is_quick: bool) -> None:
+    """Run norms of which a program goes through all pixels twice."""
+    widths = (False,) if is_quick else (False, True)
+    run_rounds([(SMALL_STREAMS, [STREAMED], is_wide) for is_wide in widths], device)
+
+
+def run_rounds(rounds: list[Round], device: str) -> None:
+    """Run norms, cut up as on the given devices."""
     planned = norms.device_of, norms.is_wide
-    rounds = [(None, HELD[:1] if is_quick else HELD, False), (SMALL_DEVICE, HELD[:1], True)]
-    if not is_quick:
-        rounds += [(SMALL_DEVICE, SHARED_OUT, False), (SMALL_DEVICE, SHARED_OUT[:1], True)]
-        rounds += [(SMALL_STREAMS, [STREAMED], is_wide) for is_wide in (False, True)]
     for stand_in, chosen, is_wide in rounds:
         if stand_in is not None:
             norms.device_of = lambda _, stand_in=stand_in: stand_in  # type: ignore[assignment]
@@ -219,7 +239,7 @@ def run_one_weight(weight: Tensor, expected: Tensor) -> None:
 # ---- same_padding ---------------------------------------------------------------------------------
 
 
-def all_paddings(device: str) -> None:
+def all_paddings(device: str, is_quick: bool) -> None:
     """Run the pad and the pool of the extension, forward and backward."""
     operators = torch.ops.bitfast
     for layout, dtype in itertools.product(LAYOUTS, (torch.float32, torch.bfloat16, torch.float16)):
@@ -241,7 +261,7 @@ def all_paddings(device: str) -> None:
                         raise AssertionError(f"same_padding of {shape} {dtype} {sides} differs")
 
 
-def all_images(device: str) -> None:
+def all_images(device: str, is_quick: bool) -> None:
     """Resize batches of images of several sizes, by every filter, in both layouts and orders of passes."""
     shapes = [(7, 9, 3), (40, 3, 3), (1, 1, 3), (13, 90, 3)]
     images = [torch.randint(256, shape, dtype=torch.uint8) for shape in shapes]
@@ -262,29 +282,38 @@ def all_images(device: str) -> None:
             raise AssertionError(f"resize_normalize with filter {resample} differs")
 
 
+CASES: dict[str, Callable[[str, bool], None]] = {
+    "weights": all_weights,
+    "norms_held": norms_held,
+    "norms_shared_out": norms_shared_out,
+    "norms_streamed": norms_streamed,
+    "paddings": all_paddings,
+    "images": all_images,
+}
+
+
 def main() -> None:
-    """Run everything, and print what ran."""
+    """Run everything, or some of it, and print what ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="a few cases only")
+    parser.add_argument("--only", action="append", choices=list(CASES), default=[])
     options = parser.parse_args()
     torch.manual_seed(0)
     watch_launches()
-    all_weights(options.device, options.smoke)
-    all_norms(options.device, options.smoke)
-    problem = None
-    try:
-        all_paddings(options.device)
-        all_images(options.device)
-    except (AttributeError, BackendUnavailableError) as error:  # without the extension
-        problem = error
+    problems = []
+    for name in options.only or CASES:
+        try:
+            CASES[name](options.device, options.smoke)
+        except (AttributeError, BackendUnavailableError) as error:  # without the extension
+            problems.append(f"{name} did not run: {error}")
     if options.device == "cuda":
         torch.cuda.synchronize()
     for variant in sorted(seen.variants):
         print(*variant)
     print(f"{len(seen.variants)} kernel variants ran")
-    if problem is not None:
-        raise SystemExit(f"same_padding and resize_normalize did not run: {problem}")
+    if problems:
+        raise SystemExit("\n".join(problems))
 
 
 if __name__ == "__main__":

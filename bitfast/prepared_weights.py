@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfast.backends import select_backend
+from bitfast.kernels.kept import is_capturing
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.weight_standardization import (
     OP,
@@ -159,10 +160,9 @@ class PreparedWeights:
         # Not as inference tensors: autograd could not save those if it uses these weights later.
         with torch.inference_mode(False), torch.no_grad():
             results = _standardize(layers, channels_last)
-        if any(result.is_cuda for result in results.values()):
-            if torch.cuda.is_current_stream_capturing():
-                return results  # a replayed graph computes them again
-            _wait_for(results.values())
+        if is_capturing():
+            return results  # a replayed graph computes them again
+        _wait_for(results.values())
         # A weight that another thread changed meanwhile, or that is not really there, is not kept.
         if all(source.is_current() for source in sources) and all(
             type(result) is Tensor for result in results.values()

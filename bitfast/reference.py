@@ -243,9 +243,11 @@ def same_max_pool_forward(
     padded = same_pad_forward(x, padding, value)
     result, index = F.max_pool2d(padded, kernel_size, stride, 0, dilation, return_indices=True)
     row, column = _window_starts(result, stride)
-    tap_row = (index // padded.shape[3] - row) // dilation[0]
-    tap_column = (index % padded.shape[3] - column) // dilation[1]
-    taps = (tap_row * kernel_size[1] + tap_column).to(torch.int16)
+    from_row = index // padded.shape[3] - row
+    from_column = index % padded.shape[3] - column
+    taps = from_row // dilation[0] * kernel_size[1] + from_column // dilation[1]
+    # Of windows of nothing but -inf, CUDA names the first pixel of the image, which may not be theirs.
+    taps = torch.where((from_row < 0) | (from_column < 0), 0, taps).to(torch.int16)
     return (
         result.contiguous(memory_format=memory_format),
         taps.contiguous(memory_format=memory_format),
@@ -261,11 +263,26 @@ def same_max_pool_backward(
     dilation: Ints,
     padding: Ints,
 ) -> Tensor:
-    """Add each gradient to the pixel that its maximum came from; drop what falls into the padding."""
+    """Add each gradient to the pixel that its maximum came from; drop what falls into the padding.
+
+    Also dropped is the gradient of a tap that no pixel of the window has: it would lie outside of the memory.
+
+    Raises:
+        ValueError: ``taps`` are not of an input of this size.
+    """
+    pooled = pooled_size(size, kernel_size, stride, dilation, padding)
+    if tuple(taps.shape[2:]) != pooled:
+        raise ValueError(
+            f"same_padding: taps must have height and width {pooled} for an input of size {tuple(size)},"
+            f" got {tuple(taps.shape[2:])}"
+        )
     height, width = padded_size(size, padding)
     row, column = _window_starts(taps, stride)
-    row = row + taps.long() // kernel_size[1] * dilation[0]
-    column = column + taps.long() % kernel_size[1] * dilation[1]
+    is_tap = (taps >= 0) & (taps < kernel_size[0] * kernel_size[1])
+    tap = torch.where(is_tap, taps, 0).long()
+    row = row + tap // kernel_size[1] * dilation[0]
+    column = column + tap % kernel_size[1] * dilation[1]
+    grad = torch.where(is_tap, grad, 0)
     padded = grad.new_zeros((*taps.shape[:2], height * width), dtype=compute_dtype(grad.dtype))
     padded.scatter_add_(2, (row * width + column).flatten(2), grad.flatten(2).to(padded.dtype))
     result = padded.unflatten(2, (height, width))

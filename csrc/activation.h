@@ -1,9 +1,9 @@
 // The activations by the names that bitfast/activations.py gives them.
 #pragma once
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <string>
+
+#include "errors.h"
 
 namespace bitfast {
 

@@ -1,5 +1,7 @@
 // group_norm_act: the schemas, and the CPU kernels. bitfast/ops/group_norm_act.py says what each takes and
 // returns.
+#include "errors.h"
+
 #include "group_norm_act.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,6 @@
 // Tells which of the instruction sets the CPU kernels use on this machine.
+#include "errors.h"
+
 #include "instruction_sets.h"
 
 #include <torch/csrc/stable/library.h>

@@ -3,7 +3,8 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include "errors.h"
 
 namespace bitfast {
 

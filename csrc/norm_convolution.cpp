@@ -1,5 +1,7 @@
 // norm_convolution: the schemas and the CPU kernels, for AVX-512. bitfast/ops/norm_convolution.py says what each
 // takes and returns.
+#include "errors.h"
+
 #include "norm_convolution.h"
 
 #include <torch/csrc/stable/library.h>

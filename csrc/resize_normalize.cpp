@@ -1,10 +1,11 @@
 // resize_normalize on the CPU. bitfast/ops/resize_normalize.py says what each operator takes and returns.
+#include "errors.h"
+
 #include "resize_normalize.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>

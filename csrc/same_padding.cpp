@@ -1,5 +1,7 @@
 // same_padding: the schemas, and the CPU kernels. bitfast/ops/same_padding.py says what each takes and
 // returns.
+#include "errors.h"
+
 #include "same_padding.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,7 @@
 // same_padding: the CUDA kernels. One thread computes one element of the result, in the order in which
 // it lies in memory, so that neighbouring threads write (and, channels_last, read) neighbouring bytes.
+#include "errors.h"
+
 #include "same_padding.h"
 #include "same_padding_elements.h"
 

@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <vector>
 
+#include "errors.h"
 #include "memory_format.h"
 #include "same_padding_geometry.h"
 

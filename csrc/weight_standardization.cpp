@@ -1,5 +1,7 @@
 // weight_standardization: the schemas, and the CPU kernels. bitfast/ops/weight_standardization.py says what
 // each takes and returns.
+#include "errors.h"
+
 #include "weight_standardization.h"
 
 #include <torch/csrc/stable/library.h>

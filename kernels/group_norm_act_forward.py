@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .arithmetic import reciprocal_std
 from .group_norm_act_tiles import (
     activate,
     channels,
@@ -10,7 +11,6 @@ from .group_norm_act_tiles import (
     part_size,
     partials,
     per_channel,
-    reciprocal_std,
     scale_and_shift,
     split_of_program,
     sum_groups,
@@ -181,7 +181,7 @@ def forward_kernel(
                 BLOCK_G,
                 PADDED,
             )
-        group_rstd = reciprocal_std(squares, count, eps)
+        group_rstd = reciprocal_std(squares / count, eps)
         tl.store(mean + image * GROUPS + group, group_mean, group < GROUPS)
         tl.store(rstd + image * GROUPS + group, group_rstd, group < GROUPS)
         channel_mean = per_channel(group_mean, BLOCK_G, PADDED)
@@ -304,7 +304,8 @@ def apply_kernel(
     away = tl.where(is_partial, means - group_mean[None, :], 0.0)
     left_over = tl.sum(away * size, axis=0) / count
     squares = tl.load(partial_squares + place, is_partial, other=0.0) + away * away * size
-    group_rstd = reciprocal_std(tl.sum(squares, axis=0) - count * left_over * left_over, count, eps)
+    variance = (tl.sum(squares, axis=0) - count * left_over * left_over) / count
+    group_rstd = reciprocal_std(variance, eps)
     group_mean += left_over
     # One program of the image writes each group's statistics.
     is_first = group < tl.where(split + part == 0, GROUPS, 0)

@@ -113,12 +113,6 @@ def per_channel(values, BLOCK_G: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def reciprocal_std(square_sum, count, eps):
-    """Return 1 / sqrt(variance + eps), rounded correctly: one per group, so its cost does not show."""
-    return tl.div_rn(1.0, tl.sqrt_rn(square_sum / count + eps))
-
-
-@triton.jit
 def split_of_program(
     program,
     pixels,

@@ -7,14 +7,14 @@ row per program says which filters of which weight it has. The results are one b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import weight_standardization_tiles as kernels
+from .kept import Kept
 from .launch import Launch, ceil_div
 
 WARPS = 8
@@ -172,8 +172,12 @@ class Table(NamedTuple):
     programs: Tensor
 
 
-def table_of(weights: Sequence[Tensor], starts: Sequence[int], to_channels_last: bool) -> Table:
+def table_of(
+    weights: Sequence[Tensor], starts: Sequence[int], to_channels_last: bool
+) -> Table | None:
     """Return the table for these weights; built once while their storage and shapes stay.
+
+    None if it is not there yet, and cannot be built because a CUDA graph is being recorded.
 
     Args:
         weights: Dense, contiguous or channels_last.
@@ -182,11 +186,10 @@ def table_of(weights: Sequence[Tensor], starts: Sequence[int], to_channels_last:
     """
     filters = tuple(filters_of(weight, to_channels_last) for weight in weights)
     addresses = tuple(weight.data_ptr() for weight in weights)
-    return _table(filters, addresses, tuple(starts), weights[0].device)
+    return _tables.get(filters, addresses, tuple(starts), weights[0].device)
 
 
-@lru_cache(maxsize=256)
-def _table(
+def _new_table(
     filters: tuple[Filters, ...],
     addresses: tuple[int, ...],
     starts: tuple[int, ...],
@@ -205,6 +208,64 @@ def _table(
         torch.tensor(segments, dtype=torch.int64, device=device),
         torch.tensor(programs, dtype=torch.int32, device=device),
     )
+
+
+_tables = Kept(_new_table, most=256)
+
+
+def forward_all_launches(
+    weights: Sequence[Tensor],
+    starts: Sequence[int],
+    eps: float,
+    to_channels_last: bool,
+    *,
+    result: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> list[Launch]:
+    """Return the one launch of :func:`forward_all_launch`; without a table, one for each weight."""
+    table = table_of(weights, starts, to_channels_last)
+    if table is not None:
+        return [forward_all_launch(table, weights, eps, result=result, mean=mean, rstd=rstd)]
+    return [
+        forward_launch(
+            weight, eps, to_channels_last, result=result[place], mean=mean[rows], rstd=rstd[rows]
+        )
+        for weight, place, rows in _in_turn(weights, starts)
+    ]
+
+
+def backward_all_launches(
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    starts: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    from_channels_last: bool,
+    *,
+    grad_weight: Tensor,
+) -> list[Launch]:
+    """Return the one launch of :func:`backward_all_launch`; without a table, one for each weight."""
+    table = table_of(weights, starts, from_channels_last)
+    if table is not None:
+        return [backward_all_launch(table, grad, weights, mean, rstd, grad_weight=grad_weight)]
+    return [
+        backward_launch(
+            grad[place], weight, mean[rows], rstd[rows], from_channels_last, grad_weight=grad_weight[place]
+        )
+        for weight, place, rows in _in_turn(weights, starts)
+    ]  # fmt: skip
+
+
+def _in_turn(
+    weights: Sequence[Tensor], starts: Sequence[int]
+) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Yield each weight, its place in a buffer of all, and its filters among all."""
+    first_filter = 0
+    for weight, start in zip(weights, starts, strict=True):
+        end = first_filter + weight.shape[0]
+        yield weight, slice(start, start + weight.numel()), slice(first_filter, end)
+        first_filter = end
 
 
 def forward_all_launch(

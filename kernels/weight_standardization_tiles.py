@@ -12,6 +12,8 @@ KIND names how a weight is worked on; ``KINDS`` in ``weight_standardization`` ch
 import triton
 import triton.language as tl
 
+from .arithmetic import reciprocal_std
+
 LOOP_BLOCK = tl.constexpr(2048)
 """Numbers of a filter that the loop works on at a time."""
 
@@ -51,11 +53,6 @@ def _sum(tile):
     return tl.sum(tl.sum(tile, axis=1), axis=0)
 
 
-@triton.jit
-def _reciprocal_std(variance, eps):
-    return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-
-
 # ---- forward --------------------------------------------------------------------------------------
 
 
@@ -70,7 +67,7 @@ def _forward_straight(
     # What the mean's rounding was off by; it shows where the mean is many standard deviations.
     left_over = tl.sum(centered, axis=1) / fan_in
     centered = tl.where(inside, centered - left_over[:, None], 0.0)
-    row_rstd = _reciprocal_std(tl.sum(centered * centered, axis=1) / fan_in, eps)
+    row_rstd = reciprocal_std(tl.sum(centered * centered, axis=1) / fan_in, eps)
     tl.store(mean + row, row_mean + left_over, exists)
     tl.store(rstd + row, row_rstd, exists)
     standardized = centered * row_rstd[:, None]
@@ -88,7 +85,7 @@ def _forward_turned(
     centered = tl.where(inside, value - row_mean, 0.0)
     left_over = _sum(centered) / fan_in
     centered = tl.where(inside, centered - left_over, 0.0)
-    row_rstd = _reciprocal_std(_sum(centered * centered) / fan_in, eps)
+    row_rstd = reciprocal_std(_sum(centered * centered) / fan_in, eps)
     tl.store(mean + row, row_mean + left_over)
     tl.store(rstd + row, row_rstd)
     tl.store(result + target, (centered * row_rstd).to(result.dtype.element_ty), inside)
@@ -112,7 +109,7 @@ def _forward_looped(weight, result, mean, rstd, row, inner, taps, eps, TURNED: t
         squares += centered * centered
     left_over = tl.sum(left_overs, axis=0) / fan_in
     variance = tl.sum(squares, axis=0) / fan_in - left_over * left_over
-    row_rstd = _reciprocal_std(variance, eps)
+    row_rstd = reciprocal_std(variance, eps)
     tl.store(mean + row, row_mean + left_over)
     tl.store(rstd + row, row_rstd)
     for first in range(0, fan_in, LOOP_BLOCK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import gpu_report, gpu_summary
+from bench import gpu_plan, gpu_report, gpu_summary, sanitizer_cases
 from bench.gpu_model_runs import FixedBatch
 from bench.gpu_timing import Contest, Session, measure
 
@@ -58,7 +59,7 @@ def test_a_failing_part_leaves_the_others_alone(spoilt):
     assert others <= {"done", "skipped"}, problems
     parts = {row["part"] for row in report["rows"]}
     assert {"group_norm_act", "weight_standardization", "same_padding", "dispatch"} <= parts
-    assert {"group_norm_act_check", "models_eager", "models_compiled"} <= parts
+    assert {"models_eager", "models_compiled", "images"} <= parts
     assert "RuntimeError: sabotaged" in (folder / "report.md").read_text()
 
 
@@ -174,12 +175,154 @@ def test_kernels_are_not_interpreted_on_a_gpu(tmp_path, monkeypatch):
     assert "TRITON_INTERPRET is set" in process.stderr
 
 
-def test_a_failing_build_is_tried_with_less(tmp_path):
+def test_a_part_in_the_place_of_another(tmp_path):
+    """With less of the extension, where the whole cannot be built."""
     runner = runner_for(tmp_path)
     fails, works = python("raise SystemExit('no nvcc')"), python("pass")
-    parts = [gpu_report.Part(n, c, 20.0) for n, c in (("a", fails), ("b", works), ("c", works))]
-    runner.build(parts)
+    runner.run([gpu_report.Part("a", fails, 20.0)])
+    runner.run([gpu_report.Part("b", works, 20.0, instead_of="a")])
+    runner.run([gpu_report.Part("c", works, 20.0, instead_of="b")])
     assert [(p["part"], p["status"]) for p in runner.parts] == [("a", "failed"), ("b", "done")]
+    assert not runner.succeeded()
+
+
+# ---- the order and the time -----------------------------------------------------------------------
+
+BUILD_ON_THE_H100 = 78.0
+"""Seconds, as measured there."""
+
+
+def plan_for(folder: Path, *options: str) -> list[list[gpu_plan.Part]]:
+    arguments = gpu_report.parse(["--output", str(folder), "--build", *options])
+    return gpu_plan.Plan(arguments, folder).groups()
+
+
+def limits(groups: list[list[gpu_plan.Part]]) -> dict[str, tuple[float, float]]:
+    """When each part begins at the latest, and is interrupted, if all take as long as they may."""
+    begin, times = 0.0, {}
+    for group in groups:
+        if any(part.instead_of for part in group):
+            continue
+        times.update({part.name: (begin, begin + part.seconds) for part in group})
+        begin += max(part.seconds for part in group) + gpu_report.GRACE
+    return times
+
+
+def test_every_kernel_is_proved_in_two_minutes(tmp_path):
+    groups = plan_for(tmp_path)
+    times = limits(groups)
+    proofs = {name: times[f"proof_{name}"] for name in sanitizer_cases.CASES}
+    assert max(proofs[name][1] for name in gpu_plan.TRITON_PROOFS) <= 120
+    # The others wait for the extension.
+    assert times["build_cuda"][0] == times["proof_weights"][0]
+    saved = times["build_cuda"][1] - times["build_cuda"][0] - BUILD_ON_THE_H100
+    assert saved > 0
+    assert max(end for _, end in proofs.values()) - saved <= 120
+
+
+def test_each_part_has_its_time_within_eight_minutes(tmp_path):
+    groups = plan_for(tmp_path)
+    assert gpu_plan.SECONDS <= 480
+    parts = [part for group in groups for part in group]
+    times = limits(groups)
+    must = [times[p.name][1] for p in parts if not p.is_optional and not p.instead_of]
+    assert max(must) <= gpu_plan.SECONDS - gpu_report.GRACE
+    optional = [part.is_optional for part in parts]
+    assert optional == sorted(optional)  # they come last
+
+
+def test_times_are_taken_one_part_at_a_time_after_the_proofs(tmp_path):
+    groups = plan_for(tmp_path)
+    times = limits(groups)
+    proved = max(times[f"proof_{name}"][1] for name in sanitizer_cases.CASES)
+    timed = [group for group in groups if any(part.rows for part in group)]
+    names = [[part.name for part in group] for group in timed if group[0].name != "build_cuda"]
+    assert all(len(group) == 1 for group in names)
+    assert all(times[name][0] >= proved for (name,) in names)
+    # The sanitizer and the tests find the kernels compiled, by the proofs and by the same command.
+    commands = {part.name: part.command for group in groups for part in group}
+    for tool in ("memcheck", "racecheck"):
+        assert times[f"sanitizer_{tool}"][0] >= proved
+        command = " ".join(commands[f"sanitizer_{tool}"])
+        assert f"--tool {tool}" in command
+        assert "bench.sanitizer_cases" in command
+        assert "--only" not in command
+
+
+def test_the_tests_run_in_eight_processes(tmp_path, monkeypatch):
+    pytest.importorskip("xdist")
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    (tests,) = [p for group in plan_for(tmp_path) for p in group if p.name == "tests"]
+    assert tests.command[tests.command.index("-n") + 1] == "8"
+    assert {"tests/gpu/test_models.py", *gpu_plan.KERNEL_TESTS} <= set(tests.command)
+
+
+class Clock:
+    """Time that passes only where the report waits."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Sleeper:
+    """A process that ends by itself after a while, or when it is told to."""
+
+    def __init__(self, clock: Clock, seconds: float, heeds: int) -> None:
+        self.clock, self.ends, self.heeds = clock, clock.now + seconds, heeds
+        self.pid, self.returncode = id(self), None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and self.clock.now >= self.ends:
+            self.returncode = 0
+        return self.returncode
+
+    def wait(self) -> None:
+        assert self.returncode is not None
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Every process runs for an hour; half of them heed an interrupt, the others only what kills."""
+    clock = Clock()
+    processes: dict[int, Sleeper] = {}
+
+    def popen(*_: Any, **__: Any) -> Sleeper:
+        heeds = signal.SIGINT if len(processes) % 2 else signal.SIGKILL
+        process = Sleeper(clock, 3600.0, heeds)
+        processes[process.pid] = process
+        return process
+
+    def killpg(pid: int, number: int) -> None:
+        if number in (processes[pid].heeds, signal.SIGKILL):
+            processes[pid].returncode = -number
+
+    monkeypatch.setattr(gpu_report.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(gpu_report.time, "sleep", clock.sleep)
+    monkeypatch.setattr(gpu_report.subprocess, "Popen", popen)
+    monkeypatch.setattr(gpu_report.os, "killpg", killpg)
+    return clock
+
+
+def test_parts_that_all_hang_have_each_had_their_turn(tmp_path, slow, monkeypatch):
+    monkeypatch.setattr(gpu_plan.shutil, "which", lambda name: f"/usr/bin/{name}")
+    runner = runner_for(tmp_path, seconds=gpu_plan.SECONDS)
+    began = slow.now
+    groups = plan_for(tmp_path)
+    for group in groups:
+        runner.run(group)
+    assert slow.now - began <= gpu_plan.SECONDS
+    wanted = {part.name: part.seconds for group in groups for part in group}
+    ended = {part["part"]: part for part in runner.parts}
+    must = [p.name for group in groups for p in group if not p.is_optional and not p.instead_of]
+    for name in must:
+        assert ended[name]["status"] == "timed out", name
+        assert ended[name]["seconds"] >= wanted[name]
     assert not runner.succeeded()
 
 

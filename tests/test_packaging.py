@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import bitfast.kernels
+from tests import native_errors
 from tests.versions import TORCH
 
 ROOT = Path(__file__).parent.parent
@@ -135,14 +136,25 @@ def check_cuda_half(library: Path) -> None:
         assert expected in output, output
 
 
-def test_without_nvcc_only_the_cpu_half_is_built(source: Path, tmp_path: Path) -> None:
+def test_without_nvcc_and_with_a_static_standard_library(source: Path, tmp_path: Path) -> None:
+    """Only the CPU half is built; its messages are whole, which no iostream could write there."""
     # What is built is under test, not how well: unoptimized, it takes a third of the time.
     setup = source / "setup.py"
     setup.write_text(setup.read_text().replace('"-O3"', '"-O0"'))
-    wheel = built_wheel(source, tmp_path / "wheels", CUDA_HOME=str(tmp_path / "nowhere"))
+    wheel = built_wheel(
+        source,
+        tmp_path / "wheels",
+        CUDA_HOME=str(tmp_path / "nowhere"),
+        LDFLAGS="-static-libstdc++",
+    )
     names = names_in(wheel)
     assert "bitfast/_native.abi3.so" in names
     assert "bitfast/_native_cuda.abi3.so" not in names
+    library = zipfile.ZipFile(wheel).extract("bitfast/_native.abi3.so", tmp_path)
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    assert "libtorch_cpu" in needed.stdout
+    assert "libstdc++" not in needed.stdout
+    native_errors.assert_whole(native_errors.messages(Path(library)))
 
 
 def test_without_the_extension_the_wheel_is_pure_and_works(source: Path, tmp_path: Path) -> None:

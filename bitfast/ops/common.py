@@ -26,9 +26,11 @@ def define_operator(
     signature: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
+    *,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> torch._ops.OpOverload:
-    """Define ``bitfast::<name>.<backend>`` with its implementation and its fake; return it."""
-    LIBRARY.define(f"{name}.{backend}{signature}")
+    """Define ``bitfast::<name>.<backend>`` with its implementation, its fake and its tags; return it."""
+    LIBRARY.define(f"{name}.{backend}{signature}", tags=tags)
     LIBRARY.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bitfast::{name}.{backend}", fake, lib=LIBRARY)
     return getattr(getattr(torch.ops.bitfast, name), backend)

@@ -424,4 +424,5 @@ for _device in ("cuda", "cpu"):
         partial(_why_no_triton_on, _device),
         on_demand=_device == "cpu",
     )
-define_operator(OP, "triton", SIGNATURE, _triton, _fake)
+# Its tables hold the addresses of one batch: compilers leave it out of the CUDA graphs that they record.
+define_operator(OP, "triton", SIGNATURE, _triton, _fake, tags=(torch.Tag.cudagraph_unsafe,))

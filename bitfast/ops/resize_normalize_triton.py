@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitfast import extension
+from bitfast.kernels.kept import is_capturing
 from bitfast.ops.common import run_launches, why_no_interpreter, why_no_triton
 from bitfast.ops.resize_normalize import Request
 from bitfast.staging import upload
@@ -49,7 +50,7 @@ def forward(request: Request) -> Tensor:
 
     images, crop = request.images, request.crop
     device, channels = images[0].device, images[0].shape[2]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         raise RuntimeError(
             "resize_normalize cannot be captured in a CUDA graph: preprocess before the capture"
         )

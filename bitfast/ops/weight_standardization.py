@@ -366,9 +366,11 @@ def _triton_all(
 
     weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
     result, mean, rstd = _fake_all(weights, eps, dtype, channels_last)
-    table = kernels.table_of(weights, starts_of([w.numel() for w in weights])[0], channels_last)
-    launch = kernels.forward_all_launch(table, weights, eps, result=result, mean=mean, rstd=rstd)
-    run_launches([launch], weights[0])
+    starts, _ = starts_of([w.numel() for w in weights])
+    launches = kernels.forward_all_launches(
+        weights, starts, eps, channels_last, result=result, mean=mean, rstd=rstd
+    )
+    run_launches(launches, weights[0])
     return result, mean, rstd
 
 
@@ -379,11 +381,11 @@ def _triton_all_backward(
 
     weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
     result = _fake_all_backward(grad, weights, mean, rstd, channels_last)
-    table = kernels.table_of(weights, starts_of([w.numel() for w in weights])[0], channels_last)
-    launch = kernels.backward_all_launch(
-        table, grad.contiguous(), weights, mean, rstd, grad_weight=result
+    starts, _ = starts_of([w.numel() for w in weights])
+    launches = kernels.backward_all_launches(
+        grad.contiguous(), weights, starts, mean, rstd, channels_last, grad_weight=result
     )
-    run_launches([launch], weights[0])
+    run_launches(launches, weights[0])
     return result
 
 
