@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfast import blocks, forward_pass, layers
+from bitfast import blocks, forward_pass, fusion
 from bitfast.backends import use_backend
 from bitfast.layers import runs_packed
 from bitfast.ops.norm_convolution import fuses, why_not_fused
@@ -49,7 +49,7 @@ def x() -> Tensor:
 def way(request: Any, monkeypatch: Any) -> str:
     """Blocks whose convolutions normalize what they read, and those of one op after the other."""
     if request.param == "apart":
-        monkeypatch.setattr(layers, "fuses", lambda *_: False)
+        monkeypatch.setattr(fusion, "fuses", lambda *_: False)
     elif not fuses("cpu", torch.float32):
         pytest.skip(f"norms are not fused here: {why_not_fused(torch.float32)}")
     return request.param

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from bitfast import BitBackbone, BitForImageClassification, BitModel, layers, prepared_weights
+from bitfast import (
+    BitBackbone,
+    BitForImageClassification,
+    BitModel,
+    fusion,
+    layers,
+    prepared_weights,
+)
 from bitfast.backends import use_backend
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.weight_standardization import weight_standardization
@@ -35,7 +42,7 @@ from tests.weight_changes import (
 def without_packed_weights(monkeypatch: Any) -> None:
     """As on a GPU, or with a torch without oneDNN."""
     monkeypatch.setattr(layers, "packs", lambda *_: False)
-    monkeypatch.setattr(layers, "fuses", lambda *_: False)
+    monkeypatch.setattr(fusion, "fuses", lambda *_: False)
 
 
 @pytest.fixture
@@ -154,17 +161,6 @@ def test_no_grad_and_inference_mode_share_them(model, x, modes, computed):
     features(model, x).sum().backward()
     assert x.grad is not None
     assert len(computed) == 1
-
-
-def test_parameters_made_in_inference_mode_are_not_kept(x):
-    with torch.inference_mode():
-        model = ours("BitModel").eval()
-        features(model, x)
-        before = features(model, x)
-        for layer in convolutions(model):
-            layer.weight.normal_()
-        assert not torch.equal(features(model, x), before)
-    assert model.prepared_weights._kept is None
 
 
 def test_autocast_and_backends_are_told_apart(model, x, computed):
@@ -357,10 +353,10 @@ def test_traced_models_hold_their_parameters(model, x):
         features(model, x)
         traced = torch.jit.trace(Features(model), x, check_trace=False)
         before = traced(x)
-        assert torch.equal(before, features(model, x))
+        torch.testing.assert_close(before, features(model, x), rtol=1e-4, atol=1e-4)
         edit_in_place(model)
         assert not torch.equal(traced(x), before), "the weights were baked in"
-        assert torch.equal(traced(x), features(model, x))
+        torch.testing.assert_close(traced(x), features(model, x), rtol=1e-4, atol=1e-4)
 
 
 class Features(nn.Module):
