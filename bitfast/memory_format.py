@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitfast.torch_state import is_batched
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Say whether x is dense with channels innermost.
 
-    A tensor that is dense both ways (one channel, or 1x1 spatially) counts as contiguous.
+    A tensor that is dense both ways (one channel, or 1x1 spatially) counts as contiguous, and so does one
+    of ``vmap``, which does not tell its layout.
     """
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return (
+        not is_batched(x)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfast.activations import ACTIVATIONS
+from bitfast.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 from bitfast.memory_format import is_channels_last, memory_format_of
 
 # ---- weight_standardization ---------------------------------------------------------------------
@@ -153,11 +153,8 @@ def group_norm_act_backward(
     scale = weight.to(dtype).view(1, -1, 1, 1)
     mean_c, rstd_c = (_per_channel(s.to(dtype), per_group) for s in (mean, rstd))
     normalized = (x.to(dtype) - mean_c) * rstd_c
-    with torch.enable_grad():
-        before = (normalized * scale + bias.to(dtype).view(1, -1, 1, 1)).detach().requires_grad_()
-        (grad_before,) = torch.autograd.grad(
-            ACTIVATIONS[activation](before) + 0, before, grad.to(dtype)
-        )
+    before = normalized * scale + bias.to(dtype).view(1, -1, 1, 1)
+    grad_before = ACTIVATION_GRADIENTS[activation](grad.to(dtype), before)
     grad_weight = (grad_before * normalized).sum(dim=(0, 2, 3))
     grad_bias = grad_before.sum(dim=(0, 2, 3))
     g = (grad_before * scale).unflatten(1, (num_groups, -1))
@@ -267,7 +264,8 @@ def same_max_pool_backward(
     row = row + taps.long() // kernel_size[1] * dilation[0]
     column = column + taps.long() % kernel_size[1] * dilation[1]
     padded = grad.new_zeros((*taps.shape[:2], height * width), dtype=compute_dtype(grad.dtype))
-    padded.scatter_add_(2, (row * width + column).flatten(2), grad.flatten(2).to(padded.dtype))
+    index = (row * width + column).flatten(2)
+    padded = padded.scatter_add(2, index, grad.flatten(2).to(padded.dtype))
     result = padded.unflatten(2, (height, width))
     result = F.pad(result, [-side for side in (*padding[2:], *padding[:2])])
     return result.to(grad.dtype).contiguous(memory_format=memory_format_of(taps))

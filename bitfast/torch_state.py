@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx import Proxy
@@ -25,6 +26,16 @@ def is_transformed() -> bool:
 # What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
 # torch guards on both of what is asked.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_batched(x: Tensor) -> bool:
+    """Say whether x stands for many tensors: within ``vmap``, or where gradients are computed in batches."""
+    if torch.compiler.is_compiling():  # which cannot trace the question
+        return is_transformed()
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def runs_in_plain_pytorch() -> bool:
@@ -74,6 +85,7 @@ def unseen() -> Iterator[None]:
 
 
 __all__ = [
+    "is_batched",
     "is_concrete",
     "is_dispatch_watched",
     "is_transformed",

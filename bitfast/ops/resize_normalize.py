@@ -6,7 +6,7 @@ rescale and normalize are those of the slow image processors of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
 from bitfast.ops.common import check_pair, complete_operator, define_operator
+from bitfast.ops.derivatives import refuse_derivatives
 
 OP = "resize_normalize"
 
@@ -313,7 +314,12 @@ def _fake(*arguments: Any) -> Tensor:
     return Request(*arguments).empty_result()
 
 
-define_operator(OP, "reference", SIGNATURE, reference.resize_normalize_forward, _fake)
+def _define(backend: str, implementation: Callable[..., Tensor]) -> None:
+    define_operator(OP, backend, SIGNATURE, implementation, _fake)
+    refuse_derivatives(OP, backend)
+
+
+_define("reference", reference.resize_normalize_forward)
 
 # ---- what becomes of resized pixels -------------------------------------------------------------
 
@@ -397,7 +403,8 @@ def _fake_pixels(
 register_kernel(OP, "native", "cpu", NATIVE_DTYPES, lambda: extension.CPU.problem)
 if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined the schemas
     complete_operator("resize_normalize_pixels", "native", PIXELS_SIGNATURE, _fake_pixels)
-    define_operator(OP, "native", SIGNATURE, _native, _fake)
+    refuse_derivatives("resize_normalize_pixels", "native")
+    _define("native", _native)
 
 # ---- Triton -------------------------------------------------------------------------------------
 
@@ -424,4 +431,4 @@ for _device in ("cuda", "cpu"):
         partial(_why_no_triton_on, _device),
         on_demand=_device == "cpu",
     )
-define_operator(OP, "triton", SIGNATURE, _triton, _fake)
+_define("triton", _triton)
