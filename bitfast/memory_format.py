@@ -26,6 +26,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return x contiguous in the memory format; in the only one that ``vmap`` knows if it is of that."""
+    return x.contiguous(memory_format=torch.contiguous_format if is_batched(x) else memory_format)
+
+
 def contiguous_nchw(x: Tensor) -> Tensor:
     """Return x contiguous, with the strides of a new tensor also where it is 1x1."""
     x = x.contiguous()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
-from bitfast.memory_format import is_channels_last, memory_format_of
+from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
 
 # ---- weight_standardization ---------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def weight_standardization_forward(
         flat[None], None, None, None, None, training=True, momentum=0.0, eps=eps
     )
     result = result.to(dtype or weight.dtype).view(weight.shape)
-    return result.contiguous(memory_format=memory_format_of(weight)), mean, rstd
+    return laid_out(result, memory_format_of(weight)), mean, rstd
 
 
 def weight_standardization_backward(
@@ -58,7 +58,7 @@ def weight_standardization_backward(
     projection = (grad_flat * standardized).mean(dim=1, keepdim=True)
     result = rstd[:, None] * (grad_flat - grad_mean - standardized * projection)
     result = result.to(weight.dtype).view(weight.shape)
-    return result.contiguous(memory_format=memory_format_of(weight))
+    return laid_out(result, memory_format_of(weight))
 
 
 # ---- group_norm_act -----------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def add_group_norm_act_forward(
     x: Tensor, residual: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add the residual, then do what :func:`group_norm_act_forward` does; also return the sum."""
-    total = (x + residual).contiguous(memory_format=memory_format_of(x))
+    total = laid_out(x + residual, memory_format_of(x))
     return total, *group_norm_act_forward(total, *arguments)
 
 
@@ -166,7 +166,7 @@ def group_norm_act_backward(
     if grad_total is not None:
         grad_x = grad_x + grad_total
     return (
-        grad_x.to(x.dtype).contiguous(memory_format=memory_format_of(x)),
+        laid_out(grad_x.to(x.dtype), memory_format_of(x)),
         grad_weight.to(weight.dtype),
         grad_bias.to(bias.dtype),
     )
@@ -206,7 +206,7 @@ def same_pad_forward(x: Tensor, padding: Ints, value: float) -> Tensor:
     """Pad by (top, bottom, left, right), where negative numbers crop."""
     top, bottom, left, right = padding
     result = F.pad(x, (left, right, top, bottom), value=value)
-    return result.contiguous(memory_format=memory_format_of(x))
+    return laid_out(result, memory_format_of(x))
 
 
 def same_max_pool(
@@ -220,7 +220,7 @@ def same_max_pool(
     """Pad, then take the maximum of each window."""
     padded = same_pad_forward(x, padding, value)
     result = F.max_pool2d(padded, kernel_size, stride, 0, dilation)
-    return result.contiguous(memory_format=memory_format_of(x))
+    return laid_out(result, memory_format_of(x))
 
 
 def same_max_pool_forward(
@@ -244,8 +244,8 @@ def same_max_pool_forward(
     tap_column = (index % padded.shape[3] - column) // dilation[1]
     taps = (tap_row * kernel_size[1] + tap_column).to(torch.int16)
     return (
-        result.contiguous(memory_format=memory_format),
-        taps.contiguous(memory_format=memory_format),
+        laid_out(result, memory_format),
+        laid_out(taps, memory_format),
     )
 
 
@@ -265,10 +265,11 @@ def same_max_pool_backward(
     column = column + taps.long() % kernel_size[1] * dilation[1]
     padded = grad.new_zeros((*taps.shape[:2], height * width), dtype=compute_dtype(grad.dtype))
     index = (row * width + column).flatten(2)
-    padded = padded.scatter_add(2, index, grad.flatten(2).to(padded.dtype))
-    result = padded.unflatten(2, (height, width))
+    # Not flatten and unflatten, which gradients in batches (is_grads_batched=True) do not have.
+    flat = grad.reshape(index.shape).to(padded.dtype)
+    result = padded.scatter_add(2, index, flat).view(*taps.shape[:2], height, width)
     result = F.pad(result, [-side for side in (*padding[2:], *padding[:2])])
-    return result.to(grad.dtype).contiguous(memory_format=memory_format_of(taps))
+    return laid_out(result.to(grad.dtype), memory_format_of(taps))
 
 
 def _window_starts(pooled: Tensor, stride: Ints) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
-from bitfast.memory_format import is_channels_last, memory_format_of
+from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
 from bitfast.ops.common import (
     NATIVE_CPU_DTYPES,
     announce_triton_kernels,
@@ -136,7 +136,7 @@ def _standardize_alike(
     if backend == "reference":
         results = [reference.weight_standardization_forward(w, eps, dtype)[0] for w in weights]
         if channels_last:
-            results = [r.contiguous(memory_format=torch.channels_last) for r in results]
+            results = [laid_out(r, torch.channels_last) for r in results]
         return results
     operator = getattr(torch.ops.bitfast.weight_standardization_all, backend)
     results = []
