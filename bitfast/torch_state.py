@@ -30,12 +30,14 @@ is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def is_batched(x: Tensor) -> bool:
     """Say whether x stands for many tensors: within ``vmap``, or where gradients are computed in batches."""
-    if torch.compiler.is_compiling():  # which cannot trace the question
+    if torch.compiler.is_compiling():  # a compiler cannot trace the questions below
         return is_transformed()
     functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(x):
+    while is_transformed() and functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
-    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
+    return functorch.is_legacy_batchedtensor(x) or (
+        is_transformed() and functorch.is_batchedtensor(x)
+    )
 
 
 def runs_in_plain_pytorch() -> bool:

@@ -18,6 +18,7 @@ from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
 from bitfast.ops.common import check_pair, complete_operator, define_operator
 from bitfast.ops.derivatives import refuse_derivatives
+from bitfast.torch_state import is_transformed
 
 OP = "resize_normalize"
 
@@ -114,7 +115,9 @@ def resize_normalize(
     backend = select_backend(OP, images[0].device.type, images[0].dtype)
     # Through the dispatcher even for the reference: one call per batch costs nothing, and it keeps
     # the resampling tables, which need numbers, out of what torch.compile traces.
-    return getattr(torch.ops.bitfast.resize_normalize, backend)(
+    operator = getattr(torch.ops.bitfast.resize_normalize, backend)
+    run = reference.resize_normalize_forward if is_transformed() else operator
+    return run(
         images,
         [edge for pair in pairs for edge in pair],
         window,
