@@ -273,7 +273,7 @@ def _fake_kept(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 if extension.CPU.problem is None:
     complete_operator(OP, "native", SIGNATURE, _fake)
     complete_operator(f"{OP}_add_", "native", ADD_SIGNATURE, _fake_add)
-    for _name in (OP, f"{OP}_add_", f"pack_{OP}"):
+    for _name in (OP, f"{OP}_add_", f"pack_{OP}", "channel_moments"):
         refuse_derivatives(_name, "native")
     for _name, _signature, _function, _fake_function in (
         (OP, KEPT_SIGNATURE, _convolve, _fake_kept),
