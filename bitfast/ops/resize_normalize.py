@@ -120,7 +120,7 @@ def resize_normalize(
     return run(
         images,
         [edge for pair in pairs for edge in pair],
-        window,
+        list(window),
         [edge for corner in corners for edge in corner],
         resample,
         factors,
