@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitfast.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
+from bitfast.torch_state import is_in_forward_mode
 
 # ---- weight_standardization ---------------------------------------------------------------------
 
@@ -32,13 +33,13 @@ def weight_standardization_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Standardize each output filter; return (result, mean, rstd), the statistics of shape (out,).
 
-    A batch norm whose channels are the filters: the fewest passes over memory that plain PyTorch can
-    do it in, and what transformers does, so that float32 results are the same to the last bit.
+    Not by torch's batch norm, whose channels could be the filters: its third derivative is wrong, because
+    its second one takes the statistics for constants.
     """
     flat = weight.flatten(1).to(compute_dtype(weight.dtype))
-    result, mean, rstd = torch.native_batch_norm(
-        flat[None], None, None, None, None, training=True, momentum=0.0, eps=eps
-    )
+    variance, mean = torch.var_mean(flat, dim=1, correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    result = (flat - mean[:, None]) * rstd[:, None]
     result = result.to(dtype or weight.dtype).view(weight.shape)
     return laid_out(result, memory_format_of(weight)), mean, rstd
 
@@ -71,10 +72,12 @@ def group_norm_act_forward(
 
     The statistics have shape (N, num_groups). torch's own GroupNorm serves contiguous tensors. For
     channels_last ones it squares before it subtracts on the CPU (an error of 1e-2 where the mean is
-    100 times the standard deviation) and changes the layout on older GPUs, so those are computed here.
+    100 times the standard deviation) and changes the layout on older GPUs, so those are computed here;
+    so is what is differentiated in forward mode, for which its backward pass has no formula.
     """
-    if is_channels_last(x):
+    if is_channels_last(x) or is_in_forward_mode():
         normalized, mean, rstd = _group_norm_channels_last(x, weight, bias, num_groups, eps)
+        normalized = laid_out(normalized, memory_format_of(x))
     else:
         batch, channels, height, width = x.shape
         normalized, mean, rstd = torch.native_group_norm(

@@ -18,14 +18,18 @@ def is_transformed() -> bool:
 
     They see what plain PyTorch computes, but nothing of what a kernel does.
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    return torch._C._functorch.peek_interpreter_stack() is not None or is_in_forward_mode()
+
+
+def is_in_forward_mode() -> bool:
+    """Say whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
 # torch guards on both of what is asked.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_in_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_batched(x: Tensor) -> bool:
@@ -90,6 +94,7 @@ __all__ = [
     "is_batched",
     "is_concrete",
     "is_dispatch_watched",
+    "is_in_forward_mode",
     "is_transformed",
     "runs_in_plain_pytorch",
     "unseen",

@@ -177,10 +177,11 @@ def _r1_of_logits(model: nn.Module, x: Tensor) -> list[Tensor]:
 def test_linearized():
     ours, theirs = (m.double().eval() for m in models(hidden_sizes=[16], depths=[1]))
     x = images(1, 4)
-    actual, expected = (
-        torch.func.linearize(lambda images: m(images).logits, x)[1](x.cos()) for m in (ours, theirs)
-    )
-    assert_close(actual, expected, BOUND)
+    assert_close(_linearized(ours, x), _linearized(theirs, x), BOUND)
+
+
+def _linearized(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.linearize(lambda images: model(images).logits, x)[1](x.cos())
 
 
 def test_compiled_transforms_are_right():
