@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "selu": F.selu,
 }
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda grad, x: grad,
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "gelu": lambda grad, x: torch.ops.aten.gelu_backward(grad, x),
+    "gelu_new": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "selu": lambda grad, x: torch.ops.aten.elu_backward(
+        grad, _SELU_ALPHA, _SELU_SCALE, 1, False, x
+    ),
+}
+"""What takes the gradient of an activation's result, and its input, to the gradient of the input."""
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -36,4 +50,4 @@ def activation_name(module: nn.Module) -> str | None:
     return "selu" if cls is nn.SELU else None
 
 
-__all__ = ["ACTIVATIONS", "MODULES", "activation_name"]
+__all__ = ["ACTIVATIONS", "ACTIVATION_GRADIENTS", "MODULES", "activation_name"]

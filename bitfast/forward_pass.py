@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitfast.fusion import Deferred, fusable_norm
 from bitfast.layers import runs_channels_last, runs_packed, standardized_convolutions
 from bitfast.memory import keep_freed_memory
-from bitfast.memory_format import contiguous_nchw, is_channels_last
+from bitfast.memory_format import contiguous_nchw, is_channels_last, laid_out
 from bitfast.network import (
     BitEmbeddings,
     BitStage,
@@ -175,7 +175,7 @@ class ForwardPass(nn.Module):
         stem, _ = self.stem_and_stages()
         weights = (convolution.weight for convolution in standardized_convolutions(stem))
         if is_channels_last(pixel_values) or any(map(is_channels_last, weights)):
-            return lambda x: x.contiguous(memory_format=torch.channels_last)
+            return lambda x: laid_out(x, torch.channels_last)
         return contiguous_nchw
 
     def train(self, mode: bool = True) -> Any:

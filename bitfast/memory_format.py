@@ -5,18 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitfast.torch_state import is_batched
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Say whether x is dense with channels innermost.
 
-    A tensor that is dense both ways (one channel, or 1x1 spatially) counts as contiguous.
+    A tensor that is dense both ways (one channel, or 1x1 spatially) counts as contiguous, and so does one
+    of ``vmap``, which does not tell its layout.
     """
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return (
+        not is_batched(x)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the memory format that a result takes after its input x."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return x contiguous in the memory format; in the only one that ``vmap`` knows if it is of that."""
+    return x.contiguous(memory_format=torch.contiguous_format if is_batched(x) else memory_format)
 
 
 def contiguous_nchw(x: Tensor) -> Tensor:

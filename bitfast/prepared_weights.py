@@ -23,6 +23,7 @@ from bitfast.ops.weight_standardization import (
     weight_standardization_all,
 )
 from bitfast.optimizer_steps import watch_optimizers
+from bitfast.torch_state import runs_in_plain_pytorch
 
 
 class _Current(threading.local):
@@ -131,6 +132,8 @@ class PreparedWeights:
             _current.by_layer = outer
 
     def _prepare(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
+        if runs_in_plain_pytorch():  # what is computed belongs to who transforms or traces the call
+            return {}
         if torch.compiler.is_compiling():
             # A compiler sees the parameters, not whether they change: it computes them every time.
             together = [layer for layer in layers if standardizes_together(layer.weight)]
@@ -150,7 +153,7 @@ class PreparedWeights:
     def _keep(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
         """Return the kept results of these layers, after bringing them up to date."""
         layers = [layer for layer in layers if not layer.weight.is_inference()]
-        if not layers or torch.jit.is_tracing():
+        if not layers:
             return {}
         manners = _manners(layers, channels_last)
         kept = self._kept

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfast.activations import ACTIVATIONS
-from bitfast.memory_format import is_channels_last, memory_format_of
+from bitfast.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
+from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
+from bitfast.torch_state import is_in_forward_mode
 
 # ---- weight_standardization ---------------------------------------------------------------------
 
@@ -32,15 +33,15 @@ def weight_standardization_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Standardize each output filter; return (result, mean, rstd), the statistics of shape (out,).
 
-    A batch norm whose channels are the filters: the fewest passes over memory that plain PyTorch can
-    do it in, and what transformers does, so that float32 results are the same to the last bit.
+    Not by torch's batch norm, whose channels could be the filters: its third derivative is wrong, because
+    its second one takes the statistics for constants.
     """
     flat = weight.flatten(1).to(compute_dtype(weight.dtype))
-    result, mean, rstd = torch.native_batch_norm(
-        flat[None], None, None, None, None, training=True, momentum=0.0, eps=eps
-    )
+    variance, mean = torch.var_mean(flat, dim=1, correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    result = (flat - mean[:, None]) * rstd[:, None]
     result = result.to(dtype or weight.dtype).view(weight.shape)
-    return result.contiguous(memory_format=memory_format_of(weight)), mean, rstd
+    return laid_out(result, memory_format_of(weight)), mean, rstd
 
 
 def weight_standardization_backward(
@@ -58,7 +59,7 @@ def weight_standardization_backward(
     projection = (grad_flat * standardized).mean(dim=1, keepdim=True)
     result = rstd[:, None] * (grad_flat - grad_mean - standardized * projection)
     result = result.to(weight.dtype).view(weight.shape)
-    return result.contiguous(memory_format=memory_format_of(weight))
+    return laid_out(result, memory_format_of(weight))
 
 
 # ---- group_norm_act -----------------------------------------------------------------------------
@@ -71,10 +72,12 @@ def group_norm_act_forward(
 
     The statistics have shape (N, num_groups). torch's own GroupNorm serves contiguous tensors. For
     channels_last ones it squares before it subtracts on the CPU (an error of 1e-2 where the mean is
-    100 times the standard deviation) and changes the layout on older GPUs, so those are computed here.
+    100 times the standard deviation) and changes the layout on older GPUs, so those are computed here;
+    so is what is differentiated in forward mode, for which its backward pass has no formula.
     """
-    if is_channels_last(x):
+    if is_channels_last(x) or is_in_forward_mode():
         normalized, mean, rstd = _group_norm_channels_last(x, weight, bias, num_groups, eps)
+        normalized = laid_out(normalized, memory_format_of(x))
     else:
         batch, channels, height, width = x.shape
         normalized, mean, rstd = torch.native_group_norm(
@@ -127,7 +130,7 @@ def add_group_norm_act_forward(
     x: Tensor, residual: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add the residual, then do what :func:`group_norm_act_forward` does; also return the sum."""
-    total = (x + residual).contiguous(memory_format=memory_format_of(x))
+    total = laid_out(x + residual, memory_format_of(x))
     return total, *group_norm_act_forward(total, *arguments)
 
 
@@ -153,11 +156,8 @@ def group_norm_act_backward(
     scale = weight.to(dtype).view(1, -1, 1, 1)
     mean_c, rstd_c = (_per_channel(s.to(dtype), per_group) for s in (mean, rstd))
     normalized = (x.to(dtype) - mean_c) * rstd_c
-    with torch.enable_grad():
-        before = (normalized * scale + bias.to(dtype).view(1, -1, 1, 1)).detach().requires_grad_()
-        (grad_before,) = torch.autograd.grad(
-            ACTIVATIONS[activation](before) + 0, before, grad.to(dtype)
-        )
+    before = normalized * scale + bias.to(dtype).view(1, -1, 1, 1)
+    grad_before = ACTIVATION_GRADIENTS[activation](grad.to(dtype), before)
     grad_weight = (grad_before * normalized).sum(dim=(0, 2, 3))
     grad_bias = grad_before.sum(dim=(0, 2, 3))
     g = (grad_before * scale).unflatten(1, (num_groups, -1))
@@ -169,7 +169,7 @@ def group_norm_act_backward(
     if grad_total is not None:
         grad_x = grad_x + grad_total
     return (
-        grad_x.to(x.dtype).contiguous(memory_format=memory_format_of(x)),
+        laid_out(grad_x.to(x.dtype), memory_format_of(x)),
         grad_weight.to(weight.dtype),
         grad_bias.to(bias.dtype),
     )
@@ -209,7 +209,7 @@ def same_pad_forward(x: Tensor, padding: Ints, value: float) -> Tensor:
     """Pad by (top, bottom, left, right), where negative numbers crop."""
     top, bottom, left, right = padding
     result = F.pad(x, (left, right, top, bottom), value=value)
-    return result.contiguous(memory_format=memory_format_of(x))
+    return laid_out(result, memory_format_of(x))
 
 
 def same_max_pool(
@@ -223,7 +223,7 @@ def same_max_pool(
     """Pad, then take the maximum of each window."""
     padded = same_pad_forward(x, padding, value)
     result = F.max_pool2d(padded, kernel_size, stride, 0, dilation)
-    return result.contiguous(memory_format=memory_format_of(x))
+    return laid_out(result, memory_format_of(x))
 
 
 def same_max_pool_forward(
@@ -249,8 +249,8 @@ def same_max_pool_forward(
     # Of windows of nothing but -inf, CUDA names the first pixel of the image, which may not be theirs.
     taps = torch.where((from_row < 0) | (from_column < 0), 0, taps).to(torch.int16)
     return (
-        result.contiguous(memory_format=memory_format),
-        taps.contiguous(memory_format=memory_format),
+        laid_out(result, memory_format),
+        laid_out(taps, memory_format),
     )
 
 
@@ -284,10 +284,12 @@ def same_max_pool_backward(
     column = column + tap % kernel_size[1] * dilation[1]
     grad = torch.where(is_tap, grad, 0)
     padded = grad.new_zeros((*taps.shape[:2], height * width), dtype=compute_dtype(grad.dtype))
-    padded.scatter_add_(2, (row * width + column).flatten(2), grad.flatten(2).to(padded.dtype))
-    result = padded.unflatten(2, (height, width))
+    index = (row * width + column).flatten(2)
+    # Not flatten and unflatten, which gradients in batches (is_grads_batched=True) do not have.
+    flat = grad.reshape(index.shape).to(padded.dtype)
+    result = padded.scatter_add(2, index, flat).view(*taps.shape[:2], height, width)
     result = F.pad(result, [-side for side in (*padding[2:], *padding[:2])])
-    return result.to(grad.dtype).contiguous(memory_format=memory_format_of(taps))
+    return laid_out(result.to(grad.dtype), memory_format_of(taps))
 
 
 def _window_starts(pooled: Tensor, stride: Ints) -> tuple[Tensor, Tensor]:

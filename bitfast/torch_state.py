@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx import Proxy
@@ -17,14 +18,30 @@ def is_transformed() -> bool:
 
     They see what plain PyTorch computes, but nothing of what a kernel does.
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    return torch._C._functorch.peek_interpreter_stack() is not None or is_in_forward_mode()
+
+
+def is_in_forward_mode() -> bool:
+    """Say whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 # What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
 # torch guards on both of what is asked.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_in_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_batched(x: Tensor) -> bool:
+    """Say whether x stands for many tensors: within ``vmap``, or where gradients are computed in batches."""
+    if torch.compiler.is_compiling():  # a compiler cannot trace the questions below
+        return is_transformed()
+    functorch = torch._C._functorch
+    while is_transformed() and functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_legacy_batchedtensor(x) or (
+        is_transformed() and functorch.is_batchedtensor(x)
+    )
 
 
 def runs_in_plain_pytorch() -> bool:
@@ -74,8 +91,10 @@ def unseen() -> Iterator[None]:
 
 
 __all__ = [
+    "is_batched",
     "is_concrete",
     "is_dispatch_watched",
+    "is_in_forward_mode",
     "is_transformed",
     "runs_in_plain_pytorch",
     "unseen",

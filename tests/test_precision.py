@@ -70,7 +70,7 @@ LOOKS: dict[str, Look] = {
     # The statistics show what it was computed in.
     "weight_standardization": lambda _, result: {"standardization": result[1:]},
     "weight_standardization_all": lambda _, result: {"standardization": result[1:]},
-    "native_batch_norm": lambda _, result: {"standardization": result},
+    "var_mean": lambda _, result: {"standardization": result},
     "convolution": lambda args, result: {"convolution": [*args[:2], result]},
     "_convolution_pointwise": lambda args, result: {"convolution": [*args[:2], result]},
     "_convolution_pointwise_": lambda args, _: {
@@ -93,7 +93,7 @@ LOOKS: dict[str, Look] = {
         "statistics": result[2:],
         "residual": [*args[:2], result[0]],
     },
-    "add": lambda args, result: {"residual": [*args[:2], result]},
+    "add": lambda args, result: {"residual": [*args[:2], result] if result.dim() == 4 else []},
     "same_max_pool": lambda args, result: {"pooling": [args[0], result[0]]},
     "max_pool2d_with_indices": lambda args, result: {"pooling": [args[0], result[0]]},
     "mean": lambda args, result: {"pooling": [args[0], result]},

@@ -5,6 +5,7 @@ Wu & He, "Group Normalization", 2018 (https://arxiv.org/abs/1803.08494).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,6 @@ from bitfast.activations import ACTIVATIONS
 from bitfast.backends import register_kernel, select_backend
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import (
-    LIBRARY,
     NATIVE_CPU_DTYPES,
     announce_triton_kernels,
     autocast_dtype,
@@ -26,6 +26,13 @@ from bitfast.ops.common import (
     define_operator,
     run_launches,
     show_launches,
+)
+from bitfast.ops.derivatives import (
+    connect_derivatives,
+    differentiable_gradients,
+    refuse_derivatives,
+    run_underived,
+    wants_numbers_only,
 )
 
 OP = "group_norm_act"
@@ -101,7 +108,8 @@ def group_norm_act(
             result = reference.group_norm_act_forward(*arguments)[0]
         elif backend == "native" and _is_plain_inference(x):
             result = torch.empty_like(x)
-            torch.ops.bitfast.group_norm_act_into.native(x, None, *arguments[1:], None, result)
+            into = torch.ops.bitfast.group_norm_act_into.native
+            run_underived(into, x, None, *arguments[1:], None, result)
         else:
             result = getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
     return result.to(autocast_dtype(x) or x.dtype)
@@ -148,10 +156,10 @@ def group_norm_act_into(
     operators = torch.ops.bitfast
     arguments = (x, moments, weight, bias, num_groups, eps, activation, shortcut)
     if memory is x:
-        operators.group_norm_act_.native(*arguments)
+        run_underived(operators.group_norm_act_.native, *arguments)
         return x
     result = torch.empty_like(x) if memory is None else memory
-    operators.group_norm_act_into.native(*arguments, result)
+    run_underived(operators.group_norm_act_into.native, *arguments, result)
     return result
 
 
@@ -281,7 +289,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, weight, bias, ctx.num_groups, _, ctx.activation = inputs
+    *_, weight, bias, ctx.num_groups, ctx.eps, ctx.activation = inputs
     *_, mean, rstd = output
     normalized = inputs[0] if len(inputs) == 6 else output[0]  # x, or its sum with the residual
     ctx.save_for_backward(normalized, weight, bias, mean, rstd)
@@ -304,19 +312,26 @@ def _complete_native_kernel() -> None:
     complete_operator(f"{OP}_into", "native", INTO_SIGNATURE, lambda *_: None)
     complete_operator(ADD_OP, "native", ADD_SIGNATURE, _add_fake)
     complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, _fake_backward)
+    for in_place in (f"{OP}_", f"{OP}_into"):
+        refuse_derivatives(in_place, "native")
     _connect_gradients("native")
 
 
 def _connect_gradients(backend: str) -> None:
     """Tell autograd how the operators of one backend belong together."""
     backward_op = getattr(torch.ops.bitfast.group_norm_act_backward, backend)
+    refuse_derivatives(f"{OP}_backward", backend)
 
     def gradients(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Sequence[Tensor | None]:
         if grad is None:
             return grad_total, None, None
-        return backward_op(grad, grad_total, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
+        if wants_numbers_only(grad, grad_total):
+            return run_underived(
+                backward_op, grad, grad_total, *ctx.saved_tensors, ctx.num_groups, ctx.activation
+            )
+        return _differentiable_gradients(ctx, grad, grad_total)
 
     def run_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return (*gradients(ctx, grad, None), None, None, None)
@@ -327,10 +342,26 @@ def _connect_gradients(backend: str) -> None:
         grad_x, *others = gradients(ctx, grad, grad_total)
         return (grad_x, grad_x, *others, None, None, None)
 
-    for op, run in ((OP, run_backward), (ADD_OP, run_add_backward)):
-        torch.library.register_autograd(
-            f"bitfast::{op}.{backend}", run, setup_context=_setup_context, lib=LIBRARY
-        )
+    connect_derivatives(OP, backend, _setup_context, run_backward, reference.group_norm_act_forward)
+    connect_derivatives(
+        ADD_OP, backend, _setup_context, run_add_backward, reference.add_group_norm_act_forward
+    )
+
+
+def _differentiable_gradients(
+    ctx: Any, grad: Tensor, grad_total: Tensor | None
+) -> list[Tensor | None]:
+    """Return the gradients of x (or its sum with the residual), weight and bias, differentiable again."""
+
+    def composite(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference.group_norm_act_forward(
+            x, weight, bias, ctx.num_groups, ctx.eps, ctx.activation
+        )[0]
+
+    grad_x, *others = differentiable_gradients(composite, ctx.saved_tensors[:3], grad)
+    if grad_x is not None and grad_total is not None:
+        grad_x = grad_x + grad_total
+    return [grad_x, *others]
 
 
 define_kernel(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bitfast import extension
 from bitfast.backends import select_backend
 from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES, complete_operator
+from bitfast.ops.derivatives import refuse_derivatives, refusing_derivatives, run_underived
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.packed_convolution import packs
 from bitfast.ops.packed_weights import Form, Geometry, packed_weights
@@ -223,9 +224,10 @@ def _convolve(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *norm, weight, weight_eps, stride, wants_moments = arguments
     packed = _packed(x, weight, weight_eps)
     out_channels, kernel_size = weight.shape[0], weight.shape[2]
-    return torch.ops.bitfast.norm_convolution.native(
-        x, *norm, packed, out_channels, kernel_size, stride, wants_moments
-    )
+    return run_underived(
+        torch.ops.bitfast.norm_convolution.native,
+        x, *norm, packed, out_channels, kernel_size, stride, wants_moments,
+    )  # fmt: skip
 
 
 def _add_convolution(x: Tensor, *arguments: Any) -> Tensor:
@@ -236,9 +238,10 @@ def _add_convolution(x: Tensor, *arguments: Any) -> Tensor:
             f"{OP}: total must have the {weight.shape[0]} channels that weight gives, got {tuple(total.shape)}"
         )
     packed = _packed(x, weight, weight_eps)
-    return torch.ops.bitfast.norm_convolution_add_.native(
-        x, *norm, packed, total, weight.shape[2], stride, wants_moments
-    )
+    return run_underived(
+        torch.ops.bitfast.norm_convolution_add_.native,
+        x, *norm, packed, total, weight.shape[2], stride, wants_moments,
+    )  # fmt: skip
 
 
 def _fake_result(x: Tensor, out_channels: int, stride: int, wants: bool) -> tuple[Tensor, Tensor]:
@@ -270,12 +273,14 @@ def _fake_kept(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 if extension.CPU.problem is None:
     complete_operator(OP, "native", SIGNATURE, _fake)
     complete_operator(f"{OP}_add_", "native", ADD_SIGNATURE, _fake_add)
+    for _name in (OP, f"{OP}_add_", f"pack_{OP}", "channel_moments"):
+        refuse_derivatives(_name, "native")
     for _name, _signature, _function, _fake_function in (
         (OP, KEPT_SIGNATURE, _convolve, _fake_kept),
         (f"{OP}_add_", KEPT_ADD_SIGNATURE, _add_convolution, _fake_add),
     ):
         LIBRARY.define(f"{_name}.kept{_signature}")
-        LIBRARY.impl(f"{_name}.kept", _function, "CPU")
+        LIBRARY.impl(f"{_name}.kept", refusing_derivatives(_name, "kept", _function), "CPU")
         torch.library.register_fake(f"bitfast::{_name}.kept", _fake_function, lib=LIBRARY)
 
 __all__ = [

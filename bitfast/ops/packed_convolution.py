@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitfast.backends import select_backend
 from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES
+from bitfast.ops.derivatives import refusing_derivatives
 from bitfast.ops.packed_weights import Form, Geometry, Pair, packed_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
@@ -75,9 +76,9 @@ def can_pack(x: Tensor, weight: Tensor) -> bool:
         and type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and weight.dtype in NATIVE_CPU_DTYPES
-        and x.is_contiguous(memory_format=torch.channels_last)
         and (torch.compiler.is_compiling() or not weight.is_inference())
         and packs(x.device.type, x.dtype)
+        and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
@@ -237,7 +238,7 @@ for _name, _signature, _function, _fake_function in (
     (f"{OP}_add_", ADD_SIGNATURE, _add_convolution, _fake_add),
 ):
     LIBRARY.define(f"{_name}.native{_signature}")
-    LIBRARY.impl(f"{_name}.native", _function, "CPU")
+    LIBRARY.impl(f"{_name}.native", refusing_derivatives(_name, "native", _function), "CPU")
     torch.library.register_fake(f"bitfast::{_name}.native", _fake_function, lib=LIBRARY)
 
 __all__ = [

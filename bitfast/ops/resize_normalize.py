@@ -6,7 +6,7 @@ rescale and normalize are those of the slow image processors of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
 from bitfast.ops.common import check_pair, complete_operator, define_operator
+from bitfast.ops.derivatives import refuse_derivatives
+from bitfast.torch_state import is_transformed
 
 OP = "resize_normalize"
 
@@ -113,10 +115,12 @@ def resize_normalize(
     backend = select_backend(OP, images[0].device.type, images[0].dtype)
     # Through the dispatcher even for the reference: one call per batch costs nothing, and it keeps
     # the resampling tables, which need numbers, out of what torch.compile traces.
-    return getattr(torch.ops.bitfast.resize_normalize, backend)(
+    operator = getattr(torch.ops.bitfast.resize_normalize, backend)
+    run = reference.resize_normalize_forward if is_transformed() else operator
+    return run(
         images,
         [edge for pair in pairs for edge in pair],
-        window,
+        list(window),
         [edge for corner in corners for edge in corner],
         resample,
         factors,
@@ -313,7 +317,14 @@ def _fake(*arguments: Any) -> Tensor:
     return Request(*arguments).empty_result()
 
 
-define_operator(OP, "reference", SIGNATURE, reference.resize_normalize_forward, _fake)
+def _define(
+    backend: str, implementation: Callable[..., Tensor], tags: tuple[torch.Tag, ...] = ()
+) -> None:
+    define_operator(OP, backend, SIGNATURE, implementation, _fake, tags=tags)
+    refuse_derivatives(OP, backend)
+
+
+_define("reference", reference.resize_normalize_forward)
 
 # ---- what becomes of resized pixels -------------------------------------------------------------
 
@@ -397,7 +408,8 @@ def _fake_pixels(
 register_kernel(OP, "native", "cpu", NATIVE_DTYPES, lambda: extension.CPU.problem)
 if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined the schemas
     complete_operator("resize_normalize_pixels", "native", PIXELS_SIGNATURE, _fake_pixels)
-    define_operator(OP, "native", SIGNATURE, _native, _fake)
+    refuse_derivatives("resize_normalize_pixels", "native")
+    _define("native", _native)
 
 # ---- Triton -------------------------------------------------------------------------------------
 
@@ -425,4 +437,4 @@ for _device in ("cuda", "cpu"):
         on_demand=_device == "cpu",
     )
 # Its tables hold the addresses of one batch: compilers leave it out of the CUDA graphs that they record.
-define_operator(OP, "triton", SIGNATURE, _triton, _fake, tags=(torch.Tag.cudagraph_unsafe,))
+_define("triton", _triton, (torch.Tag.cudagraph_unsafe,))

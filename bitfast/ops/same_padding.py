@@ -15,12 +15,12 @@ from torch import Tensor
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, requested_backend, select_backend
 from bitfast.memory_format import memory_format_of
-from bitfast.ops.common import (
-    LIBRARY,
-    check_nchw,
-    check_pair,
-    complete_operator,
-    define_operator,
+from bitfast.ops.common import check_nchw, check_pair, complete_operator, define_operator
+from bitfast.ops.derivatives import (
+    connect_derivatives,
+    refuse_derivatives,
+    run_underived,
+    wants_numbers_only,
 )
 from bitfast.reference import Ints
 
@@ -276,24 +276,28 @@ def _connect_gradients(backend: str) -> None:
     """Tell autograd how the operators of one backend belong together."""
     pad = getattr(torch.ops.bitfast.same_pad, backend)
     pool_backward = getattr(torch.ops.bitfast.same_max_pool_backward, backend)
+    refuse_derivatives("same_max_pool_backward", backend)
 
     def backward_of_pad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return pad(grad, [-side for side in ctx.padding], 0.0), None, None
+        run = pad if wants_numbers_only(grad) else reference.same_pad_forward
+        return run(grad, [-side for side in ctx.padding], 0.0), None, None
 
     def backward_of_pool(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if not ctx.with_taps:
             raise RuntimeError("same_max_pool has no gradient unless it ran with with_taps=True")
-        grad_x = pool_backward(grad, *ctx.saved_tensors, ctx.size, *ctx.window, ctx.padding)
+        arguments = (grad, *ctx.saved_tensors, ctx.size, *ctx.window, ctx.padding)
+        # Which pixel was the largest does not change with the gradient: that is all there is to differentiate.
+        if wants_numbers_only(grad):
+            grad_x = run_underived(pool_backward, *arguments)
+        else:
+            grad_x = reference.same_max_pool_backward(*arguments)
         return grad_x, *(None,) * 6
 
-    torch.library.register_autograd(
-        f"bitfast::same_pad.{backend}", backward_of_pad, setup_context=_save_padding, lib=LIBRARY
+    connect_derivatives(
+        "same_pad", backend, _save_padding, backward_of_pad, reference.same_pad_forward
     )
-    torch.library.register_autograd(
-        f"bitfast::same_max_pool.{backend}",
-        backward_of_pool,
-        setup_context=_save_taps,
-        lib=LIBRARY,
+    connect_derivatives(
+        "same_max_pool", backend, _save_taps, backward_of_pool, reference.same_max_pool_forward
     )
 
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
-from bitfast.memory_format import is_channels_last, memory_format_of
+from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
 from bitfast.ops.common import (
-    LIBRARY,
     NATIVE_CPU_DTYPES,
     announce_triton_kernels,
     autocast_dtype,
@@ -25,6 +25,13 @@ from bitfast.ops.common import (
     define_operator,
     run_launches,
     show_launches,
+)
+from bitfast.ops.derivatives import (
+    connect_derivatives,
+    differentiable_gradients,
+    refuse_derivatives,
+    run_underived,
+    wants_numbers_only,
 )
 
 OP = "weight_standardization"
@@ -129,7 +136,7 @@ def _standardize_alike(
     if backend == "reference":
         results = [reference.weight_standardization_forward(w, eps, dtype)[0] for w in weights]
         if channels_last:
-            results = [r.contiguous(memory_format=torch.channels_last) for r in results]
+            results = [laid_out(r, torch.channels_last) for r in results]
         return results
     operator = getattr(torch.ops.bitfast.weight_standardization_all, backend)
     results = []
@@ -211,11 +218,12 @@ def unpack(packed: Tensor, weights: Sequence[Tensor], channels_last: bool) -> li
 
 def pack(tensors: Sequence[Tensor], channels_last: bool, like: Sequence[Tensor]) -> Tensor:
     """Return a buffer of which :func:`unpack` gives these tensors, shaped ``like`` the weights."""
-    _, end = starts_of([tensor.numel() for tensor in tensors])
-    packed = tensors[0].new_zeros((end,))
-    for view, tensor in zip(unpack(packed, like, channels_last), tensors, strict=True):
-        view.copy_(tensor)
-    return packed
+    pieces = []
+    for tensor, weight in zip(tensors, like, strict=True):
+        if channels_last or is_channels_last(weight):
+            tensor = tensor.permute(0, 2, 3, 1)
+        pieces.append(F.pad(tensor.flatten(), (0, -tensor.numel() % ALIGNMENT)))
+    return torch.cat(pieces)
 
 
 # ---- the contract of the kernels ----------------------------------------------------------------
@@ -234,8 +242,9 @@ def _fake_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weight, ctx.eps, ctx.dtype = inputs
     _, mean, rstd = output
-    ctx.save_for_backward(inputs[0], mean, rstd)
+    ctx.save_for_backward(weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
@@ -248,12 +257,19 @@ def define_kernel(backend: str, forward: Any, backward: Any) -> None:
 
 def _connect_gradients(backend: str) -> None:
     backward_op = getattr(torch.ops.bitfast.weight_standardization_backward, backend)
+    refuse_derivatives(f"{OP}_backward", backend)
 
     def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return backward_op(grad, *ctx.saved_tensors), None, None
+        if wants_numbers_only(grad):
+            return run_underived(backward_op, grad, *ctx.saved_tensors), None, None
 
-    torch.library.register_autograd(
-        f"bitfast::{OP}.{backend}", run_backward, setup_context=_setup_context, lib=LIBRARY
+        def composite(weight: Tensor) -> Tensor:
+            return reference.weight_standardization_forward(weight, ctx.eps, ctx.dtype)[0]
+
+        return *differentiable_gradients(composite, ctx.saved_tensors[:1], grad), None, None
+
+    connect_derivatives(
+        OP, backend, _setup_context, run_backward, reference.weight_standardization_forward
     )
 
 
@@ -275,7 +291,7 @@ def _fake_all_backward(
 
 
 def _setup_all_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    weights, _, _, ctx.channels_last = inputs
+    weights, ctx.eps, ctx.dtype, ctx.channels_last = inputs
     _, mean, rstd = output
     ctx.save_for_backward(*weights, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -292,15 +308,20 @@ def define_all_kernel(backend: str, forward: Any, backward: Any) -> None:
 
 def _connect_all_gradients(backend: str) -> None:
     backward_op = getattr(torch.ops.bitfast.weight_standardization_all_backward, backend)
+    refuse_derivatives(f"{ALL_OP}_backward", backend)
 
-    def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[list[Tensor] | None, ...]:
+    def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Sequence[Tensor | None] | None, ...]:
         *weights, mean, rstd = ctx.saved_tensors
-        packed = backward_op(grad, weights, mean, rstd, ctx.channels_last)
-        return unpack(packed, weights, channels_last=False), None, None, None
+        if wants_numbers_only(grad):
+            packed = run_underived(backward_op, grad, weights, mean, rstd, ctx.channels_last)
+            return unpack(packed, weights, channels_last=False), None, None, None
 
-    torch.library.register_autograd(
-        f"bitfast::{ALL_OP}.{backend}", run_backward, setup_context=_setup_all_context, lib=LIBRARY
-    )
+        def composite(*weights: Tensor) -> Tensor:
+            return _reference_all(weights, ctx.eps, ctx.dtype, ctx.channels_last)[0]
+
+        return differentiable_gradients(composite, weights, grad), None, None, None
+
+    connect_derivatives(ALL_OP, backend, _setup_all_context, run_backward, _reference_all)
 
 
 def _reference_all(

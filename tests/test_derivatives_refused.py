@@ -1,0 +1,218 @@
+"""What has no derivative says so; what needs none still runs without being asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
+
+from bitfast import extension
+from bitfast.backends import use_backend
+from bitfast.ops import group_norm_act_into, resize_normalize
+from bitfast.ops.derivatives import FUNCTION_TRANSFORMS
+from bitfast.prepared_weights import PreparedWeights
+from tests.model_pairs import our_model
+
+OPERATORS = torch.ops.bitfast
+WITHOUT_TENSORS = {
+    "bitfast::instruction_set",
+    "bitfast::norm_convolution_problem",
+    "bitfast::resampling_tables.native",  # of integers
+}
+
+pytestmark = pytest.mark.skipif(
+    extension.CPU.problem is not None, reason=f"the extension is not there: {extension.CPU.problem}"
+)
+
+
+def test_every_operator_has_decided():
+    """Each is either differentiable in all ways or refuses: both show in what function transforms meet."""
+    undecided = {
+        name
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("bitfast::")
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(name, FUNCTION_TRANSFORMS)
+    }
+    assert undecided == WITHOUT_TENSORS
+
+
+NORM = (torch.ones(4), torch.zeros(4), 2, 1e-5, "relu")
+POINTWISE = nn.Parameter(torch.ones(4, 4, 1, 1), requires_grad=False)
+FILTERS = torch.ones(4, 4, 1, 1)
+STATISTICS = (torch.zeros(2, 2), torch.ones(2, 2))
+GEOMETRY = ([1, 1], [0, 0], [1, 1])
+
+
+OTHER = torch.ones(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+
+
+def image() -> Tensor:
+    return torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+
+
+def _norm_into(x: Tensor) -> None:
+    OPERATORS.group_norm_act_into.native(x, None, *NORM, None, torch.empty_like(OTHER))
+
+
+def _norm_backward(backend: str, x: Tensor) -> None:
+    operator = getattr(OPERATORS.group_norm_act_backward, backend)
+    operator(OTHER, None, x, *NORM[:2], *STATISTICS, 2, "relu")
+
+
+def _weight_backward(backend: str, x: Tensor) -> None:
+    operator = getattr(OPERATORS.weight_standardization_backward, backend)
+    operator(x, x.detach(), torch.zeros(2), torch.ones(2))
+
+
+def _weights_backward(backend: str, x: Tensor) -> None:
+    operator = getattr(OPERATORS.weight_standardization_all_backward, backend)
+    operator(torch.zeros(320), [x], torch.zeros(2), torch.ones(2), False)
+
+
+def _pool_backward(backend: str, x: Tensor) -> None:
+    operator = getattr(OPERATORS.same_max_pool_backward, backend)
+    taps = torch.zeros(2, 4, 6, 6, dtype=torch.int16)
+    operator(x, taps, [11, 11], [1, 1], [2, 2], [1, 1], [0, 0, 0, 0])
+
+
+def _kept(x: Tensor) -> None:
+    OPERATORS.norm_convolution.kept(x, None, *NORM, POINTWISE, 1e-8, 1, False)
+
+
+def _kept_total(x: Tensor) -> None:
+    OPERATORS.norm_convolution_add_.kept(OTHER, None, *NORM, POINTWISE, x, 1e-8, 1, False)
+
+
+def _resize(backend: str, x: Tensor) -> None:
+    operator = getattr(OPERATORS.resize_normalize, backend)
+    operator([x[0]], [4, 4], [4, 4], [0, 0], 3, [], [], [], torch.float32, False, [1])
+
+
+UNDERIVED: dict[str, Callable[[Tensor], None]] = {
+    "norm in place": lambda x: OPERATORS.group_norm_act_.native(x, None, *NORM, None),
+    "norm into memory": _norm_into,
+    "packed": lambda x: OPERATORS.packed_convolution.native(x, POINTWISE, 1e-8, *GEOMETRY),
+    "added packed": lambda x: OPERATORS.packed_convolution_add_.native(
+        OTHER, POINTWISE, x, 1e-8, *GEOMETRY
+    ),
+    "kept": _kept,
+    "added kept": _kept_total,
+    "packing": lambda x: OPERATORS.pack_norm_convolution.native(x[..., :1, :1].contiguous(), False),
+    "moments": lambda x: OPERATORS.channel_moments.native(x),
+    **{
+        f"{name} by {backend}": partial(run, backend)
+        for name, run in {
+            "backward of norms": _norm_backward,
+            "backward of weights": _weight_backward,
+            "backward of all weights": _weights_backward,
+            "backward of pools": _pool_backward,
+            "resize": _resize,
+        }.items()
+        for backend in ("reference", "native")
+    },
+}
+ALSO_TRITON = {
+    f"{name} by triton": partial(run, "triton")
+    for name, run in {
+        "backward of norms": _norm_backward,
+        "backward of weights": _weight_backward,
+        "backward of all weights": _weights_backward,
+    }.items()
+}
+
+
+Run = Callable[[Tensor], None]
+
+
+def _with_tangent(run: Run, x: Tensor) -> None:
+    with forward_ad.dual_level(), torch.no_grad():
+        run(forward_ad.make_dual(x, x.cos()))
+
+
+MODES: dict[str, Callable[[Run, Tensor], object]] = {
+    "gradient": lambda run, x: run(x.requires_grad_() * 1),
+    "tangent": _with_tangent,
+    "jvp": lambda run, x: jvp(run, (x,), (x,)),
+    "grad": lambda run, x: grad(run)(x),
+    "vmap": lambda run, x: vmap(run)(x[None]),
+}
+
+
+@pytest.mark.parametrize("name", [*UNDERIVED, *ALSO_TRITON])
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives_of_what_has_none(name, mode):
+    run = {**UNDERIVED, **ALSO_TRITON}[name]
+    with pytest.raises(NotImplementedError, match=r"bitfast\.[\w.]+ has no derivative"):
+        MODES[mode](run, image())
+
+
+@pytest.mark.parametrize("name", UNDERIVED)
+def test_they_run_where_none_is_asked_for(name):
+    with torch.no_grad():
+        UNDERIVED[name](image().requires_grad_())
+    UNDERIVED[name](image())  # records gradients, but of nothing
+
+
+def test_norms_in_place_are_plain_where_somebody_follows_x():
+    x, weight, bias = image(), *NORM[:2]
+    direction = x.cos()
+
+    def into(x: Tensor) -> Tensor:
+        return group_norm_act_into(x * 1, weight, bias, 2, 1e-5, "gelu", None, None, x)
+
+    def plain(x: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return into(x)
+
+    with torch.no_grad():
+        actual = jvp(into, (x,), (direction,))[1]
+    torch.testing.assert_close(actual, jvp(plain, (x,), (direction,))[1])
+    assert actual.abs().max() > 0.1
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_images_can_be_batched_by_vmap(dtype):
+    images = (torch.rand(3, 9, 8, 3) * 255).to(dtype)
+    resize = lambda x: resize_normalize([x], [(5, 6)], (4, 4), 3, 1 / 255, (0.1,) * 3, (0.4,) * 3)  # noqa: E731
+    expected = torch.stack([resize(x) for x in images])
+    torch.testing.assert_close(vmap(resize)(images), expected)
+
+
+def test_forward_mode_of_images():
+    image = torch.rand(9, 8, 3, dtype=torch.float64)
+    direction = torch.rand(9, 8, 3, dtype=torch.float64)
+    resize = lambda x: resize_normalize([x], [(5, 6)], (4, 4), 3, 2.0, dtype=torch.float64)  # noqa: E731
+    expected = resize(image + direction) - resize(image)  # it is linear
+    torch.testing.assert_close(jvp(resize, (image,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        result = resize(forward_ad.make_dual(image, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(result).tangent, expected)
+
+
+def test_gradients_of_images_are_refused():
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        grad(lambda x: resize_normalize([x], [(5, 6)]).sum())(torch.rand(9, 8, 3))
+
+
+# ---- what is kept -------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_of_a_transformed_pass():
+    """What a transform computes ends with it."""
+    model = our_model("BitModel", hidden_sizes=[16], depths=[1]).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        vmap(lambda image: model(image[None])[1])(x)
+        jvp(lambda images: model(images)[1], (x,), (x,))
+        assert isinstance(model.prepared_weights, PreparedWeights)
+        assert model.prepared_weights._kept is None
+        expected = vmap(lambda image: model(image[None])[1])(x)[:, 0]
+        torch.testing.assert_close(model(x)[1], expected, rtol=1e-4, atol=1e-5)
