@@ -104,7 +104,7 @@ def _group_norm_channels_last(
     centered = groups - mean
     # What the rounding of the mean was off by; it shows where the mean is 100 standard deviations.
     left_over = _group_mean(centered)
-    centered -= left_over
+    centered = centered - left_over
     # Not torch.var, which takes several times as long on the CPU.
     rstd = torch.rsqrt(_group_mean(centered.square()) + eps)
     scale, shift = (p.to(dtype).unflatten(0, (num_groups, -1)) for p in (weight, bias))
