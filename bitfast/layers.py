@@ -138,6 +138,8 @@ class WeightStandardizedConv2d(nn.Conv2d):
     """
 
     pad: nn.Module | None
+    weight_settings = 0
+    """How often a weight was set, which counts as a change of it."""
 
     def __init__(
         self,
@@ -172,6 +174,13 @@ class WeightStandardizedConv2d(nn.Conv2d):
         self.eps = eps
         self.pad = DynamicPad2d(kernel_size, stride, dilation) if zeros is None else None
         make_ordinary(self.weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            # Sharding (FSDP) sets one whose memory it has filled, in a way that torch does not count.
+            packed_weights.drop([value])
+            self.__dict__["weight_settings"] = self.weight_settings + 1
 
     @property
     def geometry(self) -> Geometry:

@@ -48,13 +48,16 @@ class _Source(NamedTuple):
     weight: nn.Parameter
     address: int
     version: int
+    settings: int
+    """How often the layer's weight was set."""
     storage: torch.UntypedStorage
     """Held so that no other tensor can come to lie at the same address."""
 
     @classmethod
     def of(cls, layer: Any) -> _Source:
         weight = layer.weight
-        return cls(layer, weight, weight.data_ptr(), weight._version, weight.untyped_storage())
+        version, settings = weight._version, getattr(layer, "weight_settings", 0)
+        return cls(layer, weight, weight.data_ptr(), version, settings, weight.untyped_storage())
 
     def is_current(self) -> bool:
         weight = self.layer._parameters.get("weight")
@@ -62,6 +65,7 @@ class _Source(NamedTuple):
             weight is self.weight
             and weight.data_ptr() == self.address
             and weight._version == self.version
+            and getattr(self.layer, "weight_settings", 0) == self.settings
         )
 
 

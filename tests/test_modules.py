@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import bitfast
+from bitfast import layers
 from tests.model_pairs import (
     CLASSES,
     RELATIVE_FLOAT64,
@@ -370,24 +371,51 @@ def test_gradients_of_what_is_returned_in_float32():
 # ---- sharding -------------------------------------------------------------------------------------
 
 
-def test_the_encoder_can_be_sharded(tmp_path):
+@pytest.fixture
+def mesh(tmp_path):
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_encoder_can_be_sharded(mesh):
     from torch.distributed.fsdp import fully_shard
 
     ours, theirs = in_float64("BitForImageClassification", "preactivation")
     x = images()
     expected = theirs(x).logits
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        fully_shard(ours.bit.encoder, mesh=init_device_mesh("cpu", (1,)))
-        with torch.no_grad():
-            assert_close(ours(x).logits, expected)
-        logits = ours.train()(x).logits
-        assert_close(logits, expected)
-        logits.sum().backward()
-        assert ours.bit.encoder.stages[0].layers[0].conv1.weight.grad is not None
-    finally:
-        distributed.destroy_process_group()
+    fully_shard(ours.bit.encoder, mesh=mesh)
+    with torch.no_grad():
+        assert_close(ours(x).logits, expected)
+    logits = ours.train()(x).logits
+    assert_close(logits, expected)
+    logits.sum().backward()
+    assert ours.bit.encoder.stages[0].layers[0].conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_changes_of_a_sharded_model_are_seen(mesh, packed, monkeypatch):
+    """Its weights lie in memory that is freed and filled in each pass, at the same address now and then."""
+    from torch.distributed.fsdp import fully_shard
+
+    if not packed:
+        monkeypatch.setattr(layers, "packs", lambda *_: False)
+    ours, theirs = pair("BitForImageClassification")
+    ours, theirs, x = ours.eval(), theirs.eval(), torch.randn(2, 3, 64, 64)
+    for stage in ours.bit.encoder.stages:
+        fully_shard(stage, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    with torch.no_grad():
+        for number in range(20):
+            torch.testing.assert_close(ours(x).logits, theirs(x).logits, rtol=1e-3, atol=1e-4)
+            for model in (ours, theirs):
+                for name, parameter in model.named_parameters():
+                    if name.endswith("conv2.weight"):
+                        parameter[:, number % 4].mul_(-1.1).add_(0.01)
