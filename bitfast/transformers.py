@@ -25,7 +25,7 @@ try:
     from transformers.image_processing_utils_fast import BaseImageProcessorFast
 except ImportError:  # transformers 5
     from transformers.image_processing_backends import TorchvisionBackend as BaseImageProcessorFast
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bitfast import configuration, image_processing, image_processing_fast, models
@@ -50,7 +50,6 @@ class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
     """
 
     # Of transformers' class, for type checkers.
-    base_model: Any
     loss_function: Any
     post_init: Any
     _init_backbone: Any
@@ -90,7 +89,10 @@ class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **_: Any
     ) -> None:
-        if getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
+        if (
+            getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func)
+            is not checkpoint
+        ):
             raise ValueError(
                 "BiT recomputes activations by torch.utils.checkpoint.checkpoint alone:"
                 " they cannot be offloaded as well"
@@ -98,15 +100,6 @@ class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
         for stage in self._stages():
             stage.gradient_checkpointing = enable
             stage.checkpoint_options = getattr(gradient_checkpointing_func, "keywords", {})
-
-    def enable_input_require_grads(self) -> None:
-        """Let the stem's output require gradients, which reentrant checkpoints of a frozen network need."""
-
-        def require_gradients(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            output.requires_grad_(True)
-
-        self._require_grads_hook = self.base_model.embedder.register_forward_hook(require_gradients)
-        self._require_grads_hooks = [self._require_grads_hook]
 
     def _resolve_output_options(
         self, output_hidden_states: bool | None, return_dict: bool | None
@@ -127,7 +120,7 @@ class BitModel(models.Model, BitPreTrainedModel):
     def __init__(self, config: BitConfig) -> None:
         super().__init__(config)
         self.add_modules(self.network_config())
-        self.encoder.output_class = modeling_outputs.BaseModelOutputWithNoAttention
+        self.encoder.output_class = modeling_outputs.BaseModelOutputWithNoAttention  # type: ignore[misc]
         self.post_init()
 
 

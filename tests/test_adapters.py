@@ -9,6 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
+import transformers.integrations.peft
+from packaging.version import Version
 from torch import Tensor, nn
 
 import bitfast
@@ -135,12 +137,21 @@ class TestAllKinds:
         assert_same(there, ours)
 
 
+NEEDED = Version(transformers.integrations.peft.MIN_PEFT_VERSION)
+
+
+@pytest.mark.skipif(
+    Version(peft.__version__) < NEEDED,
+    reason=f"transformers {transformers.__version__} refuses PEFT before {NEEDED}, {peft.__version__} is here",
+)
 @pytest.mark.parametrize("kind", ["bitfast.transformers", "accelerated"])
 def test_transformers_own_methods(kind, tmp_path):
     base = their_model()
     ours, theirs = same_model(base, kind).eval(), copy.deepcopy(base).eval()
     for model in (ours, theirs):
-        model.add_adapter(peft.LoraConfig(target_modules=CONVOLUTIONS, init_lora_weights=False), "a")
+        model.add_adapter(
+            peft.LoraConfig(target_modules=CONVOLUTIONS, init_lora_weights=False), "a"
+        )
     ours.load_state_dict(theirs.state_dict())
     assert_same(ours, theirs)
     for model in (ours, theirs):
@@ -171,7 +182,9 @@ def test_gradient_checkpointing_with_adapters():
     x = images().double()
     for model in models:
         model(x).logits.square().sum().backward()
-    plain, *others = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in models)
+    plain, *others = (
+        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in models
+    )
     assert len(plain) == 20
     for other in others:
         assert list(other) == list(plain)
@@ -179,7 +192,9 @@ def test_gradient_checkpointing_with_adapters():
             assert_close(other[name], plain[name], 1e-11, name)
 
 
-@pytest.mark.parametrize("method", ["add_adapter", "load_adapter", "set_adapter", "enable_adapters"])
+@pytest.mark.parametrize(
+    "method", ["add_adapter", "load_adapter", "set_adapter", "enable_adapters"]
+)
 def test_own_classes_say_where_these_methods_are(method):
     model = bitfast.BitModel(bitfast.BitConfig(**TINY))
     with pytest.raises(NotImplementedError, match=rf"{method}.*bitfast\.transformers"):
