@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,8 +269,8 @@ MEMBERS = [
 @pytest.mark.parametrize("name", CLASSES)
 def test_members_of_bitfasts_own_classes(name):
     ours, expected = our_class(name)(transformers.BitConfig(**TINY)), theirs(name)
-    for member in MEMBERS:
-        actual, wanted = (getattr(model, member, None) for model in (ours, expected))
+    for member in filter(partial(hasattr, expected), MEMBERS):  # version 5 dropped some
+        actual, wanted = (getattr(model, member) for model in (ours, expected))
         if callable(wanted):
             actual, wanted = actual(), wanted()
         assert actual == wanted or not (
@@ -279,8 +280,12 @@ def test_members_of_bitfasts_own_classes(name):
     with pytest.raises(NotImplementedError):
         ours.get_input_embeddings()
     batch = {"pixel_values": images()}
-    assert ours.estimate_tokens(batch) == expected.estimate_tokens(batch)
-    assert ours.floating_point_ops(batch) == expected.floating_point_ops(batch)
+    values = batch["pixel_values"].numel()
+    operations = 6 * values * sum(parameter.numel() for parameter in expected.parameters())
+    assert (ours.estimate_tokens(batch), ours.floating_point_ops(batch)) == (values, operations)
+    if hasattr(expected, "estimate_tokens"):  # until version 5
+        assert expected.estimate_tokens(batch) == values
+        assert expected.floating_point_ops(batch) == operations
     key = next(iter(ours.state_dict()))
     assert ours.get_parameter_or_buffer(key) is ours.get_parameter(key)
     with pytest.raises(AttributeError):
