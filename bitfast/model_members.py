@@ -58,6 +58,9 @@ class ModelMembers(nn.Module):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # what transformers says of models without attention
 
+    def set_attn_implementation(self, attn_implementation: Any) -> None:
+        """Do nothing: there is no attention."""
+
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: no two modules share a weight."""
 
