@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEXT := .venv-transformers5
-TESTS_OF_NEXT := tests/test_in_place.py tests/test_in_place_report.py tests/test_auto_classes.py
+TESTS_OF_NEXT := tests/test_in_place.py tests/test_in_place_report.py tests/test_auto_classes.py \
+	tests/test_transformers_classes.py tests/test_trainer.py tests/test_adapters.py
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo test lint bench readme-table gpu-report clean

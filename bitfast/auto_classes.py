@@ -8,23 +8,21 @@ from typing import Any
 
 from bitfast.checkpoints.files import WHERE
 from bitfast.configuration import BitConfig
-from bitfast.image_processing import BitImageProcessor
-from bitfast.image_processing_fast import BitImageProcessorFast
-from bitfast.modeling import BitBackbone, BitForImageClassification, BitModel
 
 MODELS = {
-    "AutoModel": BitModel,
-    "AutoModelForImageClassification": BitForImageClassification,
-    "AutoBackbone": BitBackbone,
+    "AutoModel": "BitModel",
+    "AutoModelForImageClassification": "BitForImageClassification",
+    "AutoBackbone": "BitBackbone",
 }
+"""The class of :mod:`bitfast.transformers` that each auto class gives."""
 
-PROCESSORS: dict[str, dict[int, Any]] = {
-    "BitImageProcessor": {4: BitImageProcessor, 5: BitImageProcessorFast},
-    "BitImageProcessorFast": {4: BitImageProcessorFast, 5: BitImageProcessorFast},
-    "BitImageProcessorPil": {5: BitImageProcessor},
+PROCESSORS = {
+    "BitImageProcessor": {4: "BitImageProcessor", 5: "BitImageProcessorFast"},
+    "BitImageProcessorFast": {4: "BitImageProcessorFast", 5: "BitImageProcessorFast"},
+    "BitImageProcessorPil": {5: "BitImageProcessor"},
 }
-"""By the name of transformers' class, and by the first number of its version: since version 5 the name
-without an ending is that of the one made of torchvision."""
+"""The same for processors, by the name of transformers' class, and by the first number of its version: since
+version 5 the name without an ending is that of the one made of torchvision."""
 
 MISSING = object()
 
@@ -49,11 +47,11 @@ class TransformersRegistration:
 
 def register_with_transformers() -> TransformersRegistration:
     """Let ``AutoModel``, ``AutoModelForImageClassification``, ``AutoBackbone`` and ``AutoImageProcessor`` give
-    bitfast's classes where they gave transformers' for the model type "bit".
+    the classes of :mod:`bitfast.transformers` where they gave transformers' for the model type "bit".
 
     So do ``pipeline("image-classification", ...)`` and models that build their backbone by ``AutoBackbone``.
-    Nothing else changes: ``AutoConfig`` gives transformers' configuration, from which bitfast's models make
-    theirs, and the processors of other models stay, also where they are of the same class (as DINOv2's is).
+    Nothing else changes: ``AutoConfig`` gives transformers' configuration, which is theirs too, and the
+    processors of other models stay, also where they are of the same class (as DINOv2's is).
     Registering twice is as good as once; registrations are undone in the opposite order.
 
     Returns:
@@ -65,6 +63,8 @@ def register_with_transformers() -> TransformersRegistration:
     try:
         import transformers
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        from bitfast import transformers as ours
     except ImportError as error:
         raise ImportError(
             f"register_with_transformers needs transformers (pip install transformers): {error}"
@@ -79,8 +79,9 @@ def register_with_transformers() -> TransformersRegistration:
             )
     undoing: list[Callable[[], None]] = []
     for name, model_class in MODELS.items():
-        for config_class in (transformers.BitConfig, BitConfig):
-            undoing.append(_set_item(mappings[name]._extra_content, config_class, model_class))
+        for config_class in (ours.BitConfig, BitConfig):
+            content = mappings[name]._extra_content
+            undoing.append(_set_item(content, config_class, getattr(ours, model_class)))
     undoing.append(_wrap_processors(AutoImageProcessor, major))
     return TransformersRegistration(undoing)
 
@@ -129,9 +130,12 @@ def _wrap_processors(auto_class: Any, major: int) -> Callable[[], None]:
 
 def _our_processor(cls: type, major: int) -> Any:
     """Return what stands for a class of transformers, None for any other."""
+    from bitfast import transformers as ours
+
     if not cls.__module__.startswith("transformers.models.bit."):
         return None
-    return PROCESSORS.get(cls.__name__, {}).get(major)
+    name = PROCESSORS.get(cls.__name__, {}).get(major)
+    return None if name is None else getattr(ours, name)
 
 
 def _model_type(name_or_path: Any, kwargs: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bitfast.activations import MODULES, activation_name
 from bitfast.configuration import BitConfig
+from bitfast.convolution_owner import ConvolutionOwner
 from bitfast.fusion import Deferred, can_be_normalized_late, fusable_norm, is_fusable, normed
 from bitfast.layers import DropPath, GroupNormActivation, WeightStandardizedConv2d, infers
 from bitfast.torch_state import is_concrete
@@ -83,7 +84,7 @@ def norm(
     )
 
 
-class BitDownsampleConv(nn.Module):
+class BitDownsampleConv(ConvolutionOwner):
     """The shortcut of a stage's first block: 1x1 convolution, in the bottleneck form with a norm."""
 
     def __init__(self, config: BitConfig, in_channels: int, out_channels: int, stride: int) -> None:
@@ -112,7 +113,7 @@ def makes_new(downsample: nn.Module | None) -> bool:
     return type(downsample) is BitDownsampleConv and downsample.makes_new()
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(ConvolutionOwner):
     """What both blocks have in common."""
 
     idle_in_inference: tuple[type[nn.Module], ...] = (nn.Identity, DropPath)

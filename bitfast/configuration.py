@@ -86,6 +86,9 @@ class BitConfig(PushToHubMixin):
     sub_configs: ClassVar[dict[str, Any]] = {}
     """Configurations inside this one; transformers' auto classes ask for them."""
 
+    has_no_defaults_at_init = False
+    """Whether ``BitConfig()`` is impossible; transformers asks for it."""
+
     return_dict: bool
     output_hidden_states: bool
     torchscript: bool
@@ -221,6 +224,12 @@ class BitConfig(PushToHubMixin):
     def num_labels(self, num_labels: int) -> None:
         if num_labels != len(self.id2label):
             self._number_labels(num_labels)
+
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> BitConfig:
+        """Return this configuration: there is no other one of a text model inside it."""
+        return self
 
     @property
     def use_return_dict(self) -> bool:

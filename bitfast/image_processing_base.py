@@ -253,7 +253,7 @@ class ImageProcessor(PushToHubMixin):
         if self._auto_class is not None:
             from transformers.dynamic_module_utils import custom_object_save
 
-            custom_object_save(self, folder, config=self)  # type: ignore[arg-type]
+            custom_object_save(self, folder, config=self)
         self.to_json_file(folder / CONFIG_NAME)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)

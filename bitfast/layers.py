@@ -140,6 +140,8 @@ class WeightStandardizedConv2d(nn.Conv2d):
     pad: nn.Module | None
     weight_settings = 0
     """How often a weight was set, which counts as a change of it."""
+    is_lent = False
+    """Whether somebody has wrapped it, who may change its weight unnoticed."""
 
     def __init__(
         self,
@@ -205,13 +207,27 @@ class WeightStandardizedConv2d(nn.Conv2d):
         return self._keeps_weight() and can_pack(x, self.weight)
 
     def _keeps_weight(self) -> bool:
-        """Say whether ops that keep their form of the weight can serve: it has no bias, groups or reflections.
+        """Say whether ops that keep their form of the weight can serve: nobody has wrapped it, and it has no
+        bias, groups or reflections.
 
         A weight that was made in inference mode is made one that can be kept.
         """
         if not torch.compiler.is_compiling():
             make_ordinary(self.weight)
-        return self.bias is None and self.groups == 1 and self.padding_mode == "zeros"
+        if self.is_lent or self.bias is not None:
+            return False
+        return self.groups == 1 and self.padding_mode == "zeros"
+
+    def lend(self) -> None:
+        """Keep nothing that is computed from the weight until :meth:`take_back`."""
+        self.is_lent = True
+
+    def take_back(self) -> None:
+        """Keep it again, and nothing from before."""
+        weight = self._parameters.get("weight")
+        if self.is_lent and weight is not None and not weight.is_inference():
+            torch.autograd.graph.increment_version(weight)
+        self.is_lent = False
 
     def train(self, mode: bool = True) -> WeightStandardizedConv2d:
         """Switch between training and evaluation, and forget the weight packed for inference."""

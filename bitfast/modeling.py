@@ -6,16 +6,19 @@ Kolesnikov et al., "Big Transfer (BiT): General Visual Representation Learning",
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from torch import Tensor
 
 from bitfast import models
 from bitfast.checkpoints.hub import PretrainedModelMixin
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import align_output_stages
+from bitfast.model_members import ModelMembers
 
 
-class BitPreTrainedModel(PretrainedModelMixin, models.Shared):
+class BitPreTrainedModel(PretrainedModelMixin, ModelMembers, models.Shared):
     """What the three models share: configuration, initialisation, checkpoints, gradient checkpointing.
 
     Args:
@@ -32,10 +35,15 @@ class BitPreTrainedModel(PretrainedModelMixin, models.Shared):
         self.config = as_bit_config(config)
 
     def post_init(self) -> None:
-        """Initialise the modules that no inner model has initialised already."""
-        for child in self.children():
-            if not isinstance(child, BitPreTrainedModel):
-                child.apply(self._init_weights)
+        """Call :meth:`init_weights`, at the end of a model's ``__init__``."""
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise the modules that have not been initialised yet: a second time does nothing."""
+        for module in self.modules():
+            if not getattr(module, "_is_initialized", False):
+                self._init_weights(module)
+                module._is_initialized = True  # type: ignore[assignment]
 
 
 class BitModel(models.Model, BitPreTrainedModel):
@@ -55,6 +63,21 @@ class BitForImageClassification(models.Classifier, BitPreTrainedModel):
         self.add_modules(self.config, BitModel(self.config))
         self.post_init()
 
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """What computes the loss: called with the labels, the logits and the configuration."""
+        return self.__dict__.get("_loss_function", self._standard_loss)
+
+    @loss_function.setter
+    def loss_function(self, function: Callable[..., Tensor]) -> None:
+        self._loss_function = function
+
+    def _standard_loss(self, labels: Tensor, logits: Tensor, config: Any, **_: Any) -> Tensor:
+        return super()._loss(logits, labels)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_function(labels, logits, self.config)
+
 
 class BitBackbone(models.Backbone, BitPreTrainedModel):
     """The feature maps of chosen stages, for detection, segmentation and hybrid models.
@@ -62,6 +85,8 @@ class BitBackbone(models.Backbone, BitPreTrainedModel):
     Stages after the last chosen one are not computed, unless all hidden states are asked for. Setting
     ``out_features`` or ``out_indices`` changes this model's choice, not the configuration's.
     """
+
+    backbone_type = "transformers"
 
     def __init__(self, config: BitConfig) -> None:
         super().__init__(config)
@@ -100,6 +125,11 @@ class BitBackbone(models.Backbone, BitPreTrainedModel):
     def channels(self) -> list[int]:
         """Channels of each returned feature map."""
         return [self.out_feature_channels[name] for name in self.out_features]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration's settings, with this model's choice of stages."""
+        choice = {"out_features": list(self.out_features), "out_indices": list(self.out_indices)}
+        return {**self.config.to_dict(), **choice}
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model without ``output_attentions``, which it has no use for."""

@@ -65,6 +65,19 @@ class Shared(nn.Module):
         for stage in self._stages():
             stage.gradient_checkpointing = False
 
+    def enable_input_require_grads(self) -> None:
+        """Let the stem's output require gradients, which reentrant checkpoints of a frozen network need."""
+
+        def require_gradients(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            output.requires_grad_(True)
+
+        embedder: Any = getattr(self, "bit", self).embedder
+        self._require_grads_hook = embedder.register_forward_hook(require_gradients)
+
+    def disable_input_require_grads(self) -> None:
+        """Undo :meth:`enable_input_require_grads`."""
+        self._require_grads_hook.remove()
+
     def _stages(self) -> list[BitStage]:
         return [module for module in self.modules() if isinstance(module, BitStage)]
 

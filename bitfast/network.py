@@ -23,6 +23,7 @@ from bitfast.blocks import (
     round_to_multiple,
 )
 from bitfast.configuration import BitConfig
+from bitfast.convolution_owner import ConvolutionOwner
 from bitfast.fusion import Deferred, fusable_norm, is_fusable, normed
 from bitfast.layers import (
     GroupNormActivation,
@@ -49,7 +50,7 @@ def smallest_image(config: BitConfig) -> int:
     return 5 if config.global_padding == "SAME" and not config.embedding_dynamic_padding else 1
 
 
-class BitEmbeddings(nn.Module):
+class BitEmbeddings(ConvolutionOwner):
     """The stem: 7x7 convolution, zero pad, (norm), 3x3 max-pool; to a quarter of the resolution."""
 
     def __init__(self, config: BitConfig) -> None:

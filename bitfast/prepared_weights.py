@@ -206,6 +206,7 @@ def _has_plain_weight(layer: nn.Module) -> bool:
         and 0 not in weight.shape
         and not layer._forward_pre_hooks
         and "forward" not in layer.__dict__
+        and not getattr(layer, "is_lent", False)
     )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import bitfast
 from bitfast import auto_classes
+from bitfast import transformers as classes
 from tests.foreign_models import ALL, dpt_hybrid
 from tests.model_pairs import assert_close, flatten, move_weights
 from tests.tiny_models import TINY, theirs
@@ -25,7 +26,7 @@ AUTO = {
     "AutoModelForImageClassification": "BitForImageClassification",
     "AutoBackbone": "BitBackbone",
 }
-PROCESSORS = (bitfast.BitImageProcessor, bitfast.BitImageProcessorFast)
+PROCESSORS = (classes.BitImageProcessor, classes.BitImageProcessorFast)
 MAJOR = int(transformers.__version__.split(".")[0])
 PROCESSOR = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
 
@@ -61,7 +62,7 @@ def test_an_auto_class_gives_bitfasts_class_until_undone(auto_class, folder):
     registration = bitfast.register_with_transformers()
     try:
         ours = given(auto_class, folder)
-        assert type(ours) is getattr(bitfast, AUTO[auto_class])
+        assert type(ours) is getattr(classes, AUTO[auto_class])
         assert ours.config.hidden_sizes == TINY["hidden_sizes"]
         for config in (transformers.BitConfig(**TINY), bitfast.BitConfig(**TINY)):
             built = getattr(transformers, auto_class).from_config(config)
@@ -94,7 +95,7 @@ def test_the_image_processor(folder, photograph, use_fast):
     with bitfast.register_with_transformers():
         ours = transformers.AutoImageProcessor.from_pretrained(folder, **options)
     is_fast = MAJOR == 5 if use_fast is None else use_fast
-    assert type(ours) is (bitfast.BitImageProcessorFast if is_fast else bitfast.BitImageProcessor)
+    assert type(ours) is (classes.BitImageProcessorFast if is_fast else classes.BitImageProcessor)
     assert not isinstance(plain, PROCESSORS)
     actual = ours(photograph, return_tensors="pt").pixel_values
     expected = plain(photograph, return_tensors="pt").pixel_values
@@ -154,7 +155,7 @@ def test_a_pipeline_runs_on_bitfast(folder, photograph):
     expected = transformers.pipeline("image-classification", model=str(folder))(photograph)
     with bitfast.register_with_transformers():
         pipeline = transformers.pipeline("image-classification", model=str(folder))
-    assert type(pipeline.model) is bitfast.BitForImageClassification
+    assert type(pipeline.model) is classes.BitForImageClassification
     assert isinstance(pipeline.image_processor, PROCESSORS)
     actual = pipeline(photograph)
     assert {item["label"] for item in actual} == {"cat", "dog", "owl"}
@@ -172,7 +173,7 @@ def test_a_model_builds_its_backbone_of_bitfast():
     move_weights(theirs_)
     with bitfast.register_with_transformers():
         ours = dpt_hybrid().eval()
-    assert type(ours.dpt.embeddings.backbone) is bitfast.BitBackbone
+    assert type(ours.dpt.embeddings.backbone) is classes.BitBackbone
     ours.load_state_dict(theirs_.state_dict())
     images = ALL["DPT-hybrid"].images()
     with torch.no_grad():
@@ -185,11 +186,11 @@ def test_a_model_builds_its_backbone_of_bitfast():
 def test_registering_twice_is_as_good_as_once(folder):
     with bitfast.register_with_transformers():
         with bitfast.register_with_transformers():
-            assert isinstance(given("AutoModel", folder), bitfast.BitModel)
-        assert isinstance(given("AutoModel", folder), bitfast.BitModel)
+            assert isinstance(given("AutoModel", folder), classes.BitModel)
+        assert isinstance(given("AutoModel", folder), classes.BitModel)
         made = transformers.AutoImageProcessor.from_pretrained(folder)
         assert isinstance(made, PROCESSORS)
-    assert not isinstance(given("AutoModel", folder), bitfast.BitModel)
+    assert not isinstance(given("AutoModel", folder), classes.BitModel)
     made = transformers.AutoImageProcessor.from_pretrained(folder)
     assert not isinstance(made, PROCESSORS)
 
@@ -204,7 +205,7 @@ def test_somebody_elses_registration_comes_back():
     )
     try:
         with bitfast.register_with_transformers():
-            assert type(transformers.AutoModel.from_config(config)) is bitfast.BitModel
+            assert type(transformers.AutoModel.from_config(config)) is classes.BitModel
         assert type(transformers.AutoModel.from_config(config)) is Other
     finally:
         undo()
@@ -213,7 +214,7 @@ def test_somebody_elses_registration_comes_back():
 def test_an_error_inside_the_block_undoes_it(folder):
     with pytest.raises(RuntimeError, match="stop"), bitfast.register_with_transformers():
         raise RuntimeError("stop")
-    assert not isinstance(given("AutoModel", folder), bitfast.BitModel)
+    assert not isinstance(given("AutoModel", folder), classes.BitModel)
 
 
 @pytest.mark.parametrize("statement", ["import bitfast", "import bitfast; bitfast.accelerate"])
@@ -235,5 +236,5 @@ def test_auto_classes_of_another_kind_are_refused_before_anything_changes(monkey
     with pytest.raises(ImportError, match="AutoBackbone keeps no registered classes"):
         bitfast.register_with_transformers()
     mapping._extra_content = content
-    assert not isinstance(given("AutoModel", folder), bitfast.BitModel)
+    assert not isinstance(given("AutoModel", folder), classes.BitModel)
     monkeypatch.undo()

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import bitfast
+import bitfast.transformers
 from bitfast.digits import MODEL_PATH
 from tests.foreign_checkpoints import google_arrays, save_folder, save_npz, timm_model
 from tests.foreign_models import dpt_hybrid
@@ -58,7 +59,7 @@ def test_accelerating_as_the_readme_shows(capsys: pytest.CaptureFixture[str]) ->
 def test_a_pipeline_as_the_readme_shows() -> None:
     files = {"google/bit-50": MODEL_PATH}
     found = run_example("pipeline", files, bitfast=bitfast, transformers=transformers)
-    assert type(found["classify"].model) is bitfast.BitForImageClassification
+    assert type(found["classify"].model) is bitfast.transformers.BitForImageClassification
     assert found["classify"](str(PHOTOGRAPH))
 
 

@@ -96,6 +96,9 @@ class PushToHubMixin:
             repo_id = huggingface_hub.create_repo(
                 repo_id, private=private, token=token, exist_ok=True
             ).repo_id
+            tags = getattr(self, "model_tags", None)
+            if tags:
+                _tagged_card(repo_id, tags, token).save(Path(folder) / "README.md")
             if revision is not None and not revision.startswith("refs/pr"):
                 huggingface_hub.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
             return huggingface_hub.upload_folder(
@@ -115,6 +118,21 @@ class PushToHubMixin:
         return next((kind for kind in ("config", "processor") if kind in name.lower()), name)
 
 
+def _tagged_card(repo_id: str, tags: list[str], token: Any) -> Any:
+    """Return a repository's model card, or a new one, with these tags besides its own."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        card = ModelCard.load(repo_id, token=token)
+    except LocalEntryNotFoundError:  # not reached, so that there may be one
+        raise
+    except EntryNotFoundError:
+        card = ModelCard("---\nlibrary_name: transformers\n---\n")
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+    return card
+
+
 class PretrainedModelMixin(PushToHubMixin, nn.Module):
     """Loading and saving for models that are built as ``cls(config)``.
 
@@ -125,6 +143,8 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
     config_class: ClassVar[type]
     base_model_prefix: ClassVar[str]
     config: Any
+    hf_device_map: dict[str, torch.device]
+    """After ``from_pretrained(device_map=...)``: the device of the whole model, under ""."""
 
     @classmethod
     def from_pretrained(
@@ -239,6 +259,8 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
         model = model.to(device).eval()
+        if device_map is not None:
+            model.hf_device_map = {"": model.device}
         report.warn(cls.__name__, source)
         return (model, report.as_dict()) if output_loading_info else model
 
