@@ -135,6 +135,7 @@ def test_without_the_extension_plain_pytorch_serves_and_says_why(
     for path in (ROOT / "bitfast").iterdir():
         if path.suffix != ".so":
             (tmp_path / "bitfast" / path.name).symlink_to(path)
+    (tmp_path / "bitfast" / "kernels").symlink_to(ROOT / "kernels")
     if broken == "not a library":
         (tmp_path / "bitfast" / "_native.abi3.so").write_bytes(b"not a library")
     output = run(
