@@ -21,6 +21,10 @@ WEIGHT_EPS = 1e-8
 """Added to a filter's variance in BiT's transformers checkpoints (Google's own code uses 1e-10)."""
 
 
+POINTWISE = (1, 1), (0, 0), (1, 1)
+"""Stride, padding and dilation of a convolution that keeps the size."""
+
+
 def round_to_multiple(width: float, divisor: int = 8) -> int:
     """Round a channel count to a multiple of ``divisor``, losing at most a tenth of it."""
     rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
@@ -39,8 +43,7 @@ def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
 
 def check_summands(branch: Tensor, shortcut: Tensor) -> None:
     """Raise ValueError unless :func:`add_to_shortcut` can add the two."""
-    is_known = is_concrete(branch) and not torch.compiler.is_compiling()
-    if is_known and branch.shape != shortcut.shape:
+    if may_differ(branch, shortcut):
         for small, large in zip(branch.shape[2:], shortcut.shape[2:], strict=True):
             if small not in (1, large):
                 raise ValueError(
@@ -48,6 +51,12 @@ def check_summands(branch: Tensor, shortcut: Tensor) -> None:
                     f" {tuple(shortcut.shape)}: with global_padding='valid' 3x3 convolutions lose the border,"
                     " which fits only where they leave one pixel; use 'same' or None"
                 )
+
+
+def may_differ(branch: Tensor, shortcut: Tensor) -> bool:
+    """Say whether the two halves of a block are known to be of different shapes."""
+    is_known = is_concrete(branch) and not torch.compiler.is_compiling()
+    return is_known and branch.shape != shortcut.shape
 
 
 def drop_path(rate: float) -> nn.Module:
@@ -209,7 +218,7 @@ class BitPreActivationBottleneckLayer(ResidualBlock):
             spare = preactivated if self.owns_preactivated() else None
             return shortcut, Deferred.of(shortcut, following) or following.into(spare, shortcut)
         branch = self.drop_path(self.conv3(branch))
-        if following is None or self.may_shrink:
+        if following is None or self.may_shrink or may_differ(branch, shortcut):
             return add_to_shortcut(branch, shortcut), None
         if can_be_normalized_late(self, branch):
             total = add_to_shortcut(branch, shortcut)
@@ -230,7 +239,10 @@ class BitPreActivationBottleneckLayer(ResidualBlock):
             total = x if owns_input else x.clone()
         branch = Deferred(*preactivated.convolved(self.conv1), self.norm2)
         branch = Deferred(*branch.convolved(self.conv2), self.norm3)
-        moments = branch.convolved_onto(total, self.conv3, wants_moments=following is not None)
+        if branch.x.shape[2:] == total.shape[2:]:
+            moments = branch.convolved_onto(total, self.conv3, wants_moments=following is not None)
+        else:  # somebody has changed a convolution's padding
+            total, moments = add_to_shortcut(self.conv3(branch.value()), total), None
         return total, None if following is None else Deferred(total, moments, following)
 
     def normalizes_as_it_convolves(self, x: Tensor) -> bool:
@@ -263,6 +275,7 @@ class BitPreActivationBottleneckLayer(ResidualBlock):
             infers(self, x)
             and not self.may_shrink
             and is_fusable(self.conv3)
+            and self.conv3.geometry == POINTWISE
             and self.drops_nothing()
         )
 
@@ -316,6 +329,9 @@ class BitBottleneckLayer(ResidualBlock):
         branch = Deferred(*self.conv1.with_moments(x), self.norm1)
         branch = Deferred(*branch.convolved(self.conv2), self.norm2)
         result, moments = branch.convolved(self.conv3)
+        if result.shape != shortcut.shape:  # somebody has changed a convolution's padding
+            result = self.norm3.into(result, result, moments)
+            return self.activation(add_to_shortcut(result, shortcut))
         name = activation_name(self.activation)
         assert name is not None
         return self.norm3.add_and_activate_(result, moments, shortcut, name)
@@ -330,6 +346,7 @@ class BitBottleneckLayer(ResidualBlock):
             and self.drops_nothing()
             and runs_as_written(self.activation)
             and activation_name(self.activation) is not None
+            and self.norm3.fused_activation() == "none"
             and all(map(is_fusable, convolutions))
             and all(fusable_norm(norm) is not None for norm in norms)
             and self.conv1.can_normalize(x)

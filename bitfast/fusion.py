@@ -27,7 +27,7 @@ def fusable_norm(norm: nn.Module) -> GroupNormActivation | None:
     is_fused = (
         is_plain(norm, GroupNormActivation)
         and runs_as_written(norm)
-        and norm.affine
+        and norm.has_scale_and_shift()
         and norm.fused_activation() is not None
     )
     return norm if is_fused else None  # type: ignore[return-value]
@@ -72,7 +72,7 @@ class Deferred(NamedTuple):
         """Return the convolution of it and the moments of that, if wanted and at hand; may overwrite x."""
         if convolution.can_normalize(self.x):
             norm, weight = self.norm.op_parameters(), convolution.weight
-            eps, stride = convolution.eps, convolution.stride[0]
+            eps, stride = convolution.eps, convolution.geometry[0][0]
             return norm_convolution(self.x, self.moments, norm, weight, eps, stride, wants_moments)
         return convolution(self.norm.into(self.x, self.x, self.moments)), None
 

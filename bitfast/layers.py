@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from bitfast.activations import MODULES, activation_name
 from bitfast.backends import select_backend
@@ -26,19 +25,13 @@ from bitfast.ops.packed_convolution import (
     packs,
 )
 from bitfast.ops.packed_weights import Geometry, packed_weights
-from bitfast.ops.same_padding import same_max_pool, same_pad
+from bitfast.ops.same_padding import same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.prepared_weights import prepared_weight
 from bitfast.torch_state import is_concrete
-from bitfast.watching import is_plain, runs_as_written
+from bitfast.watching import runs_as_written
 
-for _op in (
-    "add_group_norm_act",
-    "group_norm_act",
-    "same_max_pool",
-    "same_pad",
-    "weight_standardization",
-):
+for _op in ("add_group_norm_act", "group_norm_act", "same_pad", "weight_standardization"):
     torch.fx.wrap(_op)  # torch.fx takes them whole: they look at shapes and dtypes
 
 
@@ -101,13 +94,15 @@ class DynamicPad2d(nn.Module):
         value: float = 0,
     ) -> None:
         super().__init__()
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.dilation = _pair(dilation)
+        self.kernel_size = pair_of(kernel_size)
+        self.stride = pair_of(stride)
+        self.dilation = pair_of(dilation)
         self.value = value
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H', W')."""
+        if is_concrete(x) and x.dim() == 3:  # one image, as torch's layers take it
+            return self.forward(x[None])[0]
         return same_pad(x, self.kernel_size, self.stride, self.dilation, self.value)
 
     def extra_repr(self) -> str:
@@ -158,7 +153,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        kernel_size, stride, dilation = pair_of(kernel_size), pair_of(stride), pair_of(dilation)
         zeros = _zeros(padding, kernel_size, stride, dilation)
         super().__init__(
             in_channels,
@@ -187,7 +182,9 @@ class WeightStandardizedConv2d(nn.Conv2d):
     @property
     def geometry(self) -> Geometry:
         """Stride, zeros on each side, and dilation, each as (height, width)."""
-        return self.stride, self.padding, self.dilation  # type: ignore[return-value]
+        padding: Any = self.padding  # a string, if somebody has put one there
+        zeros: Any = padding if isinstance(padding, str) else pair_of(padding)
+        return pair_of(self.stride), zeros, pair_of(self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H', W')."""
@@ -216,7 +213,9 @@ class WeightStandardizedConv2d(nn.Conv2d):
             make_ordinary(self.weight)
         if self.is_lent or self.bias is not None:
             return False
-        return self.groups == 1 and self.padding_mode == "zeros"
+        return (
+            self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        )
 
     def lend(self) -> None:
         """Keep nothing that is computed from the weight until :meth:`take_back`."""
@@ -240,6 +239,10 @@ class WeightStandardizedConv2d(nn.Conv2d):
         make_ordinary(self._parameters.get("weight"))
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget_packed_weight()  # else torch could not swap it for another tensor
+        super()._load_from_state_dict(*args)
+
     def _forget_packed_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
@@ -258,28 +261,33 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
     def with_moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Do what :meth:`forward` does where :meth:`can_normalize`; return the result's moments as well."""
-        return norm_convolution(x, None, None, self.weight, self.eps, self.stride[0], True)
+        return norm_convolution(x, None, None, self.weight, self.eps, self.geometry[0][0], True)
 
     def add_to(self, total: Tensor, x: Tensor) -> bool:
         """Add what :meth:`forward` makes of x to ``total`` in place, if that can be done in one pass.
 
         Args:
-            total: Shape (N, out, H', W').
-            x: Shape (N, in, H, W).
+            total: Shape (N, out, H, W).
+            x: Shape (N, in, H, W); the convolution is one that keeps the size.
 
         Returns:
             Whether it was done. If not, nothing was.
         """
         if not infers(self, x) or self.pad is not None:
             return False
-        fits = total.dtype == x.dtype and total.is_contiguous(memory_format=torch.channels_last)
+        fits = (
+            total.dtype == x.dtype
+            and total.shape[2:] == x.shape[2:]
+            and total.is_contiguous(memory_format=torch.channels_last)
+        )
         if not fits or _cast_for_autocast(x) is not x or not self.can_pack(x):
             return False
         add_packed_convolution_(x, self.weight, total, self.eps, self.geometry)
         return True
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+def pair_of(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """Return (height, width) of what torch's layers take as one number or two."""
     return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
 
 
@@ -291,7 +299,7 @@ def _zeros(
 ) -> tuple[int, int] | None:
     """Return the zeros that a convolution puts on each side; None if they depend on the input's size."""
     if padding is not None and not isinstance(padding, str):
-        return _pair(padding)
+        return pair_of(padding)
     name = None if padding is None else padding.upper()
     if name not in (None, "SAME", "VALID"):
         raise ValueError(
@@ -342,7 +350,7 @@ class GroupNormActivation(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         fused = self.fused_activation()
-        if not self.affine:
+        if not self.has_scale_and_shift() or (is_concrete(x) and x.dim() != 4):
             x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         else:
             x = group_norm_act(
@@ -351,6 +359,10 @@ class GroupNormActivation(nn.GroupNorm):
             if fused is not None:
                 return x
         return self.activate(x)
+
+    def has_scale_and_shift(self) -> bool:
+        """Say whether both are there, as the ops need them."""
+        return self.weight is not None and self.bias is not None
 
     def activate(self, x: Tensor) -> Tensor:
         """Return what the modules after the norm make of it."""
@@ -391,106 +403,37 @@ class GroupNormActivation(nn.GroupNorm):
         return Norm(self.weight, self.bias, self.num_groups, self.eps, name)
 
 
-class MaxPool2d(nn.MaxPool2d):
-    """Max-pool whose padding takes part in the maximum.
-
-    Args:
-        kernel_size, stride, padding, dilation, return_indices, ceil_mode: As in ``torch.nn.MaxPool2d``.
-        padding_value: What TensorFlow's "same" padding holds.
-        use_dynamic_padding: Whether the input is padded so, for the size at hand.
-    """
-
-    pad: nn.Module | None
-
-    def __init__(
-        self,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] | None = None,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        return_indices: bool = False,
-        ceil_mode: bool = False,
-        *,
-        padding_value: float = 0,
-        use_dynamic_padding: bool = True,
-    ) -> None:
-        kernel_size, dilation = _pair(kernel_size), _pair(dilation)
-        stride = kernel_size if stride is None else _pair(stride)
-        super().__init__(kernel_size, stride, _pair(padding), dilation, return_indices, ceil_mode)
-        self.pad = (
-            DynamicPad2d(kernel_size, stride, dilation, padding_value)
-            if use_dynamic_padding
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W) to (N, C, H', W')."""
-        return self.with_zeros(x, 0)
-
-    def with_zeros(self, x: Tensor, zeros: int) -> Tensor:
-        """Do the same after putting so many zeros on all four sides of x."""
-        pad = self.pad
-        if not self.is_fused():
-            x = F.pad(x, (zeros,) * 4) if zeros else x
-            return super().forward(x if pad is None else pad(x))
-        window = self.kernel_size, self.stride, self.dilation
-        if not isinstance(pad, DynamicPad2d):
-            return same_max_pool(x, *window, padding=(zeros,) * 4)
-        x = F.pad(x, (zeros,) * 4) if zeros else x
-        return same_max_pool(x, *window, padding="same", value=pad.value)
-
-    def is_fused(self) -> bool:
-        """Say whether the padding may be read as part of the pool: nobody watches it, and it is that of BiT."""
-        return (
-            self._pads_for_its_window()
-            and _pair(self.padding) == (0, 0)
-            and not self.ceil_mode
-            and not self.return_indices
-        )
-
-    def _pads_for_its_window(self) -> bool:
-        pad = self.pad
-        if pad is None:
-            return not is_fx_symbolic_tracing()
-        if not runs_as_written(pad):
-            return False
-        if type(pad) is nn.Identity:
-            return True
-        window = self.kernel_size, self.stride, self.dilation
-        return is_plain(pad, DynamicPad2d) and (pad.kernel_size, pad.stride, pad.dilation) == window
-
-
 class DropPath(nn.Module):
-    """Stochastic depth: in training, zero the whole branch of an image with probability ``rate``.
+    """Stochastic depth: in training, zero the whole branch of an image with probability ``drop_prob``.
 
     Huang et al., "Deep Networks with Stochastic Depth", 2016 (https://arxiv.org/abs/1603.09382).
     """
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, drop_prob: float | None = None) -> None:
         super().__init__()
-        self.rate = rate
+        self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, ...) to the same shape; what survives is divided by its probability."""
-        if self.rate == 0 or not self.training:
+        if not self.drop_prob or not self.training:
             return x
-        keep = 1 - self.rate
+        keep = 1 - self.drop_prob
         # The draw and its order are those of transformers, so that equal seeds give equal runs.
         draw = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
         return x.div(keep) * (keep + draw).floor()
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print(model)``."""
-        return f"rate={self.rate}"
+        return f"p={self.drop_prob}"
 
 
 __all__ = [
     "DropPath",
     "DynamicPad2d",
     "GroupNormActivation",
-    "MaxPool2d",
     "WeightStandardizedConv2d",
     "infers",
+    "pair_of",
     "runs_channels_last",
     "runs_packed",
     "standardized_convolutions",

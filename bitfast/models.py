@@ -329,7 +329,12 @@ class Backbone(Shared):
 
 def is_run_by_others(bit: nn.Module) -> bool:
     """Say whether a model with a head may run the stages of its base model by itself."""
-    return is_plain(bit, Model) and runs_as_written(bit) and bit.is_run_whole()
+    return (
+        is_plain(bit, Model)
+        and runs_as_written(bit)
+        and bit.is_run_whole()
+        and type(bit.pooler) is nn.AdaptiveAvgPool2d  # another might want images as they came
+    )
 
 
 __all__ = ["Backbone", "Classifier", "Model", "Shared"]

@@ -27,13 +27,13 @@ from bitfast.convolution_owner import ConvolutionOwner
 from bitfast.fusion import Deferred, fusable_norm, is_fusable, normed
 from bitfast.layers import (
     GroupNormActivation,
-    MaxPool2d,
     WeightStandardizedConv2d,
     runs_channels_last,
     standardized_convolutions,
 )
 from bitfast.memory_format import contiguous_nchw
 from bitfast.ops.common import is_autocast_on
+from bitfast.pooling import MaxPool2d
 from bitfast.watching import is_plain, runs_as_written
 
 
@@ -99,7 +99,8 @@ class BitEmbeddings(ConvolutionOwner):
                 f"pixel_values must have shape (batch, {self.num_channels}, height, width), the channels as"
                 f" config.num_channels says; got {tuple(pixel_values.shape)}"
             )
-        dtype = next(self.parameters()).dtype
+        # Sharded, or with buffers in their place, there may be no parameters.
+        dtype = next((p.dtype for p in self.parameters()), pixel_values.dtype)
         converts = is_autocast_on(pixel_values.device.type)
         if pixel_values.dtype != dtype and not (converts and pixel_values.is_floating_point()):
             raise TypeError(
@@ -119,8 +120,10 @@ def zeros_of(pad: nn.Module) -> int | None:
         return None
     if type(pad) is nn.Identity:
         return 0
-    is_uniform = isinstance(pad, nn.ConstantPad2d) and len(set(pad.padding)) == 1 and pad.value == 0
-    return pad.padding[0] if is_uniform else None  # type: ignore[index, return-value]
+    if type(pad) not in (nn.ConstantPad2d, nn.ZeroPad2d) or pad.value != 0:
+        return None
+    zeros, *others = pad.padding  # type: ignore[misc]
+    return zeros if zeros >= 0 and all(n == zeros for n in others) else None
 
 
 def in_best_layout(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

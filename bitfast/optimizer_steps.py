@@ -9,6 +9,7 @@ import threading
 import weakref
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -22,6 +23,11 @@ class Keeper(Protocol):
 _watching: weakref.WeakSet[Any] = weakref.WeakSet()
 _watching_lock = threading.Lock()
 _is_hooked = threading.Event()
+
+
+def is_shared(weight: Tensor) -> bool:
+    """Say whether other processes may change the weight, which torch does not count here."""
+    return weight.device.type == "cpu" and weight.is_shared()
 
 
 def watch_optimizers(keeper: Keeper) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfast.backends import select_backend
+from bitfast.inference_tensors import make_ordinary
 from bitfast.kernels.kept import is_capturing
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.weight_standardization import (
@@ -22,15 +23,39 @@ from bitfast.ops.weight_standardization import (
     standardizes_together,
     weight_standardization_all,
 )
-from bitfast.optimizer_steps import watch_optimizers
+from bitfast.optimizer_steps import is_shared, watch_optimizers
 from bitfast.torch_state import runs_in_plain_pytorch
+
+
+class _Prepared(NamedTuple):
+    """A standardized weight, and what it was made of."""
+
+    result: Tensor
+    weight: nn.Parameter
+    version: int | None
+    eps: float
+
+    @classmethod
+    def of(cls, layer: Any, result: Tensor) -> _Prepared:
+        weight = layer.weight
+        is_counted = not torch.compiler.is_compiling() and not weight.is_inference()
+        return cls(result, weight, weight._version if is_counted else None, layer.eps)
+
+    def is_current(self, layer: Any) -> bool:
+        """Say whether nobody, as hooks may, has changed the layer since."""
+        weight = layer._parameters.get("weight")
+        return bool(
+            weight is self.weight
+            and layer.eps == self.eps
+            and (self.version is None or weight._version == self.version)
+        )
 
 
 class _Current(threading.local):
     """The standardized weights of the forward pass that this thread is in, by layer."""
 
     def __init__(self) -> None:
-        self.by_layer: dict[nn.Module, Tensor] = {}
+        self.by_layer: dict[nn.Module, _Prepared] = {}
 
 
 _current = _Current()
@@ -38,7 +63,10 @@ _current = _Current()
 
 def prepared_weight(layer: nn.Module) -> Tensor | None:
     """Return the layer's standardized weight if the forward pass has prepared it, else None."""
-    return _current.by_layer.get(layer)
+    prepared = _current.by_layer.get(layer)
+    if prepared is None or not (torch.compiler.is_compiling() or prepared.is_current(layer)):
+        return None
+    return prepared.result
 
 
 class _Source(NamedTuple):
@@ -50,6 +78,7 @@ class _Source(NamedTuple):
     version: int
     settings: int
     """How often the layer's weight was set."""
+    eps: float
     storage: torch.UntypedStorage
     """Held so that no other tensor can come to lie at the same address."""
 
@@ -57,16 +86,22 @@ class _Source(NamedTuple):
     def of(cls, layer: Any) -> _Source:
         weight = layer.weight
         version, settings = weight._version, getattr(layer, "weight_settings", 0)
-        return cls(layer, weight, weight.data_ptr(), version, settings, weight.untyped_storage())
+        return cls(
+            layer, weight, weight.data_ptr(), version, settings, layer.eps, weight.untyped_storage()
+        )
 
     def is_current(self) -> bool:
         weight = self.layer._parameters.get("weight")
-        return (
+        return bool(
             weight is self.weight
             and weight.data_ptr() == self.address
             and weight._version == self.version
             and getattr(self.layer, "weight_settings", 0) == self.settings
+            and self.layer.eps == self.eps
         )
+
+    def is_keepable(self) -> bool:
+        return self.is_current() and not is_shared(self.weight)
 
 
 Manners = dict[tuple[str, torch.dtype], tuple[Any, ...]]
@@ -76,7 +111,7 @@ Manners = dict[tuple[str, torch.dtype], tuple[Any, ...]]
 class _Kept(NamedTuple):
     manners: Manners
     sources: tuple[_Source, ...]
-    results: dict[nn.Module, Tensor]
+    results: dict[nn.Module, _Prepared]
 
     def serves(self, layers: Sequence[nn.Module], manners: Manners) -> bool:
         return (
@@ -135,7 +170,7 @@ class PreparedWeights:
         finally:
             _current.by_layer = outer
 
-    def _prepare(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
+    def _prepare(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, _Prepared]:
         if runs_in_plain_pytorch():  # what is computed belongs to who transforms or traces the call
             return {}
         if torch.compiler.is_compiling():
@@ -154,8 +189,10 @@ class PreparedWeights:
         keepable = [layer for layer in layers if layer not in set(recorded)]
         return results | self._keep(keepable, channels_last)
 
-    def _keep(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
+    def _keep(self, layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, _Prepared]:
         """Return the kept results of these layers, after bringing them up to date."""
+        for layer in layers:
+            make_ordinary(layer.weight)
         layers = [layer for layer in layers if not layer.weight.is_inference()]
         if not layers:
             return {}
@@ -169,10 +206,12 @@ class PreparedWeights:
             results = _standardize(layers, channels_last)
         if is_capturing():
             return results  # a replayed graph computes them again
-        _wait_for(results.values())
-        # A weight that another thread changed meanwhile, or that is not really there, is not kept.
-        if all(source.is_current() for source in sources) and all(
-            type(result) is Tensor for result in results.values()
+        tensors = [prepared.result for prepared in results.values()]
+        _wait_for(tensors)
+        # A weight that another thread changed meanwhile, or that is not really there, is not kept; nor is one
+        # that other processes may change.
+        if all(source.is_keepable() for source in sources) and all(
+            type(result) is Tensor for result in tensors
         ):
             watch_optimizers(self)
             self._kept = _Kept(manners, sources, results)
@@ -182,17 +221,17 @@ class PreparedWeights:
 # ---- helpers --------------------------------------------------------------------------------------
 
 
-def _standardize(layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, Tensor]:
+def _standardize(layers: Sequence[Any], channels_last: bool) -> dict[nn.Module, _Prepared]:
     """Standardize the weights of these layers; a weight that several share, once."""
     by_eps: dict[float, list[Any]] = {}
     for layer in layers:
         by_eps.setdefault(layer.eps, []).append(layer)
-    results: dict[nn.Module, Tensor] = {}
+    results: dict[nn.Module, _Prepared] = {}
     for eps, members in by_eps.items():
         weights = list(dict.fromkeys(layer.weight for layer in members))
         standardized = weight_standardization_all(weights, eps, channels_last=channels_last)
         by_weight = dict(zip(weights, standardized, strict=True))
-        results |= {layer: by_weight[layer.weight] for layer in members}
+        results |= {layer: _Prepared.of(layer, by_weight[layer.weight]) for layer in members}
     return results
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from transformers.models.bit import modeling_bit as theirs
 
 from bitfast.blocks import round_to_multiple
-from bitfast.layers import GroupNormActivation, MaxPool2d, WeightStandardizedConv2d
+from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.network import BitStage
+from bitfast.pooling import MaxPool2d
 from tests.model_pairs import (
     CLASSES,
     LAYER_TYPES,

@@ -116,7 +116,7 @@ def test_a_change_is_seen(model, x, change: Callable[[BitModel], None], mode):
 def test_a_conversion_is_followed(model, x, convert, computed):
     with torch.no_grad():
         features(model, x)
-        kept = [weakref.ref(t) for t in model.prepared_weights._kept.results.values()]
+        kept = [weakref.ref(p.result) for p in model.prepared_weights._kept.results.values()]
         convert(model)
         gc.collect()
         assert all(reference() is None for reference in kept), "their memory was not freed"
@@ -421,14 +421,15 @@ def test_different_eps_are_respected(model, x):
         results = model.prepared_weights._kept.results
         for layer in layers[:2]:
             expected = weight_standardization(layer.weight, layer.eps)
-            torch.testing.assert_close(results[layer], expected)
+            torch.testing.assert_close(results[layer].result, expected)
 
 
 def test_the_memory_it_costs_is_one_copy(model, x):
     with torch.no_grad():
         features(model, x)
     storages = {
-        r.untyped_storage().data_ptr(): r for r in model.prepared_weights._kept.results.values()
+        p.result.untyped_storage().data_ptr(): p.result
+        for p in model.prepared_weights._kept.results.values()
     }
     kept = sum(r.untyped_storage().nbytes() for r in storages.values())
     weights = sum(layer.weight.nbytes for layer in convolutions(model))

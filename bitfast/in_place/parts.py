@@ -17,7 +17,8 @@ from bitfast.blocks import (
     ResidualBlock,
 )
 from bitfast.in_place.changes import Change, require
-from bitfast.layers import DynamicPad2d, GroupNormActivation, MaxPool2d, WeightStandardizedConv2d
+from bitfast.layers import DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
+from bitfast.pooling import MaxPool2d
 
 Planned = Mapping[nn.Module, Change]
 """The changes of the modules inside the one at hand."""

@@ -18,8 +18,9 @@ from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, UnsuitableError, require
 from bitfast.in_place.networks import Recipes, network
 from bitfast.in_place.parts import Outcome, Planned, qualified_name
-from bitfast.layers import DynamicPad2d, GroupNormActivation, MaxPool2d
+from bitfast.layers import DynamicPad2d, GroupNormActivation
 from bitfast.network import BitStage, zeros_of
+from bitfast.pooling import MaxPool2d
 from bitfast.torch_state import is_concrete
 from bitfast.watching import is_plain, runs_as_written
 

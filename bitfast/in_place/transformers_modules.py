@@ -73,7 +73,7 @@ def _convolution(module: Any, planned: Planned) -> Outcome:
 
 
 def _drop_path(module: Any, planned: Planned) -> Outcome:
-    return {module: Change(DropPath, {"rate": module.drop_prob or 0.0})}
+    return {module: Change(DropPath)}
 
 
 def _norm(module: Any, planned: Planned) -> Outcome:

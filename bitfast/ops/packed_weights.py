@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitfast.optimizer_steps import watch_optimizers
+from bitfast.optimizer_steps import is_shared, watch_optimizers
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair]
@@ -93,8 +93,8 @@ class PackedWeights:
         forget = lambda _: self._entries.pop(key, None)  # noqa: E731
         storage = weight.untyped_storage()
         new = _Packed(weakref.ref(weight, forget), version, storage, address, form, shapes, packed)
-        # One that another thread changed meanwhile is not kept.
-        if new.is_of(weight, form):
+        # One that another thread changed meanwhile, or other processes may change, is not kept.
+        if new.is_of(weight, form) and not is_shared(weight):
             watch_optimizers(self)
             self._entries[key] = new
         return packed
