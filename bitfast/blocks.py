@@ -346,9 +346,9 @@ class BitBottleneckLayer(ResidualBlock):
             and self.drops_nothing()
             and runs_as_written(self.activation)
             and activation_name(self.activation) is not None
-            and self.norm3.fused_activation() == "none"
             and all(map(is_fusable, convolutions))
             and all(fusable_norm(norm) is not None for norm in norms)
+            and self.norm3.fused_activation() == "none"
             and self.conv1.can_normalize(x)
             and self.conv3.can_normalize(x)
             and (downsample is None or (makes_new(downsample) and downsample.conv.can_normalize(x)))

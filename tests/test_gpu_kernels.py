@@ -87,7 +87,7 @@ def test_one_element_at_the_kink_outweighs_all_roundings(block: dict[str, Tensor
     of_all_channels = exact.norm() * math.sqrt(GROUPS)
     at_the_kink = block["exact z"].abs() < 1e-3
     jumps = (block["grad"] * block["h"])[at_the_kink].abs() / of_all_channels
-    assert jumps.median() > 2e-5
+    assert jumps.median() > 5e-6  # the sum itself is off by 1e-7
     assert jumps.max() > 1e-4
 
 

@@ -170,7 +170,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert abs(kept.float().mean() - 0.7) < 5 * (0.7 * 0.3 / 20_000) ** 0.5
     assert layer.eval()(x) is x
     assert DropPath(0.0).train()(x) is x
-    assert "rate=0.3" in repr(layer)
+    assert "p=0.3" in repr(layer)
 
 
 # ---- gradient checkpointing ---------------------------------------------------------------------
