@@ -55,7 +55,8 @@ def block() -> dict[str, Tensor]:
     exact = x.double()
     mean, variance = exact.mean((1, 2), True), exact.var((1, 2), False, keepdim=True)
     rstd = (variance + 1e-5).rsqrt()
-    weight, bias = torch.rand(per_group) + 0.5, torch.randn(per_group)
+    # Not drawn: how much an element at the kink weighs depends on them.
+    weight, bias = torch.linspace(0.5, 1.5, per_group), torch.linspace(-2, 2, per_group)
     h = (x - mean.float()) * rstd.float()
     exact_h = (exact - mean) * rstd
     return {
@@ -64,8 +65,9 @@ def block() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
+def expected_norm(block: dict[str, Tensor]) -> float:
+    """Of the channels' sums, over draws of the gradient; in a single draw they may cancel to a third of it."""
+    return float((block["exact h"] * (block["exact z"] > 0)).norm())
 
 
 def test_the_order_of_summation_is_as_exact_as_the_inputs(block: dict[str, Tensor]) -> None:
@@ -75,19 +77,18 @@ def test_the_order_of_summation_is_as_exact_as_the_inputs(block: dict[str, Tenso
     passes = block["exact z"] > 0
     terms = torch.where(passes, block["grad"] * block["h"], 0.0)
     exact = (block["grad"].double() * block["exact h"] * passes).sum((0, 1))
-    ours = error(sum_of_rows(sum_of_range(terms, plan.block_pixels)), exact)
-    pairwise = error(terms.double().sum((0, 1)).float(), exact)
+    sums = sum_of_rows(sum_of_range(terms, plan.block_pixels)), terms.double().sum((0, 1)).float()
+    ours, pairwise = (float((s.double() - exact).norm()) / expected_norm(block) for s in sums)
     assert ours < 1e-6
     assert ours < 2 * pairwise + 2**-23
 
 
 def test_one_element_at_the_kink_outweighs_all_roundings(block: dict[str, Tensor]) -> None:
     """It is what the H100 showed: an element that float32 has on the other side of 0."""
-    exact = (block["grad"].double() * block["exact h"] * (block["exact z"] > 0)).sum((0, 1))
-    of_all_channels = exact.norm() * math.sqrt(GROUPS)
+    of_all_channels = expected_norm(block) * math.sqrt(GROUPS)
     at_the_kink = block["exact z"].abs() < 1e-3
     jumps = (block["grad"] * block["h"])[at_the_kink].abs() / of_all_channels
-    assert jumps.median() > 5e-6  # the sum itself is off by 1e-7
+    assert jumps.median() > 2e-5
     assert jumps.max() > 1e-4
 
 

@@ -250,7 +250,7 @@ def test_times_are_taken_one_part_at_a_time_after_the_proofs(tmp_path):
 
 
 def test_the_tests_run_in_eight_processes(tmp_path, monkeypatch):
-    pytest.importorskip("xdist")
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     (tests,) = [p for group in plan_for(tmp_path) for p in group if p.name == "tests"]
     assert tests.command[tests.command.index("-n") + 1] == "8"
