@@ -143,13 +143,10 @@ def test_who_cannot_be_made_ordinary_is_told_and_computed_right():
     assert holder() is convolution.weight
 
 
-def best_time(function: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def test_such_a_model_is_as_fast_as_another():
@@ -159,7 +156,7 @@ def test_such_a_model_is_as_fast_as_another():
     with torch.inference_mode():
         model = our_model("BitModel", **settings, num_groups=32).eval()
         x = torch.randn(1, 3, 32, 32)
-        for m in (model, ordinary):
-            m(x)
-        slow, usual = best_time(lambda: model(x)), best_time(lambda: ordinary(x))
+        # In turns, so that whatever else the machine does meets both; the first rounds pack the weights.
+        rounds = [[seconds(lambda m=m: m(x)) for m in (model, ordinary)] for _ in range(25)]
+    slow, usual = torch.tensor(rounds)[2:].amin(0)
     assert slow < 1.5 * usual
