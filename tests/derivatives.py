@@ -34,16 +34,25 @@ def orders(
 # ---- of a model ---------------------------------------------------------------------------------
 
 
+def features(model: Module, images: Tensor) -> list[Tensor]:
+    """Return every tensor that the model returns for all images."""
+    outputs = model(images)
+    names = ("logits", "last_hidden_state", "pooler_output", "feature_maps")
+    values = [getattr(outputs, name, None) for name in names]
+    return [
+        tensor
+        for value in values
+        if value is not None
+        for tensor in (value if isinstance(value, tuple) else (value,))
+    ]
+
+
 def objective(model: Module, images: Tensor) -> Tensor:
     """Return one number that depends on every feature the model returns."""
-    outputs = model(images)
     total = images.new_zeros(())
-    for name in ("logits", "last_hidden_state", "pooler_output", "feature_maps"):
-        value = getattr(outputs, name, None)
-        tensors = value if isinstance(value, tuple) else () if value is None else (value,)
-        for tensor in tensors:
-            ramp = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-            total = total + (ramp * tensor.square()).mean()
+    for tensor in features(model, images):
+        ramp = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        total = total + (ramp * tensor.square()).mean()
     return total
 
 
@@ -145,6 +154,7 @@ REVERSE = {
 
 FORWARD = {
     "jvp": lambda m, x: jvp(_of_images(m), (x,), (x.cos(),)),
+    "jvp of features": lambda m, x: jvp(lambda i: features(m, i), (x,), (x.cos(),)),
     "dual numbers": in_forward_mode,
     "jvp of parameters": along_parameters,
     "forward over reverse": lambda m, x: jvp(grad(_of_images(m)), (x,), (x.cos(),)),
