@@ -19,13 +19,15 @@ def orders(
 ) -> dict[str, Tensor]:
     """Return the first and second derivatives of sum(weights * function(...)^2) / 2, by their names.
 
-    The second ones are those of a sum over all first ones, each multiplied with its own cosine, so that none
-    is lost in the sum.
+    The second ones are those of a sum over all first ones, multiplied with the numbers of the inputs in reverse
+    order: exactly the same ones for every implementation and dtype. (Numbers made of the first derivatives
+    would carry their errors, nine times as large as those of the second ones.)
     """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     result = function(*leaves)
     first = torch.autograd.grad(result, leaves, weights * result, create_graph=True)
-    second = torch.autograd.grad(first, leaves, [g.detach().cos() for g in first])
+    directions = [x.flip(tuple(range(x.dim()))) for x in inputs]
+    second = torch.autograd.grad(first, leaves, directions)
     return {f"first {n}": g.detach() for n, g in enumerate(first)} | {
         f"second {n}": g for n, g in enumerate(second)
     }
