@@ -50,16 +50,19 @@ def assert_draws_within_contract(draw: Callable[[], Triples], count: int) -> Tri
     """Hold the results of several draws of fresh numbers together to the contract; return the first.
 
     The largest error of a few numbers is much a matter of luck, for us and for plain PyTorch. So draws are
-    pooled, and where they fail, five times as many are judged: luck is gone then, a mistake is not.
+    pooled, and where they fail, five times as many are judged, and again: luck is gone then, a mistake is not.
     """
-    draws = [draw() for _ in range(count)]
-    try:
-        _assert_pooled(draws)
-    except AssertionError as error:
-        print(f"judging more draws, because {error}")
-        draws += [draw() for _ in range(4 * count)]
-        _assert_pooled(draws)
-    return draws[0]
+    draws: list[Triples] = []
+    for wanted in (count, 5 * count, 25 * count):
+        draws += [draw() for _ in range(wanted - len(draws))]
+        try:
+            _assert_pooled(draws)
+        except AssertionError as error:
+            print(f"of {wanted} draws {error}")
+            failure = error
+        else:
+            return draws[0]
+    raise failure
 
 
 def _assert_pooled(draws: list[Triples]) -> None:
