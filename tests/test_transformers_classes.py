@@ -143,11 +143,21 @@ def test_a_new_head_on_a_base_model(tmp_path):
 DEVICE_MAPS = [None, "auto", "cpu", {"": "cpu"}, "sequential"]
 
 
+def load(accelerated: bool, folder: Path, **settings: Any) -> Any:
+    """A classifier of bitfast.transformers, or one of transformers after ``accelerate``."""
+    if not accelerated:
+        return classes.BitForImageClassification.from_pretrained(folder, **settings)
+    model = transformers.BitForImageClassification.from_pretrained(folder, **settings)
+    bitfast.accelerate(model)
+    return model
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["own", "accelerated"])
 @pytest.mark.parametrize("device_map", DEVICE_MAPS, ids=str)
-def test_device_maps_and_weights_kept_for_inference(device_map, tmp_path):
+def test_device_maps_and_weights_kept_for_inference(device_map, accelerated, tmp_path):
     expected = theirs("BitForImageClassification")
     expected.save_pretrained(tmp_path)
-    loaded = classes.BitForImageClassification.from_pretrained(tmp_path, device_map=device_map)
+    loaded = load(accelerated, tmp_path, device_map=device_map)
     reference = transformers.BitForImageClassification.from_pretrained(
         tmp_path, device_map=device_map
     )
@@ -169,14 +179,18 @@ def kept(model: Any) -> set[int]:
     return entries | ({id(prepared)} if prepared is not None else set())
 
 
-def test_parts_on_disk(tmp_path):
+@pytest.mark.parametrize("source", [classes, transformers], ids=["bitfast", "transformers"])
+def test_parts_on_disk(source, tmp_path):
     model = theirs("BitForImageClassification").eval()
     model.save_pretrained(tmp_path / "checkpoint")
     device_map = {"bit.embedder": "cpu", "bit.encoder": "disk", "bit.norm": "cpu",
                   "bit.pooler": "cpu", "classifier": "cpu"}  # fmt: skip
-    loaded = classes.BitForImageClassification.from_pretrained(
+    loaded = source.BitForImageClassification.from_pretrained(
         tmp_path / "checkpoint", device_map=device_map, offload_folder=tmp_path / "offload"
     )
+    if source is transformers:
+        with pytest.raises(ValueError, match="its forward was replaced"):
+            bitfast.accelerate(loaded)  # by what fetches the weights
     pixels = images()
     with torch.no_grad():
         for _ in range(2):
