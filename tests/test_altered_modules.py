@@ -71,7 +71,7 @@ def eps(model: Any) -> None:
 
 ALTERATIONS: dict[str, tuple[Callable[[Any], None], dict[str, Any], int]] = {
     "stride 1": (stem("stride", 1), {}, 64),
-    "padding 3": (stem("padding", 2), {}, 64),
+    "padding 2": (stem("padding", 2), {}, 64),
     "padding same": (lambda m: setattr(block(m).conv2, "padding", "same"), {}, 64),
     "stride of conv3": (move_stride, {}, 64),
     "one pixel left": (lambda m: setattr(block(m).conv2, "padding", (0, 0)), {}, 24),
