@@ -167,6 +167,17 @@ def wide_launches(dtypes: Dtypes) -> Iterator[Launch]:
         yield from norm_launches(norm, 2, dtypes, backward=backward, groups=groups)
 
 
+def inference_launches(dtypes: Dtypes) -> Iterator[Launch]:
+    """Yield launches that store no statistics, and put the sum where x was: in each way of working."""
+    shapes = (((256, 56, 56), (8, 128)), ((1024, 14, 14), (8,)))
+    for (shape, batches), has_residual in product(shapes, (False, True)):
+        norm = Norm(*shape, has_residual, has_residual)
+        for batch in batches:
+            yield from norm_launches(
+                norm, batch, dtypes, backward=False, keeps_statistics=False, in_place=has_residual
+            )
+
+
 def image_launches(dtype: torch.dtype) -> Iterator[Launch]:
     """Yield the launches of batches of images, gray and colored, that are resized and normalized."""
 
@@ -204,6 +215,7 @@ def all_jobs() -> list[Job]:
             activation_launches(dtypes),
             nchw_launches(norms_of("R50x1"), dtypes),
             wide_launches(dtypes),
+            inference_launches(dtypes),
         )
     return list(product(variants_of(chain(*launches)), ARCHITECTURES))
 
@@ -226,6 +238,7 @@ def quick_jobs() -> list[Job]:
         activation_launches(dtypes),
         nchw_launches(norms_of("R50x1")[::5], dtypes),
         wide_launches(dtypes),
+        inference_launches(dtypes),
         image_launches(BFLOAT16),
     )
     for variant in variants_of(launches):

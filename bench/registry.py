@@ -16,16 +16,17 @@ from torch import Tensor
 
 from bitfast import BitConfig, BitModel
 from bitfast.backends import select_backend
-from bitfast.fusion import Deferred, can_be_normalized_late
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops import (
     add_group_norm_act,
     group_norm_act,
+    norm_convolution,
     same_max_pool,
     same_pad,
     weight_standardization,
     weight_standardization_all,
 )
+from bitfast.ops.norm_convolution import fits, fuses
 
 PLAIN = "plain PyTorch"
 OURS = "bitfast"
@@ -294,15 +295,21 @@ def norm_convolution_problem(
     convolution = WeightStandardizedConv2d(shape[1], out_channels, kernel_size).to(dtype).eval()
     weight = weight_standardization(convolution.weight.detach(), convolution.eps)
     inputs = x, norm.weight.detach(), norm.bias.detach(), weight
+    is_fused = (
+        fuses(x.device.type, dtype)
+        and convolution.pad is None
+        and fits(convolution.weight, convolution.geometry, dtype, x.shape[2:])
+    )
 
     def plain(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
         normalized = F.group_norm(x, GROUPS, scale.to(x.dtype), shift.to(x.dtype))
         return F.conv2d(F.relu(normalized), weight, padding=kernel_size // 2)
 
     def ours(x: Tensor, *_: Tensor) -> Tensor:
-        if can_be_normalized_late(norm, x) and convolution.can_normalize(x):
-            return Deferred(x, None, norm).convolved(convolution)[0]
-        return convolution(norm(x))
+        if not is_fused:  # the norm, then a convolution with packed weights
+            return convolution(norm(x))
+        own = convolution.weight, convolution.eps, convolution.stride[0]
+        return norm_convolution(x, None, norm.op_parameters(), *own, wants_moments=False)[0]
 
     return problem("group_norm_act", inputs, plain, ours, 0)
 

@@ -158,10 +158,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """Return the commit of the checkout that this file lies in, "-dirty" if it has changes, or None."""
+def commit(checkout: Path | None = None) -> str | None:
+    """Return the commit of a checkout (None: that of this file), "-dirty" if it has changes, or None."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent if checkout is None else checkout / "bench"
     try:
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
         tracked = subprocess.run(

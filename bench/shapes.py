@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitfast import BitConfig, BitModel, layers
+from bitfast.execution import op_by_op
 from bitfast.kernels import group_norm_act as norm_kernels
 from bitfast.kernels import weight_standardization as weight_kernels
 from bitfast.kernels.launch import Launch
@@ -123,8 +124,8 @@ def shapes_of(model: str, image_size: int) -> Shapes:
     with (
         torch.device("meta"),
         mock.patch.object(layers, "weight_standardization", recorder.weight),
-        mock.patch.object(layers, "group_norm_act", recorder.norm),
-        mock.patch.object(layers, "add_group_norm_act", recorder.add_and_norm),
+        mock.patch.object(op_by_op, "group_norm_act", recorder.norm),
+        mock.patch.object(op_by_op, "add_group_norm_act", recorder.add_and_norm),
     ):
         network = BitModel(BitConfig(num_groups=GROUPS, **MODELS[model])).train()
         features = network(torch.empty(1, 3, image_size, image_size)).pooler_output
@@ -155,8 +156,13 @@ def norm_launches(
     activation: str = "relu",
     is_channels_last: bool = True,
     groups: int = GROUPS,
+    keeps_statistics: bool = True,
+    in_place: bool = False,
 ) -> list[Launch]:
-    """Return the launches of one norm, on meta tensors, as they are planned without a GPU."""
+    """Return the launches of one norm, on meta tensors, as they are planned without a GPU.
+
+    ``keeps_statistics`` and ``in_place`` (the sum takes the place of x) are of forward launches.
+    """
     shape = (batch, norm.channels, norm.height, norm.width)
     layout = torch.channels_last if is_channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtypes.compute, device="meta", memory_format=layout)
@@ -167,10 +173,12 @@ def norm_launches(
             x, x if norm.is_sum_used else None, x, parameter, parameter, statistic, statistic,
             activation, is_channels_last, grad_x=x, grad_weight=parameter, grad_bias=parameter,
         )  # fmt: skip
-    other = x if norm.has_residual else None
+    other = torch.empty_like(x) if norm.has_residual else None
+    total = (x if in_place else torch.empty_like(x)) if norm.has_residual else None
+    kept = statistic if keeps_statistics else None
     return norm_kernels.forward_launches(
         x, other, parameter, parameter, EPS, activation, is_channels_last,
-        total=other, result=x, mean=statistic, rstd=statistic,
+        total=total, result=torch.empty_like(x), mean=kept, rstd=kept, groups=groups,
     )  # fmt: skip
 
 

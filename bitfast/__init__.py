@@ -9,6 +9,7 @@ from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CheckpointError
 from bitfast.configuration import BitConfig
 from bitfast.export import exportable
+from bitfast.graphs import capture, release_graphs
 from bitfast.image_processing import BitImageProcessor
 from bitfast.image_processing_fast import BitImageProcessorFast
 from bitfast.in_place import AccelerationReport, accelerate, restore
@@ -30,8 +31,10 @@ __all__ = [
     "CheckpointError",
     "TransformersRegistration",
     "accelerate",
+    "capture",
     "exportable",
     "register_with_transformers",
+    "release_graphs",
     "restore",
     "use_backend",
 ]

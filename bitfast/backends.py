@@ -20,7 +20,17 @@ from bitfast.torch_state import runs_in_plain_pytorch
 BACKENDS = ("triton", "native", "reference")
 """Every backend name, in order of preference."""
 
-OPS = ("weight_standardization", "group_norm_act", "same_padding", "resize_normalize")
+CONVOLUTIONS = ("packed_convolution", "norm_convolution")
+"""The ops that stand for several of the others, in inference. A general demand for "native" or "triton" kernels
+leaves these their default; one for the reference of an op that they stand for is one for theirs."""
+
+OPS = (
+    "weight_standardization",
+    "group_norm_act",
+    "same_padding",
+    *CONVOLUTIONS,
+    "resize_normalize",
+)
 """Every op name."""
 
 
@@ -38,6 +48,9 @@ class Kernel:
 
     on_demand: bool
     """Runs only where :func:`use_backend` asks for it: it is there for tests, not for speed."""
+
+    unsuitable: Callable[[torch.dtype], str | None] | None
+    """Returns why this machine should not run one of the dtypes, or None; itself None if that never is so."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +88,15 @@ def register_kernel(
     dtypes: frozenset[torch.dtype],
     unavailable: Callable[[], str | None],
     on_demand: bool = False,
+    unsuitable: Callable[[torch.dtype], str | None] | None = None,
 ) -> None:
     """Announce that ``backend`` implements ``op`` for ``dtypes`` on ``device_type`` ("cpu", "cuda").
 
     Called once per kernel by ``bitfast/ops/<op>.py`` when it is imported. ``unavailable`` is asked
     only when the op first meets such a tensor, so announcing a kernel loads nothing. An ``on_demand``
-    kernel is never the default.
+    kernel is never the default. ``unsuitable`` is asked about single dtypes.
     """
-    _kernels[op, backend, device_type] = Kernel(dtypes, unavailable, on_demand)
+    _kernels[op, backend, device_type] = Kernel(dtypes, unavailable, on_demand, unsuitable)
 
 
 def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
@@ -111,6 +125,11 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
     raise AssertionError("unreachable: the reference serves every tensor")
 
 
+def requested_backends() -> dict[str, str]:
+    """Return the demands of :func:`use_backend` that hold in this thread, by op; not to be changed."""
+    return _requested.by_op
+
+
 def requested_backend(op: str) -> str | None:
     """Return the backend that :func:`use_backend` demands for ``op`` in this thread, or None."""
     return _requested.by_op.get(op)
@@ -131,7 +150,10 @@ def why_unavailable(
     if dtype is not None and dtype not in kernel.dtypes:
         supported = ", ".join(sorted(str(d) for d in kernel.dtypes))
         return f"it supports {supported}, not {dtype}"
-    return kernel.unavailable()
+    reason = kernel.unavailable()
+    if reason is None and dtype is not None and kernel.unsuitable is not None:
+        reason = kernel.unsuitable(dtype)
+    return reason
 
 
 def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
@@ -142,7 +164,8 @@ def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
 @contextmanager
 def use_backend(backend: str | None = None, **backend_by_op: str) -> Iterator[None]:
     """Demand a backend for every op (``use_backend("reference")``) or for some of them
-    (``use_backend(same_padding="native")``), in this thread, until the block ends.
+    (``use_backend(same_padding="native")``), in this thread, until the block ends. General demands concern
+    :data:`CONVOLUTIONS` only if they are for the reference.
 
     Blocks nest; an inner one wins for the ops that it names. An op whose demanded backend cannot
     serve the tensor it is given raises :class:`BackendUnavailableError`.
@@ -152,7 +175,10 @@ def use_backend(backend: str | None = None, **backend_by_op: str) -> Iterator[No
     """
     if backend is None and not backend_by_op:
         raise ValueError(f"use_backend needs a backend; choose from {', '.join(BACKENDS)}")
-    demanded = dict.fromkeys(OPS, backend) if backend is not None else {}
+    demanded = {}
+    if backend is not None:
+        ops = OPS if backend == "reference" else [op for op in OPS if op not in CONVOLUTIONS]
+        demanded = dict.fromkeys(ops, backend)
     demanded.update(backend_by_op)
     for op, name in demanded.items():
         if op not in OPS:

@@ -13,6 +13,7 @@ import torch
 
 import bitfast
 from bitfast import backends, extension
+from bitfast.execution.plan import why_no_plan
 from bitfast.ops.norm_convolution import why_not_fused
 from bitfast.ops.packed_convolution import why_not_packed
 
@@ -46,6 +47,11 @@ def describe() -> dict[str, Any]:
         },
         "norm_convolutions": {
             str(dtype).removeprefix("torch."): why_not_fused(dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        "plans": {
+            f"{device}, {str(dtype).removeprefix('torch.')}": why_no_plan(device, dtype)
+            for device in ("cpu", "cuda")
             for dtype in (torch.float32, torch.bfloat16)
         },
         "backends": [dataclasses.asdict(row) for row in backends.backend_table()],
@@ -138,7 +144,7 @@ def as_text(found: dict[str, Any]) -> str:
     extension.append(
         ["C++ kernels use", found["instruction_set"] or "nothing: they were not built"]
     )
-    for kind in ("packed_convolutions", "norm_convolutions"):
+    for kind in ("packed_convolutions", "norm_convolutions", "plans"):
         extension += [_convolution_row(kind, *item) for item in found[kind].items()]
     return "\n".join(
         [

@@ -57,17 +57,14 @@ def exportable(model: Module) -> Module:
 class StandardizedConv2d(WeightStandardizedConv2d):
     """A convolution whose filters were standardized for good, and which uses them as they are."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in, H, W) to (N, out, H', W')."""
-        x = x if self.pad is None else self.pad(x)
-        return self._conv_forward(x, self.weight, self.bias)
+    standardizes = False
 
-    def can_normalize(self, x: Tensor) -> bool:
-        """Say no: the kernels that could would standardize the filters again."""
-        return False
+    def filters(self) -> Tensor:
+        """Return what the input is convolved with: the weight."""
+        return self.weight
 
-    def add_to(self, total: Tensor, x: Tensor) -> bool:
-        """Do nothing and say so, for the same reason."""
+    def keeps_weight(self) -> bool:
+        """Whether other forms of it may be kept: no, the kernels would standardize it again."""
         return False
 
 

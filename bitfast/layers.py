@@ -9,71 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfast.activations import MODULES, activation_name
-from bitfast.backends import select_backend
 from bitfast.inference_tensors import make_ordinary
 from bitfast.ops.common import autocast_dtype
-from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act, group_norm_act_into
-from bitfast.ops.norm_convolution import (
-    Norm,
-    fits,
-    norm_convolution,
-)
-from bitfast.ops.packed_convolution import (
-    add_packed_convolution_,
-    can_pack,
-    packed_convolution,
-    packs,
-)
-from bitfast.ops.packed_weights import Geometry, packed_weights
+from bitfast.ops.group_norm_act import group_norm_act
+from bitfast.ops.kept_weights import Geometry, kept_weights
+from bitfast.ops.norm_convolution import Norm
+from bitfast.ops.packed_convolution import can_pack, packed_convolution
 from bitfast.ops.same_padding import same_pad
 from bitfast.ops.weight_standardization import weight_standardization
-from bitfast.prepared_weights import prepared_weight
 from bitfast.torch_state import is_concrete
 from bitfast.watching import runs_as_written
 
-for _op in ("add_group_norm_act", "group_norm_act", "same_pad", "weight_standardization"):
+for _op in ("group_norm_act", "same_pad", "weight_standardization"):
     torch.fx.wrap(_op)  # torch.fx takes them whole: they look at shapes and dtypes
-
-
-def runs_channels_last(x: Tensor) -> bool:
-    """Say whether a network on such a tensor should run channels_last, whatever the layout of x.
-
-    It should where the norms run in Triton, and on the CPU where they run in C++ and the convolutions in
-    oneDNN: these are fastest there.
-    """
-    if not is_concrete(x) or x.dim() != 4:
-        return False
-    backend = select_backend("group_norm_act", x.device.type, x.dtype)
-    return backend == "triton" or (backend == "native" and _packs(x))
-
-
-def infers(module: nn.Module, x: Tensor) -> bool:
-    """Say whether the module may compute in ways that differ, by rounding, from those that record gradients.
-
-    In training it may not, even where no gradients are recorded: reentrant checkpoints run a block first
-    without them, then with them, and the numbers must agree. Nor may it where x is followed by a tracer or a
-    transform.
-    """
-    return not module.training and not torch.is_grad_enabled() and is_concrete(x)
-
-
-def runs_packed(network: nn.Module, x: Tensor) -> bool:
-    """Say whether the convolutions of a network on such a tensor run with packed weights."""
-    return infers(network, x) and _packs(x)
-
-
-def _packs(x: Tensor) -> bool:
-    return packs(x.device.type, autocast_dtype(x) or x.dtype)
-
-
-def standardized_convolutions(*modules: nn.Module) -> list[WeightStandardizedConv2d]:
-    """Return the weight-standardized convolutions in these modules."""
-    return [
-        inner
-        for module in modules
-        for inner in module.modules()
-        if isinstance(inner, WeightStandardizedConv2d)
-    ]
 
 
 class DynamicPad2d(nn.Module):
@@ -110,7 +58,19 @@ class DynamicPad2d(nn.Module):
         return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
 
 
-class WeightStandardizedConv2d(nn.Conv2d):
+class Announcing(nn.Module):
+    """A module that lets those who have read it look again whenever one of its attributes is set or deleted."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        kept_weights.note_change()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        kept_weights.note_change()
+
+
+class WeightStandardizedConv2d(Announcing, nn.Conv2d):
     """Convolution whose filters are standardized before use.
 
     Takes the arguments of transformers' class of this name, and so those that ``torch.nn.Conv2d`` has as well.
@@ -133,8 +93,8 @@ class WeightStandardizedConv2d(nn.Conv2d):
     """
 
     pad: nn.Module | None
-    weight_settings = 0
-    """How often a weight was set, which counts as a change of it."""
+    standardizes = True
+    """Whether the filters are standardized before use; else they were, for good."""
     is_lent = False
     """Whether somebody has wrapped it, who may change its weight unnoticed."""
 
@@ -176,8 +136,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
         super().__setattr__(name, value)
         if name == "weight":
             # Sharding (FSDP) sets one whose memory it has filled, in a way that torch does not count.
-            packed_weights.drop([value])
-            self.__dict__["weight_settings"] = self.weight_settings + 1
+            kept_weights.drop([value])
 
     @property
     def geometry(self) -> Geometry:
@@ -190,32 +149,46 @@ class WeightStandardizedConv2d(nn.Conv2d):
         """Map (N, in, H, W) to (N, out, H', W')."""
         if self.pad is not None:
             x = self.pad(x)
-        if infers(self, x):
-            x = _cast_for_autocast(x)
-            if self.can_pack(x):
+        if self._infers(x):
+            x = x.to(autocast_dtype(x) or x.dtype)
+            if self.keeps_weight() and can_pack(x, self.weight):
                 return packed_convolution(x, self.weight, self.eps, self.geometry)
-        weight = prepared_weight(self)
-        if weight is None:
-            weight = weight_standardization(self.weight, self.eps)
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, self.filters(), self.bias)
 
-    def can_pack(self, x: Tensor) -> bool:
-        """Say whether a packed weight can serve, in inference, for an input that is padded already."""
-        return self._keeps_weight() and can_pack(x, self.weight)
+    def filters(self) -> Tensor:
+        """Return what the input is convolved with: the standardized weight."""
+        return weight_standardization(self.weight, self.eps)
 
-    def _keeps_weight(self) -> bool:
-        """Say whether ops that keep their form of the weight can serve: nobody has wrapped it, and it has no
-        bias, groups or reflections.
+    def _infers(self, x: Tensor) -> bool:
+        """Whether the numbers may differ, by rounding, from those that record gradients.
 
-        A weight that was made in inference mode is made one that can be kept.
+        In training they may not, even where no gradients are recorded: reentrant checkpoints run a block
+        first without them, then with them, and the numbers must agree. Nor may they where x is followed by a
+        tracer or a transform.
         """
-        if not torch.compiler.is_compiling():
-            make_ordinary(self.weight)
-        if self.is_lent or self.bias is not None:
-            return False
+        return not self.training and not torch.is_grad_enabled() and is_concrete(x)
+
+    def is_simple(self) -> bool:
+        """Whether the layer has no bias, groups or reflections, and nobody has wrapped it."""
         return (
-            self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+            not self.is_lent
+            and self.bias is None
+            and self.groups == 1
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
         )
+
+    def keeps_weight(self) -> bool:
+        """Whether what is made of the weight may be kept.
+
+        A weight that was made in inference mode is made one that can be kept, if the rest allows it.
+        """
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter or not self.is_simple():
+            return False
+        if not torch.compiler.is_compiling():
+            make_ordinary(weight)
+        return True
 
     def lend(self) -> None:
         """Keep nothing that is computed from the weight until :meth:`take_back`."""
@@ -246,44 +219,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
     def _forget_packed_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
-            packed_weights.drop([weight])
-
-    def can_normalize(self, x: Tensor) -> bool:
-        """Say whether the convolution can normalize x itself while it reads it, if any can."""
-        # "same" padding of 1x1 filters is none, whatever the stride.
-        is_padded_by_itself = self.pad is not None and self.kernel_size != (1, 1)
-        size = None if torch.compiler.is_compiling() else x.shape[2:]
-        return (
-            self._keeps_weight()
-            and not is_padded_by_itself
-            and fits(self.weight, self.geometry, x.dtype, size)
-        )
-
-    def with_moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Do what :meth:`forward` does where :meth:`can_normalize`; return the result's moments as well."""
-        return norm_convolution(x, None, None, self.weight, self.eps, self.geometry[0][0], True)
-
-    def add_to(self, total: Tensor, x: Tensor) -> bool:
-        """Add what :meth:`forward` makes of x to ``total`` in place, if that can be done in one pass.
-
-        Args:
-            total: Shape (N, out, H, W).
-            x: Shape (N, in, H, W); the convolution is one that keeps the size.
-
-        Returns:
-            Whether it was done. If not, nothing was.
-        """
-        if not infers(self, x) or self.pad is not None:
-            return False
-        fits = (
-            total.dtype == x.dtype
-            and total.shape[2:] == x.shape[2:]
-            and total.is_contiguous(memory_format=torch.channels_last)
-        )
-        if not fits or _cast_for_autocast(x) is not x or not self.can_pack(x):
-            return False
-        add_packed_convolution_(x, self.weight, total, self.eps, self.geometry)
-        return True
+            kept_weights.drop([weight])
 
 
 def pair_of(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -315,13 +251,7 @@ def _zeros(
     return zeros[0], zeros[1]
 
 
-def _cast_for_autocast(x: Tensor) -> Tensor:
-    """Return x in the dtype that autocast wants convolutions to have."""
-    dtype = autocast_dtype(x)
-    return x if dtype is None else x.to(dtype)
-
-
-class GroupNormActivation(nn.GroupNorm):
+class GroupNormActivation(Announcing, nn.GroupNorm):
     """GroupNorm, followed by an activation, which is a child of its own.
 
     Args:
@@ -361,7 +291,7 @@ class GroupNormActivation(nn.GroupNorm):
         return self.activate(x)
 
     def has_scale_and_shift(self) -> bool:
-        """Say whether both are there, as the ops need them."""
+        """Whether both are there, as the ops need them."""
         return self.weight is not None and self.bias is not None
 
     def activate(self, x: Tensor) -> Tensor:
@@ -373,31 +303,8 @@ class GroupNormActivation(nn.GroupNorm):
         activation = self.activation
         return activation_name(activation) if runs_as_written(activation) else None
 
-    def into(self, memory: Tensor | None, x: Tensor, moments: Tensor | None = None) -> Tensor:
-        """Do the same, in memory that may be overwritten (x itself, for instance) where that can be done.
-
-        Args:
-            memory: None: new memory.
-            moments: Those of x, if ``norm_convolution`` has made it.
-        """
-        if torch.is_grad_enabled() or not is_concrete(x):
-            return self.forward(x)
-        return group_norm_act_into(x, *self.op_parameters(), memory, moments)
-
-    def add_and_activate_(
-        self, x: Tensor, moments: Tensor | None, shortcut: Tensor, activation: str
-    ) -> Tensor:
-        """Return activation(norm(x) + shortcut), in the memory of x where that can be done; not activated
-        in between, for a norm of activation "none"."""
-        parameters = self.op_parameters()._replace(activation=activation)
-        return group_norm_act_into(x, *parameters, x, moments, shortcut)
-
-    def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + residual and what :meth:`forward` makes of that sum; all of shape (N, C, H, W)."""
-        return add_group_norm_act(x, residual, *self.op_parameters())
-
     def op_parameters(self) -> Norm:
-        """Return what the fused ops want to know, of a norm for which :func:`fusable_norm` is true."""
+        """Return what the ops want to know; ``fused_activation()`` must have a name."""
         name = self.fused_activation()
         assert name is not None
         return Norm(self.weight, self.bias, self.num_groups, self.eps, name)
@@ -432,9 +339,5 @@ __all__ = [
     "DynamicPad2d",
     "GroupNormActivation",
     "WeightStandardizedConv2d",
-    "infers",
     "pair_of",
-    "runs_channels_last",
-    "runs_packed",
-    "standardized_convolutions",
 ]

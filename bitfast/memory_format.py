@@ -31,6 +31,11 @@ def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return x.contiguous(memory_format=torch.contiguous_format if is_batched(x) else memory_format)
 
 
+def in_channels_last(x: Tensor) -> Tensor:
+    """Return x channels_last."""
+    return laid_out(x, torch.channels_last)
+
+
 def contiguous_nchw(x: Tensor) -> Tensor:
     """Return x contiguous, with the strides of a new tensor also where it is 1x1."""
     x = x.contiguous()

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from bitfast import outputs
 from bitfast.blocks import norm, round_to_multiple
-from bitfast.forward_pass import ForwardPass
-from bitfast.fusion import fusable_norm
+from bitfast.execution.forward_pass import ForwardPass, Request
+from bitfast.execution.plans import Plans
 from bitfast.network import BitEmbeddings, BitEncoder, BitStage, stage_widths
-from bitfast.prepared_weights import PreparedWeights
 from bitfast.watching import is_plain, runs_as_written
 
 
@@ -107,7 +106,7 @@ class Model(ForwardPass, Shared):
             else nn.Identity()
         )
         self.pooler = nn.AdaptiveAvgPool2d((1, 1))
-        self.prepared_weights = PreparedWeights()
+        self.plans = Plans(self)
 
     def forward(
         self,
@@ -132,11 +131,8 @@ class Model(ForwardPass, Shared):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        hidden_states: tuple[Tensor, ...] | None
-        if self.is_run_whole():
-            hidden_states, normalized = self.features(pixel_values, output_hidden_states)
-            normalized = self.layout_of_outputs(pixel_values)(normalized)
-        else:
+        computed = self.features(pixel_values, output_hidden_states)
+        if computed is None:
             encoded = self.encoder(
                 self.embedder(pixel_values),
                 output_hidden_states=output_hidden_states,
@@ -144,17 +140,15 @@ class Model(ForwardPass, Shared):
             )
             normalized = self.norm(encoded[0])
             hidden_states = encoded[1] if output_hidden_states else None
+        else:
+            hidden_states, normalized = computed
+            normalized = self.layout_of_outputs(pixel_values)(normalized)
         output = self.output_class(normalized, self.pooler(normalized), hidden_states)
         return output if return_dict else output.to_tuple()
 
-    def is_run_whole(self) -> bool:
-        """Say whether this module may run the stages itself: nobody watches or has replaced the encoder."""
-        encoder = self.encoder
-        return is_plain(encoder, BitEncoder) and runs_as_written(encoder)
-
     def features(
         self, pixel_values: Tensor, output_hidden_states: bool
-    ) -> tuple[tuple[Tensor, ...] | None, Tensor]:
+    ) -> tuple[tuple[Tensor, ...] | None, Tensor] | None:
         """Return the hidden states (or None), and the last of them normalized.
 
         Args:
@@ -163,28 +157,33 @@ class Model(ForwardPass, Shared):
 
         Returns:
             The hidden states in the layout that plain convolutions would give them, the other in the one that
-            the network runs in.
+            the network runs in. None if the modules have to be called as they are.
         """
+        if not self.is_known():
+            return None
         last = len(self.encoder.stages)
-        wanted = range(last + 1) if output_hidden_states else ()
-        hidden_states, normalized = self.run(pixel_values, last, wanted, self.norm)
+        wanted = tuple(range(last + 1)) if output_hidden_states else ()
+        computed = self.run(pixel_values, Request(last, wanted, is_normed=True))
+        if computed is None:
+            return None
+        hidden_states, normalized = computed
         return tuple(hidden_states) if output_hidden_states else None, normalized
 
-    def is_needed_only_up_to(self, stage: int) -> bool:
-        """Say whether nobody would notice if what comes after a stage were not called."""
-        following = [*self.encoder.stages[stage:], self.norm, self.pooler]
-        are_known = (
-            all(is_plain(module, BitStage) for module in following[:-2])
-            and (type(self.norm) is nn.Identity or fusable_norm(self.norm) is not None)
-            and type(self.pooler) is nn.AdaptiveAvgPool2d
-        )
-        return are_known and all(
-            runs_as_written(inner) for module in following for inner in module.modules()
-        )
-
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return the modules that :meth:`run` calls."""
+        """Return the modules that :meth:`run` runs."""
         return self.embedder, list(self.encoder.stages)
+
+    def stages_in_order(self) -> Sequence[nn.Module]:
+        """Return the stages."""
+        return self.encoder.stages._modules.values()  # type: ignore[return-value]
+
+    def is_known(self) -> bool:
+        """Whether the encoder is one of these, not something in its place."""
+        return is_plain(self.encoder, BitEncoder)
+
+    def containers(self) -> Sequence[nn.Module]:
+        """Return the encoder."""
+        return (self.encoder,)
 
 
 class Classifier(Shared):
@@ -234,9 +233,11 @@ class Classifier(Shared):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        bit, hidden_states = self.bit, None
+        bit, hidden_states, computed = self.bit, None, None
         if is_run_by_others(bit) and not output_hidden_states:
-            pooled = bit.pooler(bit.features(pixel_values, output_hidden_states)[1])
+            computed = bit.features(pixel_values, output_hidden_states)
+        if computed is not None:
+            pooled = bit.pooler(computed[1])
         else:
             features = bit(
                 pixel_values, output_hidden_states=output_hidden_states, return_dict=return_dict
@@ -310,30 +311,28 @@ class Backbone(Shared):
         )
         chosen = [self.stage_names.index(name) for name in self.out_features]  # type: ignore[union-attr]
         last = len(self.stage_names) - 1 if output_hidden_states else max(chosen, default=0)
-        if self.is_run_whole(last):
-            computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
-            outputs, _ = self.bit.run(pixel_values, last, computed, norm=None)
-        else:
+        computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
+        outputs = None
+        if is_run_by_others(self.bit) and self.bit.is_known():
+            outputs = self.bit.run(pixel_values, Request(last, tuple(computed), is_normed=False))
+        if outputs is None:
             features = self.bit(pixel_values, output_hidden_states=True, return_dict=True)
-            outputs, computed = features.hidden_states, range(len(self.stage_names))
+            outputs, computed = (features.hidden_states, None), range(len(self.stage_names))
+        feature_maps, _ = outputs
         output = self.output_class(
-            feature_maps=tuple(outputs[computed.index(index)] for index in chosen),
-            hidden_states=tuple(outputs) if output_hidden_states else None,
+            feature_maps=tuple(feature_maps[computed.index(index)] for index in chosen),
+            hidden_states=tuple(feature_maps) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
 
-    def is_run_whole(self, last: int) -> bool:
-        """Say whether this module may run the base model's stages itself, and no more of them."""
-        return is_run_by_others(self.bit) and self.bit.is_needed_only_up_to(last)
-
 
 def is_run_by_others(bit: nn.Module) -> bool:
-    """Say whether a model with a head may run the stages of its base model by itself."""
+    """Whether a model with a head may have its base model's stages run without calling the base model."""
     return (
         is_plain(bit, Model)
         and runs_as_written(bit)
-        and bit.is_run_whole()
         and type(bit.pooler) is nn.AdaptiveAvgPool2d  # another might want images as they came
+        and runs_as_written(bit.pooler)
     )
 
 

@@ -7,7 +7,7 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,26 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitfast import outputs
-from bitfast.blocks import (
-    LAYERS,
-    BitPreActivationBottleneckLayer,
-    convolution,
-    norm,
-    round_to_multiple,
-)
+from bitfast.blocks import LAYERS, convolution, norm, round_to_multiple
 from bitfast.configuration import BitConfig
 from bitfast.convolution_owner import ConvolutionOwner
-from bitfast.fusion import Deferred, fusable_norm, is_fusable, normed
-from bitfast.layers import (
-    GroupNormActivation,
-    WeightStandardizedConv2d,
-    runs_channels_last,
-    standardized_convolutions,
-)
-from bitfast.memory_format import contiguous_nchw
 from bitfast.ops.common import is_autocast_on
 from bitfast.pooling import MaxPool2d
-from bitfast.watching import is_plain, runs_as_written
 
 
 def stage_widths(config: BitConfig) -> list[int]:
@@ -71,20 +56,14 @@ class BitEmbeddings(ConvolutionOwner):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images (N, num_channels, H, W) to (N, embedding_size, about H/4, about W/4)."""
         self.check(pixel_values)
-        return in_best_layout(self.run, pixel_values)
+        x = pixel_values
+        for part in self.parts():
+            x = part(x)
+        return x
 
-    def run(self, pixel_values: Tensor) -> Tensor:
-        """Do the same in the layout at hand."""
-        x = self.convolution(pixel_values)
-        zeros = zeros_of(self.pad)
-        if zeros is None:
-            return self.pooler(normed(self.norm, self.pad(x), made_new=False))
-        if type(self.norm) is not nn.Identity:  # it stands between the zeros and the pool
-            x = self.pad(x) if zeros else x
-            return self.pooler(normed(self.norm, x, is_fusable(self.convolution)))
-        if is_plain(self.pooler, MaxPool2d) and all(map(runs_as_written, (self.norm, self.pooler))):
-            return self.pooler.with_zeros(x, zeros)
-        return self.pooler(self.norm(self.pad(x)))
+    def parts(self) -> list[nn.Module]:
+        """Return what the images go through, in order."""
+        return [self.convolution, self.pad, self.norm, self.pooler]
 
     def check(self, pixel_values: Tensor) -> None:
         """Raise TypeError or ValueError unless :meth:`forward` can take the images."""
@@ -112,25 +91,6 @@ class BitEmbeddings(ConvolutionOwner):
                 f"pixel_values must be at least {self.min_size} pixels high and wide for this configuration,"
                 f" got {tuple(pixel_values.shape)}"
             )
-
-
-def zeros_of(pad: nn.Module) -> int | None:
-    """Return how many zeros a module puts on each side, if it does nothing else and nobody watches it."""
-    if not runs_as_written(pad):
-        return None
-    if type(pad) is nn.Identity:
-        return 0
-    if type(pad) not in (nn.ConstantPad2d, nn.ZeroPad2d) or pad.value != 0:
-        return None
-    zeros, *others = pad.padding  # type: ignore[misc]
-    return zeros if zeros >= 0 and all(n == zeros for n in others) else None
-
-
-def in_best_layout(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return function(x) in the layout of x, computed in the one that is fastest."""
-    if not runs_channels_last(x) or x.is_contiguous(memory_format=torch.channels_last):
-        return function(x)
-    return contiguous_nchw(function(x.contiguous(memory_format=torch.channels_last)))
 
 
 class BitStage(nn.Module):
@@ -172,70 +132,24 @@ class BitStage(nn.Module):
         """Whether the backward pass runs the blocks a second time."""
         return self.gradient_checkpointing and self.training
 
+    @property
+    def recomputation(self) -> dict[str, Any] | None:
+        """The options with which blocks are run a second time; None if they are not."""
+        return self.checkpoint_options if self.is_recomputed else None
+
+    def parts(self) -> list[nn.Module]:
+        """Return the blocks, in order."""
+        return list(self.layers)
+
+    def calls_each_block(self) -> bool:
+        """Whether the blocks are called one by one, not as one module that somebody has to do with."""
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in, H, W) to (N, out, H / stride, W / stride), in the layout of x."""
-        return in_best_layout(lambda x: self.run(x, None, None)[0], x)
-
-    def run(
-        self,
-        x: Tensor,
-        preactivated: Tensor | Deferred | None,
-        following: GroupNormActivation | None,
-    ) -> tuple[Tensor, Tensor | Deferred | None]:
-        """Do the same in the layout at hand, each block applying the norm that comes next: see its ``run``."""
-        layers: list[Any] = list(self.layers)
-        next_norms = [*(first_norm(layer) for layer in layers[1:]), following]
-        owns_x = False
-        for layer, next_norm in zip(layers, next_norms, strict=False):  # a stage may be empty
-            if self.is_recomputed:
-                x, preactivated = checkpoint(layer, x, **self.checkpoint_options), None
-            elif first_norm(layer) is None:
-                x, preactivated = layer(x), None
-                owns_x = False
-            else:
-                x, preactivated = layer.run(x, preactivated, next_norm, owns_x)
-                owns_x = True
-        return x, preactivated
-
-
-def preparable_convolutions(
-    stem: nn.Module, stages: Sequence[nn.Module]
-) -> list[WeightStandardizedConv2d]:
-    """Return the convolutions whose weights may be standardized before the forward pass.
-
-    With gradients these are not those of blocks that may run a second time, in the backward pass, when
-    nothing is prepared: where activations are recomputed, by a stage or by whoever wraps or hooks a module.
-    """
-    if not torch.is_grad_enabled():
-        return standardized_convolutions(stem, *stages)
-    modules: list[nn.Module] = []
-    if isinstance(stem, (BitEmbeddings, nn.Sequential)) and runs_as_written(stem):
-        modules.append(stem)
-    for stage in stages:
-        if is_plain(stage, BitStage) and runs_as_written(stage) and not stage.is_recomputed:
-            modules += [
-                layer
-                for layer in stage.layers
-                if any(is_plain(layer, cls) for cls in LAYERS.values()) and runs_as_written(layer)
-            ]
-    return standardized_convolutions(*modules)
-
-
-def first_norm(module: nn.Module) -> GroupNormActivation | None:
-    """Return the norm that a stage or block begins with, if what comes before it may apply it.
-
-    It may where nobody watches the modules in between, which are then not called as such.
-    """
-    inner: nn.Module | None = module
-    if is_plain(inner, BitStage):
-        if not runs_as_written(inner) or not runs_as_written(inner.layers):
-            return None
-        if inner.is_recomputed:
-            return None
-        inner = next(iter(inner.layers), None)
-    if type(inner) is not BitPreActivationBottleneckLayer or not runs_as_written(inner):
-        return None
-    return fusable_norm(inner.norm1)
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
+        for layer in self.parts():
+            x = checkpoint(layer, x, **self.checkpoint_options) if self.is_recomputed else layer(x)
+        return x
 
 
 class BitEncoder(nn.Module):
@@ -279,43 +193,14 @@ class BitEncoder(nn.Module):
         Returns:
             BaseModelOutputWithNoAttention, or a tuple.
         """
-        stages = list(self.stages)
-        if output_hidden_states:
-            hidden_states = [hidden_state]
-            for stage in stages:
-                hidden_states.append(stage(hidden_states[-1]))
-            last = hidden_states[-1]
-        else:
-            last = in_best_layout(lambda x: last_of_stages(stages, x), hidden_state)
+        hidden_states = [hidden_state]
+        for stage in self.stages:
+            hidden_states.append(stage(hidden_states[-1]))
+            if not output_hidden_states:
+                del hidden_states[0]
+        last = hidden_states[-1]
         output = self.output_class(last, tuple(hidden_states) if output_hidden_states else None)
         return output if return_dict else output.to_tuple()
-
-
-def last_of_stages(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Return the output of the last stage, for the input of the first."""
-    for output, _ in run_stages(stages, x, None):
-        x = output
-    return x
-
-
-def run_stages(
-    stages: Sequence[Any], x: Tensor, following: GroupNormActivation | None
-) -> Iterator[tuple[Tensor, Tensor | Deferred | None]]:
-    """Yield the outputs of stages, one by one, each with what its last block's ``run`` returns.
-
-    Args:
-        stages: One after the other.
-        x: The input of the first of them.
-        following: The norm that comes after the last of them, if that is to apply it.
-    """
-    next_norms = [*(first_norm(stage) for stage in stages[1:]), following]
-    preactivated: Tensor | Deferred | None = None
-    for stage, next_norm in zip(stages, next_norms, strict=False):
-        if first_norm(stage) is None:
-            x, preactivated = stage(x), None
-        else:
-            x, preactivated = stage.run(x, preactivated, next_norm)
-        yield x, preactivated
 
 
 def drop_path_rates(config: BitConfig) -> list[list[float]]:

@@ -83,6 +83,9 @@ def unseen() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        if tracing_state is None:  # within an operator it cannot even be set to that
+            yield
+            return
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             yield

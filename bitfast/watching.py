@@ -12,7 +12,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def runs_as_written(module: nn.Module) -> bool:
-    """Say whether calling the module does what its class says: no hooks, no replaced or compiled call.
+    """Whether calling the module does what its class says: no hooks, no replaced or compiled call.
 
     Only then may its work be done by another module, as part of a fused op. ``torch.fx`` watches all modules.
     """
@@ -23,7 +23,14 @@ def runs_as_written(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
-        or torch_module._global_forward_hooks
+        or is_every_module_watched()
+    )
+
+
+def is_every_module_watched() -> bool:
+    """Whether hooks of the whole process, or ``torch.fx``, see each call of a module."""
+    return bool(
+        torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
@@ -32,8 +39,8 @@ def runs_as_written(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module | None, cls: type[Module]) -> TypeGuard[Module]:
-    """Say whether the module does what its class ``cls`` says: nobody's subclass computes something else."""
+    """Whether the module does what its class ``cls`` says: nobody's subclass computes something else."""
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 
-__all__ = ["is_plain", "runs_as_written"]
+__all__ = ["is_every_module_watched", "is_plain", "runs_as_written"]

@@ -174,7 +174,9 @@ def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) 
 # ---- launches -------------------------------------------------------------------------------------
 
 
-def _plan_for(x: Tensor, groups: int, is_channels_last: bool, tensors: int) -> Plan:
+def _plan_for(
+    x: Tensor, groups: int, is_channels_last: bool, tensors: int, device: Device | None
+) -> Plan:
     batch, channels, height, width = x.shape
     return plan(
         batch,
@@ -184,7 +186,7 @@ def _plan_for(x: Tensor, groups: int, is_channels_last: bool, tensors: int) -> P
         x.element_size(),
         is_channels_last,
         tensors,
-        device_of(x.device),
+        device or device_of(x.device),
     )
 
 
@@ -211,10 +213,15 @@ def forward_launches(
     *,
     total: Tensor | None,
     result: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    groups: int | None = None,
+    device: Device | None = None,
 ) -> list[Launch]:
     """Return the launches that fill ``total`` (x + residual), ``result``, ``mean`` and ``rstd``.
+
+    Memory may be used again, in every way of working: ``result`` may be x or the residual, and ``total`` may
+    be x or the residual, if they are the same tensor objects. Other outputs share no memory with anything.
 
     Args:
         x, residual, total, result: (N, C, H, W), dense in one layout, of one dtype; ``residual`` and
@@ -222,18 +229,34 @@ def forward_launches(
         weight, bias: (C,), contiguous.
         eps, activation: As in the op.
         is_channels_last: The layout; else NCHW.
-        mean, rstd: (N, groups), float32.
+        mean, rstd: (N, groups), float32. Without them, statistics are not stored.
+        groups: Needed without them only.
+        device: What to fill; by default the GPU that x is on.
+
+    Raises:
+        ValueError: ``result`` is ``total``; neither statistics nor groups, or only one of the statistics.
     """
+    keeps_statistics = mean is not None
+    if keeps_statistics != (rstd is not None) or (mean is None and groups is None):
+        raise ValueError("mean and rstd, or groups, must be given")
+    if result is total:
+        # Two stores to one place, maybe by two threads, of which either may come last.
+        raise ValueError("result must not take the place of total, which it is computed from")
     batch, _, height, width = x.shape
     if batch == 0:
         return []
-    groups, pixels = mean.shape[1], height * width
-    p = _plan_for(x, groups, is_channels_last, tensors=1)
+    groups, pixels = mean.shape[1] if mean is not None else groups, height * width
+    p = _plan_for(x, groups, is_channels_last, 1, device)
     constants = _constants(p, x, groups, is_channels_last)
     has_residual = residual is not None
+    sum_in_place = has_residual and (total is x or total is residual)
     # What is missing is never touched; some pointer must stand there.
     inputs = {"x": x, "residual": residual if has_residual else x}
-    outputs = {"result": result, "mean": mean, "rstd": rstd}
+    outputs = {
+        "result": result,
+        "mean": mean if keeps_statistics else x,
+        "rstd": rstd if keeps_statistics else x,
+    }
     tensor = x.numel() * x.element_size()
     first_reads, first_writes = (2 * tensor, tensor) if has_residual else (tensor, 0)
     if p.is_whole:
@@ -248,7 +271,8 @@ def forward_launches(
             "eps": eps,
         }
         constants |= {
-            "ACTIVATION": activation, "HAS_RESIDUAL": has_residual, "ONE_TILE": p.one_tile
+            "ACTIVATION": activation, "HAS_RESIDUAL": has_residual, "SUM_IN_PLACE": sum_in_place,
+            "KEEPS_STATISTICS": keeps_statistics, "ONE_TILE": p.one_tile,
         }  # fmt: skip
         kernel = forward_kernels.forward_kernel
         return [
@@ -269,7 +293,7 @@ def forward_launches(
         forward_kernels.moments_kernel,
         p.programs,
         {**inputs, "total": total if has_residual else x, **partials, **ranges},
-        {**constants, "HAS_RESIDUAL": has_residual},
+        {**constants, "HAS_RESIDUAL": has_residual, "SUM_IN_PLACE": sum_in_place},
         p.warps,
         first_reads,
         first_writes + _nbytes(partials),
@@ -289,6 +313,7 @@ def forward_launches(
         {
             **constants,
             "ACTIVATION": activation,
+            "KEEPS_STATISTICS": keeps_statistics,
             "TABLE": next_power_of_two(p.splits * p.parts),
         },
         p.warps,
@@ -312,6 +337,7 @@ def backward_launches(
     grad_x: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    device: Device | None = None,
 ) -> list[Launch]:
     """Return the launches that fill the gradients.
 
@@ -321,13 +347,14 @@ def backward_launches(
         x: What was normalized: with a residual, the sum.
         weight, bias, mean, rstd, activation, is_channels_last: As in the forward launches.
         grad_x, grad_weight, grad_bias: To fill, in the dtypes of x, weight and bias.
+        device: What to fill; by default the GPU that x is on.
     """
     batch, channels, height, width = x.shape
     groups, pixels = mean.shape[1], height * width
     if batch == 0:
         nothing = _buffers(x, (0, channels), "channel_d", "channel_dh")
         return [_parameter_launch(nothing, grad_weight, grad_bias)]
-    p = _plan_for(x, groups, is_channels_last, tensors=2)
+    p = _plan_for(x, groups, is_channels_last, 2, device)
     constants = {**_constants(p, x, groups, is_channels_last), "ACTIVATION": activation}
     has_grad_total = grad_total is not None
     sums = _buffers(x, (batch * p.splits, channels), "channel_d", "channel_dh")

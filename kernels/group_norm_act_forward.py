@@ -18,11 +18,25 @@ from .group_norm_act_tiles import (
 
 
 @triton.jit
-def _load_sum(x, residual, total, offset, inside, HAS_RESIDUAL: tl.constexpr):
-    """Load a tile; with a residual, add it, keep the sum and return it as it was rounded."""
+def _load_sum(
+    x,
+    residual,
+    total,
+    offset,
+    inside,
+    HAS_RESIDUAL: tl.constexpr,
+    SUM_IN_PLACE: tl.constexpr,
+):
+    """Load a tile; with a residual, add it, keep the sum and return it as it was rounded.
+
+    SUM_IN_PLACE: the sum takes the place of x or of the residual. In a tile of fewer elements than threads
+    several warps load the same element, so none may store its sum before all have loaded it.
+    """
     value = tl.load(x + offset, inside, other=0.0)
     if HAS_RESIDUAL:
         other = tl.load(residual + offset, inside, other=0.0)
+        if SUM_IN_PLACE:
+            tl.debug_barrier()
         value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
         tl.store(total + offset, value, inside)
     return value.to(tl.float32)
@@ -54,6 +68,7 @@ def _range_moments(
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    SUM_IN_PLACE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
@@ -71,7 +86,7 @@ def _range_moments(
         pixel = first + row
         inside = (pixel < stop)[:, None] & exists[None, :]
         offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-        value = _load_sum(x, residual, total, offset, inside, HAS_RESIDUAL)
+        value = _load_sum(x, residual, total, offset, inside, HAS_RESIDUAL, SUM_IN_PLACE)
         seen += 1.0
         delta = tl.where(inside, value - mean, 0.0)
         mean += delta * (1.0 / seen)
@@ -132,6 +147,8 @@ def forward_kernel(
     PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    SUM_IN_PLACE: tl.constexpr,
+    KEEPS_STATISTICS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -160,7 +177,15 @@ def forward_kernel(
             pixel = tl.arange(0, BLOCK_P)
             inside = (pixel < pixels)[:, None] & exists[None, :]
             offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-            value = _load_sum(x + base, residual + base, total + base, offset, inside, HAS_RESIDUAL)
+            value = _load_sum(
+                x + base,
+                residual + base,
+                total + base,
+                offset,
+                inside,
+                HAS_RESIDUAL,
+                SUM_IN_PLACE,
+            )
             group_mean, squares = _tile_moments(value, inside, count, BLOCK_G, PADDED)
         else:
             group_mean, squares = _range_moments(
@@ -177,13 +202,15 @@ def forward_kernel(
                 CHANNELS_LAST,
                 WIDE,
                 HAS_RESIDUAL,
+                SUM_IN_PLACE,
                 BLOCK_P,
                 BLOCK_G,
                 PADDED,
             )
         group_rstd = reciprocal_std(squares / count, eps)
-        tl.store(mean + image * GROUPS + group, group_mean, group < GROUPS)
-        tl.store(rstd + image * GROUPS + group, group_rstd, group < GROUPS)
+        if KEEPS_STATISTICS:
+            tl.store(mean + image * GROUPS + group, group_mean, group < GROUPS)
+            tl.store(rstd + image * GROUPS + group, group_rstd, group < GROUPS)
         channel_mean = per_channel(group_mean, BLOCK_G, PADDED)
         channel_rstd = per_channel(group_rstd, BLOCK_G, PADDED)
         if ONE_TILE:
@@ -225,6 +252,7 @@ def moments_kernel(
     GROUPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    SUM_IN_PLACE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -253,6 +281,7 @@ def moments_kernel(
         CHANNELS_LAST,
         WIDE,
         HAS_RESIDUAL,
+        SUM_IN_PLACE,
         BLOCK_P,
         BLOCK_G,
         PADDED,
@@ -279,6 +308,7 @@ def apply_kernel(
     GROUPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    KEEPS_STATISTICS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -307,10 +337,11 @@ def apply_kernel(
     variance = (tl.sum(squares, axis=0) - count * left_over * left_over) / count
     group_rstd = reciprocal_std(variance, eps)
     group_mean += left_over
-    # One program of the image writes each group's statistics.
-    is_first = group < tl.where(split + part == 0, GROUPS, 0)
-    tl.store(mean + image * GROUPS + group, group_mean, is_first)
-    tl.store(rstd + image * GROUPS + group, group_rstd, is_first)
+    if KEEPS_STATISTICS:
+        # One program of the image writes each group's.
+        is_first = group < tl.where(split + part == 0, GROUPS, 0)
+        tl.store(mean + image * GROUPS + group, group_mean, is_first)
+        tl.store(rstd + image * GROUPS + group, group_rstd, is_first)
 
     scale, shift = scale_and_shift(weight, bias, channel, exists)
     _write_range(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -67,3 +70,259 @@ def next_power_of_two(n: int) -> int:
 def ceil_div(a: int, b: int) -> int:
     """Return a / b, rounded up."""
     return -(-a // b)
+
+
+# ---- prepared launches ----------------------------------------------------------------------------
+
+
+def are_aligned(*addresses: int) -> bool:
+    """Say whether all addresses are multiples of 16 bytes, which lets Triton compile wide accesses."""
+    together = 0
+    for address in addresses:
+        together |= address
+    return together % 16 == 0
+
+
+class PreparedLaunch:
+    """A launch whose kernel is compiled and loaded, and whose numbers and constants stay: see :func:`prepare`.
+
+    Attributes:
+        aligned: Of each tensor, in the order of the launch, whether the compiled code counts on its address
+            being a multiple of 16. (Where it does not, any address is right.)
+        why_not_direct: Why calls do not go straight to the launcher that Triton made, which costs the least;
+            None if they do.
+    """
+
+    aligned: tuple[bool, ...]
+    why_not_direct: str | None = None
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        """Launch with other tensors of the same dtypes, shapes and alignment.
+
+        The device that it was prepared for must be the current one. Nothing is checked but the number of
+        addresses. Threads may share a prepared launch, and it may be called while a CUDA graph is recorded.
+
+        Args:
+            stream: The handle of the device's current stream (``torch.cuda.Stream.cuda_stream``).
+            addresses: The ``data_ptr()`` of each tensor, in the order of the launch; 0 for one that the kernel
+                never touches.
+
+        Raises:
+            TypeError: too few addresses or too many.
+        """
+        raise NotImplementedError
+
+    def takes(self, *addresses: int) -> bool:
+        """Say whether the tensors at these addresses are aligned as the compiled code counts on."""
+        return all(
+            not is_counted_on or address % 16 == 0
+            for is_counted_on, address in zip(self.aligned, addresses, strict=True)
+        )
+
+
+def prepare(launch: Launch) -> PreparedLaunch:
+    """Compile and load the kernel of a launch, without running it, so that launching costs little from then on.
+
+    The current device must be that of the launch. Its tensors may be meta tensors: only dtype and alignment
+    count, and a meta tensor is aligned. Nothing is allocated on the device besides the code. While a CUDA
+    graph is recorded this works where an ordinary launch does: for a kernel that is loaded already. (Whether
+    CUDA loads another one then is up to its driver.)
+
+    In Triton's interpreter the prepared launch runs the kernel on the memory at the addresses.
+
+    Raises:
+        ValueError: a parameter of the kernel is missing, or its tensors do not come first.
+    """
+    named = {**launch.arguments, **launch.constants}
+    names = list(launch.kernel.arg_names)
+    tensors = [name for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)]
+    if names[: len(tensors)] != tensors or set(names) != set(named):
+        raise ValueError(
+            f"not tensors, then numbers, as {launch.kernel} has its parameters: {list(named)}"
+        )
+    rest = [named[name] for name in names[len(tensors) :]]
+    prepared: PreparedLaunch
+    try:
+        prepared = _direct(launch, [named[name] for name in tensors], rest)
+    except _NotDirectError as reason:
+        prepared = _PublicLaunch(launch, tensors)
+        prepared.why_not_direct = str(reason)
+    prepared.aligned = tuple(named[name].data_ptr() % 16 == 0 for name in tensors)
+    return prepared
+
+
+class _NotDirectError(Exception):
+    """Triton does not offer what a direct launch needs; the message says what."""
+
+
+def _direct(launch: Launch, tensors: list[Any], rest: list[Any]) -> PreparedLaunch:
+    """Return the launch by way of the launcher that Triton has made for the compiled kernel.
+
+    What that launcher hands to its function in C, and in what order, differs between versions. So it is not
+    written down here: a copy of the launcher is made to say it once.
+    """
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(launch.kernel, JITFunction):
+        raise _NotDirectError("Triton interprets the kernel")
+    if launch.kernel.pre_run_hooks:
+        raise _NotDirectError("the kernel has hooks that run before it")
+    grid = (launch.programs, 1, 1)
+    named = {**launch.arguments, **launch.constants}
+    compiled = launch.kernel.warmup(**named, grid=grid, num_warps=launch.warps)
+    if hasattr(compiled, "result"):  # it is being compiled elsewhere
+        compiled = compiled.result()
+    if not hasattr(compiled, "run"):
+        raise _NotDirectError("a hook of Triton's has kept the kernel from being compiled")
+    launcher = compiled.run  # loads the kernel
+    scratch = ("global_scratch_size", "profile_scratch_size")
+    if any(getattr(compiled.metadata, name, 0) for name in scratch):
+        raise _NotDirectError("the kernel needs memory of its own at each launch")
+    if not callable(getattr(launcher, "launch", None)):
+        raise _NotDirectError(f"{type(launcher).__name__} has no function that launches")
+    stream, places = object(), [object() for _ in tensors]
+    said: list[tuple[Any, ...]] = []
+    asked = copy(launcher)
+    asked.launch = lambda *arguments: said.append(arguments)
+    try:
+        metadata = (compiled.function, compiled.packed_metadata, None, None, None)
+        asked(*grid, stream, *metadata, *places, *rest)
+        (said_once,) = said
+    except Exception as error:
+        raise _NotDirectError(
+            f"{type(launcher).__name__} does not launch as expected: {error!r}"
+        ) from error
+    return _as_said(
+        said_once,
+        stream,
+        [*places, *rest],
+        len(places),
+        launcher.launch,
+        compiled,
+        grid,
+        knobs.runtime,
+    )
+
+
+def _as_said(
+    said: tuple[Any, ...],
+    stream: object,
+    arguments: list[Any],
+    count: int,
+    function: Callable[..., Any],
+    compiled: Any,
+    grid: tuple[int, int, int],
+    runtime: Any,
+) -> PreparedLaunch:
+    """Return the direct launch: it passes what was said, with another stream and ``count`` addresses."""
+    at = [place for place, value in enumerate(said) if value is stream]
+    kind: type[_DirectLaunch]
+    if said and _are_same(said[-1], arguments):
+        kind, end = _DirectLaunchOfTuple, len(said) - 1
+    elif _are_same(said[len(said) - len(arguments) :], arguments):
+        kind, end = _DirectLaunch, len(said) - len(arguments)
+    else:
+        raise _NotDirectError("Triton's launcher passes the arguments in an unknown way")
+    if len(at) != 1 or at[0] >= end:
+        raise _NotDirectError("Triton's launcher passes the stream in an unknown way")
+    before, between = said[: at[0]], said[at[0] + 1 : end]
+    return kind(function, before, between, tuple(arguments[count:]), count, compiled, grid, runtime)
+
+
+def _are_same(values: Any, expected: list[Any]) -> bool:
+    return (
+        isinstance(values, tuple | list)
+        and len(values) == len(expected)
+        and all(value is other for value, other in zip(values, expected, strict=True))
+    )
+
+
+class _DirectLaunch(PreparedLaunch):
+    """Calls the launcher's function, which takes the kernel's arguments one by one."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        before: tuple[Any, ...],
+        between: tuple[Any, ...],
+        rest: tuple[Any, ...],
+        count: int,
+        compiled: Any,
+        grid: tuple[int, int, int],
+        runtime: Any,
+    ) -> None:
+        self._function, self._before, self._between, self._rest = function, before, between, rest
+        self._count, self._compiled, self._grid, self._runtime = count, compiled, grid, runtime
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        enter, leave = self._runtime.launch_enter_hook, self._runtime.launch_exit_hook
+        if len(addresses) != self._count or (
+            # A chain of hooks is empty as a rule. (Nothing is called here that is written in Python.)
+            (enter is not None and getattr(enter, "calls", True))
+            or (leave is not None and getattr(leave, "calls", True))
+        ):
+            return self._run_watched(stream, addresses)
+        self._function(*self._before, stream, *self._between, *addresses, *self._rest)
+
+    def _run_watched(self, stream: int, addresses: tuple[int, ...]) -> None:
+        """Launch in Triton's own way, which calls the hooks that a profiler has set."""
+        if len(addresses) != self._count:
+            raise TypeError(
+                f"the kernel takes {self._count} tensors, got {len(addresses)} addresses"
+            )
+        self._compiled[self._grid](*addresses, *self._rest, stream=stream)
+
+
+class _DirectLaunchOfTuple(_DirectLaunch):
+    """Calls the launcher's function, which takes the kernel's arguments as one tuple."""
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        enter, leave = self._runtime.launch_enter_hook, self._runtime.launch_exit_hook
+        if len(addresses) != self._count or (
+            (enter is not None and getattr(enter, "calls", True))
+            or (leave is not None and getattr(leave, "calls", True))
+        ):
+            return self._run_watched(stream, addresses)
+        self._function(*self._before, stream, *self._between, (*addresses, *self._rest))
+
+
+class _PublicLaunch(PreparedLaunch):
+    """Launches as anybody may, on the current stream: in the interpreter, and where Triton is unknown."""
+
+    def __init__(self, launch: Launch, tensors: list[str]) -> None:
+        self._dtypes = {name: launch.arguments[name].dtype for name in tensors}
+        numbers = {name: n for name, n in launch.arguments.items() if name not in self._dtypes}
+        self._rest = {**numbers, **launch.constants, "num_warps": launch.warps}
+        self._launch = launch.kernel[(launch.programs,)]
+        from triton.runtime.jit import JITFunction
+
+        self._at = _Pointer if isinstance(launch.kernel, JITFunction) else _tensor_at
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        if len(addresses) != len(self._dtypes):
+            raise TypeError(
+                f"the kernel takes {len(self._dtypes)} tensors, got {len(addresses)} addresses"
+            )
+        pointers = zip(self._dtypes.items(), addresses, strict=True)
+        self._launch(
+            **{name: self._at(address, dtype) for (name, dtype), address in pointers}, **self._rest
+        )
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """What Triton takes for a tensor."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _tensor_at(address: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the number at an address of the host as a tensor; the interpreter asks for no more."""
+    if address == 0:
+        return torch.empty(1, dtype=dtype)
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)

@@ -7,7 +7,7 @@ row per program says which filters of which weight it has. The results are one b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import weight_standardization_tiles as kernels
 from .kept import Kept
-from .launch import Launch, ceil_div
+from .launch import Launch, ceil_div, prepare
 
 WARPS = 8
 """Per program: 32 numbers of a tile in each thread."""
@@ -186,7 +186,17 @@ def table_of(
     """
     filters = tuple(filters_of(weight, to_channels_last) for weight in weights)
     addresses = tuple(weight.data_ptr() for weight in weights)
-    return _tables.get(filters, addresses, tuple(starts), weights[0].device)
+    return table_at(filters, addresses, tuple(starts), weights[0].device)
+
+
+def table_at(
+    filters: tuple[Filters, ...],
+    addresses: tuple[int, ...],
+    starts: tuple[int, ...],
+    device: torch.device,
+) -> Table | None:
+    """Return the same for weights that were described before."""
+    return _tables.get(filters, addresses, starts, device)
 
 
 def _new_table(
@@ -325,3 +335,53 @@ def backward_all_launch(
         + table.segments.nbytes + table.programs.nbytes,
         numel * weights[0].element_size(),
     )  # fmt: skip
+
+
+# ---- all weights, prepared ------------------------------------------------------------------------
+
+
+def prepare_forward_all(
+    table: Table, dtype: torch.dtype, result_dtype: torch.dtype, eps: float
+) -> Callable[[int, Table, int, int, int], None]:
+    """Return what runs the launch of :func:`forward_all_launch`.
+
+    It takes the stream, a table, and the addresses of result, mean and rstd, multiples of 16 bytes. The device
+    of the table must be the current one, now and then, and the stream its current stream (see
+    ``launch.PreparedLaunch``).
+
+    Args:
+        table: Of some weights. Those of the calls must have as many programs.
+        dtype: Of the weights.
+        result_dtype: Of the results.
+        eps: Added to each variance.
+    """
+    like, result, statistic = _examples(dtype, result_dtype, torch.float32)
+    launch = prepare(
+        forward_all_launch(table, [like], eps, result=result, mean=statistic, rstd=statistic)
+    )
+
+    def run(stream: int, table: Table, result: int, mean: int, rstd: int) -> None:
+        segments, programs = table
+        launch(stream, programs.data_ptr(), segments.data_ptr(), 0, result, mean, rstd)
+
+    return run
+
+
+def prepare_backward_all(
+    table: Table, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> Callable[[int, Table, int, int, int, int], None]:
+    """Return the same of :func:`backward_all_launch`: takes stream, table, grad, mean, rstd, grad_weight."""
+    like, grad, statistic = _examples(dtype, grad_dtype, torch.float32)
+    launch = prepare(
+        backward_all_launch(table, grad, [like], statistic, statistic, grad_weight=like)
+    )
+
+    def run(stream: int, table: Table, grad: int, mean: int, rstd: int, grad_weight: int) -> None:
+        segments, programs = table
+        launch(stream, programs.data_ptr(), segments.data_ptr(), grad, 0, mean, rstd, grad_weight)
+
+    return run
+
+
+def _examples(*dtypes: torch.dtype) -> list[Tensor]:
+    return [torch.empty(16, dtype=dtype, device="meta") for dtype in dtypes]

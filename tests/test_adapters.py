@@ -92,7 +92,7 @@ class TestAllKinds:
         assert_same(merged, expected)
         convolutions = [m for m in merged.modules() if isinstance(m, WeightStandardizedConv2d)]
         assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in expected.modules())
-        assert all(convolution._keeps_weight() for convolution in convolutions)  # as fast as ever
+        assert all(convolution.keeps_weight() for convolution in convolutions)  # as fast as ever
 
     def test_merging_without_running_in_between(self, kind, use_dora):
         ours, theirs = adapted(their_model(), kind, use_dora=use_dora)
@@ -214,4 +214,4 @@ def test_a_wrapped_convolution_and_one_that_comes_back():
         assert not torch.allclose(changed, before)
         block.conv1 = convolution
         assert_close(block(x), changed, 1e-5)
-    assert convolution._keeps_weight()
+    assert convolution.keeps_weight()

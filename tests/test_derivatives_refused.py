@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from bitfast import extension
 from bitfast.backends import use_backend
 from bitfast.ops import group_norm_act_into, resize_normalize
 from bitfast.ops.derivatives import FUNCTION_TRANSFORMS
-from bitfast.prepared_weights import PreparedWeights
+from bitfast.ops.kept_weights import kept_weights
+from bitfast.ops.norm_convolution import why_not_fused
 from tests.model_pairs import our_model
+from tests.network_plans import plans_of
 
 OPERATORS = torch.ops.bitfast
 WITHOUT_TENSORS = {
@@ -80,12 +83,28 @@ def _pool_backward(backend: str, x: Tensor) -> None:
     operator(x, taps, [11, 11], [1, 1], [2, 2], [1, 1], [0, 0, 0, 0])
 
 
-def _kept(x: Tensor) -> None:
-    OPERATORS.norm_convolution.kept(x, None, *NORM, POINTWISE, 1e-8, 1, False)
+@cache
+def _filters() -> Tensor:
+    return OPERATORS.pack_norm_convolution.native(FILTERS, False)
 
 
-def _kept_total(x: Tensor) -> None:
-    OPERATORS.norm_convolution_add_.kept(OTHER, None, *NORM, POINTWISE, x, 1e-8, 1, False)
+def _normalizing(x: Tensor) -> None:
+    OPERATORS.norm_convolution.native(x, None, *NORM, _filters(), 4, 1, 1, False)
+
+
+def _added_normalizing(x: Tensor) -> None:
+    OPERATORS.norm_convolution_add_.native(OTHER, None, *NORM, _filters(), x, 1, 1, False)
+
+
+@cache
+def _model() -> Any:
+    model = our_model("BitModel", num_channels=4, hidden_sizes=[16], depths=[1])
+    return model.eval().requires_grad_(False)
+
+
+def _network(x: Tensor) -> None:
+    parameters, name = list(_model().parameters()), _model().plans.name
+    OPERATORS.network.planned(x, parameters, name, 1, [1], True, True, None, "")
 
 
 def _resize(backend: str, x: Tensor) -> None:
@@ -100,8 +119,9 @@ UNDERIVED: dict[str, Callable[[Tensor], None]] = {
     "added packed": lambda x: OPERATORS.packed_convolution_add_.native(
         OTHER, POINTWISE, x, 1e-8, *GEOMETRY
     ),
-    "kept": _kept,
-    "added kept": _kept_total,
+    "normalizing": _normalizing,
+    "added normalizing": _added_normalizing,
+    "a whole network": _network,
     "packing": lambda x: OPERATORS.pack_norm_convolution.native(x[..., :1, :1].contiguous(), False),
     "moments": lambda x: OPERATORS.channel_moments.native(x),
     **{
@@ -146,6 +166,7 @@ MODES: dict[str, Callable[[Run, Tensor], object]] = {
 @pytest.mark.parametrize("name", [*UNDERIVED, *ALSO_TRITON])
 @pytest.mark.parametrize("mode", MODES)
 def test_derivatives_of_what_has_none(name, mode):
+    _filters(), _model()  # before anything is transformed
     run = {**UNDERIVED, **ALSO_TRITON}[name]
     with pytest.raises(NotImplementedError, match=r"bitfast\.[\w.]+ has no derivative"):
         MODES[mode](run, image())
@@ -153,6 +174,8 @@ def test_derivatives_of_what_has_none(name, mode):
 
 @pytest.mark.parametrize("name", UNDERIVED)
 def test_they_run_where_none_is_asked_for(name):
+    if "normalizing" in name and (reason := why_not_fused(torch.float32)) is not None:
+        pytest.skip(reason)
     with torch.no_grad():
         UNDERIVED[name](image().requires_grad_())
     UNDERIVED[name](image())  # records gradients, but of nothing
@@ -212,7 +235,7 @@ def test_nothing_is_kept_of_a_transformed_pass():
     with torch.no_grad():
         vmap(lambda image: model(image[None])[1])(x)
         jvp(lambda images: model(images)[1], (x,), (x,))
-        assert isinstance(model.prepared_weights, PreparedWeights)
-        assert model.prepared_weights._kept is None
+        assert plans_of(model) == []
+        assert not any(id(parameter) in kept_weights._kept for parameter in model.parameters())
         expected = vmap(lambda image: model(image[None])[1])(x)[:, 0]
         torch.testing.assert_close(model(x)[1], expected, rtol=1e-4, atol=1e-5)

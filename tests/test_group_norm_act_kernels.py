@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from bitfast import reference
 from bitfast.activations import ACTIVATIONS
 from bitfast.backends import use_backend
 from bitfast.kernels import group_norm_act as kernels
-from bitfast.kernels.launch import H100, Device
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.feature_maps import away_from_kinks
 from tests.guarded import Guarded
 from tests.interpreter import DEVICE
+from tests.launch_ways import WAYS, choose, forget_calls
 from tests.tolerances import assert_draws_within_contract
 
 hypothesis = pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis")
@@ -27,32 +28,12 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = sorted(ACTIVATIONS)
 
-WAYS = {
-    "one tile": {},
-    "stream": {"TILE_IN_REGISTERS": 16, "STREAM_TILE": 256},
-    "split": {"TILE_IN_REGISTERS": 16, "SPLIT_BYTES": 1024},
-    "parts": {"TILE_IN_REGISTERS": 16, "SPLIT_BYTES": 512, "WIDEST_TILE": 4},
-}
-"""Limits that make the plan choose each way of working also for small tensors."""
-
-DEVICES = {
-    "one tile": H100,
-    "stream": Device(multiprocessors=2, l2_bytes=32 * 1024),
-    "split": Device(multiprocessors=6, l2_bytes=2**30),
-    "parts": Device(multiprocessors=6, l2_bytes=2**30),
-}
-
 
 @pytest.fixture(params=WAYS)
-def way(request: Any, monkeypatch: Any) -> str:
+def way(request: Any, monkeypatch: Any) -> Iterator[str]:
     choose(monkeypatch, request.param)
-    return request.param
-
-
-def choose(monkeypatch: Any, way: str) -> None:
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(kernels, "device_of", lambda device: DEVICES[way])
+    yield request.param
+    forget_calls()
 
 
 def make(

@@ -29,6 +29,7 @@ from tests.model_pairs import (
     our_model,
     their_model,
 )
+from tests.network_plans import plans_of
 from tests.tolerances import assert_draws_within_contract, relative_error
 from tests.weight_changes import CHANGES, train_a_step
 
@@ -158,14 +159,15 @@ def test_gradient_checkpointing_of_timm_is_kept(monkeypatch):
         return plain_forward(self, x)
 
     monkeypatch.setattr(WeightStandardizedConv2d, "forward", forward)
+    count = sum(isinstance(m, WeightStandardizedConv2d) for m in ours.modules())
     for checkpointed in (False, True):
         ours.set_grad_checkpointing(checkpointed)
         counted.clear()
         actual = gradients(ours, lambda m: m(images).square().sum())
         assert_close(concatenate(actual), concatenate(expected), 100 * RELATIVE_FLOAT64)
-        # All but the stem's run a second time in the backward pass.
-        extra = len(counted) - len(set(counted))
-        assert extra == (len(set(counted)) - 1 if checkpointed else 0)
+        # Blocks that run a second time, in the backward pass, are called; the stem is not.
+        assert len(counted) == (2 * (count - 1) if checkpointed else 0)
+        assert len(set(counted)) == len(counted) / 2
 
 
 # ---- speed ----------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_it_runs_what_bitfast_runs(layer_type, dtype):
 
 def test_the_batch_goes_through_in_slices(monkeypatch):
     """As in bitfast's own models, with the same numbers."""
-    from bitfast import forward_pass
+    from bitfast.execution import plan
 
     for model in (foreign_models.timm_resnet(), their_model("BitModel")):
         model.eval()
@@ -226,9 +228,12 @@ def test_the_batch_goes_through_in_slices(monkeypatch):
         sizes: list[int] = []
         stem = model.stem if hasattr(model, "stem") else model.embedder
         convolution = stem.conv if hasattr(stem, "conv") else stem.convolution
-        monkeypatch.setattr(forward_pass, "SLICE_BYTES", 2 * 16 * 16 * 13 * 4)
-        monkeypatch.setattr(forward_pass, "FUSED_SLICE_BYTES", 2 * 16 * 16 * 13 * 4)
+        monkeypatch.setattr(plan, "SLICE_BYTES", 2 * 16 * 16 * 13 * 4)
+        monkeypatch.setattr(plan, "FUSED_SLICE_BYTES", 2 * 16 * 16 * 13 * 4)
+        model.eval()  # plans anew
         assert_close(results(model, images), expected, 1e-5)
+        (planned,) = plans_of(model)
+        assert planned.parts[0].size == 2  # type: ignore[attr-defined]
         convolution.register_forward_hook(lambda m, x, y: sizes.append(len(y)))  # noqa: B023
         results(model, images)
         assert sizes == [5]  # who watches sees the whole batch

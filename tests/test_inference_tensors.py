@@ -6,6 +6,7 @@ import copy
 import time
 import weakref
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import bitfast
+from bitfast.backends import use_backend
 from bitfast.inference_tensors import make_ordinary
-from bitfast.ops import packed_weights as module_of_packed_weights
+from bitfast.ops.kept_weights import kept_weights
+from bitfast.ops.packed_convolution import packs, why_not_packed
 from tests.model_pairs import our_model, pair, their_model
 
 
@@ -47,67 +50,41 @@ def accelerated(tmp_path: Any) -> nn.Module:
 WAYS = [made, loaded, converted, assigned, accelerated]
 
 
-@pytest.fixture
-def packings(monkeypatch: Any) -> list[Tensor]:
-    """The weights that were packed."""
-    packed: list[Tensor] = []
-    original = module_of_packed_weights.PackedWeights._pack
-
-    def count(self: Any, weight: Tensor, *arguments: Any) -> Tensor:
-        packed.append(weight)
-        return original(self, weight, *arguments)
-
-    monkeypatch.setattr(module_of_packed_weights.PackedWeights, "_pack", count)
-    return packed
+def kept(model: nn.Module) -> list[Tensor]:
+    """What is kept of a model's weights."""
+    entries = [kept_weights._kept.get(id(parameter)) for parameter in model.parameters()]
+    return [t for entry in entries if entry is not None for t in entry.by_form.values()]
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("make", WAYS)
-def test_weights_are_kept_and_changes_are_seen(make, tmp_path, packings):
-    with torch.inference_mode():
+def test_weights_are_kept_and_changes_are_seen(make, backend, tmp_path):
+    """Packed, or standardized all at once as on a GPU."""
+    if backend == "native" and not packs("cpu", torch.float32):
+        pytest.skip(f"not packed here: {why_not_packed(torch.float32)}")
+    with torch.inference_mode(), use_backend(packed_convolution=backend):
         model = make(tmp_path)
         twin = copy.deepcopy(model)
         x = torch.randn(2, 3, 64, 64)
         first = model(x).pooler_output
-        count = len(packings)
-        assert count > 15
+        before = kept(model)
+        assert len(before) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
         assert torch.equal(model(x).pooler_output, first)
-        assert len(packings) == count
+        assert all(map(is_, kept(model), before))
         for _ in range(2):
             for module in (model, twin):
                 convolution = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
                 convolution.weight[:, 0].mul_(-3)
             changed = model(x).pooler_output
             assert not torch.allclose(changed, first)
+            now = kept(model)
+            assert [a is b for a, b in zip(now, before, strict=True)].count(False) == 1
+            before = now
             fresh = copy.deepcopy(twin)  # has kept nothing
             torch.testing.assert_close(changed, fresh(x).pooler_output)
             first = changed
     with torch.no_grad():  # out of inference mode as well
         torch.testing.assert_close(model(x).pooler_output, first)
-
-
-def test_prepared_weights_are_kept(monkeypatch):
-    """As on a GPU, where all are standardized at once."""
-    from bitfast import layers, prepared_weights
-
-    calls: list[int] = []
-    original = prepared_weights.weight_standardization_all
-
-    def count(weights: Any, *arguments: Any, **options: Any) -> Any:
-        calls.append(len(weights))
-        return original(weights, *arguments, **options)
-
-    monkeypatch.setattr(prepared_weights, "weight_standardization_all", count)
-    monkeypatch.setattr(layers, "packs", lambda *_: False)
-    with torch.inference_mode():
-        model = our_model("BitModel").eval()
-        x = torch.randn(2, 3, 64, 64)
-        first = model(x).pooler_output
-        assert len(calls) == 1
-        model(x)
-        assert len(calls) == 1
-        model.embedder.convolution.weight[:, 0].mul_(-3)
-        assert not torch.allclose(model(x).pooler_output, first)
-        assert len(calls) == 2
 
 
 def test_the_parameter_is_the_same_object_in_the_same_memory():

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bit import modeling_bit as theirs
 
 from bitfast.blocks import round_to_multiple
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
-from bitfast.network import BitStage
 from bitfast.pooling import MaxPool2d
 from tests.model_pairs import (
     CLASSES,
@@ -26,6 +26,7 @@ from tests.model_pairs import (
     pair,
     their_model,
 )
+from tests.weight_changes import convolutions
 
 # ---- single layers ------------------------------------------------------------------------------
 
@@ -168,22 +169,24 @@ def test_hidden_states_come_before_the_final_norm(name):
     ("choice", "computed"),
     [(["stem"], 0), (["stage2"], 2), (["stem", "stage3"], 3), (["stage4"], 4)],
 )
-def test_a_backbone_computes_no_stage_that_nobody_asked_for(choice, computed, monkeypatch):
+def test_a_backbone_computes_no_stage_that_nobody_asked_for(choice, computed):
     model = our_model("BitBackbone", out_features=choice)
-    calls = []
-    original = BitStage.run
-
-    def count(stage, *arguments):
-        calls.append(stage)
-        return original(stage, *arguments)
-
-    monkeypatch.setattr(BitStage, "run", count)
+    per_stage = [len(convolutions(stage)) for stage in model.bit.encoder.stages]
     images = torch.randn(1, 3, 32, 32)
-    model(images)
-    assert calls == list(model.bit.encoder.stages[:computed])
-    calls.clear()
-    model(images, output_hidden_states=True)
-    assert calls == list(model.bit.encoder.stages)
+    for stages, options in ((computed, {}), (len(per_stage), {"output_hidden_states": True})):
+        with Convolutions() as seen:
+            model(images, **options)
+        assert seen.count == 1 + sum(per_stage[:stages])
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts what torch convolves."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_backbone_computes_what_somebody_watches():

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Iterator
+from operator import is_
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bitfast import blocks, forward_pass, fusion
 from bitfast.backends import use_backend
-from bitfast.layers import runs_packed
+from bitfast.execution import plan as execution_plan
+from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
 from bitfast.ops.norm_convolution import fuses, why_not_fused
 from bitfast.ops.packed_convolution import packs, why_not_packed
-from bitfast.ops.packed_weights import packed_weights
+from tests.network_plans import called_by, names_of, plans_of
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, convolutions, edit_in_place, features
 
@@ -46,19 +48,21 @@ def x() -> Tensor:
 
 
 @pytest.fixture(autouse=True, params=["fused", "apart"])
-def way(request: Any, monkeypatch: Any) -> str:
+def way(request: Any) -> Iterator[str]:
     """Blocks whose convolutions normalize what they read, and those of one op after the other."""
     if request.param == "apart":
-        monkeypatch.setattr(fusion, "fuses", lambda *_: False)
-    elif not fuses("cpu", torch.float32):
+        with use_backend(norm_convolution="reference"):
+            yield request.param
+        return
+    if not fuses("cpu", torch.float32):
         pytest.skip(f"norms are not fused here: {why_not_fused(torch.float32)}")
-    return request.param
+    yield request.param
 
 
 @pytest.fixture
 def small_slices(monkeypatch: Any) -> None:
     for name in ("SLICE_BYTES", "FUSED_SLICE_BYTES"):
-        monkeypatch.setattr(forward_pass, name, 2 * 16 * 10 * 9 * 4)
+        monkeypatch.setattr(execution_plan, name, 2 * 16 * 10 * 9 * 4)
 
 
 def outputs(model: Any, x: Tensor) -> list[Tensor]:
@@ -91,10 +95,12 @@ def test_outputs_and_images_are_as_without(kind, sliced, layout, request):
     before = images.clone()
     wanted = expected(model, images)
     with torch.no_grad():
-        assert runs_packed(model, images)
         for _ in range(2):
             actual = outputs(model, images)
             assert_close(actual, wanted)
+    (plan,) = plans_of(model)
+    assert called_by(plan) == []
+    assert any(hasattr(part, "size") for part in plan.parts) == sliced
     assert torch.equal(images, before)
     for tensor in (actual[0], *actual[2:]):
         assert tensor.is_contiguous(memory_format=layout)
@@ -110,59 +116,68 @@ def test_small_odd_and_wide_images(kind, size):
         assert_close(outputs(model, images), expected(model, images))
 
 
+NORMALIZING = ("norm_convolution", "norm_convolution_add_")
+
+
 @pytest.mark.parametrize("kind", ["preactivation", "bottleneck"])
-def test_blocks_normalize_as_they_convolve(kind, x, way, monkeypatch):
+def test_blocks_normalize_as_they_convolve(kind, x, way):
     """So that the other tests do not pass only because nothing is fused."""
-    calls: list[str] = []
-    for block_class in (blocks.BitPreActivationBottleneckLayer, blocks.BitBottleneckLayer):
-        original = block_class.run_fused
-
-        def run_fused(self: Any, *arguments: Any, original: Any = original) -> Any:
-            calls.append(type(self).__name__)
-            return original(self, *arguments)
-
-        monkeypatch.setattr(block_class, "run_fused", run_fused)
     model = model_of(kind)
-    count = sum(len(stage.layers) for stage in model.encoder.stages)
+    blocks = [block for stage in model.encoder.stages for block in stage.layers]
+
+    def fused() -> int:
+        """How many blocks the plan made last fuses, by their last convolution."""
+        (plan,) = plans_of(model)
+        names = names_of(plan)
+        if kind == "preactivation":
+            return names.count("norm_convolution_add_")
+        # The first reads feature maps that are normalized, and fuses nothing but their moments.
+        return names.count("norm_convolution") // 3
+
     with torch.no_grad():
         model(x)
-        assert len(calls) == (count if way == "fused" else 0)
-        calls.clear()
-        model.encoder.stages[0].layers[1].norm2.register_forward_hook(lambda *_: None)
+        assert fused() == (len(blocks) if way == "fused" else 0)
+        (plan,) = plans_of(model)
+        if way == "apart":
+            assert not set(names_of(plan)) & set(NORMALIZING)
+        blocks[1].norm2.register_forward_hook(lambda *_: None)
         model(x)
-        assert len(calls) == (count - 1 if way == "fused" else 0)
-        calls.clear()
-    model(x)  # gradients are recorded
-    model.double()(x.double())
-    assert not calls
+        assert fused() == (len(blocks) - 1 if way == "fused" else 0)
+        assert called_by(plans_of(model)[0]) == [blocks[1]]
+    for elsewhere in (model, copy.deepcopy(model).double()):
+        elsewhere.eval()
+        elsewhere(x.to(next(elsewhere.parameters()).dtype))  # gradients are recorded
+        assert plans_of(elsewhere) == []
+    with torch.no_grad():
+        elsewhere(x.double())
+    assert plans_of(elsewhere) == []
 
 
-def test_slices_are_as_many_images_as_fit(x, small_slices, monkeypatch):
+def test_slices_are_as_many_images_as_fit(x, small_slices):
     model = model_of()
-    seen: list[int] = []
-    original = type(model.embedder).forward
 
-    def forward(self: Any, images: Tensor) -> Tensor:
-        seen.append(len(images))
-        return original(self, images)
+    def sizes(images: Tensor) -> list[int]:
+        """How many images the first program of the plan made last is given at a time."""
+        first = plans_of(model)[-1].parts[0]
+        seen: list[int] = []
+        for name in ("program", "remainder"):
+            if (program := getattr(first, name, None)) is not None:
+                note = lambda places: seen.append(len(places[0]))  # noqa: E731
+                setattr(first, name, program._replace(calls=(note, *program.calls)))
+        model(images)
+        return seen
 
-    monkeypatch.setattr(type(model.embedder), "forward", forward)
     with torch.no_grad():
-        model(x)
-        assert seen == [2, 2, 1]
-        seen.clear()
-        model(x[:2])
-        model(x[:0])
-        assert seen == [2, 0]
+        for images, expected in ((x, [2, 2, 1]), (x[:4], [2, 2]), (x[:2], [2]), (x[:0], [0])):
+            model(images)
+            assert sizes(images) == expected
+        seen: list[int] = []
         for module in (model.embedder.convolution, model.encoder.stages[1].layers[0].norm2):
-            seen.clear()
-            handle = module.register_forward_hook(lambda *_: None)
+            handle = module.register_forward_hook(lambda m, i, o: seen.append(len(o)))
             model(x)  # whoever watches a module sees it called once
             assert seen == [5]
+            seen.clear()
             handle.remove()
-    seen.clear()
-    model(x)  # gradients are recorded
-    assert seen == [5]
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
@@ -219,7 +234,7 @@ def test_drop_path_and_training_mode(x):
 
 
 def kept(model: nn.Module) -> list[bool]:
-    return [id(layer.weight) in packed_weights._entries for layer in convolutions(model)]
+    return [id(layer.weight) in kept_weights._kept for layer in convolutions(model)]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -264,16 +279,22 @@ def test_copies_and_files_hold_none(x, tmp_path):
     assert not any(kept(torch.load(tmp_path / "model.pt", weights_only=False)))
 
 
-def test_they_cost_one_copy_of_the_weights(x, way):
+def tensors_of(model: nn.Module) -> list[list[Tensor]]:
+    """The different tensors that are kept of each weight of a model."""
+    kept = (kept_weights._kept[id(layer.weight)].by_form for layer in convolutions(model))
+    return [list({id(t): t for t in by_form.values()}.values()) for by_form in kept]
+
+
+def test_they_cost_one_copy_of_the_weights(way):
+    """But where oneDNN wants another layout for another size of images."""
     model = ours("BitModel", embedding_size=64, hidden_sizes=[128, 256], num_groups=32).eval()
     with torch.no_grad():
-        for size in (32, 40, 64):
+        model(torch.randn(2, 3, 32, 32))
+        tensors = list(itertools.chain(*tensors_of(model)))
+        assert len(tensors) == len(convolutions(model))
+        packed = sum(torch.ops.mkldnn._nbytes(t) if t.is_mkldnn else t.nbytes for t in tensors)
+        for size in (33, 40, 56, 64, 96):
             model(torch.randn(2, 3, size, size))
-    entries = [packed_weights._entries[id(layer.weight)] for layer in convolutions(model)]
-    packed = sum(
-        torch.ops.mkldnn._nbytes(entry.packed) if entry.packed.is_mkldnn else entry.packed.nbytes
-        for entry in entries
-    )
     # oneDNN rounds channels up to whole vectors; the stem has 3. Winograd's filters have 16 numbers for 9.
     widths = [
         layer.weight.nbytes * (16 / 9 if layer.kernel_size == (3, 3) else 1)
@@ -283,7 +304,7 @@ def test_they_cost_one_copy_of_the_weights(x, way):
         sum(layer.weight.nbytes for layer in convolutions(model)) if way == "apart" else sum(widths)
     )
     assert packed <= 1.1 * weights + 64 * 7 * 7 * 16 * 4
-    assert model.prepared_weights._kept is None
+    assert max(map(len, tensors_of(model))) <= MOST_TENSORS
 
 
 def test_threads_share_a_model(small_slices):
@@ -326,11 +347,11 @@ def test_a_compiled_model_keeps_its_weights_packed_and_follows_changes(kind, fre
     with torch.no_grad():
         wanted = expected(model, images)
         assert_close(outputs(compiled, images), wanted)
-        entries = dict(packed_weights._entries)
+        before = list(itertools.chain(*tensors_of(model)))
         assert_close(outputs(compiled, images), wanted)
-        for layer in convolutions(model):
-            key = id(layer.weight)
-            assert packed_weights._entries[key] is entries[key], "packed a second time"
+        after = itertools.chain(*tensors_of(model))
+        assert all(map(is_, after, before)), "packed a second time"
+        assert len(plans_of(model)) == 1
         edit_in_place(model)
         assert_close(outputs(compiled, images), expected(model, images))
 

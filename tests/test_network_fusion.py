@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfast import fusion, layers
+from bitfast.backends import use_backend
 from bitfast.blocks import BitPreActivationBottleneckLayer
 from bitfast.layers import GroupNormActivation
 from bitfast.network import BitStage
@@ -19,10 +21,10 @@ DEPTHS = {"depths": [2, 1, 2], "hidden_sizes": [16, 16, 32]}
 
 
 @pytest.fixture(autouse=True)
-def without_packed_weights(monkeypatch: Any) -> None:
-    """As on a GPU: convolutions do not add to the shortcut by themselves."""
-    monkeypatch.setattr(layers, "packs", lambda *_: False)
-    monkeypatch.setattr(fusion, "fuses", lambda *_: False)
+def without_packed_weights() -> Iterator[None]:
+    """Op by op, as in training: convolutions do not add to the shortcut by themselves."""
+    with use_backend(packed_convolution="reference"):
+        yield
 
 
 @pytest.fixture
@@ -35,18 +37,23 @@ def x() -> Tensor:
     return torch.randn(2, 3, 40, 36)
 
 
+class Sums(TorchDispatchMode):
+    """Notes the channels of every sum that is added together with a norm."""
+
+    def __init__(self) -> None:
+        self.channels: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "::add_group_norm_act." in func.name():
+            self.channels.append(args[0].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def fused(monkeypatch: Any) -> list[int]:
+def fused() -> Iterator[list[int]]:
     """The channels of every sum that was added together with a norm."""
-    calls: list[int] = []
-    original = layers.add_group_norm_act
-
-    def count(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        calls.append(x.shape[1])
-        return original(x, *arguments)
-
-    monkeypatch.setattr(layers, "add_group_norm_act", count)
-    return calls
+    with Sums() as sums:
+        yield sums.channels
 
 
 def blocks(model: nn.Module) -> list[BitPreActivationBottleneckLayer]:
@@ -162,7 +169,7 @@ def test_replaced_modules_are_called(model, x, kind):
     assert not torch.allclose(after, before)
 
 
-def test_a_block_that_was_compiled_by_itself_is_called(model, x, fused):
+def test_a_block_that_was_compiled_by_itself_is_called(model, x):
     calls: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -172,8 +179,10 @@ def test_a_block_that_was_compiled_by_itself_is_called(model, x, fused):
     blocks(model)[1].compile(backend=backend)
     with torch.no_grad():
         actual = model(x).last_hidden_state
+        with Sums() as sums:  # under which torch compiles nothing
+            model(x)
     assert calls
-    assert fused == [16, 32, 32]
+    assert sums.channels == [16, 32, 32]
     assert torch.equal(actual, unfused(model, x)[0])
 
 
@@ -195,15 +204,26 @@ def test_drop_path_comes_before_the_sum(x):
     assert torch.equal(model(x).last_hidden_state, expected)
 
 
-@pytest.mark.parametrize("settings", [{"global_padding": "valid"}, {"layer_type": "bottleneck"}])
-def test_other_networks_add_by_themselves(settings, fused):
-    model = ours("BitModel", **settings).eval()
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_branch_that_was_left_smaller_is_added_by_itself(gradients, fused):
+    model = ours("BitModel", depths=[2], hidden_sizes=[16], global_padding="valid").eval()
+    x = torch.randn(1, 3, 17, 17)
+    with torch.set_grad_enabled(gradients):
+        assert model.embedder(x).shape[2:] == (3, 3)
+        output = model(x).last_hidden_state
+    assert fused == []
+    assert output.shape == (1, 16, 3, 3)
+    assert torch.equal(output, unfused(model, x)[0])
+
+
+def test_the_other_blocks_add_by_themselves(fused):
+    model = ours("BitModel", layer_type="bottleneck").eval()
     with torch.no_grad():
         model(torch.randn(1, 3, 16, 16))
     assert fused == []
 
 
-def test_a_stage_called_alone_gives_its_output(model):
+def test_modules_that_are_called_alone_run_as_written(model, fused):
     x = torch.randn(2, 8, 9, 9)
     with torch.no_grad():
         stage = model.encoder.stages[0]
@@ -214,3 +234,4 @@ def test_a_stage_called_alone_gives_its_output(model):
         assert torch.equal(
             model.encoder(x)[0], model.encoder.stages[2](model.encoder.stages[1](expected))
         )
+    assert fused == []

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
 from bitfast.backends import use_backend
 from bitfast.ops import add_norm_convolution_, norm_convolution
+from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.norm_convolution import (
     SMALLEST_3X3,
     WIDEST_3X3,
@@ -25,7 +27,6 @@ from bitfast.ops.norm_convolution import (
     fuses,
     why_not_fused,
 )
-from bitfast.ops.packed_weights import Geometry, packed_weights
 from tests.guarded import Guarded
 from tests.tolerances import Triples, assert_draws_within_contract
 
@@ -67,15 +68,24 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+class Packings(TorchDispatchMode):
+    """Notes the dtypes for which weights are packed."""
+
+    def __init__(self) -> None:
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "::pack_norm_convolution." in func.name():
+            self.dtypes.append(torch.bfloat16 if args[1] else torch.float32)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def packings(monkeypatch: Any) -> list[torch.dtype]:
+def packings() -> Iterator[list[torch.dtype]]:
     """The dtypes for which weights were packed."""
     needs_kernels(torch.float32)
-    dtypes: list[torch.dtype] = []
-    pack = module._standardize_and_pack
-    count = lambda weight, form, shape: dtypes.append(form.dtype) or pack(weight, form, shape)  # noqa: E731
-    monkeypatch.setattr(module, "_standardize_and_pack", count)
-    return dtypes
+    with Packings() as packings:
+        yield packings.dtypes
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
@@ -291,7 +301,7 @@ def test_not_a_number_and_infinity_stay_where_they_are(value, dtype):
 def test_a_weight_is_packed_once_until_it_or_eps_or_the_dtype_changes(packings):
     weight = nn.Parameter(torch.randn(8, 16, 1, 1))
 
-    def check(eps: float = EPS, dtype: torch.dtype = torch.float32) -> None:
+    def check(eps: float = EPS, dtype: torch.dtype = torch.float32, is_new: bool = True) -> None:
         packings.clear()
         x = images(2, 16, 9, 9, dtype=dtype)
         standardized = reference.weight_standardization_forward(weight, eps, dtype)[0]
@@ -302,16 +312,17 @@ def test_a_weight_is_packed_once_until_it_or_eps_or_the_dtype_changes(packings):
                 result, F.conv2d(inputs, standardized), rtol=close, atol=close
             )
             add_norm_convolution_(inputs, None, norm_of(x, 2, "relu"), weight, result, eps, 1, True)
-        assert packings == [dtype], "packed once, whatever the shape and the norm"
+        assert packings == [dtype] * is_new, "packed once, whatever the shape and the norm"
 
     check()
     check(eps=0.5)
-    check()
+    check(is_new=False)  # both are kept
+    check(eps=0.5, is_new=False)
     weight.mul_(torch.rand_like(weight))
     check()
     weight.data = torch.randn(8, 16, 1, 1)
     check()
-    if fuses("cpu", torch.bfloat16):
+    if why_not_fused(torch.bfloat16) is None:
         check(dtype=torch.bfloat16)
 
 
@@ -322,11 +333,12 @@ def test_weights_made_in_inference_mode_are_right_but_not_kept(packings):
         assert not fits(weight, POINTWISE, torch.float32, None)
         for _ in range(2):
             weight.mul_(torch.rand_like(weight))
-            result, _ = operators.norm_convolution.kept(x, None, *NO_NORM, weight, EPS, 1, False)
+            result, _ = norm_convolution(x, None, None, weight, EPS, 1, False)
             torch.testing.assert_close(
                 result, plain(x, None, weight, 1, True), rtol=1e-4, atol=1e-4
             )
-    assert id(weight) not in packed_weights._entries
+    assert id(weight) not in kept_weights._kept
+    assert len(packings) == 2
 
 
 # ---- where it can run, and how --------------------------------------------------------------------
@@ -334,7 +346,13 @@ def test_weights_made_in_inference_mode_are_right_but_not_kept(packings):
 
 def test_where_it_is_not_used(dtype):
     assert not fuses("cuda", dtype)
-    for ops in ((), ("group_norm_act",), ("weight_standardization",)):
+    for ops in (
+        (),
+        ("group_norm_act",),
+        ("weight_standardization",),
+        ("packed_convolution",),
+        (module.OP,),
+    ):
         with use_backend(None if ops else "reference", **dict.fromkeys(ops, "reference")):
             assert not fuses("cpu", dtype)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -414,8 +432,6 @@ def test_opcheck(has_norm, dtype):
     for operator, rest in (
         (operators.norm_convolution.native, (packed, 8, kernel)),
         (operators.norm_convolution_add_.native, (packed, total, kernel)),
-        (operators.norm_convolution.kept, (weight, EPS)),
-        (operators.norm_convolution_add_.kept, (weight, total, EPS)),
     ):
         torch.library.opcheck(operator, (*given, *rest, stride, has_norm))
 

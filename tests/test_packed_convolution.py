@@ -17,8 +17,8 @@ from bitfast import reference
 from bitfast.backends import use_backend
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops import add_packed_convolution_, packed_convolution
-from bitfast.ops.packed_convolution import can_pack, packs, why_not_packed
-from bitfast.ops.packed_weights import MOST_SHAPES, packed_weights
+from bitfast.ops.kept_weights import MOST_FORMS, MOST_TENSORS, kept_weights
+from bitfast.ops.packed_convolution import OP, can_pack, packs, why_not_packed
 from tests.tolerances import Triples, assert_draws_within_contract
 
 module = sys.modules["bitfast.ops.packed_convolution"]
@@ -109,8 +109,13 @@ def test_a_weight_is_packed_once_for_one_shape(packings):
     assert packings == [(2, 16, 9, 9)]
 
 
+def tensors_of(weight: Tensor) -> list[Tensor]:
+    """The different tensors that are kept of a weight."""
+    return list({id(t): t for t in kept_weights._kept[id(weight)].by_form.values()}.values())
+
+
 def test_changed_sizes_are_followed(packings):
-    """Also those for which oneDNN packs otherwise; and each shape is tried out once while it packs alike."""
+    """Also those for which oneDNN packs otherwise; and each shape is tried out once."""
     weight = nn.Parameter(torch.randn(512, 2048, 1, 1))
     shapes = [(1, 2048, n, n) for n in (7, 14, 7, 14, 8, 3)] + [(8, 2048, 7, 7)]
     for shape in shapes:
@@ -118,32 +123,42 @@ def test_changed_sizes_are_followed(packings):
         torch.testing.assert_close(
             packed_convolution(x, weight, EPS, PLAIN), plain(x, weight, PLAIN), rtol=1e-4, atol=1e-3
         )
-        entry = packed_weights._entries[id(weight)]
-        assert x.shape in entry.shapes
+        assert kept_weights.find(weight, (OP, EPS, PLAIN, x.dtype, x.shape)) is not None
+        assert len(tensors_of(weight)) <= MOST_TENSORS
     alike = nn.Parameter(torch.randn(8, 8, 3, 3))
     packings.clear()
     for size in (9, 11, 9, 11, 9):
         packed_convolution(images(2, 8, size, size), alike, EPS, PLAIN)
-        entry = packed_weights._entries[id(alike)]
-    expected = 2 if len(entry.shapes) == 2 else 5  # a torch that does not show what it packed: 5
-    assert len(packings) == expected
+    assert len(packings) == 2
+
+
+def test_what_is_packed_alike_is_kept_once(packings):
+    if not hasattr(torch.ops.mkldnn, "data_ptr"):
+        pytest.skip("this torch does not show what it packed")
+    weight = nn.Parameter(torch.randn(8, 16, 1, 1))
+    for size in range(5, 5 + 2 * MOST_TENSORS):
+        packed_convolution(images(1, 16, size, size), weight, EPS, PLAIN)
+    assert len(packings) == 2 * MOST_TENSORS
+    packed_convolution(images(1, 16, 5, 5), weight, EPS, PLAIN)
+    assert len(packings) == 2 * MOST_TENSORS
+    assert len(tensors_of(weight)) == 1
 
 
 def test_only_so_many_shapes_are_remembered(packings):
     weight = nn.Parameter(torch.randn(4, 4, 1, 1))
-    for size in range(1, MOST_SHAPES + 20):
+    for size in range(1, MOST_FORMS + 20):
         packed_convolution(images(1, 4, size, 3), weight, EPS, PLAIN)
-    assert len(packed_weights._entries[id(weight)].shapes) <= MOST_SHAPES
+    assert len(kept_weights._kept[id(weight)].by_form) <= MOST_FORMS
 
 
 def test_a_weight_that_dies_takes_its_packed_copy_along(packings):
     weight = nn.Parameter(torch.randn(8, 16, 1, 1))
     packed_convolution(images(2, 16, 9, 9), weight, EPS, PLAIN)
     key = id(weight)
-    assert key in packed_weights._entries
+    assert key in kept_weights._kept
     del weight
     gc.collect()
-    assert key not in packed_weights._entries
+    assert key not in kept_weights._kept
 
 
 def test_eps_dtype_and_geometry_are_told_apart(packings):
@@ -174,7 +189,7 @@ def test_weights_made_in_inference_mode_are_right_but_not_kept(packings):
             result = torch.ops.bitfast.packed_convolution.native(x, weight, EPS, *PLAIN)
             torch.testing.assert_close(result, plain(x, weight, PLAIN), rtol=1e-4, atol=1e-4)
             weight.mul_(torch.rand_like(weight))
-    assert id(weight) not in packed_weights._entries
+    assert id(weight) not in kept_weights._kept
 
 
 def test_packing_in_inference_mode_serves_outside_of_it(packings):
@@ -227,9 +242,12 @@ def test_the_layer_packs_only_where_it_may(layer, packings):
         assert len(packings) == packed
 
     check(1)
-    packed_weights.drop([layer.weight])
+    kept_weights.drop([layer.weight])
     with torch.enable_grad():
         check(0)
+    for demand in ("packed_convolution", "weight_standardization"):
+        with use_backend(**{demand: "reference"}):
+            check(0)
     with use_backend("reference"):
         check(0)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -248,22 +266,20 @@ def test_a_torch_without_the_operators_is_served_plainly(layer, monkeypatch):
     def missing(*_: Any) -> Tensor:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(module, "_run_packed", missing)
+    monkeypatch.setattr(module, "run_packed", missing)
     module._why_not_packed.cache_clear()
     try:
         assert "no such operator" in str(why_not_packed(torch.float32))
+        assert not packs("cpu", torch.float32)
         torch.testing.assert_close(layer(x), plain(x, layer.weight, layer.geometry))
-        total = torch.zeros(2, 8, 9, 9)
-        assert not layer.add_to(total, x)
-        assert not total.any()
     finally:
         module._why_not_packed.cache_clear()
 
 
 def test_operators_that_compute_something_else_are_not_used(monkeypatch):
     needs_packing(torch.float32)
-    original = module._run_packed
-    monkeypatch.setattr(module, "_run_packed", lambda *arguments: original(*arguments) * 2)
+    original = module.run_packed
+    monkeypatch.setattr(module, "run_packed", lambda *arguments: original(*arguments) * 2)
     module._why_not_packed.cache_clear()
     try:
         assert "other results" in str(why_not_packed(torch.float32))
@@ -289,15 +305,16 @@ def test_other_dtypes_have_a_reason(dtype):
 
 
 def test_torches_that_do_not_show_what_they_packed(monkeypatch, packings):
-    store = sys.modules["bitfast.ops.packed_weights"]
-    monkeypatch.setattr(store, "_holds_the_same", lambda *_: False)
+    monkeypatch.setattr(module, "_hold_the_same", lambda *_: False)
     weight = nn.Parameter(torch.randn(8, 16, 1, 1))
-    for size in (5, 6, 5):
+    sizes = range(5, 6 + MOST_TENSORS)  # one more than are kept
+    for size in (*sizes, 5):
         x = images(1, 16, size, size)
         torch.testing.assert_close(
             packed_convolution(x, weight, EPS, PLAIN), plain(x, weight, PLAIN), rtol=1e-4, atol=1e-4
         )
-    assert len(packings) == 3
+    assert len(packings) == len(sizes) + 1
+    assert len(tensors_of(weight)) == MOST_TENSORS
 
 
 # ---- compilers ------------------------------------------------------------------------------------

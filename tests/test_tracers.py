@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,9 +142,8 @@ def flops(model: nn.Module, x: Tensor, gradients: bool) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("form", ["kept", "native"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_flops_of_the_convolutions_that_are_operators(kernel_size, form):
+def test_flops_of_the_convolutions_that_are_operators(kernel_size):
     if (reason := why_not_fused(torch.float32)) is not None:
         pytest.skip(reason)
     register_flop_formulas()
@@ -155,24 +155,18 @@ def test_flops_of_the_convolutions_that_are_operators(kernel_size, form):
     padding = kernel_size // 2
     norm = (None, None, None, 1, 0.0, "none")
     geometry = ([1, 1], [padding] * 2, [1, 1])
-    calls: dict[str, Any] = {
-        "kept": [
-            lambda: operators.norm_convolution.kept(x, *norm, weight, 1e-8, 1, False),
-            lambda: operators.norm_convolution_add_.kept(x, *norm, weight, total, 1e-8, 1, False),
-        ],
-        "native": [
-            lambda: operators.norm_convolution.native(x, *norm, packed, 32, kernel_size, 1, False),
-            lambda: operators.norm_convolution_add_.native(
-                x, *norm, packed, total, kernel_size, 1, True
-            ),
-            lambda: operators.packed_convolution.native(x, weight, 1e-8, *geometry),
-            lambda: operators.packed_convolution_add_.native(x, weight, total, 1e-8, *geometry),
-        ],
-    }
+    calls: list[Callable[[], Any]] = [
+        lambda: operators.norm_convolution.native(x, *norm, packed, 32, kernel_size, 1, False),
+        lambda: operators.norm_convolution_add_.native(
+            x, *norm, packed, total, kernel_size, 1, True
+        ),
+        lambda: operators.packed_convolution.native(x, weight, 1e-8, *geometry),
+        lambda: operators.packed_convolution_add_.native(x, weight, total, 1e-8, *geometry),
+    ]
     with FlopCounterMode(display=False) as counter:
         F.conv2d(x, weight, padding=padding)
     expected = counter.get_total_flops()
-    for call in calls[form]:
+    for call in calls:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == expected

@@ -19,7 +19,7 @@ from transformers.models.bit import modeling_bit
 
 import bitfast
 import bitfast.transformers as classes
-from bitfast.ops.packed_weights import packed_weights
+from bitfast.ops.kept_weights import kept_weights
 from tests.model_pairs import DPT_HYBRID, SMALL, assert_as_transformers, assert_close, move_weights
 from tests.tiny_models import CLASSES, TINY, assert_same_weights, our_class, theirs
 
@@ -174,9 +174,8 @@ def test_device_maps_and_weights_kept_for_inference(device_map, accelerated, tmp
 
 def kept(model: Any) -> set[int]:
     """What is kept of a model's weights, by address of the objects."""
-    entries = {id(packed_weights._entries.get(id(p))) for p in model.parameters()} - {id(None)}
-    prepared = model.base_model.prepared_weights._kept
-    return entries | ({id(prepared)} if prepared is not None else set())
+    entries = [kept_weights._kept.get(id(p)) for p in model.parameters()]
+    return {id(made) for kept in entries if kept for made in kept.by_form.values()}
 
 
 @pytest.mark.parametrize("source", [classes, transformers], ids=["bitfast", "transformers"])

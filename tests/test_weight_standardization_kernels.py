@@ -19,6 +19,7 @@ from bitfast.ops.weight_standardization import (
     weight_standardization,
     weight_standardization_all,
 )
+from bitfast.ops.weight_standardization_triton import forget_calls
 from tests.interpreter import DEVICE
 from tests.tolerances import Triples, assert_draws_within_contract
 
@@ -218,18 +219,21 @@ def test_all_weights_are_within_the_contract():
 
 def test_one_launch_for_all_weights(monkeypatch):
     launches: list[str] = []
-    run = kernels.Launch.run
-    monkeypatch.setattr(
-        kernels.Launch,
-        "run",
-        lambda launch: (launches.append(launch.kernel.__name__), run(launch))[1],
-    )
+    prepare = kernels.prepare
+
+    def prepare_and_note(launch):
+        prepared = prepare(launch)
+        return lambda *tensors: (launches.append(launch.kernel.__name__), prepared(*tensors))
+
+    monkeypatch.setattr(kernels, "prepare", prepare_and_note)
+    forget_calls()
     weights = [w.requires_grad_() for w in weights_of()]
     with use_backend("triton"):
         results = weight_standardization_all(weights, dtype=torch.bfloat16, channels_last=True)
     assert launches == ["forward_all_kernel"]
     torch.autograd.backward(results, [torch.ones_like(r) for r in results])
     assert launches == ["forward_all_kernel", "backward_all_kernel"]
+    forget_calls()
 
 
 def test_weights_that_are_not_used_get_no_gradient_or_zero():

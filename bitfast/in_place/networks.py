@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from bitfast.execution.plans import Plans
 from bitfast.in_place.changes import Change
 from bitfast.in_place.parts import Outcome, Planned
-from bitfast.prepared_weights import PreparedWeights
 
 Recipes = Mapping[str, Callable[[Any, Planned], Outcome]]
 """By the full name of a class: what plans for a module of it, given the changes planned so far."""
@@ -26,7 +26,7 @@ def network(module: nn.Module, runner: type[nn.Module], **attributes: Any) -> Ch
     Args:
         attributes: More that the runner needs to find in the module.
     """
-    attributes["prepared_weights"] = PreparedWeights()
+    attributes["plans"] = Plans(module)
     return Change(run_by(type(module), runner), attributes)  # type: ignore[arg-type]
 
 

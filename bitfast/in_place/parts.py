@@ -180,11 +180,7 @@ def _require_changed(
 
 def _block_attributes(module: Any, planned: Planned) -> dict[str, Any]:
     """Return what bitfast's blocks need to find in one."""
-    pads_itself = _attribute(module.conv2, planned, "pad") is not None
-    return {
-        "may_shrink": module.conv2.padding == (0, 0) and not pads_itself,
-        "idle_in_inference": (*ResidualBlock.idle_in_inference, type(module.drop_path)),
-    }
+    return {"idle_in_inference": (*ResidualBlock.idle_in_inference, type(module.drop_path))}
 
 
 def _attribute(module: Any, planned: Planned, name: str) -> Any:

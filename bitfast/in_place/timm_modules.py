@@ -5,23 +5,20 @@ timm itself is not imported.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from bitfast.blocks import BitBottleneckLayer
-from bitfast.forward_pass import ForwardPass
-from bitfast.fusion import Deferred
+from bitfast.execution.forward_pass import ForwardPass, Request
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, UnsuitableError, require
 from bitfast.in_place.networks import Recipes, network
 from bitfast.in_place.parts import Outcome, Planned, qualified_name
 from bitfast.layers import DynamicPad2d, GroupNormActivation
-from bitfast.network import BitStage, zeros_of
-from bitfast.pooling import MaxPool2d
-from bitfast.torch_state import is_concrete
+from bitfast.network import BitStage
 from bitfast.watching import is_plain, runs_as_written
 
 
@@ -64,22 +61,18 @@ class TimmBottleneckLayer(BitBottleneckLayer):
 
 
 class TimmStem(nn.Sequential):
-    """A stem whose pool puts the zeros around its input by itself."""
+    """A stem that says what it consists of."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the first feature map."""
-        x, zeros = input, 0
-        for module, following in pairwise([*self, None]):
-            assert module is not None
-            if zeros:
-                assert isinstance(module, MaxPool2d)
-                x, zeros = module.with_zeros(x, zeros), 0
-            elif is_plain(following, MaxPool2d) and runs_as_written(following):
-                zeros = zeros_of(module) or 0
-                x = x if zeros else module(x)
-            else:
-                x = module(x)
+        x = input
+        for part in self.parts():
+            x = part(x)
         return x
+
+    def parts(self) -> list[nn.Module]:
+        """Return what the images go through, in order."""
+        return list(self)
 
 
 class TimmStage(BitStage):
@@ -98,16 +91,17 @@ class TimmStage(BitStage):
         """Whether the blocks recompute their activations in the backward pass."""
         return self.grad_checkpointing
 
-    def run(
-        self,
-        x: Tensor,
-        preactivated: Tensor | Deferred | None,
-        following: GroupNormActivation | None,
-    ) -> tuple[Tensor, Tensor | Deferred | None]:
-        """Do what a stage does, which in timm calls the blocks as one module, if somebody watches that."""
-        if self.is_recomputed or runs_as_written(self.blocks):
-            return super().run(x, preactivated, following)
-        return self.blocks(x), None
+    def forward(self, x: Tensor) -> Tensor:
+        """Do what a stage does, which in timm calls the blocks as one module."""
+        return super().forward(x) if self.is_recomputed else self.blocks(x)
+
+    def parts(self) -> list[nn.Module]:
+        """Return the blocks, in order."""
+        return list(self.blocks)
+
+    def calls_each_block(self) -> bool:
+        """Whether the blocks are called one by one, not as one module that somebody has to do with."""
+        return self.is_recomputed or runs_as_written(self.blocks)
 
 
 class TimmNetwork(ForwardPass):
@@ -118,15 +112,74 @@ class TimmNetwork(ForwardPass):
     norm: nn.Module
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return what is called."""
+        """Return what is run."""
         return self.stem, list(self.stages)
+
+    def containers(self) -> Sequence[nn.Module]:
+        """Return the stages, which timm calls as one module."""
+        return (self.stages,)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the normalized output of the last stage."""
-        if not is_concrete(x) or not runs_as_written(self.stages):
+        computed = self.run(x, Request(len(self.stages), (), is_normed=True))
+        if computed is None:
             return super().forward_features(x)  # type: ignore[misc]
-        _, features = self.run(x, len(self.stages), (), self.norm)
-        return self.layout_of_outputs(x)(features)
+        return self.layout_of_outputs(x)(computed[1])
+
+
+class TimmFeatures(ForwardPass):
+    """How the list of modules runs that a ``features_only`` network is: the stem and the stages, one by one.
+
+    ``_collect`` is what such a network calls to compute the features.
+    """
+
+    before: tuple[str, ...]
+    """The names of the modules of the stem up to the last one whose output is a feature."""
+    rest_of_stem: TimmStem
+    """The others, which are also modules of the network."""
+    nothing: nn.Module
+    return_layers: dict[str, str]
+    grad_checkpointing: bool
+
+    def final_norm(self) -> nn.Module:
+        """Return what does nothing: features are not normalized."""
+        return self.nothing
+
+    def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
+        """Return what is run."""
+        after: list[Any] = list(self._modules.values())
+        return self.rest_of_stem, after[len(self.before) + len(self.rest_of_stem) :]
+
+    def is_known(self) -> bool:
+        """Whether the modules of the stem are those that were there at first."""
+        modules = list(self._modules.values())[len(self.before) :]
+        return all(a is b for a, b in zip(self.rest_of_stem, modules, strict=False))
+
+    def _collect(self, x: Tensor) -> dict[str, Tensor]:
+        if self.grad_checkpointing:
+            return super()._collect(x)  # type: ignore[misc]
+        features: dict[str, Tensor] = OrderedDict()
+
+        def keep(name: str, x: Tensor) -> None:
+            if name in self.return_layers:
+                features[self.return_layers[name]] = x
+
+        modules: Any = self._modules
+        for name in self.before:
+            x = modules[name](x)
+            keep(name, x)
+        names = list(self._modules)[len(self.before) :]
+        stages = names[len(self.rest_of_stem) :]
+        wanted = [n for n, name in enumerate(stages, start=1) if name in self.return_layers]
+        computed = self.run(x, Request(len(stages), tuple(wanted), is_normed=False))
+        if computed is not None:
+            for number, output in zip(wanted, computed[0], strict=True):
+                keep(stages[number - 1], output)
+            return features
+        for name in names:
+            x = modules[name](x)
+            keep(name, x)
+        return features
 
 
 def _convolution(module: Any, planned: Planned) -> Outcome:
@@ -163,7 +216,26 @@ def _features(module: Any, planned: Planned) -> Outcome:
         for name, child in module.named_children()
         if name.startswith("stem_")
     }
-    return _stem_pool(stem, planned) if stem.get("conv") in planned else {}
+    if stem.get("conv") not in planned:
+        return {}
+    changes = _stem_pool(stem, planned)
+    names = list(module._modules)
+    stages = [name for name in names if planned.get(module[name], _NONE).becomes is TimmStage]
+    in_stem = names[: len(names) - len(stages)]
+    # Norms and whatever else timm may put behind the stages are no part of what runs here.
+    if not stages or names[len(in_stem) :] != stages:
+        return changes
+    before = [k + 1 for k, name in enumerate(in_stem) if name in module.return_layers]
+    count = max(before, default=0)
+    attributes = {
+        "before": tuple(in_stem[:count]),
+        "rest_of_stem": TimmStem(*(module[name] for name in in_stem[count:])),
+        "nothing": nn.Identity(),
+    }
+    return {**changes, module: network(module, TimmFeatures, **attributes)}
+
+
+_NONE = Change(nn.Module)
 
 
 def _stem_pool(children: Mapping[str, nn.Module], planned: Planned) -> Outcome:
@@ -199,7 +271,11 @@ RECIPES: Recipes = {
 }
 """What makes a change of a module, by the full name of its class."""
 
-ENTRIES = {"timm.models.resnetv2.ResNetV2": "forward_features"}
+ENTRIES = {
+    "timm.models.resnetv2.ResNetV2": "forward_features",
+    "timm.models._features.FeatureDictNet": "_collect",
+    "timm.models._features.FeatureListNet": "_collect",
+}
 """The method of a network that bitfast replaces. A subclass that has its own is left."""
 
 __all__ = ["ENTRIES", "RECIPES", "TimmNetwork", "TimmStage"]

@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitfast.forward_pass import ForwardPass
+from bitfast.execution.forward_pass import ForwardPass, Request
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, require
 from bitfast.in_place.networks import Recipes, network
 from bitfast.in_place.parts import Outcome, Planned
 from bitfast.layers import DropPath
 from bitfast.network import BitEmbeddings, BitStage
-from bitfast.watching import runs_as_written
 
 MODULE = "transformers.models.bit.modeling_bit"
 
@@ -33,8 +32,16 @@ class TransformersNetwork(ForwardPass):
     config: Any
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return what is called."""
+        """Return what is run."""
         return self.embedder, list(self.encoder.stages)
+
+    def is_known(self) -> bool:
+        """Whether the encoder is transformers' own."""
+        return _is_encoder(self.encoder)
+
+    def containers(self) -> Sequence[nn.Module]:
+        """Return the encoder."""
+        return (self.encoder,)
 
     def forward(
         self,
@@ -44,23 +51,25 @@ class TransformersNetwork(ForwardPass):
         **kwargs: Any,
     ) -> Any:
         """Compute what transformers' own computes, of the same type."""
-        if not _is_encoder(self.encoder) or not runs_as_written(self.encoder):
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if return_dict is None:
+            return_dict = config.return_dict and not getattr(config, "torchscript", False)
+        computed = None
+        if self.is_known():
+            last = len(self.encoder.stages)
+            wanted = tuple(range(last + 1)) if output_hidden_states else ()
+            computed = self.run(pixel_values, Request(last, wanted, is_normed=True))
+        if computed is None:
             return super().forward(
                 pixel_values,
                 output_hidden_states=output_hidden_states,
                 return_dict=return_dict,
                 **kwargs,
             )
-        config = self.config
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if return_dict is None:
-            return_dict = config.return_dict and not getattr(config, "torchscript", False)
-        last = len(self.encoder.stages)
-        wanted = range(last + 1) if output_hidden_states else ()
-        outputs, normalized = self.run(pixel_values, last, wanted, self.norm)
-        layout = self.layout_of_outputs(pixel_values)
-        normalized = layout(normalized)
+        outputs, normalized = computed
+        normalized = self.layout_of_outputs(pixel_values)(normalized)
         pooled = self.pooler(normalized)
         hidden_states = tuple(outputs) if output_hidden_states else None
         if not return_dict:

@@ -77,13 +77,15 @@ def wants_numbers_only(*gradients: Tensor | None) -> bool:
 
 
 def differentiable_gradients(
-    composite: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor
+    composite: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    gradient: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Return the gradients of those inputs that require one, themselves differentiable.
 
     Args:
-        composite: Computes one tensor from the inputs.
-        gradient: Of that tensor.
+        composite: Computes one tensor, or several, from the inputs.
+        gradient: Of that tensor, or of each.
     """
     is_differentiated_again = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):

@@ -36,22 +36,14 @@ def _products(result: Tensor, filters: Sequence[int]) -> int:
     return 2 * result.shape[0] * prod(result.shape[2:]) * prod(filters)
 
 
-def _filters(image: Tensor, weight: Tensor, out_channels: int, kernel_size: Any) -> Sequence[int]:
-    """Return the shape of a weight, which may be packed."""
-    if weight.dim() == 4:
-        return weight.shape
-    return out_channels, image.shape[1], kernel_size, kernel_size
-
-
 def _norm_convolution(x: Tensor, *arguments: Any, out_val: tuple[Tensor, Tensor], **_: Any) -> int:
-    weight, _out_channels, kernel_size = arguments[6:9]
-    result = out_val[0]
-    return _products(result, _filters(x, weight, result.shape[1], kernel_size))
+    out_channels, kernel_size = arguments[7:9]
+    return _products(out_val[0], (out_channels, x.shape[1], kernel_size, kernel_size))
 
 
 def _norm_convolution_add(x: Tensor, *arguments: Any, **_: Any) -> int:
-    weight, total, kernel_size = arguments[6:9]
-    return _products(total, _filters(x, weight, total.shape[1], kernel_size))
+    total, kernel_size = arguments[7:9]
+    return _products(total, (total.shape[1], x.shape[1], kernel_size, kernel_size))
 
 
 def _packed_convolution(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from bitfast import extension
-from bitfast.backends import select_backend
-from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES, complete_operator
-from bitfast.ops.derivatives import refuse_derivatives, refusing_derivatives, run_underived
+from bitfast.backends import register_kernel, select_backend
+from bitfast.ops.common import NATIVE_CPU_DTYPES, complete_operator
+from bitfast.ops.derivatives import refuse_derivatives, run_underived
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
+from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.packed_convolution import packs
-from bitfast.ops.packed_weights import Form, Geometry, packed_weights
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.torch_state import unseen
 
@@ -46,16 +46,6 @@ ADD_SIGNATURE = (
     " -> Tensor"
 )
 """The same, added to ``total`` in place; returns the moments of the sum."""
-
-KEPT_SIGNATURE = (
-    f"{_NORM}, Tensor weight, float weight_eps, int stride, bool wants_moments) -> (Tensor, Tensor)"
-)
-"""The same with the weight as it is trained, of which a packed copy is kept: what compiled models call."""
-
-KEPT_ADD_SIGNATURE = (
-    f"{_NORM}, Tensor weight, Tensor(a!) total, float weight_eps, int stride, bool wants_moments)"
-    " -> Tensor"
-)
 
 WIDEST_3X3 = 256 * 256
 """Input times output channels up to which 3x3 filters run here: packed, they take 16/9 of their memory."""
@@ -101,13 +91,11 @@ def norm_convolution(
         Shape (N, out, ceil(H / stride), ceil(W / stride)), channels_last, of the dtype of x; and its moments
         or None.
     """
-    arguments: tuple[Any, ...] = (
-        x, moments, *(norm or _NO_NORM), weight, weight_eps, stride, wants_moments,
+    packed = packed_filters(x, weight, weight_eps)
+    result, result_moments = run_underived(
+        torch.ops.bitfast.norm_convolution.native,
+        x, moments, *(norm or NO_NORM), packed, weight.shape[0], weight.shape[2], stride, wants_moments,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        result, result_moments = torch.ops.bitfast.norm_convolution.kept(*arguments)
-    else:
-        result, result_moments = _convolve(*arguments)
     return result, result_moments if wants_moments else None
 
 
@@ -126,17 +114,20 @@ def add_norm_convolution_(
     Args:
         total: Of the shape and dtype of the convolution, channels_last.
     """
-    arguments: tuple[Any, ...] = (
-        x, moments, *(norm or _NO_NORM), weight, total, weight_eps, stride, wants_moments,
+    if total.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"{OP}: total must have the {weight.shape[0]} channels that weight gives, got {tuple(total.shape)}"
+        )
+    packed = packed_filters(x, weight, weight_eps)
+    result = run_underived(
+        torch.ops.bitfast.norm_convolution_add_.native,
+        x, moments, *(norm or NO_NORM), packed, total, weight.shape[2], stride, wants_moments,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        result = torch.ops.bitfast.norm_convolution_add_.kept(*arguments)
-    else:
-        result = _add_convolution(*arguments)
     return result if wants_moments else None
 
 
-_NO_NORM = (None, None, 1, 0.0, "none")
+NO_NORM = (None, None, 1, 0.0, "none")
+"""What the kernels are told where x is convolved as it is."""
 
 
 def fuses(device_type: str, dtype: torch.dtype) -> bool:
@@ -145,8 +136,7 @@ def fuses(device_type: str, dtype: torch.dtype) -> bool:
     They stand for three ops; they are not used where other backends of these are demanded.
     """
     return (
-        device_type == "cpu"
-        and why_not_fused(dtype) is None
+        select_backend(OP, device_type, dtype) == "native"
         and packs(device_type, dtype)
         and select_backend(GROUP_NORM_ACT, device_type, dtype) == "native"
     )
@@ -196,52 +186,27 @@ def _why_not_fused(dtype: torch.dtype) -> str | None:
 # ---- the kept weights -----------------------------------------------------------------------------
 
 
-_ANY_GEOMETRY: Geometry = (1, 1), (0, 0), (1, 1)
-"""Neither stride nor padding changes how a weight is packed."""
-
-
-def _packed(x: Tensor, weight: Tensor, weight_eps: float) -> Tensor:
+def packed_filters(x: Tensor, weight: Tensor, weight_eps: float) -> Tensor:
+    """Return the standardized weight, packed for inputs of the dtype of x; it is kept."""
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
             f"{OP}: weight must have {x.shape[1]} input channels, as many as x; got {tuple(weight.shape)}"
         )
-    form = Form(_standardize_and_pack, x.dtype, weight_eps, _ANY_GEOMETRY)
-    return packed_weights.packed(weight, form, None)
+    return packed_for(weight, weight_eps, x.dtype)
 
 
-def _standardize_and_pack(weight: Tensor, form: Form, shape: torch.Size | None) -> Tensor:
-    standardized = weight_standardization(weight, form.eps, torch.float32).contiguous()
-    return torch.ops.bitfast.pack_norm_convolution.native(
-        standardized, form.dtype == torch.bfloat16
-    )
+def packed_for(weight: Tensor, weight_eps: float, dtype: torch.dtype) -> Tensor:
+    """Return the standardized weight, packed for inputs of a dtype; it is kept."""
+
+    def make() -> Tensor:
+        standardized = weight_standardization(weight, weight_eps, torch.float32).contiguous()
+        pack = torch.ops.bitfast.pack_norm_convolution.native
+        return pack(standardized, dtype == torch.bfloat16)
+
+    return kept_weights.get(weight, (OP, weight_eps, dtype), make)
 
 
 # ---- the operators --------------------------------------------------------------------------------
-
-
-def _convolve(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Implement KEPT_SIGNATURE."""
-    *norm, weight, weight_eps, stride, wants_moments = arguments
-    packed = _packed(x, weight, weight_eps)
-    out_channels, kernel_size = weight.shape[0], weight.shape[2]
-    return run_underived(
-        torch.ops.bitfast.norm_convolution.native,
-        x, *norm, packed, out_channels, kernel_size, stride, wants_moments,
-    )  # fmt: skip
-
-
-def _add_convolution(x: Tensor, *arguments: Any) -> Tensor:
-    """Implement KEPT_ADD_SIGNATURE."""
-    *norm, weight, total, weight_eps, stride, wants_moments = arguments
-    if total.shape[1] != weight.shape[0]:
-        raise ValueError(
-            f"{OP}: total must have the {weight.shape[0]} channels that weight gives, got {tuple(total.shape)}"
-        )
-    packed = _packed(x, weight, weight_eps)
-    return run_underived(
-        torch.ops.bitfast.norm_convolution_add_.native,
-        x, *norm, packed, total, weight.shape[2], stride, wants_moments,
-    )  # fmt: skip
 
 
 def _fake_result(x: Tensor, out_channels: int, stride: int, wants: bool) -> tuple[Tensor, Tensor]:
@@ -265,23 +230,14 @@ def _fake_add(x: Tensor, *rest: Any) -> Tensor:
     return _fake_moments(total, wants_moments)
 
 
-def _fake_kept(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, weight, _, stride, wants_moments = rest
-    return _fake_result(x, weight.shape[0], stride, wants_moments)
-
-
+register_kernel(
+    OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: why_not_fused(torch.float32), unsuitable=why_not_fused
+)  # fmt: skip
 if extension.CPU.problem is None:
     complete_operator(OP, "native", SIGNATURE, _fake)
     complete_operator(f"{OP}_add_", "native", ADD_SIGNATURE, _fake_add)
     for _name in (OP, f"{OP}_add_", f"pack_{OP}", "channel_moments"):
         refuse_derivatives(_name, "native")
-    for _name, _signature, _function, _fake_function in (
-        (OP, KEPT_SIGNATURE, _convolve, _fake_kept),
-        (f"{OP}_add_", KEPT_ADD_SIGNATURE, _add_convolution, _fake_add),
-    ):
-        LIBRARY.define(f"{_name}.kept{_signature}")
-        LIBRARY.impl(f"{_name}.kept", refusing_derivatives(_name, "kept", _function), "CPU")
-        torch.library.register_fake(f"bitfast::{_name}.kept", _fake_function, lib=LIBRARY)
 
 __all__ = [
     "Norm",
@@ -289,5 +245,6 @@ __all__ = [
     "fits",
     "fuses",
     "norm_convolution",
+    "packed_for",
     "why_not_fused",
 ]

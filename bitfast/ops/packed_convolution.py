@@ -7,6 +7,7 @@ only where :func:`why_not_packed` has tried them, and everywhere else ``F.conv2d
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfast.backends import select_backend
+from bitfast.backends import register_kernel, select_backend
 from bitfast.ops.common import LIBRARY, NATIVE_CPU_DTYPES
 from bitfast.ops.derivatives import refusing_derivatives
-from bitfast.ops.packed_weights import Form, Geometry, Pair, packed_weights
+from bitfast.ops.kept_weights import Geometry, Pair, kept_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.torch_state import is_dispatch_watched, unseen
@@ -88,10 +89,9 @@ def packs(device_type: str, dtype: torch.dtype) -> bool:
     They do not where somebody looks at each operator, and would not know a packed convolution.
     """
     return (
-        device_type == "cpu"
-        and _is_onednn_on()
-        and why_not_packed(dtype) is None
+        select_backend(OP, device_type, dtype) == "native"
         and select_backend(STANDARDIZATION, device_type, dtype) == "native"
+        and _is_onednn_on()
         and not _is_exporting()
         and not is_dispatch_watched()
     )
@@ -139,8 +139,8 @@ def _try_out(dtype: torch.dtype) -> str | None:
     try:
         packed = _pack(weight, x.shape, geometry)
         total = torch.zeros_like(x)
-        _run_packed_add(x, packed, total, geometry)
-        results = _run_packed(x, packed, geometry), total
+        run_packed_add(x, packed, total, geometry)
+        results = run_packed(x, packed, geometry), total
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this torch's packed convolutions cannot be used: {error}"
     expected = F.conv2d(x.float(), weight.float(), padding=1)
@@ -152,15 +152,38 @@ def _try_out(dtype: torch.dtype) -> str | None:
 # ---- the kept weights -----------------------------------------------------------------------------
 
 
-def _packed(x: Tensor, weight: Tensor, eps: float, geometry: Geometry) -> Tensor:
-    """Return the standardized weight, packed for x, of which one copy is kept."""
-    form = Form(_standardize_and_pack, x.dtype, eps, geometry)
-    return packed_weights.packed(weight, form, x.shape)
+def packed_weight(
+    weight: Tensor, eps: float, geometry: Geometry, dtype: torch.dtype, shape: torch.Size
+) -> Tensor:
+    """Return the standardized weight, packed for an input of this dtype and shape; it is kept.
+
+    How oneDNN packs a weight depends on the input's shape, and with weights packed otherwise it is many times
+    slower. So at a new shape a weight is packed again, and the outcome is kept if it differs.
+    """
+
+    def make() -> Tensor:
+        return _pack(weight_standardization(weight, eps, dtype), shape, geometry)
+
+    return kept_weights.get(weight, (OP, eps, geometry, dtype, shape), make, _hold_the_same)
 
 
-def _standardize_and_pack(weight: Tensor, form: Form, shape: torch.Size | None) -> Tensor:
-    assert shape is not None
-    return _pack(weight_standardization(weight, form.eps, form.dtype), shape, form.geometry)
+def _hold_the_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two packed weights are the same, byte for byte; no if this torch does not let us see."""
+    operators = torch.ops.mkldnn
+    if not (a.is_mkldnn and b.is_mkldnn and a.dtype == b.dtype):
+        return False
+    if not hasattr(operators, "data_ptr") or not hasattr(operators, "_nbytes"):
+        return False
+    sizes = [operators._nbytes(t) for t in (a, b)]
+    if sizes[0] != sizes[1]:
+        return False
+    views = [
+        torch.frombuffer(
+            (ctypes.c_char * size).from_address(operators.data_ptr(t)), dtype=torch.uint8
+        )
+        for t, size in zip((a, b), sizes, strict=True)
+    ]
+    return torch.equal(*views)
 
 
 # ---- torch's private operators --------------------------------------------------------------------
@@ -173,16 +196,18 @@ def _pack(weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     )
 
 
-def _run_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
+def run_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve x with a packed weight, in inference; channels_last."""
     stride, padding, dilation = geometry
-    return torch.ops.mkldnn._convolution_pointwise(
+    return torch.ops.mkldnn._convolution_pointwise.default._op(
         x, packed, None, padding, stride, dilation, 1, "none", [], ""
     )
 
 
-def _run_packed_add(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry) -> None:
+def run_packed_add(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry) -> None:
+    """Add the same to ``total`` in place."""
     stride, padding, dilation = geometry
-    torch.ops.mkldnn._convolution_pointwise_.binary(
+    torch.ops.mkldnn._convolution_pointwise_.binary._op(
         total, x, packed, None, padding, stride, dilation, 1, "add", 1.0, None, [], ""
     )
 
@@ -200,7 +225,7 @@ def _convolve(
     x: Tensor, weight: Tensor, eps: float, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     geometry = _geometry(stride, padding, dilation)
-    return _run_packed(x, _packed(x, weight, eps, geometry), geometry)
+    return run_packed(x, packed_weight(weight, eps, geometry, x.dtype, x.shape), geometry)
 
 
 def _add_convolution(
@@ -213,7 +238,8 @@ def _add_convolution(
     dilation: Pair,
 ) -> None:
     geometry = _geometry(stride, padding, dilation)
-    _run_packed_add(x, _packed(x, weight, eps, geometry), total, geometry)
+    packed = packed_weight(weight, eps, geometry, x.dtype, x.shape)
+    run_packed_add(x, packed, total, geometry)
 
 
 def _fake(
@@ -241,11 +267,17 @@ for _name, _signature, _function, _fake_function in (
     LIBRARY.impl(f"{_name}.native", refusing_derivatives(_name, "native", _function), "CPU")
     torch.library.register_fake(f"bitfast::{_name}.native", _fake_function, lib=LIBRARY)
 
+register_kernel(
+    OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: why_not_packed(torch.float32), unsuitable=why_not_packed
+)  # fmt: skip
+
 __all__ = [
     "add_packed_convolution_",
     "can_pack",
     "packed_convolution",
-    "packed_weights",
+    "packed_weight",
     "packs",
+    "run_packed",
+    "run_packed_add",
     "why_not_packed",
 ]

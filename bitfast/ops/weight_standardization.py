@@ -10,20 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
-from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
+from bitfast.memory_format import laid_out
+from bitfast.ops import weight_standardization_triton as kernels
 from bitfast.ops.common import (
     NATIVE_CPU_DTYPES,
     announce_triton_kernels,
     autocast_dtype,
-    check_floating,
     complete_operator,
     define_operator,
-    run_launches,
     show_launches,
 )
 from bitfast.ops.derivatives import (
@@ -33,28 +31,21 @@ from bitfast.ops.derivatives import (
     run_underived,
     wants_numbers_only,
 )
-
-OP = "weight_standardization"
-ALL_OP = "weight_standardization_all"
-
-SIGNATURE = "(Tensor weight, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)"
-"""What every kernel takes and returns: the result, and the mean and 1/std of each filter, in float32
-(float64 for float64 weights)."""
-
-BACKWARD_SIGNATURE = "(Tensor grad, Tensor weight, Tensor mean, Tensor rstd) -> Tensor"
-"""What every backward kernel takes and returns: the gradient of weight."""
-
-ALL_SIGNATURE = (
-    "(Tensor[] weights, float eps, ScalarType? dtype, bool channels_last)"
-    " -> (Tensor, Tensor, Tensor)"
+from bitfast.ops.eager import may_launch
+from bitfast.ops.weight_buffer import ALIGNMENT, pack, starts_of, unpack
+from bitfast.ops.weight_standardization_contract import (
+    ALL_BACKWARD_SIGNATURE,
+    ALL_OP,
+    ALL_SIGNATURE,
+    BACKWARD_SIGNATURE,
+    OP,
+    SIGNATURE,
+    check,
+    fake,
+    fake_all,
+    fake_all_backward,
+    fake_backward,
 )
-"""The same of several weights: the results in one buffer, as ``starts_of`` says, and the statistics of
-all filters one after the other. With ``channels_last`` every result has that layout."""
-
-ALL_BACKWARD_SIGNATURE = (
-    "(Tensor grad, Tensor[] weights, Tensor mean, Tensor rstd, bool channels_last) -> Tensor"
-)
-"""What their backward takes and returns: the gradients in one buffer, in the layouts of the weights."""
 
 
 def weight_standardization(
@@ -76,7 +67,7 @@ def weight_standardization(
         TypeError: ``weight`` or ``dtype`` is not floating point.
         ValueError: ``weight`` is not four-dimensional or is empty, or ``eps`` is negative.
     """
-    _check("weight", weight, eps, dtype)
+    check("weight", weight, eps, dtype)
     dtype = dtype or autocast_dtype(weight)
     backend = select_backend(OP, weight.device.type, weight.dtype)
     if backend == "reference":
@@ -106,8 +97,12 @@ def weight_standardization_all(
     Raises:
         TypeError, ValueError: As :func:`weight_standardization`, with the number of the weight.
     """
+    if len(weights) > 0 and may_launch(OP, weights[0]):
+        launched = kernels.launch_all(weights, eps, dtype, channels_last)
+        if launched is not None:
+            return launched
     for number, weight in enumerate(weights):
-        _check(f"weights[{number}]", weight, eps, dtype)
+        check(f"weights[{number}]", weight, eps, dtype)
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for number, weight in enumerate(weights):
         alike.setdefault((weight.device, weight.dtype), []).append(number)
@@ -170,75 +165,7 @@ def _kernel_dtype(backend: str, dtype: torch.dtype | None) -> torch.dtype | None
     return dtype
 
 
-def _check(name: str, weight: Tensor, eps: float, dtype: torch.dtype | None) -> None:
-    check_floating(OP, name, weight)
-    if weight.dim() != 4 or 0 in weight.shape:
-        raise ValueError(
-            f"{OP}: {name} must have shape (out, in, height, width), each at least 1,"
-            f" got {tuple(weight.shape)}"
-        )
-    if eps < 0:
-        raise ValueError(f"{OP}: eps must be at least 0, got {eps}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"{OP}: dtype must be a floating-point dtype, got {dtype}")
-
-
-# ---- the buffer of several weights ----------------------------------------------------------------
-
-ALIGNMENT = 64
-"""Elements. Each weight begins at a multiple: in 16-bit types a cache line of 128 bytes."""
-
-
-def starts_of(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return where weights of these sizes begin in the buffer, and the buffer's size; in elements."""
-    starts, end = [], 0
-    for size in sizes:
-        starts.append(end)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    return starts, end
-
-
-def unpack(packed: Tensor, weights: Sequence[Tensor], channels_last: bool) -> list[Tensor]:
-    """Return views of the buffer in the shapes of the weights, differentiable.
-
-    Each is channels_last if its weight is, or if ``channels_last``; else contiguous.
-    """
-    starts, end = starts_of([weight.numel() for weight in weights])
-    lengths = [b - a for a, b in zip(starts, [*starts[1:], end], strict=True)]
-    views = []
-    for piece, weight in zip(packed.split(lengths), weights, strict=True):
-        out, channels, height, width = weight.shape
-        flat = piece if piece.shape[0] == weight.numel() else piece[: weight.numel()]
-        if channels_last or is_channels_last(weight):
-            views.append(flat.view(out, height, width, channels).permute(0, 3, 1, 2))
-        else:
-            views.append(flat.view(weight.shape))
-    return views
-
-
-def pack(tensors: Sequence[Tensor], channels_last: bool, like: Sequence[Tensor]) -> Tensor:
-    """Return a buffer of which :func:`unpack` gives these tensors, shaped ``like`` the weights."""
-    pieces = []
-    for tensor, weight in zip(tensors, like, strict=True):
-        if channels_last or is_channels_last(weight):
-            tensor = tensor.permute(0, 2, 3, 1)
-        pieces.append(F.pad(tensor.flatten(), (0, -tensor.numel() % ALIGNMENT)))
-    return torch.cat(pieces)
-
-
-# ---- the contract of the kernels ----------------------------------------------------------------
-
-
-def _fake(weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    result = torch.empty_like(
-        weight, dtype=dtype or weight.dtype, memory_format=memory_format_of(weight)
-    )
-    mean = weight.new_empty((weight.shape[0],), dtype=reference.compute_dtype(weight.dtype))
-    return result, mean, torch.empty_like(mean)
-
-
-def _fake_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return torch.empty_like(weight, memory_format=memory_format_of(weight))
+# ---- the operators --------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -250,8 +177,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def define_kernel(backend: str, forward: Any, backward: Any) -> None:
     """Define ``bitfast::weight_standardization.<backend>`` and its backward."""
-    define_operator(OP, backend, SIGNATURE, forward, _fake)
-    define_operator(f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, _fake_backward)
+    define_operator(OP, backend, SIGNATURE, forward, fake)
+    define_operator(f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, fake_backward)
     _connect_gradients(backend)
 
 
@@ -273,23 +200,6 @@ def _connect_gradients(backend: str) -> None:
     )
 
 
-def _fake_all(
-    weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    like = weights[0]
-    _, end = starts_of([weight.numel() for weight in weights])
-    packed = like.new_empty((end,), dtype=dtype or like.dtype)
-    filters = sum(weight.shape[0] for weight in weights)
-    mean = like.new_empty((filters,), dtype=reference.compute_dtype(like.dtype))
-    return packed, mean, torch.empty_like(mean)
-
-
-def _fake_all_backward(
-    grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
-) -> Tensor:
-    return torch.empty_like(grad, dtype=weights[0].dtype)
-
-
 def _setup_all_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     weights, ctx.eps, ctx.dtype, ctx.channels_last = inputs
     _, mean, rstd = output
@@ -299,9 +209,9 @@ def _setup_all_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def define_all_kernel(backend: str, forward: Any, backward: Any) -> None:
     """Define ``bitfast::weight_standardization_all.<backend>`` and its backward."""
-    define_operator(ALL_OP, backend, ALL_SIGNATURE, forward, _fake_all)
+    define_operator(ALL_OP, backend, ALL_SIGNATURE, forward, fake_all)
     define_operator(
-        f"{ALL_OP}_backward", backend, ALL_BACKWARD_SIGNATURE, backward, _fake_all_backward
+        f"{ALL_OP}_backward", backend, ALL_BACKWARD_SIGNATURE, backward, fake_all_backward
     )
     _connect_all_gradients(backend)
 
@@ -356,65 +266,11 @@ define_all_kernel("reference", _reference_all, _reference_all_backward)
 # ---- Triton ---------------------------------------------------------------------------------------
 
 
-def _triton_forward(
-    weight: Tensor, eps: float, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    from bitfast.kernels import weight_standardization as kernels
-
-    weight = weight.contiguous(memory_format=memory_format_of(weight))
-    result, mean, rstd = _fake(weight, eps, dtype)
-    launch = kernels.forward_launch(weight, eps, False, result=result, mean=mean, rstd=rstd)
-    run_launches([launch], weight)
-    return result, mean, rstd
-
-
-def _triton_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    from bitfast.kernels import weight_standardization as kernels
-
-    memory_format = memory_format_of(weight)
-    weight = weight.contiguous(memory_format=memory_format)
-    grad = grad.contiguous(memory_format=memory_format)
-    result = torch.empty_like(weight)
-    launch = kernels.backward_launch(grad, weight, mean, rstd, False, grad_weight=result)
-    run_launches([launch], weight)
-    return result
-
-
-def _triton_all(
-    weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from bitfast.kernels import weight_standardization as kernels
-
-    weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
-    result, mean, rstd = _fake_all(weights, eps, dtype, channels_last)
-    starts, _ = starts_of([w.numel() for w in weights])
-    launches = kernels.forward_all_launches(
-        weights, starts, eps, channels_last, result=result, mean=mean, rstd=rstd
-    )
-    run_launches(launches, weights[0])
-    return result, mean, rstd
-
-
-def _triton_all_backward(
-    grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
-) -> Tensor:
-    from bitfast.kernels import weight_standardization as kernels
-
-    weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
-    result = _fake_all_backward(grad, weights, mean, rstd, channels_last)
-    starts, _ = starts_of([w.numel() for w in weights])
-    launches = kernels.backward_all_launches(
-        grad.contiguous(), weights, starts, mean, rstd, channels_last, grad_weight=result
-    )
-    run_launches(launches, weights[0])
-    return result
-
-
-define_kernel("triton", _triton_forward, _triton_backward)
-define_all_kernel("triton", _triton_all, _triton_all_backward)
+define_kernel("triton", kernels.forward, kernels.backward)
+define_all_kernel("triton", kernels.all_forward, kernels.all_backward)
 # Not those of all weights: their table holds addresses, which exist only when they run.
-show_launches(OP, _triton_forward)
-show_launches(f"{OP}_backward", _triton_backward)
+show_launches(OP, kernels.forward)
+show_launches(f"{OP}_backward", kernels.backward)
 announce_triton_kernels(OP)
 
 
@@ -422,9 +278,23 @@ announce_triton_kernels(OP)
 
 register_kernel(OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: extension.CPU.problem)
 if extension.CPU.problem is None:  # then csrc/weight_standardization.cpp has defined the schemas
-    complete_operator(OP, "native", SIGNATURE, _fake)
-    complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, _fake_backward)
-    complete_operator(ALL_OP, "native", ALL_SIGNATURE, _fake_all)
-    complete_operator(f"{ALL_OP}_backward", "native", ALL_BACKWARD_SIGNATURE, _fake_all_backward)
+    complete_operator(OP, "native", SIGNATURE, fake)
+    complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, fake_backward)
+    complete_operator(ALL_OP, "native", ALL_SIGNATURE, fake_all)
+    complete_operator(f"{ALL_OP}_backward", "native", ALL_BACKWARD_SIGNATURE, fake_all_backward)
     _connect_gradients("native")
     _connect_all_gradients("native")
+
+__all__ = [
+    "ALIGNMENT",
+    "ALL_OP",
+    "OP",
+    "define_all_kernel",
+    "define_kernel",
+    "pack",
+    "standardizes_together",
+    "starts_of",
+    "unpack",
+    "weight_standardization",
+    "weight_standardization_all",
+]

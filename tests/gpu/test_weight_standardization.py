@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bitfast.backends import use_backend
 from bitfast.configuration import BitConfig
-from bitfast.layers import standardized_convolutions
 from bitfast.modeling import BitModel
 from bitfast.ops.weight_standardization import weight_standardization, weight_standardization_all
 from tests.feature_maps import DTYPES, LAYOUTS
 from tests.gpu.test_group_norm_act import ON_GPU, need_memory, needs_cuda
 from tests.interpreter import DEVICE
 from tests.tolerances import assert_within_contract, relative_error
+from tests.weight_changes import convolutions
 
 SMALL = [(5, 3, 7, 7), (3, 16, 1, 1), (9, 64, 3, 3), (2, 7, 3, 2)]
 LARGE = [(64, 3, 7, 7), (2048, 1024, 1, 1), (512, 512, 3, 3), (64, 6144, 1, 1), (3, 9001, 1, 1)]
@@ -52,7 +52,7 @@ def shapes_of_r50x1() -> list[torch.Size]:
     small = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 2}
     with torch.device("meta"):
         model = BitModel(BitConfig(**({} if ON_GPU else small)))
-    return [layer.weight.shape for layer in standardized_convolutions(model)]
+    return [layer.weight.shape for layer in convolutions(model)]
 
 
 # ---- numbers --------------------------------------------------------------------------------------

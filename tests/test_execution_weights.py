@@ -8,24 +8,20 @@ import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfast import (
-    BitBackbone,
-    BitForImageClassification,
-    BitModel,
-    fusion,
-    layers,
-    prepared_weights,
-)
+from bitfast import BitBackbone, BitForImageClassification, BitModel
 from bitfast.backends import use_backend
+from bitfast.execution.weights import form_of, kept_standardized
 from bitfast.layers import WeightStandardizedConv2d
+from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
 from bitfast.ops.weight_standardization import weight_standardization
 from tests.tiny_models import ours
 from tests.weight_changes import (
@@ -39,10 +35,10 @@ from tests.weight_changes import (
 
 
 @pytest.fixture(autouse=True)
-def without_packed_weights(monkeypatch: Any) -> None:
-    """As on a GPU, or with a torch without oneDNN."""
-    monkeypatch.setattr(layers, "packs", lambda *_: False)
-    monkeypatch.setattr(fusion, "fuses", lambda *_: False)
+def without_packed_weights() -> Iterator[None]:
+    """As with a torch without oneDNN."""
+    with use_backend(packed_convolution="reference"):
+        yield
 
 
 @pytest.fixture
@@ -55,18 +51,33 @@ def x() -> Tensor:
     return torch.randn(2, 3, 33, 47)
 
 
+class Standardizations(TorchDispatchMode):
+    """Notes how many weights are standardized together each time."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "::weight_standardization_all." in func.name():
+            self.counts.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def computed(monkeypatch: Any) -> list[int]:
+def computed() -> Iterator[list[int]]:
     """How many weights each preparation has standardized."""
-    counts: list[int] = []
-    original = prepared_weights.weight_standardization_all
+    with Standardizations() as standardizations:
+        yield standardizations.counts
 
-    def count(weights: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
-        counts.append(len(weights))
-        return original(weights, *args, **kwargs)
 
-    monkeypatch.setattr(prepared_weights, "weight_standardization_all", count)
-    return counts
+def kept(model: nn.Module) -> list[Tensor]:
+    """The tensors that are kept of a model's weights."""
+    forms = [
+        entry.by_form
+        for layer in convolutions(model)
+        if (entry := kept_weights._kept.get(id(layer.weight))) is not None
+    ]
+    return list({id(t): t for by_form in forms for t in by_form.values()}.values())
 
 
 def fresh(model: BitModel, x: Tensor) -> Tensor:
@@ -113,16 +124,17 @@ def test_a_change_is_seen(model, x, change: Callable[[BitModel], None], mode):
         lambda model: model.float(),
     ],
 )
-def test_a_conversion_is_followed(model, x, convert, computed):
+def test_a_conversion_is_followed(model, x, convert):
     with torch.no_grad():
         features(model, x)
-        kept = [weakref.ref(p.result) for p in model.prepared_weights._kept.results.values()]
+        references = [weakref.ref(tensor) for tensor in kept(model)]
+        assert len(references) == len(convolutions(model))
         convert(model)
         gc.collect()
-        assert all(reference() is None for reference in kept), "their memory was not freed"
+        assert all(reference() is None for reference in references), "their memory was not freed"
         x = x.to(next(model.parameters()).dtype)
         result = features(model, x)
-    assert len(computed) == 2
+        assert [tensor.dtype for tensor in kept(model)] == [x.dtype] * len(references)
     assert torch.equal(result, fresh(model, x))
 
 
@@ -130,9 +142,9 @@ def test_moving_an_outer_module_counts_too(x):
     model = ours("BitForImageClassification").eval()
     with torch.no_grad():
         model(x)
-        assert model.bit.prepared_weights._kept is not None
+        assert kept(model)
         nn.Sequential(model).double()
-        assert model.bit.prepared_weights._kept is None
+        assert not kept(model)
         model(x.double())
 
 
@@ -140,8 +152,9 @@ def test_moving_an_outer_module_counts_too(x):
 def test_switching_between_training_and_evaluation_frees_them(model, x, switch):
     with torch.no_grad():
         features(model, x)
+    assert kept(model)
     switch(model)
-    assert model.prepared_weights._kept is None
+    assert not kept(model)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +184,20 @@ def test_autocast_and_backends_are_told_apart(model, x, computed):
         assert torch.equal(features(model, x), plain)
         with use_backend(weight_standardization="triton"):
             torch.testing.assert_close(features(model, x), plain, rtol=1e-4, atol=1e-5)
-    assert len(computed) == 4
+        assert torch.equal(features(model, x), plain)
+    assert computed == [len(convolutions(model))] * 3
+    assert len(kept(model)) == 3 * len(convolutions(model))
+
+
+def test_only_so_many_are_kept_of_one_weight():
+    layer = WeightStandardizedConv2d(3, 4, 3)
+    with torch.no_grad():
+        for eps in range(1, MOST_TENSORS + 3):
+            layer.eps = eps / 10
+            (result,) = kept_standardized([layer], False).values()
+            assert kept(layer)[-1] is result
+            assert len(kept(layer)) == min(eps, MOST_TENSORS)
+            assert kept_weights.find(layer.weight, form_of(layer, False)) is result
 
 
 def test_a_step_between_two_evaluations_is_seen(model, x):
@@ -202,11 +228,11 @@ def test_the_optimizer_of_another_model_changes_nothing(model, x, computed):
 def test_each_kind_of_weight_is_asked_how_it_is_to_be_computed():
     """Weights of several dtypes (or devices) follow autocast each in its own way, whichever comes first."""
     first, second = WeightStandardizedConv2d(3, 4, 3).double(), WeightStandardizedConv2d(3, 4, 3)
-    keeper = prepared_weights.PreparedWeights()
 
     def dtypes() -> list[torch.dtype]:
-        with torch.no_grad(), keeper.prepared([first, second], False):
-            return [prepared_weights.prepared_weight(layer).dtype for layer in (first, second)]
+        with torch.no_grad():
+            weights = kept_standardized([first, second], False)
+        return [weights[layer].dtype for layer in (first, second)]
 
     assert dtypes() == [torch.float64, torch.float32]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -233,8 +259,9 @@ def test_copies_start_without_any(model, x, copied):
         torch.save(model, buffer)
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
-    assert twin.prepared_weights is not model.prepared_weights
-    assert twin.prepared_weights._kept is None
+    assert twin.plans is not model.plans
+    assert twin.plans.network is twin
+    assert not kept(twin)
     with torch.no_grad():
         convolutions(twin)[0].weight.normal_()
         assert torch.equal(features(model, x), expected)
@@ -281,7 +308,7 @@ def test_training_standardizes_all_weights_together_where_that_pays(model, x, co
         assert computed == [len(convolutions(model))]
         features(model, x)
         assert len(computed) == 2  # and anew in each forward pass
-    assert model.prepared_weights._kept is None
+    assert not kept(model)
     for actual, parameter in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, actual, rtol=1e-3, atol=1e-3)
 
@@ -307,24 +334,28 @@ def test_a_backbone_prepares_only_what_it_computes(x, computed):
         needed = convolutions(model.bit.embedder) + convolutions(model.bit.encoder.stages[0])
         assert computed == [len(needed)]
         model(x, output_hidden_states=True)
-        model(x)  # what is kept for all stages serves one
-    assert computed == [len(needed), len(convolutions(model))]
+        model(x)
+    assert computed == [len(needed), len(convolutions(model)) - len(needed)]
 
 
 def test_layers_whose_weight_comes_later_are_left_to_themselves(model, x):
     """Hooks, parametrizations, pruning and replaced calls decide about a weight when the layer runs."""
-    layers = convolutions(model)
-    prune.random_unstructured(layers[0], "weight", amount=0.5)
-    parametrize.register_parametrization(layers[1], "weight", Doubled())
-    layers[2].register_forward_pre_hook(turn_round)
-    forward = layers[3].forward
-    layers[3].forward = lambda x: 2 * forward(x)
+    stem, *others = convolutions(model)
+    prune.random_unstructured(stem, "weight", amount=0.5)
+    first, second = (model.encoder.stages[n].layers[0] for n in (0, 1))
+    parametrize.register_parametrization(first.conv1, "weight", Doubled())
+    first.conv2.register_forward_pre_hook(turn_round)
+    forward = first.conv3.forward
+    first.conv3.forward = lambda x: 2 * forward(x)
+    parametrize.register_parametrization(second.conv1, "weight", Doubled())
     with torch.no_grad():
-        first = features(model, x)
-        prepared = set(model.prepared_weights._kept.results)
-        assert prepared == set(layers[4:])
-        assert not torch.equal(features(model, x), first)  # the hook has turned a weight round
-        assert torch.equal(features(model, x), first)
+        before = features(model, x)
+        # A block in which anything is watched is called as it is.
+        for layer in others:
+            is_kept = layer in convolutions(second) and layer is not second.conv1
+            assert (kept_weights.find(layer.weight, form_of(layer, False)) is not None) == is_kept
+        assert not torch.equal(features(model, x), before)  # the hook has turned a weight round
+        assert torch.equal(features(model, x), before)
 
 
 def turn_round(layer: nn.Module, _: Any) -> None:
@@ -370,14 +401,14 @@ class Features(nn.Module):
         return features(self.model, x)
 
 
-def test_threads_share_them(model, x, computed):
+def test_threads_share_them(model, x):
     with torch.no_grad():
         expected = features(model, x)
     model.eval()
     results: list[bool] = []
 
     def work() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), use_backend(packed_convolution="reference"):
             for _ in range(5):
                 results.append(torch.equal(features(model, x), expected))
 
@@ -387,30 +418,19 @@ def test_threads_share_them(model, x, computed):
     for thread in threads:
         thread.join()
     assert results == [True] * 20
+    assert len(kept(model)) == len(convolutions(model))
 
 
-def test_a_thread_sees_only_its_own_forward_pass(model):
-    layer = convolutions(model)[0]
-    with torch.no_grad(), model.prepared_weights.prepared([layer], False):
-        assert prepared_weights.prepared_weight(layer) is not None
-        seen: list[Any] = []
-        thread = threading.Thread(
-            target=lambda: seen.append(prepared_weights.prepared_weight(layer))
-        )
-        thread.start()
-        thread.join()
-    assert seen == [None]
-    assert prepared_weights.prepared_weight(layer) is None
-
-
-def test_an_error_in_a_forward_pass_leaves_nothing_behind(model):
+def test_an_error_in_a_forward_pass_leaves_nothing_behind(model, x):
+    expected = fresh(model, x)
     with torch.no_grad(), pytest.raises(ValueError, match="pixel_values"):
         model(torch.zeros(1, 4, 32, 32))
-    broken = model.encoder.stages[0].layers[0]
-    broken.register_forward_hook(lambda *_: 1 / 0)
+    broken = model.encoder.stages[0].layers[0].register_forward_hook(lambda *_: 1 / 0)
     with torch.no_grad(), pytest.raises(ZeroDivisionError):
         model(torch.zeros(1, 3, 32, 32))
-    assert prepared_weights.prepared_weight(convolutions(model)[0]) is None
+    broken.remove()
+    with torch.no_grad():
+        assert torch.equal(features(model, x), expected)
 
 
 def test_different_eps_are_respected(model, x):
@@ -418,22 +438,19 @@ def test_different_eps_are_respected(model, x):
     layers[0].eps = 0.5
     with torch.no_grad():
         features(model, x)
-        results = model.prepared_weights._kept.results
         for layer in layers[:2]:
             expected = weight_standardization(layer.weight, layer.eps)
-            torch.testing.assert_close(results[layer].result, expected)
+            result = kept_weights.find(layer.weight, form_of(layer, False))
+            torch.testing.assert_close(result, expected)
 
 
 def test_the_memory_it_costs_is_one_copy(model, x):
     with torch.no_grad():
         features(model, x)
-    storages = {
-        p.result.untyped_storage().data_ptr(): p.result
-        for p in model.prepared_weights._kept.results.values()
-    }
-    kept = sum(r.untyped_storage().nbytes() for r in storages.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept(model)}
+    size = sum(storage.nbytes() for storage in storages.values())
     weights = sum(layer.weight.nbytes for layer in convolutions(model))
-    assert weights <= kept <= 1.1 * weights
+    assert weights <= size <= 1.1 * weights
 
 
 def test_classifier_and_backbone_share_the_mechanism(x):
@@ -441,4 +458,4 @@ def test_classifier_and_backbone_share_the_mechanism(x):
         model: BitForImageClassification | BitBackbone = ours(name).eval()
         with torch.no_grad():
             model(x)
-        assert model.bit.prepared_weights._kept is not None
+        assert len(kept(model)) == len(convolutions(model))

@@ -1,0 +1,1 @@
+"""How a network runs: read once, decided once for each setting, then run."""

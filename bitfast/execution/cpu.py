@@ -1,0 +1,404 @@
+"""Lowering to the CPU's kernels: the only place that chooses among them.
+
+A block whose convolutions have a kernel for it runs as ``norm_convolution``: each convolution normalizes what
+it reads, and takes the statistics of what it writes. Other blocks run norms in place and convolutions with
+packed weights, of which the last adds to the shortcut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitfast.activations import ACTIVATIONS, activation_name
+from bitfast.backends import select_backend
+from bitfast.blocks import add_to_shortcut, check_summands
+from bitfast.execution.program import NOTHING, UNUSED, Builder, Places, Program
+from bitfast.execution.setting import Setting
+from bitfast.execution.shapes import Shape, padded_by, padding_of, shape_after
+from bitfast.execution.steps import (
+    IMAGES,
+    Block,
+    Convolve,
+    Join,
+    Normalize,
+    Pool,
+    Step,
+    Zeros,
+    normalized,
+    shrinks,
+)
+from bitfast.layers import DynamicPad2d, WeightStandardizedConv2d
+from bitfast.ops.norm_convolution import NO_NORM, fits, fuses, packed_for
+from bitfast.ops.packed_convolution import packed_weight, packs, run_packed, run_packed_add
+from bitfast.ops.same_padding import OP as SAME_PADDING
+from bitfast.ops.same_padding import same_pad
+
+IMAGES_IN_SLICES = True
+
+NEEDS_ADDRESSES_OF_NORMS = False
+
+POINTWISE = (1, 1), (0, 0), (1, 1)
+"""Stride, padding and dilation of a convolution that keeps the size."""
+
+
+def serves(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether networks of feature maps of this dtype are lowered by this module."""
+    return (
+        device_type == "cpu"
+        and select_backend("group_norm_act", device_type, dtype) == "native"
+        and packs(device_type, dtype)
+    )
+
+
+def lower(
+    blocks: Sequence[Block],
+    source: int,
+    shape: Shape,
+    kept: Sequence[int],
+    shared: Container[int],
+    setting: Setting,
+) -> Program:
+    """Lower the steps of some blocks.
+
+    Args:
+        blocks: One after the other; none calls a module.
+        source: The value that the program is given, channels_last.
+        shape: Of that.
+        kept: The values that it returns.
+        shared: Values that nothing may overwrite.
+        setting: For which :func:`serves` is true.
+
+    Raises:
+        ValueError: a block cannot add its branch to its shortcut.
+    """
+    steps = [step for block in blocks for step in block]
+    lowering = _Lowering(Builder(steps, source, shape, kept, shared), setting)
+    for block in blocks:
+        lowering.lower(block)
+    return lowering.build.program()
+
+
+class _Lowering:
+    """Lowers one step after the other."""
+
+    def __init__(self, builder: Builder, setting: Setting) -> None:
+        self.build = builder
+        self.dtype = setting.compute_dtype
+        self.casts = setting.dtype != setting.compute_dtype
+        self.fuses = fuses("cpu", self.dtype)
+        self.pads_natively = select_backend(SAME_PADDING, "cpu", self.dtype) == "native"
+        self.is_uneven = False
+        self.made_new: set[int] = set()
+        """Normalized values that were not written over what they were made of."""
+        self.spare: tuple[int, Shape] | None = None
+        """A place whose tensor, of that shape, nobody needs: the next norm may be written there."""
+
+    def lower(self, block: Block) -> None:
+        fused = self.fuses and self.fuses_block(block)
+        for step in block:
+            source = self.build.shapes[step.source]
+            self.find_shape(step, source)
+            if isinstance(step, Convolve):
+                if fused and self.fits(step.convolution, source) and not self.is_uneven:
+                    self.norm_convolution(step, block)
+                else:
+                    self.packed_convolution(step, fused)
+            elif isinstance(step, Normalize):
+                self.normalize(step)
+            elif isinstance(step, Join):
+                self.join(step, fused)
+            elif isinstance(step, Pool):
+                self.pool(step)
+            else:
+                assert isinstance(step, Zeros)
+                self.zeros(step)
+
+    # ---- choices --------------------------------------------------------------------------------------
+
+    def fuses_block(self, block: Block) -> bool:
+        """Whether the convolutions of a residual block can normalize what they read."""
+        last = block[-1]
+        is_preactivated = isinstance(last, Convolve) and last.shortcut is not None
+        if not is_preactivated and not isinstance(last, Join):
+            return False
+        *outer, middle, final = (s.convolution for s in block if isinstance(s, Convolve))
+        x = self.build.shapes[block[0].source]
+        return (
+            not shrinks(middle)
+            and all(self.fits(convolution, x) for convolution in (*outer, final))
+            and (isinstance(last, Join) or final.geometry == POINTWISE)
+        )
+
+    def fits(self, convolution: WeightStandardizedConv2d, x: Shape) -> bool:
+        """Whether there is a kernel that normalizes x, of this shape, as it convolves it."""
+        # "same" padding of 1x1 filters is none, whatever the stride.
+        is_padded_by_itself = convolution.pad is not None and convolution.kernel_size != (1, 1)
+        return not is_padded_by_itself and fits(
+            convolution.weight, convolution.geometry, self.dtype, torch.Size(x[2:])
+        )
+
+    def find_shape(self, step: Step, source: Shape) -> None:
+        """Note the shape of a result, and whether its branch differs from its shortcut in shape."""
+        shapes = self.build.shapes
+        shape = shape_after(step, source)
+        self.is_uneven = False
+        if isinstance(step, (Convolve, Join)) and step.shortcut is not None:
+            shortcut = shapes[step.shortcut]
+            if shape != shortcut:  # somebody has changed a convolution
+                check_summands(shape, shortcut)
+                self.is_uneven, shape = True, shortcut
+        shapes[step.result] = shape
+
+    # ---- convolutions that normalize what they read -----------------------------------------------------
+
+    def norm_convolution(self, step: Convolve, block: Block) -> None:
+        build, convolution = self.build, step.convolution
+        norm = NO_NORM if step.norm is None else step.norm.op_parameters()
+        if step.norm is not None:
+            self.compute_moments_once(step, block)
+        weight, bias, groups, eps, activation = norm
+        packed = packed_for(convolution.weight, convolution.eps, self.dtype)
+        channels, size = convolution.out_channels, convolution.kernel_size[0]
+        stride, wants = convolution.geometry[0][0], step.then is not None
+        if step.shortcut is None:
+            source, moments = build.place(step.source), build.moments(step.source)
+            build.bury(step)
+            result = build.new(step.result)
+            result_moments = build.new_moments(step.result) if wants else UNUSED
+            op = torch.ops.bitfast.norm_convolution.native._op
+
+            def call(places: Places) -> None:
+                places[result], places[result_moments] = op(
+                    places[source], places[moments], weight, bias, groups, eps, activation, packed,
+                    channels, size, stride, wants,
+                )  # fmt: skip
+
+            build.emit("norm_convolution", call)
+            return
+        total = self.owned_shortcut(step)
+        source, moments = build.place(step.source), build.moments(step.source)
+        build.bury(step)
+        total_moments = build.new_moments(step.result) if wants else UNUSED
+        add = torch.ops.bitfast.norm_convolution_add_.native._op
+
+        def call_add(places: Places) -> None:
+            places[total_moments] = add(
+                places[source], places[moments], weight, bias, groups, eps, activation, packed,
+                places[total], size, 1, wants,
+            )  # fmt: skip
+
+        build.emit("norm_convolution_add_", call_add)
+
+    def compute_moments_once(self, step: Convolve, block: Block) -> None:
+        """Compute the moments of what several convolutions read; for a single one its kernel does that."""
+        build, value = self.build, step.source
+        readers = [
+            other for other in block if isinstance(other, Convolve) and other.source == value
+        ]
+        if len(readers) < 2 or build.moments(value) != NOTHING:
+            return
+        source, moments = build.place(value), build.new_moments(value)
+        op = torch.ops.bitfast.channel_moments.native._op
+
+        def call(places: Places) -> None:
+            places[moments] = op(places[source])
+
+        build.emit("channel_moments", call)
+
+    def owned_shortcut(self, step: Convolve) -> int:
+        """Return the place of the result, which holds the shortcut at first."""
+        build = self.build
+        assert step.shortcut is not None
+        if build.may_overwrite(step, step.shortcut):
+            return build.move(step.result, step.shortcut)
+        shortcut, result = build.place(step.shortcut), build.new(step.result)
+
+        def call(places: Places) -> None:
+            places[result] = places[shortcut].clone()
+
+        build.emit("clone", call)
+        return result
+
+    # ---- convolutions with packed weights ---------------------------------------------------------------
+
+    def packed_convolution(self, step: Convolve, fused: bool) -> None:
+        build, convolution = self.build, step.convolution
+        shape = build.shapes[step.source]
+        source = build.place(step.source) if step.norm is None else self.normalized(step)
+        pad = self.pad_of(convolution.pad, shape)
+        padded = (*shape[:2], *padded_by(convolution.pad, shape[2:]))
+        geometry = convolution.geometry
+        packed = packed_weight(
+            convolution.weight, convolution.eps, geometry, self.dtype, torch.Size(padded)
+        )
+        dtype = self.dtype if self.casts and step.source == IMAGES else None
+
+        def read(places: Places) -> Tensor:
+            x = places[source]
+            x = x if pad is None else pad(x)
+            return x if dtype is None else x.to(dtype)
+
+        is_plain = pad is None and dtype is None
+        if step.shortcut is None:
+            self.keep_spare(step, fused)
+            build.bury(step)
+            result = build.new(step.result)
+
+            def call(places: Places) -> None:
+                x = places[source] if is_plain else read(places)
+                places[result] = run_packed(x, packed, geometry)
+
+            build.emit("packed_convolution", call)
+            return
+        adds = not fused and geometry == POINTWISE and pad is None and not self.is_uneven
+        if adds and build.may_overwrite(step, step.shortcut):
+            total = build.move(step.result, step.shortcut)
+            build.bury(step)
+
+            def call_add(places: Places) -> None:
+                run_packed_add(places[source], packed, places[total], geometry)
+
+            build.emit("packed_convolution_add_", call_add)
+            return
+        shortcut = build.place(step.shortcut)
+        adds_with_norm = step.then is not None and not self.fuses and not self.is_uneven
+        build.bury(step)
+        result = build.new(step.result)
+        if not adds_with_norm:
+
+            def call_and_add(places: Places) -> None:
+                branch = run_packed(read(places), packed, geometry)
+                places[result] = add_to_shortcut(branch, places[shortcut])
+
+            build.emit("packed_convolution, add", call_and_add)
+            return
+        assert step.then is not None
+        following = build.new(normalized(step.result))
+        op, norm = torch.ops.bitfast.add_group_norm_act.native._op, step.then.op_parameters()
+
+        def call_and_normalize(places: Places) -> None:
+            branch = run_packed(read(places), packed, geometry)
+            places[result], places[following], *_ = op(branch, places[shortcut], *norm)
+
+        build.emit("packed_convolution, add_group_norm_act", call_and_normalize)
+
+    def pad_of(self, pad: nn.Module | None, shape: Shape) -> Any:
+        """Return what pads an input of this shape; None if nothing has to."""
+        if not isinstance(pad, DynamicPad2d):
+            return None
+        sides = padding_of(pad, shape[2:])
+        if not any(sides):
+            return None
+        if not self.pads_natively:
+            return lambda x: same_pad(x, pad.kernel_size, pad.stride, pad.dilation, pad.value)
+        op, value = torch.ops.bitfast.same_pad.native._op, float(pad.value)
+        return lambda x: op(x, sides, value)
+
+    # ---- norms --------------------------------------------------------------------------------------------
+
+    def normalized(self, step: Convolve | Normalize) -> int:
+        """Return the place of the normalized source, in the place of the source itself where that is free."""
+        build, value = self.build, normalized(step.source)
+        assert step.norm is not None
+        if build.has(value):
+            return build.place(value)
+        source, moments = build.place(step.source), build.moments(step.source)
+        shape = build.shapes[step.source]
+        norm = step.norm.op_parameters()
+        if build.may_overwrite(step, step.source):
+            place = build.move(value, step.source)
+            op = torch.ops.bitfast.group_norm_act_.native._op
+
+            def call_in_place(places: Places) -> None:
+                op(places[place], places[moments], *norm, None)
+
+            build.emit("group_norm_act_", call_in_place)
+            return place
+        into = torch.ops.bitfast.group_norm_act_into.native._op
+        self.made_new.add(value)
+        if self.spare is not None and self.spare[1] == shape:
+            result = build.put(value, self.spare[0])
+            self.spare = None
+
+            def call_into(places: Places) -> None:
+                into(places[source], places[moments], *norm, None, places[result])
+
+        else:
+            result = build.new(value)
+
+            def call_into(places: Places) -> None:
+                x = places[source]
+                places[result] = made = torch.empty_like(x)
+                into(x, places[moments], *norm, None, made)
+
+        build.emit("group_norm_act_into", call_into)
+        return result
+
+    def keep_spare(self, step: Convolve, fused: bool) -> None:
+        """Keep the memory of what a block has normalized first for what the next one normalizes first."""
+        build, value = self.build, normalized(step.source)
+        if fused or value not in self.made_new or not build.may_overwrite(step, value):
+            return
+        if self.spare is not None:
+            build.free_place(self.spare[0])
+        self.spare = build.take(value), build.shapes[step.source]
+
+    def normalize(self, step: Normalize) -> None:
+        self.normalized(step)
+        self.build.move(step.result, normalized(step.source))
+        self.build.bury(step)
+
+    def join(self, step: Join, fused: bool) -> None:
+        build = self.build
+        name = activation_name(step.activation)
+        assert name is not None
+        activate = ACTIVATIONS[name]
+        source, moments = build.place(step.source), build.moments(step.source)
+        shortcut = build.place(step.shortcut)
+        op = torch.ops.bitfast.group_norm_act_.native._op
+        weight, bias, groups, eps, _ = step.norm.op_parameters()
+        adds = fused and not self.is_uneven
+        result = build.move(step.result, step.source)
+        build.bury(step)
+
+        def call(places: Places) -> None:
+            x = places[source]
+            if adds:
+                op(x, places[moments], weight, bias, groups, eps, name, places[shortcut])
+            else:
+                op(x, places[moments], weight, bias, groups, eps, "none", None)
+                places[result] = activate(add_to_shortcut(x, places[shortcut]))
+
+        build.emit("group_norm_act_, add", call)
+
+    # ---- the stem -------------------------------------------------------------------------------------------
+
+    def pool(self, step: Pool) -> None:
+        build, pooler, zeros = self.build, step.pooler, step.zeros
+        source = build.place(step.source)
+        build.bury(step)
+        result = build.new(step.result)
+
+        def call(places: Places) -> None:
+            places[result] = pooler.with_zeros(places[source], zeros)
+
+        build.emit("same_max_pool", call)
+
+    def zeros(self, step: Zeros) -> None:
+        build, sides = self.build, (step.zeros,) * 4
+        source = build.place(step.source)
+        build.bury(step)
+        result = build.new(step.result)
+
+        def call(places: Places) -> None:
+            places[result] = F.pad(places[source], sides)
+
+        build.emit("zeros", call)
+
+
+__all__ = ["lower", "serves"]

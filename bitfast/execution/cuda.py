@@ -1,0 +1,342 @@
+"""Lowering to the Triton kernels of a GPU: per pass only addresses change.
+
+Norms are launches that are compiled and planned beforehand; they run in the memory of what they read, and
+store no statistics. A residual is added by the launch of the norm that comes next, onto the shortcut, and the
+norm is written over the branch. Convolutions are torch's.
+
+In Triton's interpreter the same programs run on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitfast.activations import ACTIVATIONS, activation_name
+from bitfast.backends import select_backend
+from bitfast.blocks import add_to_shortcut, check_summands
+from bitfast.execution.graph import is_recorded_by_others
+from bitfast.execution.program import RESERVED, Builder, Places, Program
+from bitfast.execution.setting import Setting
+from bitfast.execution.shapes import Shape, padding_of, shape_after
+from bitfast.execution.steps import (
+    IMAGES,
+    Block,
+    Convolve,
+    Join,
+    Normalize,
+    Pool,
+    Step,
+    Zeros,
+    normalized,
+)
+from bitfast.execution.weights import kept_standardized, recorded_weights
+from bitfast.layers import DynamicPad2d, GroupNormActivation
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.same_padding import same_pad
+from bitfast.torch_state import unseen
+
+IMAGES_IN_SLICES = False
+
+NEEDS_ADDRESSES_OF_NORMS = True
+
+STREAM, WEIGHTS = RESERVED, RESERVED + 1
+"""The places of the stream's handle, and of the standardized weights."""
+
+Norm = Callable[[Places, Tensor, Tensor | None, Tensor], None]
+
+
+def serves(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether networks of feature maps of this dtype are lowered by this module."""
+    is_real = device_type in ("cuda", "cpu")  # "cpu" is Triton's interpreter
+    return is_real and select_backend("group_norm_act", device_type, dtype) == "triton"
+
+
+def lower(
+    blocks: Sequence[Block],
+    source: int,
+    shape: Shape,
+    kept: Sequence[int],
+    shared: Container[int],
+    setting: Setting,
+) -> Program:
+    """Lower the steps of some blocks.
+
+    Args:
+        blocks: One after the other; none calls a module.
+        source: The value that the program is given, channels_last.
+        shape: Of that.
+        kept: The values that it returns.
+        shared: Values that nothing may overwrite.
+        setting: For which :func:`serves` is true.
+
+    Raises:
+        ValueError: a block cannot add its branch to its shortcut.
+    """
+    steps = [step for block in blocks for step in block]
+    lowering = _Lowering(Builder(steps, source, shape, kept, shared, reserved=2), setting)
+    lowering.begin(steps)
+    for step in steps:
+        lowering.lower(step)
+    return lowering.build.program()
+
+
+class _Lowering:
+    """Lowers one step after the other."""
+
+    def __init__(self, builder: Builder, setting: Setting) -> None:
+        self.build = builder
+        self.setting = setting
+        self.dtype, self.device = setting.compute_dtype, setting.device
+        self.numbers: dict[nn.Module, int] = {}
+        """Of the convolutions, among the weights."""
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """Emit what finds the stream and the weights."""
+        convolutions = [step.convolution for step in steps if isinstance(step, Convolve)]
+        self.numbers = {convolution: n for n, convolution in enumerate(convolutions)}
+        kept_by_module = kept_standardized(convolutions, channels_last=True)
+        kept = [kept_by_module[convolution] for convolution in convolutions]
+        index = self.device.index
+
+        def call(places: Places) -> None:
+            places[STREAM] = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+            places[WEIGHTS] = kept
+            if is_recorded_by_others():
+                # They replay it without asking whether weights have changed.
+                fresh = recorded_weights(convolutions, channels_last=True)
+                places[WEIGHTS] = [fresh[convolution] for convolution in convolutions]
+
+        self.build.emit("begin", call)
+
+    def lower(self, step: Step) -> None:
+        shapes = self.build.shapes
+        shape = shape_after(step, shapes[step.source])
+        is_uneven = False
+        if isinstance(step, (Convolve, Join)) and step.shortcut is not None:
+            is_uneven = shape != shapes[step.shortcut]
+            check_summands(shape, shapes[step.shortcut])
+            shape = shapes[step.shortcut]
+        shapes[step.result] = shape
+        if isinstance(step, Convolve):
+            self.convolve(step, is_uneven)
+        elif isinstance(step, Normalize):
+            self.normalized(step)
+            self.build.move(step.result, normalized(step.source))
+            self.build.bury(step)
+        elif isinstance(step, Join):
+            self.join(step)
+        elif isinstance(step, Pool):
+            pooler, zeros = step.pooler, step.zeros
+            self.apply("same_max_pool", step, lambda x: pooler.with_zeros(x, zeros))
+        else:
+            assert isinstance(step, Zeros)
+            sides = (step.zeros,) * 4
+            self.apply("zeros", step, lambda x: F.pad(x, sides))
+
+    def apply(self, name: str, step: Step, function: Callable[[Tensor], Tensor]) -> None:
+        """Emit a call that makes a new tensor of one."""
+        source = self.build.place(step.source)
+        self.build.bury(step)
+        result = self.build.new(step.result)
+
+        def call(places: Places) -> None:
+            places[result] = function(places[source])
+
+        self.build.emit(name, call)
+
+    # ---- convolutions -------------------------------------------------------------------------------------
+
+    def convolve(self, step: Convolve, is_uneven: bool) -> None:
+        build = self.build
+        source = build.place(step.source) if step.norm is None else self.normalized(step)
+        convolve = self.convolution(step)
+        if step.shortcut is None:
+            build.bury(step)
+            result = build.new(step.result)
+
+            def call(places: Places) -> None:
+                places[result] = convolve(places, places[source])
+
+            build.emit("convolution", call)
+            return
+        shortcut = build.place(step.shortcut)
+        owns_shortcut = build.may_overwrite(step, step.shortcut)
+        if step.then is None or is_uneven:
+            build.bury(step)
+            result = build.new(step.result)
+
+            def call_and_add(places: Places) -> None:
+                branch = convolve(places, places[source])
+                places[result] = add_to_shortcut(branch, places[shortcut])
+
+            build.emit("convolution, add", call_and_add)
+            return
+        norm = self.norm(step.then, build.shapes[step.result], True)
+        build.bury(step)
+        result, following = build.new(step.result), build.new(normalized(step.result))
+
+        def call_and_normalize(places: Places) -> None:
+            branch, total = convolve(places, places[source]), places[shortcut]
+            if not owns_shortcut:
+                total = total.clone()
+            norm(places, branch, total, branch)
+            places[result], places[following] = total, branch
+
+        build.emit("convolution, add_group_norm_act", call_and_normalize)
+
+    def convolution(self, step: Convolve) -> Callable[[Places, Tensor], Tensor]:
+        """Return what convolves a tensor with the weights that stand in their place."""
+        convolution, number = step.convolution, self.numbers[step.convolution]
+        stride, padding, dilation = convolution.geometry
+        shape = self.build.shapes[step.source]
+        pad = self.pad_of(convolution.pad, shape)
+        dtype = None if self.setting.dtype == self.dtype or step.source != IMAGES else self.dtype
+        direct = _direct_arguments(self.setting, shape)
+
+        def convolve(places: Places, x: Tensor) -> Tensor:
+            if pad is not None:
+                x = pad(x)
+            if dtype is not None:
+                x = x.to(dtype)
+            weight = places[WEIGHTS][number]
+            if direct is None:
+                return torch.conv2d(x, weight, None, stride, padding, dilation)
+            return torch.cudnn_convolution(x, weight, padding, stride, dilation, 1, *direct)
+
+        return convolve
+
+    def pad_of(self, pad: nn.Module | None, shape: Shape) -> Callable[[Tensor], Tensor] | None:
+        """Return what pads an input of this shape; None if nothing has to."""
+        if not isinstance(pad, DynamicPad2d) or not any(padding_of(pad, shape[2:])):
+            return None
+        return lambda x: same_pad(x, pad.kernel_size, pad.stride, pad.dilation, pad.value)
+
+    # ---- norms ----------------------------------------------------------------------------------------------
+
+    def normalized(self, step: Convolve | Normalize) -> int:
+        """Return the place of the normalized source, in the place of the source itself where that is free."""
+        build, value = self.build, normalized(step.source)
+        assert step.norm is not None
+        if build.has(value):
+            return build.place(value)
+        source = build.place(step.source)
+        norm = self.norm(step.norm, build.shapes[step.source], False)
+        if build.may_overwrite(step, step.source):
+            place = build.move(value, step.source)
+
+            def call_in_place(places: Places) -> None:
+                x = places[place]
+                norm(places, x, None, x)
+
+            build.emit("group_norm_act", call_in_place)
+            return place
+        result = build.new(value)
+
+        def call(places: Places) -> None:
+            x = places[source]
+            places[result] = made = torch.empty_like(x)
+            norm(places, x, None, made)
+
+        build.emit("group_norm_act", call)
+        return result
+
+    def norm(self, norm: GroupNormActivation, shape: Shape, adds: bool) -> Norm:
+        """Return what normalizes x into a result, which may be x.
+
+        With ``adds`` it is given a second tensor, to which x is added in place before.
+        """
+        from bitfast.kernels.group_norm_act_prepared import prepare_forward
+
+        weight, bias, groups, eps, activation = norm.op_parameters()
+        addresses = weight.data_ptr(), bias.data_ptr()
+        if any(address % 16 for address in addresses) or not weight.is_contiguous():
+            return _norm_by_operator(norm, adds)
+        run = prepare_forward(
+            shape,
+            self.dtype, self.device, True, groups, eps, activation, weight.dtype, bias.dtype,
+            has_residual=adds, sum_in_place=adds, keeps_statistics=False,
+        )  # fmt: skip
+
+        def launch(places: Places, x: Tensor, residual: Tensor | None, result: Tensor) -> None:
+            total = 0 if residual is None else residual.data_ptr()
+            run(places[STREAM], x.data_ptr(), total, *addresses, total, result.data_ptr(), 0, 0)
+
+        return launch
+
+    def join(self, step: Join) -> None:
+        build = self.build
+        norm = self.norm(step.norm, build.shapes[step.source], False)
+        name = activation_name(step.activation)
+        assert name is not None
+        activate = torch.relu_ if name == "relu" else ACTIVATIONS[name]
+        source, shortcut = build.place(step.source), build.place(step.shortcut)
+        result = build.move(step.result, step.source)
+        build.bury(step)
+
+        def call(places: Places) -> None:
+            x = places[source]
+            norm(places, x, None, x)
+            places[result] = activate(add_to_shortcut(x, places[shortcut]))
+
+        build.emit("group_norm_act, add", call)
+
+
+def _norm_by_operator(norm: GroupNormActivation, adds: bool) -> Norm:
+    """Return the same for parameters that begin where no wide access can: the op finds a kernel for them."""
+    parameters = norm.op_parameters()
+
+    def run(places: Places, x: Tensor, residual: Tensor | None, result: Tensor) -> None:
+        if residual is None:
+            result.copy_(group_norm_act(x, *parameters))
+            return
+        total, following = add_group_norm_act(x, residual, *parameters)
+        residual.copy_(total)
+        result.copy_(following)
+
+    return run
+
+
+# ---- cuDNN ------------------------------------------------------------------------------------------------
+
+
+def _direct_arguments(setting: Setting, shape: Shape) -> tuple[bool, bool, bool] | None:
+    """Return what cuDNN's own entry wants to know besides the tensors; None if torch should choose.
+
+    The entry skips three layers of torch that find out for each call that it is cuDNN's.
+    """
+    if setting.device.type != "cuda" or setting.shape[0] == 0 or min(shape[1:]) < 1:
+        return None
+    is_on, *others = setting.switches
+    if not is_on or why_not_direct(setting.compute_dtype) is not None:
+        return None
+    return tuple(others)  # type: ignore[return-value]
+
+
+@lru_cache
+def why_not_direct(dtype: torch.dtype) -> str | None:
+    """Say why convolutions of this dtype cannot call cuDNN directly on this machine; None if they can."""
+    with unseen():
+        if not torch.cuda.is_available() or not torch.backends.cudnn.is_available():
+            return "this torch has no cuDNN"
+        x = torch.linspace(-1, 1, 2 * 16 * 25, device="cuda").view(2, 16, 5, 5).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.linspace(1, -1, 32 * 16 * 9, device="cuda").view(32, 16, 3, 3).to(dtype)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        expected = torch.conv2d(x, weight, None, (2, 2), (1, 1), (1, 1))
+        try:
+            result = torch.cudnn_convolution(
+                x, weight, (1, 1), (2, 2), (1, 1), 1, False, False, True
+            )
+        except (AttributeError, RuntimeError, TypeError) as error:
+            return f"this torch's entry to cuDNN cannot be used: {error}"
+        if result.stride() != expected.stride() or not torch.allclose(result, expected, 1e-2, 1e-1):
+            return "this torch's entry to cuDNN gives other results than its convolutions"
+        return None
+
+
+__all__ = ["lower", "serves", "why_not_direct"]

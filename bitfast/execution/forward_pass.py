@@ -1,0 +1,153 @@
+"""How a network of bitfast's modules runs: by a plan, op by op, or as its modules are written.
+
+:class:`~bitfast.BitModel` runs so, and so does a network of somebody else once its modules are bitfast's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfast.execution import op_by_op
+from bitfast.execution.operator import run_as_operator
+from bitfast.execution.plan import Request
+from bitfast.execution.plans import Plans
+from bitfast.execution.setting import planned_setting, runs_channels_last
+from bitfast.execution.steps import Steps
+from bitfast.execution.weights import standardized_weights
+from bitfast.layers import WeightStandardizedConv2d
+from bitfast.memory_format import contiguous_nchw, in_channels_last, is_channels_last
+from bitfast.network import BitEmbeddings
+from bitfast.torch_state import is_concrete
+from bitfast.watching import runs_as_written
+
+
+class ForwardPass(nn.Module):
+    """What runs the stem, the stages and the norm of a network; a base class of that network's own.
+
+    Subclasses say where these are, and have ``plans``.
+    """
+
+    plans: Plans
+    norm: nn.Module
+
+    def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
+        """Return what maps images to the first feature map, and what follows it one by one."""
+        raise NotImplementedError
+
+    def final_norm(self) -> nn.Module:
+        """Return what normalizes the output of the last stage."""
+        return self.norm
+
+    def stages_in_order(self) -> Sequence[nn.Module]:
+        """Return the stages."""
+        return self.stem_and_stages()[1]
+
+    def is_known(self) -> bool:
+        """Whether the modules around the stages are there at all, not something in their place."""
+        return True
+
+    def containers(self) -> Sequence[nn.Module]:
+        """Return the modules that are called around the stages, if these run as they are written."""
+        return ()
+
+    def check(self, pixel_values: Tensor) -> None:
+        """Raise TypeError or ValueError unless the network can take the images."""
+        stem, _ = self.stem_and_stages()
+        if isinstance(stem, BitEmbeddings):
+            stem.check(pixel_values)
+
+    def run(self, pixel_values: Tensor, request: Request) -> tuple[Sequence[Tensor], Tensor] | None:
+        """Compute what is asked for.
+
+        Args:
+            pixel_values: (N, num_channels, H, W).
+            request: Which outputs.
+
+        Returns:
+            The wanted outputs, in order, in the layout that plain convolutions would give them, and the result,
+            in the layout that the network runs in. None if the modules have to be called as they are: somebody
+            has to do with those around the stages, or follows each of them.
+        """
+        computed = self.run_unrestored(pixel_values, request)
+        if computed is None or torch.is_grad_enabled() or not computed[0]:
+            return computed
+        outputs, result = computed
+        return list(map(self.layout_of_outputs(pixel_values), outputs)), result
+
+    def run_unrestored(
+        self, pixel_values: Tensor, request: Request
+    ) -> tuple[Sequence[Tensor], Tensor] | None:
+        """Compute the same, all in the layout that the network runs in where no gradients are recorded."""
+        if not self.is_known():
+            return None
+        setting = None if self.training else planned_setting(pixel_values)
+        if setting is not None:
+            plan = self.plans.find(self, pixel_values, setting, request)
+            if plan is not None:
+                return plan.run(pixel_values)
+        if not is_concrete(pixel_values):
+            return None
+        self.check(pixel_values)
+        channels_last = runs_channels_last(pixel_values)
+        if is_compiled_inference(self) and all(map(runs_as_written, self.containers())):
+            computed = run_as_operator(self, pixel_values, request, channels_last)
+            if computed is not None:
+                return computed
+        steps = self.plans.steps(self)
+        if steps is None or not request.suits(steps):
+            return None
+        cuts = request.wanted if torch.is_grad_enabled() else ()
+        steps = steps.up_to(request.last, cuts, request.is_normed)
+        return self._run_op_by_op(steps, pixel_values, request.wanted, channels_last)
+
+    def _run_op_by_op(
+        self, steps: Steps, images: Tensor, wanted: Sequence[int], channels_last: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        # Where gradients are recorded, the network goes on from what is returned, so that there are gradients
+        # with respect to that.
+        replaced = self.layout_of_outputs(images) if torch.is_grad_enabled() and wanted else None
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        weights = standardized_weights(steps.convolutions(), channels_last)
+        return op_by_op.run(steps, images, weights, wanted, replaced)
+
+    def layout_of_outputs(self, pixel_values: Tensor) -> Any:
+        """Return what brings feature maps into the layout that plain convolutions would give them.
+
+        That is channels_last if the images or the weights of the stem are.
+        """
+        stem, _ = self.stem_and_stages()
+        weights = [m.weight for m in stem.modules() if isinstance(m, WeightStandardizedConv2d)]
+        if is_channels_last(pixel_values) or any(map(is_channels_last, weights)):
+            return in_channels_last
+        return contiguous_nchw
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation, and forget what was decided and kept for inference."""
+        self.plans.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.plans.clear()
+        return super()._apply(fn, recurse)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.plans = Plans(self)
+
+
+def is_compiled_inference(network: nn.Module) -> bool:
+    """Whether a compiler traces the network for inference; a program to be exported keeps its ops."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_grad_enabled()
+        and not network.training
+    )
+
+
+__all__ = ["ForwardPass", "Request"]

@@ -1,0 +1,158 @@
+"""Running a network's steps one op after the other: differentiable, traceable, on any device and backend.
+
+This is how networks are trained, and how they run in inference where no plan serves. A residual is added
+together with the norm that comes next, so that the sum is written once and read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bitfast.activations import activation_name
+from bitfast.blocks import add_to_shortcut
+from bitfast.execution.steps import (
+    IMAGES,
+    Call,
+    Convolve,
+    Join,
+    Normalize,
+    Pool,
+    Step,
+    Steps,
+    Zeros,
+    last_reads,
+    normalized,
+)
+from bitfast.execution.weights import Weights
+from bitfast.layers import GroupNormActivation
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.torch_state import is_concrete
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def run(
+    steps: Steps,
+    images: Tensor,
+    weights: Weights,
+    wanted: Container[int],
+    replaced: Layout | None = None,
+    source: int = IMAGES,
+) -> tuple[list[Tensor], Tensor]:
+    """Compute a network.
+
+    Args:
+        steps: Of the network.
+        images: (N, num_channels, H, W), in the layout to run in.
+        weights: The standardized weights that are there already.
+        wanted: The numbers of the stages (0 is the stem) whose outputs to return.
+        replaced: Applied to each wanted output; the network goes on from what it returns, brought back into the
+            layout to run in. None: the outputs are returned as they are.
+        source: The value that ``images`` are, if the steps begin with another.
+
+    Returns:
+        The wanted outputs, in order, and the result.
+    """
+    outputs: list[Tensor] = []
+    wanted_values = [value for number, value in enumerate(steps.outputs) if number in wanted]
+    values: dict[int, Tensor] = {source: images}
+    sequence = steps.all()
+    for step, dead in zip(sequence, last_reads(sequence, {steps.result}), strict=True):
+        _run_step(step, values, weights)
+        for value in dead:
+            values.pop(value, None)
+        times = wanted_values.count(step.result)  # what a stage without blocks returns is its input
+        if times:
+            x = values[step.result]
+            outer = x if replaced is None else replaced(x)
+            outputs += [outer] * times
+            if replaced is not None:  # so that there are gradients with respect to what is returned
+                values[step.result] = _laid_out_like(x, outer)
+    return outputs, values[steps.result]
+
+
+def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+    """Return the other tensor in the layout of x."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return other.contiguous(memory_format=torch.channels_last)
+    return other
+
+
+def _run_step(step: Step, values: dict[int, Tensor], weights: Weights) -> None:
+    if isinstance(step, Convolve):
+        _convolve(step, values, weights)
+    elif isinstance(step, Normalize):
+        values[step.result] = _normalized(step.source, step.norm, values)
+    elif isinstance(step, Join):
+        branch = _through(step.drop_path, _norm(step.norm, values[step.source]))
+        values[step.result] = step.activation(add_to_shortcut(branch, values[step.shortcut]))
+    elif isinstance(step, Pool):
+        values[step.result] = step.pooler.with_zeros(values[step.source], step.zeros)
+    elif isinstance(step, Zeros):
+        values[step.result] = F.pad(values[step.source], (step.zeros,) * 4)
+    else:
+        values[step.result] = _call(step, values[step.source])
+
+
+def _convolve(step: Convolve, values: dict[int, Tensor], weights: Weights) -> None:
+    convolution = step.convolution
+    x = values[step.source] if step.norm is None else _normalized(step.source, step.norm, values)
+    if convolution.pad is not None:
+        x = convolution.pad(x)
+    weight = weights.get(convolution)
+    if weight is None:
+        weight = convolution.filters()
+    branch = convolution._conv_forward(x, weight, None)
+    if step.shortcut is None:
+        values[step.result] = branch
+        return
+    branch, shortcut = _through(step.drop_path, branch), values[step.shortcut]
+    if step.then is None or _may_differ(branch, shortcut):
+        values[step.result] = add_to_shortcut(branch, shortcut)
+    else:
+        total, following = add_group_norm_act(branch, shortcut, *_arguments(step.then))
+        values[step.result], values[normalized(step.result)] = total, following
+
+
+def _may_differ(branch: Tensor, shortcut: Tensor) -> bool:
+    """Whether the two are known to be of different shapes: somebody has changed a convolution."""
+    return (
+        is_concrete(branch) and not torch.compiler.is_compiling() and branch.shape != shortcut.shape
+    )
+
+
+def _normalized(source: int, norm: GroupNormActivation, values: dict[int, Tensor]) -> Tensor:
+    """Return the normalized value, which another step may have computed already."""
+    place = normalized(source)
+    if place not in values:
+        values[place] = _norm(norm, values[source])
+    return values[place]
+
+
+def _norm(norm: GroupNormActivation, x: Tensor) -> Tensor:
+    return group_norm_act(x, *_arguments(norm))
+
+
+def _arguments(norm: GroupNormActivation) -> tuple[Tensor, Tensor, int, float, str]:
+    name = activation_name(norm.activation)
+    assert name is not None
+    return norm.weight, norm.bias, norm.num_groups, norm.eps, name
+
+
+def _through(drop_path: nn.Module | None, branch: Tensor) -> Tensor:
+    is_idle = drop_path is None or type(drop_path) is nn.Identity
+    return branch if is_idle else drop_path(branch)  # type: ignore[misc]
+
+
+def _call(step: Call, x: Tensor) -> Tensor:
+    if step.options is None:
+        return step.module(x)
+    return checkpoint(step.module, x, **step.options)
+
+
+__all__ = ["run"]

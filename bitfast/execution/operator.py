@@ -1,0 +1,166 @@
+"""A network in inference as one operator, for ``torch.compile``.
+
+The compiled program calls it, and it runs the network as it would run without a compiler: by a plan. So there
+is no graph break, sizes may be symbolic, changes of weights and of modules are followed, and nothing is slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfast.backends import requested_backends, use_backend
+from bitfast.execution.plan import Request, lowering_for
+from bitfast.execution.plans import plans_named
+from bitfast.ops.common import LIBRARY, autocast_dtype
+from bitfast.ops.derivatives import refusing_derivatives
+
+SIGNATURE = (
+    "(Tensor images, Tensor[] parameters, str network, int last, int[] wanted, bool is_normed,"
+    " bool channels_last, ScalarType? autocast, str demands) -> Tensor[]"
+)
+"""Takes all parameters, so that a compiler knows what the results depend on. Returns the wanted outputs, and
+the result if that is none of them."""
+
+
+def run_as_operator(
+    network: Any, images: Tensor, request: Request, channels_last: bool
+) -> tuple[list[Tensor], Tensor] | None:
+    """Compute what is asked for of a network while a compiler traces, in inference.
+
+    Args:
+        network: A ``ForwardPass``.
+        images: (N, num_channels, H, W).
+        request: Which outputs.
+        channels_last: The layout of the results.
+
+    Returns:
+        The wanted outputs and the result; None if the compiler should see the modules: somebody has to do with
+        one, or no plan serves.
+    """
+    demands = ",".join([f"{op}={backend}" for op, backend in requested_backends().items()])
+    autocast = autocast_dtype(images)
+    dtype = images.dtype if autocast is None else autocast
+    name = network.plans.name
+    if not _can_be_operator(name, images.device.type, dtype, demands):
+        return None
+    results = torch.ops.bitfast.network.planned(
+        images,
+        list(network.parameters()),
+        name,
+        request.last,
+        list(request.wanted),
+        request.is_normed,
+        channels_last,
+        autocast,
+        demands,
+    )
+    outputs = list(results)
+    return outputs[: len(request.wanted)], outputs[-1]
+
+
+def _can_be_operator(name: str, device_type: str, dtype: torch.dtype, demands: str) -> bool:
+    """Whether a plan serves a network, and nobody has to do with a module of it."""
+    plans = plans_named(name)
+    with _demanded(demands):
+        if lowering_for(device_type, dtype) is None:
+            return False
+    steps = plans.read(plans.network)
+    return steps is not None and steps.is_plannable()
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
+_can_be_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _demanded(demands: str) -> AbstractContextManager[Any]:
+    if not demands:
+        return nullcontext()
+    return use_backend(**dict(demand.split("=") for demand in demands.split(",")))
+
+
+# ---- the operator ---------------------------------------------------------------------------------
+
+
+class _Run(nn.Module):
+    """Lets ``functional_call`` run a network with other parameters."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network: Any = network
+
+    def forward(self, images: Tensor, request: Request) -> Any:
+        return self.network.run_unrestored(images, request)
+
+
+def _implementation(
+    images: Tensor,
+    parameters: Sequence[Tensor],
+    name: str,
+    last: int,
+    wanted: Sequence[int],
+    is_normed: bool,
+    channels_last: bool,
+    autocast: torch.dtype | None,
+    demands: str,
+) -> list[Tensor]:
+    plans = plans_named(name)
+    request = Request(last, tuple(wanted), is_normed)
+    with torch.no_grad(), _autocast(images.device.type, autocast), _demanded(demands):
+        if plans.are_parameters(parameters):
+            computed = plans.network.run_unrestored(images, request)
+        else:
+            names = [f"network.{name}" for name, _ in plans.network.named_parameters()]
+            given = dict(zip(names, parameters, strict=True))
+            computed = torch.func.functional_call(_Run(plans.network), given, (images, request))
+    outputs, result = computed
+    results = outputs if any(result is output for output in outputs) else [*outputs, result]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return [x.contiguous(memory_format=layout) for x in results]
+
+
+def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Let autocast be as it was when the program was traced."""
+    is_on = torch.is_autocast_enabled(device_type)
+    if dtype is None:
+        return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
+    if is_on and torch.get_autocast_dtype(device_type) == dtype:
+        return nullcontext()
+    return torch.autocast(device_type, dtype)
+
+
+def _fake(
+    images: Tensor,
+    parameters: Sequence[Tensor],
+    name: str,
+    last: int,
+    wanted: Sequence[int],
+    is_normed: bool,
+    channels_last: bool,
+    autocast: torch.dtype | None,
+    demands: str,
+) -> list[Tensor]:
+    plans = plans_named(name)
+    request = Request(last, tuple(wanted), is_normed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return [
+        torch.empty(
+            shape, dtype=autocast or images.dtype, device=images.device, memory_format=layout
+        )
+        for shape in plans.shapes(request, tuple(images.shape))
+    ]
+
+
+LIBRARY.define(f"network.planned{SIGNATURE}")
+LIBRARY.impl(
+    "network.planned",
+    refusing_derivatives("network", "planned", _implementation),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake("bitfast::network.planned", _fake, lib=LIBRARY)
+
+__all__ = ["run_as_operator"]

@@ -1,0 +1,364 @@
+"""Plans: how one network runs in one setting, decided once.
+
+A plan holds no decision. It runs programs one after the other, and between them the modules that somebody has
+to do with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bitfast.backends import why_unavailable
+from bitfast.execution import cpu, cuda, op_by_op
+from bitfast.execution.graph import GraphedPlan, Recorder, Results
+from bitfast.execution.guard import Parameters
+from bitfast.execution.program import Program
+from bitfast.execution.setting import Setting
+from bitfast.execution.shapes import Shape, shapes_of
+from bitfast.execution.steps import Block, Call, Convolve, Join, Step, Steps
+from bitfast.execution.weights import standardized_weights
+from bitfast.memory import keep_freed_memory
+from bitfast.ops.norm_convolution import fuses
+
+SLICE_BYTES = 7 * 2**20
+"""Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
+
+FUSED_SLICE_BYTES = 28 * 2**20
+"""The same where convolutions normalize what they read: less memory passes by, and all that matters is that
+the C library has no map of its own for a feature map, as from 32 MiB on."""
+
+STAGES_IN_SLICES = 2
+"""Later ones have small feature maps and large weights, which the whole batch should share."""
+
+
+class Lowering(Protocol):
+    """A module that lowers steps for some device."""
+
+    IMAGES_IN_SLICES: bool
+    """Whether a batch goes through the stages of high resolution a few images at a time."""
+
+    NEEDS_ADDRESSES_OF_NORMS: bool
+    """Whether programs hold the addresses of norms' parameters."""
+
+    def serves(self, device_type: str, dtype: torch.dtype) -> bool:
+        """Whether it lowers networks of feature maps of this dtype, in this thread, as torch is set."""
+
+    def lower(
+        self,
+        blocks: Sequence[Block],
+        source: int,
+        shape: Shape,
+        kept: Sequence[int],
+        shared: Container[int],
+        setting: Setting,
+    ) -> Program:
+        """Lower the steps of some blocks."""
+
+
+LOWERINGS: tuple[Any, ...] = (cuda, cpu)
+"""In the order in which they are asked."""
+
+
+class Request(NamedTuple):
+    """What of a network is asked for.
+
+    Attributes:
+        last: How many stages are computed.
+        wanted: The stages (0 is the stem) whose outputs are returned, in order.
+        is_normed: The final norm is applied to the last of all stages.
+    """
+
+    last: int
+    wanted: tuple[int, ...]
+    is_normed: bool
+
+    def suits(self, steps: Steps) -> bool:
+        """Whether nobody would notice if what is not asked for were not called."""
+        return self.is_normed or steps.calls_none_from(self.last)
+
+
+class Plan:
+    """How a network runs in one setting.
+
+    Attributes:
+        parts: Run one after the other.
+        calls_modules: Between them, modules are called that somebody has to do with.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        parameters: Parameters,
+        setting: Setting,
+        request: Request,
+        lowering: Lowering,
+    ) -> None:
+        self._parameters = parameters
+        self._graph: GraphedPlan | None = None
+        self._device = setting.device.index
+        values = [steps.outputs[number] for number in request.wanted]
+        wanted = list(dict.fromkeys(values))
+        self.parts = _Planner(steps, setting, lowering, wanted).parts()
+        # What a stage without blocks returns is its input.
+        self._repeated = [wanted.index(v) for v in values] if len(wanted) < len(values) else None
+        self.calls_modules = any(isinstance(part, _Called) for part in self.parts)
+
+    def holds(self) -> bool:
+        """Whether the parameters are those that the plan was made for."""
+        return self._parameters.hold()
+
+    def graphed(self, images: Tensor, recorder: Recorder) -> GraphedPlan:
+        """Return what runs the plan as a CUDA graph."""
+        if self._graph is None:
+            self._graph = GraphedPlan(self.run, images, recorder)
+        return self._graph
+
+    def run(self, images: Tensor) -> Results:
+        """Compute the network; return the wanted outputs and the result, channels_last."""
+        if self._device is not None and torch._C._cuda_getDevice() != self._device:
+            with torch.cuda.device(self._device):
+                return self._run(images)
+        return self._run(images)
+
+    def _run(self, images: Tensor) -> Results:
+        x = images.contiguous(memory_format=torch.channels_last)
+        outputs: list[Tensor] = []
+        for part in self.parts:
+            more, x = part.run(x)
+            outputs += more
+        if self._repeated is not None:
+            outputs = [outputs[number] for number in self._repeated]
+        return outputs, x
+
+
+# ---- the parts of a plan ------------------------------------------------------------------------------
+
+
+class Part(Protocol):
+    """Some blocks of a network."""
+
+    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the wanted outputs among the values of the blocks, and the last of these."""
+
+
+class _Programmed:
+    """Blocks whose input is known beforehand."""
+
+    def __init__(self, program: Program, is_last_wanted: bool) -> None:
+        self.program, self._wanted = program, None if is_last_wanted else -1
+
+    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        results = self.program.run(x)
+        return results[: self._wanted], results[-1]
+
+
+class _Sliced:
+    """Blocks that a few images go through at a time.
+
+    Their feature maps are then still in a cache when the next layer reads them, and small enough for the memory
+    allocator to use the same pages again.
+    """
+
+    def __init__(
+        self, size: int, program: Program, remainder: Program | None, is_last_wanted: bool
+    ) -> None:
+        self.size, self.program, self.remainder = size, program, remainder
+        self._wanted = None if is_last_wanted else -1
+
+    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        slices = []
+        for images in x.split(self.size):
+            is_whole = self.remainder is None or images.shape[0] == self.size
+            program = self.program if is_whole else self.remainder
+            slices.append(program.run(images))  # type: ignore[union-attr]
+        results = [torch.cat(parts) for parts in zip(*slices, strict=True)]
+        return results[: self._wanted], results[-1]
+
+
+class _Called:
+    """A module that somebody has to do with."""
+
+    def __init__(self, module: nn.Module, is_wanted: bool) -> None:
+        self.module, self._is_wanted = module, is_wanted
+
+    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        x = self.module(x)
+        return [x] if self._is_wanted else [], x
+
+
+class _Adaptive:
+    """Blocks after such a module, whose output may be anything: lowered when it is there."""
+
+    def __init__(self, planner: _Planner, blocks: Sequence[Block]) -> None:
+        self._planner, self._blocks = planner, blocks
+        self._programs: dict[Shape, _Programmed] = {}
+
+    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        setting = self._planner.setting
+        is_usual = type(x) is Tensor and x.dim() == 4 and x.device == setting.device
+        if not is_usual or x.dtype != setting.compute_dtype:
+            return self._planner.run_op_by_op(self._blocks, x)
+        shape = tuple(x.shape)
+        part = self._programs.get(shape)
+        if part is None:
+            part = self._planner.programmed(self._blocks, shape)
+            self._programs[shape] = part
+        return part.run(x.contiguous(memory_format=torch.channels_last))
+
+
+class _Planner:
+    """Cuts a network into the parts of a plan."""
+
+    def __init__(
+        self, steps: Steps, setting: Setting, lowering: Lowering, wanted: Sequence[int]
+    ) -> None:
+        self.steps, self.setting, self.lowering, self.wanted = steps, setting, lowering, wanted
+
+    def parts(self) -> list[Part]:
+        blocks = [block for block in self.steps.blocks() if block]
+        parts: list[Part] = []
+        shape: Shape | None = tuple(self.setting.shape)
+        early = self.early_blocks()
+        size = self.images_at_a_time(early) if early else self.setting.shape[0]
+        if size < self.setting.shape[0]:
+            parts.append(self.sliced(early, size))
+            shape = self.shape_after(early, tuple(self.setting.shape))
+            blocks = blocks[len(early) :]
+        for calls, group in itertools.groupby(blocks, lambda block: isinstance(block[0], Call)):
+            members = list(group)
+            if calls:
+                parts += [self.called(*block) for block in members]
+                shape = None
+            elif shape is None:
+                parts.append(_Adaptive(self, members))
+            else:
+                parts.append(self.programmed(members, shape))
+        return parts
+
+    def programmed(self, blocks: Sequence[Block], shape: Shape) -> _Programmed:
+        kept = self.kept(blocks)
+        return _Programmed(self.program(blocks, shape, kept), self.is_wanted(kept[-1]))
+
+    def program(self, blocks: Sequence[Block], shape: Shape, kept: Sequence[int]) -> Program:
+        source = blocks[0][0].source
+        return self.lowering.lower(blocks, source, shape, kept, self.steps.outputs, self.setting)
+
+    def called(self, step: Step) -> _Called:
+        assert isinstance(step, Call)
+        return _Called(step.module, self.is_wanted(step.result))
+
+    def kept(self, blocks: Sequence[Block]) -> list[int]:
+        """Return the wanted values that the blocks make, and the last one that they make."""
+        made = {step.result for block in blocks for step in block}
+        last = blocks[-1][-1].result
+        return [*(v for v in self.wanted if v in made and v != last), last]
+
+    def is_wanted(self, value: int) -> bool:
+        return value in self.wanted
+
+    def run_op_by_op(self, blocks: Sequence[Block], x: Tensor) -> tuple[list[Tensor], Tensor]:
+        steps = self.steps._replace(stem=(), stages=(tuple(blocks),), norm=())
+        steps = steps._replace(result=blocks[-1][-1].result)
+        wanted = [self.steps.outputs.index(v) for v in self.kept(blocks) if self.is_wanted(v)]
+        weights = standardized_weights(steps.convolutions(), channels_last=False)
+        return op_by_op.run(steps, x, weights, wanted, source=blocks[0][0].source)
+
+    # ---- slices ----------------------------------------------------------------------------------------
+
+    def early_blocks(self) -> list[Block]:
+        """Return the blocks of high resolution, if a batch may be cut before them."""
+        early = [self.steps.stem, *itertools.chain(*self.steps.stages[:STAGES_IN_SLICES])]
+        may_be_cut = self.lowering.IMAGES_IN_SLICES and self.steps.stages and self.steps.stages[0]
+        if not may_be_cut or any(isinstance(step, Call) for block in early for step in block):
+            return []  # whoever watches a module sees it called once
+        return early
+
+    def images_at_a_time(self, early: Sequence[Block]) -> int:
+        """Return how many images should go through the early blocks together."""
+        setting = self.setting
+        _, channels, height, width = self.shape_after(early[:2], tuple(setting.shape))
+        per_image = channels * height * width * setting.compute_dtype.itemsize
+        most = (
+            FUSED_SLICE_BYTES if fuses(setting.device.type, setting.compute_dtype) else SLICE_BYTES
+        )
+        return max(1, most // per_image)
+
+    def shape_after(self, blocks: Sequence[Block], shape: Shape) -> Shape:
+        steps = [step for block in blocks for step in block]
+        return shapes_of(steps, steps[0].source, shape)[steps[-1].result]
+
+    def sliced(self, blocks: Sequence[Block], size: int) -> _Sliced:
+        count, *rest = self.setting.shape
+        kept = self.kept(blocks)
+        program = self.program(blocks, (size, *rest), kept)
+        remainder = None
+        if count % size:
+            remainder = self.program(blocks, (count % size, *rest), kept)
+        return _Sliced(size, program, remainder, self.is_wanted(kept[-1]))
+
+
+# ---- making plans ----------------------------------------------------------------------------------------
+
+
+def make_plan(
+    network: Any, steps: Steps | None, images: Tensor, setting: Setting, request: Request
+) -> Plan | None:
+    """Return the plan of a network for what is asked for; None if no plan can serve.
+
+    Args:
+        network: A ``ForwardPass``.
+        steps: All of the network's, or None.
+        images: Of the setting.
+        setting: To plan for.
+        request: What is asked for.
+
+    Raises:
+        TypeError, ValueError: The network cannot take such images.
+    """
+    lowering = lowering_for(setting.device.type, setting.compute_dtype)
+    if lowering is None or steps is None or not request.suits(steps):
+        return None
+    network.check(images)
+    if not all(convolution.keeps_weight() for convolution in steps.convolutions()):
+        return None
+    steps = steps.up_to(request.last, (), request.is_normed)
+    parameters = Parameters(steps, lowering.NEEDS_ADDRESSES_OF_NORMS)
+    if not parameters.may_be_kept or _drops_paths(steps):
+        return None
+    keep_freed_memory()
+    return Plan(steps, parameters, setting, request, lowering)
+
+
+def lowering_for(device_type: str, dtype: torch.dtype) -> Lowering | None:
+    """Return what lowers networks of feature maps of this dtype, if anything does."""
+    return next((each for each in LOWERINGS if each.serves(device_type, dtype)), None)
+
+
+def why_no_plan(device_type: str, dtype: torch.dtype) -> str | None:
+    """Say why networks of feature maps of this dtype run without a plan; None if they run by one."""
+    if lowering_for(device_type, dtype) is not None:
+        return None
+    needed = {"cpu": ("native", "group_norm_act", "packed_convolution")}
+    backend, *ops = needed.get(device_type, ("triton", "group_norm_act"))
+    reasons = (why_unavailable(op, backend, device_type, dtype) for op in ops)
+    reason = next((reason for reason in reasons if reason is not None), None)
+    return reason or "another backend is demanded, or torch's oneDNN is switched off"
+
+
+def _drops_paths(steps: Steps) -> bool:
+    """Whether a branch may be dropped, as in training."""
+    return any(
+        step.drop_path is not None
+        and type(step.drop_path) is not nn.Identity
+        and step.drop_path.training
+        for step in steps.all()
+        if isinstance(step, (Convolve, Join))
+    )
+
+
+__all__ = ["Plan", "Request", "lowering_for", "make_plan", "why_no_plan"]

@@ -1,0 +1,95 @@
+"""What a pass depends on besides the network: the images' metadata, and the state that torch is in.
+
+This is the only place that asks torch for its state on behalf of a whole network, once a pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfast.backends import requested_backends, select_backend
+from bitfast.ops.common import autocast_dtype
+from bitfast.ops.packed_convolution import packs
+from bitfast.torch_state import is_concrete, is_dispatch_watched
+from bitfast.watching import is_every_module_watched
+
+
+class Setting(NamedTuple):
+    """What a plan is made for.
+
+    Attributes:
+        device, dtype, shape, strides: Of the images.
+        autocast: The dtype that autocast asks for, or None.
+        demands: The backends that are demanded, by op.
+        switches: torch's own switches for oneDNN, or for cuDNN: on, benchmark, deterministic, TF32.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    autocast: torch.dtype | None
+    demands: tuple[tuple[str, str], ...]
+    switches: tuple[bool, ...]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of all feature maps."""
+        return self.autocast or self.dtype
+
+
+def planned_setting(images: Tensor) -> Setting | None:
+    """Return the setting in which images are computed; None if no plan may serve in it.
+
+    None may where gradients are recorded, or where somebody follows the operators: a tracer, a transform, a
+    compiler, a mode, a subclass of tensors.
+    """
+    if (
+        torch.is_grad_enabled()
+        or type(images) is not Tensor
+        or torch.compiler.is_compiling()
+        or not is_concrete(images)
+        or is_dispatch_watched()
+        or is_every_module_watched()
+    ):
+        return None
+    device = images.device
+    switches = _cudnn_switches() if device.type == "cuda" else (torch._C._get_mkldnn_enabled(),)
+    return Setting(
+        device,
+        images.dtype,
+        images.shape,
+        images.stride(),
+        autocast_dtype(images),
+        tuple(requested_backends().items()),
+        switches,
+    )
+
+
+def _cudnn_switches() -> tuple[bool, ...]:
+    return (
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_cudnn_benchmark(),
+        torch._C._get_cudnn_deterministic() or torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_cudnn_allow_tf32(),
+    )
+
+
+def runs_channels_last(x: Tensor) -> bool:
+    """Whether a network on such images should run channels_last, whatever their own layout.
+
+    It should where the norms run in Triton, and on the CPU where they run in C++ and the convolutions in
+    oneDNN: these are fastest there.
+    """
+    if not is_concrete(x) or x.dim() != 4:
+        return False
+    backend = select_backend("group_norm_act", x.device.type, x.dtype)
+    return backend == "triton" or (
+        backend == "native" and packs(x.device.type, autocast_dtype(x) or x.dtype)
+    )
+
+
+__all__ = ["Setting", "planned_setting", "runs_channels_last"]

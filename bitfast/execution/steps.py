@@ -1,0 +1,471 @@
+"""The network as data: what is to be computed, step by step, whoever wrote the modules.
+
+A step holds modules, not tensors, and names the values that it reads and makes by number. Only where nobody
+could tell is a module read as a step: where somebody hooks, wraps, replaces, subclasses or compiles one, the
+block (or stem, or stage) around it becomes one step that calls it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import nn
+
+from bitfast.activations import activation_name
+from bitfast.blocks import (
+    BitBottleneckLayer,
+    BitDownsampleConv,
+    BitPreActivationBottleneckLayer,
+    ResidualBlock,
+)
+from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
+from bitfast.network import BitStage
+from bitfast.pooling import MaxPool2d
+from bitfast.watching import is_plain, runs_as_written
+
+IMAGES = 0
+"""The number of the value that a network is given."""
+
+
+class Convolve(NamedTuple):
+    """``result = convolution(norm(source))``, or that added to a shortcut.
+
+    Attributes:
+        source: The value that is read.
+        norm: Applied to it before, with its activation.
+        convolution: With its padding.
+        result: The value that is made.
+        shortcut: The value that the convolution is added to.
+        drop_path: What the convolution goes through before that; idle in inference.
+        then: The norm that reads the result next, if nothing else comes in between.
+    """
+
+    source: int
+    norm: GroupNormActivation | None
+    convolution: WeightStandardizedConv2d
+    result: int
+    shortcut: int | None = None
+    drop_path: nn.Module | None = None
+    then: GroupNormActivation | None = None
+
+
+class Normalize(NamedTuple):
+    """``result = norm(source)``, with its activation."""
+
+    source: int
+    norm: GroupNormActivation
+    result: int
+
+
+class Zeros(NamedTuple):
+    """``result`` is the source with so many zeros on all four sides."""
+
+    source: int
+    zeros: int
+    result: int
+
+
+class Pool(NamedTuple):
+    """``result = pooler(source)``, after so many zeros were put on all four sides of the source."""
+
+    source: int
+    zeros: int
+    pooler: MaxPool2d
+    result: int
+
+
+class Join(NamedTuple):
+    """``result = activation(norm(source) + shortcut)``; the norm has no activation of its own."""
+
+    source: int
+    norm: GroupNormActivation
+    shortcut: int
+    drop_path: nn.Module
+    activation: nn.Module
+    result: int
+
+
+class Call(NamedTuple):
+    """``result = module(source)``: somebody else has a say in what is computed.
+
+    ``options``: of ``torch.utils.checkpoint.checkpoint``, if the backward pass is to compute it again.
+    """
+
+    source: int
+    module: nn.Module
+    result: int
+    options: dict[str, Any] | None = None
+
+
+Step: TypeAlias = Convolve | Normalize | Zeros | Pool | Join | Call
+Block: TypeAlias = tuple[Step, ...]
+"""The steps of a stem, of a residual block, or of the final norm."""
+
+
+def normalized(value: int) -> int:
+    """Return the number of what the norm that reads a value makes of it."""
+    return ~value
+
+
+def reads_of(step: Step) -> tuple[int, ...]:
+    """Return the values that a step reads, normalized ones among them."""
+    reads: tuple[int, ...] = (step.source,)
+    if isinstance(step, (Convolve, Normalize)) and step.norm is not None:
+        reads += (normalized(step.source),)
+    if isinstance(step, (Convolve, Join)) and step.shortcut is not None:
+        reads += (step.shortcut,)
+    return reads
+
+
+def last_reads(steps: Sequence[Step], kept: Container[int]) -> list[list[int]]:
+    """Return for each step the values that nobody reads after it, but for those that are to be kept."""
+    dead: list[list[int]] = []
+    read_later: set[int] = set()
+    for step in reversed(steps):
+        reads = reads_of(step)
+        dead.append([v for v in dict.fromkeys(reads) if v not in read_later and v not in kept])
+        read_later.update(reads)
+    return dead[::-1]
+
+
+class Steps(NamedTuple):
+    """A network, or the first stages of one.
+
+    Attributes:
+        stem: Its steps.
+        stages: The blocks of each stage.
+        norm: What normalizes the output of the last stage; nothing if that is taken as it is.
+        outputs: The values that the stem and each stage make.
+        result: The value that ``norm`` makes.
+        values: How many values there are.
+        read: The modules that were found to run as they are written, and those that only hold others.
+        unusual: Modules that were found not to.
+    """
+
+    stem: Block
+    stages: tuple[tuple[Block, ...], ...]
+    norm: Block
+    outputs: tuple[int, ...]
+    result: int
+    values: int
+    read: tuple[nn.Module, ...]
+    unusual: tuple[nn.Module, ...]
+
+    def blocks(self) -> list[Block]:
+        """Return the stem, all blocks and the final norm, in order."""
+        return [self.stem, *(block for stage in self.stages for block in stage), self.norm]
+
+    def all(self) -> list[Step]:
+        """Return all steps in order."""
+        return [step for block in self.blocks() for step in block]
+
+    def convolutions(self) -> list[WeightStandardizedConv2d]:
+        """Return the convolutions that are steps."""
+        return [step.convolution for step in self.all() if isinstance(step, Convolve)]
+
+    def is_plannable(self) -> bool:
+        """Whether nobody has to do with any module, all convolutions can keep their weights, and each stage
+        has a block."""
+        return (
+            all(self.stages)
+            and not any(isinstance(step, Call) for step in self.all())
+            and all(convolution.keeps_weight() for convolution in self.convolutions())
+        )
+
+    def calls_none_from(self, stage: int) -> bool:
+        """Whether everything after so many stages consists of steps that nobody sees."""
+        later = [step for blocks in self.stages[stage:] for block in blocks for step in block]
+        return not any(isinstance(step, Call) for step in (*later, *self.norm))
+
+    def up_to(self, last: int, cuts: Iterable[int], is_normed: bool) -> Steps:
+        """Return the steps of the stem and the first stages.
+
+        Args:
+            last: How many stages.
+            cuts: The stages (1 is the first) after whose output somebody else steps in, so that the norm that
+                comes next is not applied before.
+            is_normed: Whether the final norm follows, after all of the stages.
+        """
+        stages = list(self.stages[:last])
+        for number in {*cuts, *(() if is_normed else (last,))}:
+            if 1 <= number <= last and stages[number - 1]:
+                *blocks, (*steps, final) = stages[number - 1]
+                if isinstance(final, Convolve):
+                    final = final._replace(then=None)
+                stages[number - 1] = (*blocks, (*steps, final))
+        return self._replace(
+            stages=tuple(stages),
+            norm=self.norm if is_normed else (),
+            outputs=self.outputs[: last + 1],
+            result=self.result if is_normed else self.outputs[last],
+        )
+
+
+def steps_of(
+    stem: nn.Module, stages: Sequence[nn.Module], norm: nn.Module, containers: Sequence[nn.Module]
+) -> Steps | None:
+    """Read a network.
+
+    Args:
+        stem: Maps images to the first feature map.
+        stages: Follow one another.
+        norm: Normalizes what the last of them makes.
+        containers: Modules that are called around the stages, and only call these.
+
+    Returns:
+        The steps; None if somebody has to do with a container, which must be called then.
+    """
+    return _Reader().read(stem, stages, norm, containers)
+
+
+class _Reader:
+    """Reads one network."""
+
+    def __init__(self) -> None:
+        self.values = 1
+        self.seen: list[nn.Module] = []
+        self.unusual: list[nn.Module] = []
+
+    def read(
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        norm: nn.Module,
+        containers: Sequence[nn.Module],
+    ) -> Steps | None:
+        if not self.reads(*containers):
+            return None
+        stem_steps, x = self.stem(stem)
+        outputs = [x]
+        blocks: list[list[Block]] = []
+        for stage in stages:
+            blocks.append([])
+            for module, options in self.parts(stage):
+                steps, x = self.block(module, options, x)
+                blocks[-1].append(steps)
+            outputs.append(x)
+        final, result = self.final_norm(norm, x)
+        self.announce_norms(blocks, final)
+        return Steps(
+            stem_steps,
+            tuple(map(tuple, blocks)),
+            final,
+            tuple(outputs),
+            result,
+            self.values,
+            tuple(self.seen),
+            tuple(self.unusual),
+        )
+
+    def value(self) -> int:
+        self.values += 1
+        return self.values - 1
+
+    # ---- what is as written ----------------------------------------------------------------------
+
+    def reads(self, *modules: nn.Module | None) -> bool:
+        """Whether all these modules run as written."""
+        for module in modules:
+            if module is None:
+                continue
+            if not runs_as_written(module):
+                self.unusual.append(module)
+                return False
+            self.seen.append(module)
+        return True
+
+    def reads_convolution(self, convolution: nn.Module) -> bool:
+        return (
+            is_plain(convolution, WeightStandardizedConv2d)
+            and self.reads(convolution, convolution.pad)
+            and convolution.is_simple()
+        )
+
+    def reads_norm(self, norm: nn.Module) -> bool:
+        return (
+            is_plain(norm, GroupNormActivation)
+            and self.reads(norm)
+            and norm.has_scale_and_shift()
+            and self.reads(norm.activation)
+            and norm.fused_activation() is not None
+        )
+
+    def reads_drop_path(self, block: ResidualBlock) -> bool:
+        return type(block.drop_path) in block.idle_in_inference and self.reads(block.drop_path)
+
+    def reads_downsample(self, downsample: BitDownsampleConv | None) -> bool:
+        if downsample is None:
+            return True
+        if type(downsample) is not BitDownsampleConv or not self.reads(downsample, downsample.norm):
+            return False
+        is_normed = type(downsample.norm) is not nn.Identity
+        return self.reads_convolution(downsample.conv) and (
+            not is_normed or self.reads_norm(downsample.norm)
+        )
+
+    # ---- the stem ----------------------------------------------------------------------------------
+
+    def stem(self, stem: nn.Module) -> tuple[Block, int]:
+        """Return the steps of a stem and the value that they make."""
+        steps: list[Step] = []
+        x = IMAGES
+        if not _says_its_parts(stem) or not self.reads(stem):
+            return self.call(stem, x)
+        zeros = 0
+        for part in stem.parts():  # type: ignore[operator]
+            if (more := zeros_of(part)) is not None and self.reads(part):
+                zeros += more
+                continue
+            if zeros and not isinstance(part, MaxPool2d):
+                steps.append(Zeros(x, zeros, x := self.value()))
+                zeros = 0
+            if self.reads_convolution(part):
+                steps.append(Convolve(x, None, part, x := self.value()))
+            elif self.reads_norm(part):
+                steps.append(Normalize(x, part, x := self.value()))
+            elif is_plain(part, MaxPool2d) and self.reads(part, part.pad) and part.is_fused():
+                steps.append(Pool(x, zeros, part, x := self.value()))
+                zeros = 0
+            else:
+                return self.call(stem, IMAGES)
+        if zeros or not steps:
+            return self.call(stem, IMAGES)
+        return tuple(steps), x
+
+    # ---- stages and blocks ---------------------------------------------------------------------------
+
+    def parts(self, stage: nn.Module) -> list[tuple[nn.Module, dict[str, Any] | None]]:
+        """Return the blocks of a stage, each with options of a checkpoint or None; else the stage itself."""
+        if (
+            not isinstance(stage, BitStage)
+            or not _says_its_parts(stage)
+            or not self.reads(stage)
+            or not stage.calls_each_block()
+        ):
+            return [(stage, None)]
+        self.seen.append(stage.layers)
+        options = stage.recomputation
+        return [(layer, options) for layer in stage.parts()]
+
+    def block(self, module: nn.Module, options: dict[str, Any] | None, x: int) -> tuple[Block, int]:
+        """Return the steps of a block and the value that they make."""
+        if options is None and self.reads(module):
+            if is_plain(module, BitPreActivationBottleneckLayer):
+                if self.reads_preactivation(module):
+                    return self.preactivation(module, x)
+            elif is_plain(module, BitBottleneckLayer) and self.reads_bottleneck(module):
+                return self.bottleneck(module, x)
+        return self.call(module, x, options)
+
+    def call(
+        self, module: nn.Module, x: int, options: dict[str, Any] | None = None
+    ) -> tuple[Block, int]:
+        result = self.value()
+        return (Call(x, module, result, options),), result
+
+    def reads_preactivation(self, block: BitPreActivationBottleneckLayer) -> bool:
+        downsample = block.downsample
+        return (
+            all(map(self.reads_norm, (block.norm1, block.norm2, block.norm3)))
+            and all(map(self.reads_convolution, (block.conv1, block.conv2, block.conv3)))
+            and self.reads_drop_path(block)
+            and self.reads_downsample(downsample)
+            and (downsample is None or type(downsample.norm) is nn.Identity)
+        )
+
+    def preactivation(self, block: BitPreActivationBottleneckLayer, x: int) -> tuple[Block, int]:
+        steps: list[Step] = []
+        shortcut = x
+        if block.downsample is not None:
+            shortcut = self.value()
+            steps.append(Convolve(x, block.norm1, block.downsample.conv, shortcut))
+        first, second, result = self.value(), self.value(), self.value()
+        steps += [
+            Convolve(x, block.norm1, block.conv1, first, then=block.norm2),
+            Convolve(first, block.norm2, block.conv2, second, then=block.norm3),
+            Convolve(second, block.norm3, block.conv3, result, shortcut, block.drop_path),
+        ]
+        return tuple(steps), result
+
+    def reads_bottleneck(self, block: BitBottleneckLayer) -> bool:
+        return (
+            all(map(self.reads_norm, (block.norm1, block.norm2, block.norm3)))
+            and block.norm3.fused_activation() == "none"
+            and all(map(self.reads_convolution, (block.conv1, block.conv2, block.conv3)))
+            and self.reads_drop_path(block)
+            and self.reads_downsample(block.downsample)
+            and self.reads(block.activation)
+            and activation_name(block.activation) is not None
+        )
+
+    def bottleneck(self, block: BitBottleneckLayer, x: int) -> tuple[Block, int]:
+        steps: list[Step] = []
+        shortcut = x
+        if block.downsample is not None:
+            norm: Any = block.downsample.norm
+            then = None if type(norm) is nn.Identity else norm
+            steps.append(
+                Convolve(x, None, block.downsample.conv, shortcut := self.value(), then=then)
+            )
+            if then is not None:
+                steps.append(Normalize(shortcut, then, shortcut := self.value()))
+        first, second, third, result = (self.value() for _ in range(4))
+        steps += [
+            Convolve(x, None, block.conv1, first, then=block.norm1),
+            Convolve(first, block.norm1, block.conv2, second, then=block.norm2),
+            Convolve(second, block.norm2, block.conv3, third, then=block.norm3),
+            Join(third, block.norm3, shortcut, block.drop_path, block.activation, result),
+        ]
+        return tuple(steps), result
+
+    # ---- the norms between -----------------------------------------------------------------------------
+
+    def final_norm(self, norm: nn.Module, x: int) -> tuple[Block, int]:
+        if type(norm) is nn.Identity and self.reads(norm):
+            return (), x
+        if self.reads_norm(norm):
+            result = self.value()
+            return (Normalize(x, norm, result),), result  # type: ignore[arg-type]
+        return self.call(norm, x)
+
+    def announce_norms(self, stages: list[list[Block]], final: Block) -> None:
+        """Tell the last step of each block which norm reads its result next."""
+        places = [(blocks, k) for blocks in stages for k in range(len(blocks))]
+        followers = [*(blocks[k] for blocks, k in places[1:]), final]
+        for (blocks, k), following in zip(places, followers, strict=False):
+            last = blocks[k][-1]
+            loses = any(isinstance(s, Convolve) and shrinks(s.convolution) for s in blocks[k])
+            if isinstance(last, Convolve) and following and not loses:
+                blocks[k] = (
+                    *blocks[k][:-1],
+                    last._replace(then=getattr(following[0], "norm", None)),
+                )
+
+
+def shrinks(convolution: WeightStandardizedConv2d) -> bool:
+    """Whether the convolution loses the border, for want of padding."""
+    return (
+        convolution.kernel_size != (1, 1)
+        and convolution.pad is None
+        and convolution.geometry[1] == (0, 0)
+    )
+
+
+def _says_its_parts(module: nn.Module) -> bool:
+    """Whether the class that says what the module consists of is the one that says how it runs."""
+    definers = [
+        next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
+        for name in ("forward", "parts")
+    ]
+    return definers[0] is definers[1]
+
+
+def zeros_of(pad: nn.Module) -> int | None:
+    """Return how many zeros a module puts on each side, if that is all that it does."""
+    if type(pad) is nn.Identity:
+        return 0
+    if type(pad) not in (nn.ConstantPad2d, nn.ZeroPad2d) or pad.value != 0:
+        return None
+    zeros, *others = pad.padding  # type: ignore[misc]
+    return zeros if zeros >= 0 and all(n == zeros for n in others) else None

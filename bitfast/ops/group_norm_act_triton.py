@@ -1,0 +1,393 @@
+"""group_norm_act in Triton: what the operators run, and eager calls that do without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfast.backends import requested_backend, select_backend
+from bitfast.memory_format import memory_format_of
+from bitfast.ops.common import run_launches
+from bitfast.ops.derivatives import run_underived, wants_numbers_only
+from bitfast.ops.eager import PLAIN_TYPES, Bounded, current_stream, is_unusual, is_unwatched, on
+from bitfast.ops.group_norm_act_contract import (
+    ADD_OP,
+    OP,
+    check,
+    check_residual,
+    differentiable_norm_gradients,
+)
+
+# ---- operators ------------------------------------------------------------------------------------
+
+
+def add_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the forward kernels; without a residual, the sum is x itself."""
+    from bitfast.kernels import group_norm_act as kernels
+
+    memory_format = memory_format_of(x)
+    x = x.contiguous(memory_format=memory_format)
+    total = x
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+        total = torch.empty_like(x)
+    result = torch.empty_like(x)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    launches = kernels.forward_launches(
+        x,
+        residual,
+        weight.contiguous(),
+        bias.contiguous(),
+        eps,
+        activation,
+        memory_format == torch.channels_last,
+        total=total,
+        result=result,
+        mean=mean,
+        rstd=rstd,
+    )
+    run_launches(launches, x)
+    return total, result, mean, rstd
+
+
+def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward kernels."""
+    _, result, mean, rstd = add_forward(x, None, *arguments)
+    return result, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernels."""
+    from bitfast.kernels import group_norm_act as kernels
+
+    memory_format = memory_format_of(x)
+    x = x.contiguous(memory_format=memory_format)
+    if grad_total is not None:
+        grad_total = grad_total.contiguous(memory_format=memory_format)
+    grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    launches = kernels.backward_launches(
+        grad.contiguous(memory_format=memory_format),
+        grad_total,
+        x,
+        weight.contiguous(),
+        bias.contiguous(),
+        mean,
+        rstd,
+        activation,
+        memory_format == torch.channels_last,
+        grad_x=grads[0],
+        grad_weight=grads[1],
+        grad_bias=grads[2],
+    )
+    run_launches(launches, x)
+    return grads
+
+
+# ---- eager calls ----------------------------------------------------------------------------------
+
+
+def launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor] | None:
+    """Return x (plus the residual) and its norm, past the dispatcher; None where an operator is needed.
+
+    One is needed for a tensor that is not dense, not aligned or not plain, and for another backend. The caller
+    has asked ``eager.may_launch`` about x, and checks the arguments where None is returned.
+
+    Raises:
+        TypeError, ValueError: As the op.
+    """
+    try:
+        key = (
+            x.shape, x.stride(), x.dtype, x.device,
+            type(weight), weight.stride(), weight.numel(), weight.dtype, weight.device,
+            type(bias), bias.stride(), bias.numel(), bias.dtype, bias.device,
+            num_groups, eps, activation, requested_backend(OP),
+            residual is None or (
+                type(residual), residual.shape, residual.stride(), residual.dtype, residual.device
+            ),
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides
+        return None
+    call = _calls.get(key, _UNKNOWN)
+    if call is _UNKNOWN:
+        call = _new_call(x, residual, weight, bias, num_groups, eps, activation)
+        _calls.keep(key, call)
+    if (
+        call is None
+        or is_unusual(x, weight, bias)
+        or (residual is not None and is_unusual(residual))
+    ):
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or bias.requires_grad
+        or (residual is not None and residual.requires_grad)
+    ):
+        if residual is None:
+            total, result = x, GroupNormAct.apply(call, x, weight, bias)
+        else:
+            total, result = AddGroupNormAct.apply(call, x, residual, weight, bias)
+    else:
+        total, result, _ = call.forward(x, residual, weight, bias, keeps_statistics=False)
+    if torch.is_autocast_enabled(call.device.type):
+        result = result.to(torch.get_autocast_dtype(call.device.type))
+    return total, result
+
+
+class Call:
+    """What calls of like arguments need; see :func:`launch` for the arguments."""
+
+    def __init__(
+        self, x: Tensor, has_residual: bool, weight: Tensor, bias: Tensor, num_groups: int,
+        eps: float, activation: str,
+    ) -> None:  # fmt: skip
+        self.device, self.dtype, self.shape = x.device, x.dtype, x.shape
+        self.memory_format = memory_format_of(x)
+        self.parameter_dtypes = weight.dtype, bias.dtype
+        self.has_residual = has_residual
+        self.num_groups, self.eps, self.activation = index(num_groups), float(eps), activation
+        numbers = x.shape[0] * self.num_groups
+        self.statistics = -(-numbers // 4) * 4
+        """Numbers of either kind, with what keeps the second kind aligned."""
+        self._settings = (
+            tuple(x.shape), x.dtype, x.device, self.memory_format == torch.channels_last, self.num_groups
+        )  # fmt: skip
+
+    def _prepare_forward(self, keeps_statistics: bool) -> Any:
+        from bitfast.kernels.group_norm_act_prepared import prepare_forward
+
+        return prepare_forward(
+            *self._settings, self.eps, self.activation, *self.parameter_dtypes,
+            has_residual=self.has_residual, keeps_statistics=keeps_statistics,
+        )  # fmt: skip
+
+    @cached_property
+    def _inference(self) -> Any:
+        return self._prepare_forward(False)
+
+    @cached_property
+    def _training(self) -> Any:
+        return self._prepare_forward(True)
+
+    def _prepare_backward(self, has_grad_total: bool) -> Any:
+        from bitfast.kernels.group_norm_act_prepared import prepare_backward
+
+        return prepare_backward(
+            *self._settings, self.activation, *self.parameter_dtypes, has_grad_total=has_grad_total
+        )
+
+    @cached_property
+    def _backward(self) -> Any:
+        return self._prepare_backward(False)
+
+    @cached_property
+    def _backward_with_total(self) -> Any:
+        return self._prepare_backward(True)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        keeps_statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the sum (or x), the result, and the statistics if they are kept: one kind after the other."""
+        stream = current_stream(self.device)
+        if stream is None:
+            with on(self.device):
+                return self.forward(x, residual, weight, bias, keeps_statistics)
+        result = torch.empty_like(x)
+        total, residual_at = x, 0
+        if residual is not None:
+            total, residual_at = torch.empty_like(x), residual.data_ptr()
+        run, statistics, mean, rstd = self._inference, None, 0, 0
+        if keeps_statistics:
+            run, statistics = self._training, self._new_statistics()
+            mean = statistics.data_ptr()
+            rstd = mean + 4 * self.statistics
+        run(
+            stream, x.data_ptr(), residual_at, weight.data_ptr(), bias.data_ptr(),
+            total.data_ptr(), result.data_ptr(), mean, rstd,
+        )  # fmt: skip
+        return total, result, statistics
+
+    def _new_statistics(self) -> Tensor:
+        return torch.empty(2 * self.statistics, dtype=torch.float32, device=self.device)
+
+    def backward(
+        self, saved: Sequence[Tensor], grad: Tensor | None, grad_total: Tensor | None
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of x (or the sum), weight and bias.
+
+        Args:
+            saved: x (or the sum), weight, bias and the statistics.
+            grad: Of the result; None if it was not used.
+            grad_total: What reached the sum by another way.
+        """
+        if grad is None:
+            return grad_total, None, None
+        if not torch.is_grad_enabled() and self._takes(saved, grad, grad_total):
+            return self._launch_backward(saved, grad, grad_total)
+        if not wants_numbers_only(grad, grad_total):
+            return differentiable_norm_gradients(
+                saved[:3], self.num_groups, self.eps, self.activation, grad, grad_total
+            )
+        *inputs, statistics = saved
+        mean, rstd = (
+            part[: self.shape[0] * self.num_groups].view(self.shape[0], self.num_groups)
+            for part in (statistics[: self.statistics], statistics[self.statistics :])
+        )
+        operator = torch.ops.bitfast.group_norm_act_backward.triton
+        settings = (self.num_groups, self.activation)
+        return run_underived(operator, grad, grad_total, *inputs, mean, rstd, *settings)
+
+    def _takes(self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None) -> bool:
+        """Say whether the tensors are such as the kernels are prepared for, and nobody watches."""
+        maps = (saved[0], grad) if grad_total is None else (saved[0], grad, grad_total)
+        if not is_unwatched() or is_unusual(
+            *maps, *saved[1:]
+        ):  # with what has no memory of its own
+            return False
+        for x in maps:
+            if (
+                type(x) not in PLAIN_TYPES
+                or x.dtype != self.dtype
+                or not x.is_contiguous(memory_format=self.memory_format)
+            ):
+                return False
+        return True
+
+    def _launch_backward(
+        self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stream = current_stream(self.device)
+        if stream is None:
+            with on(self.device):
+                return self._launch_backward(saved, grad, grad_total)
+        x, weight, bias, statistics = saved
+        grad_x = torch.empty_like(x)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        run, total_at = self._backward, 0
+        if grad_total is not None:
+            run, total_at = self._backward_with_total, grad_total.data_ptr()
+        mean = statistics.data_ptr()
+        run(
+            stream, grad.data_ptr(), total_at, x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+            mean, mean + 4 * self.statistics,
+            grad_x.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr(),
+        )  # fmt: skip
+        return grad_x, grad_weight, grad_bias
+
+
+_calls: Bounded[Call | None] = Bounded(most=1024)
+"""By what the arguments are like; None where an operator is needed."""
+
+_UNKNOWN: Any = object()
+
+
+def forget_calls() -> None:
+    """Let the next calls be planned anew."""
+    _calls.clear()
+
+
+def _new_call(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> Call | None:
+    """Check the arguments and return what calls of their like need; None if that is an operator."""
+    check(OP if residual is None else ADD_OP, x, weight, bias, num_groups, eps, activation)
+    if residual is not None:
+        check_residual(x, residual)
+    tensors = [t for t in (x, residual, weight, bias) if t is not None]
+    maps = tensors[:-2]
+    memory_format = memory_format_of(x)
+    if (
+        select_backend(OP, x.device.type, x.dtype) != "triton"
+        or any(type(t) not in PLAIN_TYPES or t.device != x.device for t in tensors)
+        or not all(m.is_contiguous(memory_format=memory_format) for m in maps)
+        or not (weight.is_contiguous() and bias.is_contiguous())
+    ):
+        return None
+    return Call(x, residual is not None, weight, bias, num_groups, eps, activation)
+
+
+class GroupNormAct(torch.autograd.Function):
+    """The norm as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return the result."""
+        _, result, statistics = call.forward(x, None, weight, bias, keeps_statistics=True)
+        ctx.call = call
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.set_materialize_grads(False)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight and bias."""
+        return (None, *ctx.call.backward(ctx.saved_tensors, grad, None))
+
+
+class AddGroupNormAct(torch.autograd.Function):
+    """The residual sum and its norm as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum and the result."""
+        total, result, statistics = call.forward(x, residual, weight, bias, keeps_statistics=True)
+        ctx.call = call
+        ctx.save_for_backward(total, weight, bias, statistics)
+        ctx.set_materialize_grads(False)
+        return total, result
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, residual, weight and bias."""
+        grad_x, *others = ctx.call.backward(ctx.saved_tensors, grad, grad_total)
+        return (None, grad_x, grad_x, *others)
+
+
+__all__ = ["add_forward", "backward", "forget_calls", "forward", "launch"]

@@ -1,0 +1,570 @@
+"""Eager calls of the Triton backend go past the dispatcher, and compute what its operators compute."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitfast.backends import use_backend
+from bitfast.ops import eager
+from bitfast.ops import group_norm_act_triton as norms
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.weight_standardization import weight_standardization_all
+from tests.interpreter import DEVICE
+from tests.launch_ways import choose
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SHAPE, GROUPS = (2, 8, 5, 3), 4
+
+
+@pytest.fixture(autouse=True)
+def triton() -> Iterator[None]:
+    norms.forget_calls()
+    with use_backend("triton"):
+        yield
+    norms.forget_calls()
+
+
+class Operators(TorchDispatchMode):
+    """Names the operators of ours that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "bitfast":
+            self.names.append(str(function).removeprefix("bitfast."))
+        return function(*args, **(kwargs or {}))
+
+
+def both(function: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any, list[str]]:
+    """Return what a function gives by itself, what it gives under a mode, and the operators seen by that."""
+    itself = function(*tensors)
+    with Operators() as seen:
+        watched = function(*tensors)
+    return itself, watched, seen.names
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def assert_same(itself: Any, watched: Any) -> None:
+    for a, b in zip(flat(itself), flat(watched), strict=True):
+        assert torch.equal(a, b)
+        assert (a.dtype, a.stride(), a.shape) == (b.dtype, b.stride(), b.shape)
+
+
+def inputs(
+    layout: torch.memory_format = torch.channels_last,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = SHAPE,
+) -> list[Tensor]:
+    """Return x, residual, weight, bias, none of which requires a gradient."""
+    maps = [
+        torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout)
+        for _ in range(2)
+    ]
+    return [*maps, *(torch.randn(shape[1], device=DEVICE).to(parameter_dtype) for _ in range(2))]
+
+
+def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return group_norm_act(x, weight, bias, GROUPS, activation="gelu")
+
+
+def added(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return add_group_norm_act(x, residual, weight, bias, GROUPS, activation="gelu")
+
+
+FORMS = {"group_norm_act": norm, "add_group_norm_act": added}
+
+
+def gradients_of(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """Return what gives the results and all gradients of a function."""
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        results = flat(function(*leaves))
+        grads = [torch.cos(r.detach().float()).to(r) for r in results]
+        found = torch.autograd.grad(results, leaves, grads, allow_unused=True)
+        return [*results, *(g for g in found if g is not None)]
+
+    return run
+
+
+# ---- the same numbers -----------------------------------------------------------------------------
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+@pytest.mark.parametrize("way", ["one tile", "split"])
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMS)
+def test_norms_and_their_gradients(name, layout, dtype, parameter_dtype, way, monkeypatch):
+    choose(monkeypatch, way)
+    tensors = inputs(layout, dtype, parameter_dtype)
+    itself, watched, seen = both(FORMS[name], *tensors)
+    assert_same(itself, watched)
+    assert seen == [f"{name}.triton"]
+    itself, watched, seen = both(gradients_of(FORMS[name]), *tensors)
+    assert_same(itself, watched)
+    assert seen == [f"{name}.triton", "group_norm_act_backward.triton"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(guard, name):
+    tensors = [t.requires_grad_() for t in inputs()]
+    with guard():
+        itself, watched, _ = both(FORMS[name], *tensors)
+        assert_same(itself, watched)
+        assert not any(r.requires_grad for r in flat(itself))
+        assert all(r.is_inference() == torch.is_inference_mode_enabled() for r in flat(itself))
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Return the same numbers at an address that is no multiple of 16."""
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return memory[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+ODD = {
+    "sliced": lambda x: (
+        torch.cat([x, x], dim=3)[..., ::2] if x.dim() == 4 else torch.stack([x, x], 1)[:, 0]
+    ),
+    "permuted": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3) if x.dim() == 4 else x,
+    "other layout": lambda x: x.contiguous(),
+    "misaligned": shifted,
+    "negative": lambda x: torch._neg_view(x),
+}
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", FORMS)
+def test_odd_tensors(name, odd, place):
+    tensors = inputs()
+    tensors[place] = ODD[odd](tensors[place])
+    itself, watched, _ = both(gradients_of(FORMS[name]), *tensors)
+    assert_same(itself, watched)
+    with torch.no_grad():
+        itself, watched, _ = both(FORMS[name], *tensors)
+    assert_same(itself, watched)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 5, 3), (2, 8, 1, 1), (3, 4, 1, 7), (1, 8, 1, 3)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMS)
+def test_odd_shapes(name, layout, shape):
+    itself, watched, _ = both(gradients_of(FORMS[name]), *inputs(layout, shape=shape))
+    assert_same(itself, watched)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_autocast(name):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            itself, watched, _ = both(gradients_of(FORMS[name]), *inputs(dtype=dtype))
+            assert_same(itself, watched)
+            results = itself[: 2 if name == "add_group_norm_act" else 1]
+            assert results[-1].dtype == torch.bfloat16
+            assert results[0].dtype == (dtype if len(results) == 2 else torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", ["expanded", "other layout", "misaligned", "permuted"])
+@pytest.mark.parametrize("name", FORMS)
+def test_odd_gradients(name, change):
+    tensors = inputs()
+
+    def upstream(result: Tensor) -> Tensor:
+        grad = torch.cos(result.detach())
+        if change == "expanded":
+            return grad[:1, :1, :1, :1].expand_as(grad)
+        if change == "other layout":
+            return grad.contiguous()
+        return (
+            shifted(grad)
+            if change == "misaligned"
+            else grad.transpose(2, 3).contiguous().transpose(2, 3)
+        )
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        results = flat(FORMS[name](*leaves))
+        found = torch.autograd.grad(
+            results, leaves, [upstream(r) for r in results], allow_unused=True
+        )
+        return [g for g in found if g is not None]
+
+    itself, watched, _ = both(run, *tensors)
+    assert_same(itself, watched)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_of_two(used):
+    def run(*tensors: Tensor) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        result = added(*leaves)[used]
+        found = torch.autograd.grad(result.sin().sum(), leaves, allow_unused=True)
+        return [torch.zeros(1) if g is None else g for g in found]
+
+    itself, watched, _ = both(run, *inputs())
+    assert_same(itself, watched)
+
+
+# ---- higher derivatives ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_second_derivatives(name):
+    def run(*tensors: Tensor) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        loss = sum(r.sin().sum() for r in flat(FORMS[name](*leaves)))
+        first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        again = sum(g.square().sum() for g in first if g is not None)
+        second = torch.autograd.grad(again, leaves, allow_unused=True)
+        return [g for g in (*first, *second) if g is not None]
+
+    itself, watched, _ = both(run, *inputs())
+    for a, b in zip(itself, watched, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_gradients_in_batches(name):
+    leaves = [t.requires_grad_() for t in inputs()]
+    results = flat(FORMS[name](*leaves))
+    grads = [torch.randn(3, *r.shape, device=DEVICE) for r in results]
+    batched = torch.autograd.grad(
+        results, leaves, grads, is_grads_batched=True, allow_unused=True, retain_graph=True
+    )
+    for number in range(3):
+        single = torch.autograd.grad(
+            results, leaves, [g[number] for g in grads], allow_unused=True, retain_graph=True
+        )
+        for b, s in zip(batched, single, strict=True):
+            if s is not None:
+                torch.testing.assert_close(b[number], s, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forward_mode_and_transforms_see_plain_pytorch(name):
+    tensors = inputs()
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [
+            torch.autograd.forward_ad.make_dual(t, d)
+            for t, d in zip(tensors, tangents, strict=True)
+        ]
+        ours = [torch.autograd.forward_ad.unpack_dual(r).tangent for r in flat(FORMS[name](*duals))]
+    with use_backend("reference"):
+        _, expected = torch.func.jvp(
+            lambda *t: tuple(flat(FORMS[name](*t))), tuple(tensors), tangents
+        )
+        stacked = torch.func.vmap(FORMS[name], in_dims=(0, 0, None, None))(
+            *(t[:, None] for t in tensors[:2]), *tensors[2:]
+        )
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    itself = torch.func.vmap(FORMS[name], in_dims=(0, 0, None, None))(
+        *(t[:, None] for t in tensors[:2]), *tensors[2:]
+    )
+    for a, b in zip(flat(itself), flat(stacked), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- what is called -------------------------------------------------------------------------------
+
+
+def nodes_of(result: Tensor) -> list[str]:
+    """Return the names of the nodes of autograd's graph, without those of leaves."""
+    names, waiting = [], [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or "AccumulateGrad" in node.name():
+            continue
+        names.append(node.name())
+        waiting += [before for before, _ in node.next_functions]
+    return names
+
+
+def test_each_op_is_one_node():
+    x, residual, weight, bias = (t.requires_grad_() for t in inputs())
+    assert nodes_of(group_norm_act(x, weight, bias, GROUPS)) == ["GroupNormActBackward"]
+    total, result = add_group_norm_act(x, residual, weight, bias, GROUPS)
+    assert total.grad_fn is result.grad_fn
+    assert nodes_of(result) == ["AddGroupNormActBackward"]
+    results = weight_standardization_all([w.requires_grad_() for w in filters()])
+    assert all(nodes_of(r) == ["StandardizeAllBackward"] for r in results)
+    assert len({r.grad_fn for r in results}) == 1
+
+
+def test_no_operator_is_dispatched():
+    x, residual, weight, bias = (t.requires_grad_() for t in inputs())
+    with torch.profiler.profile() as profile:
+        result = group_norm_act(x, weight, bias, GROUPS)
+        results = add_group_norm_act(result, residual, weight, bias, GROUPS)
+        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+        with torch.no_grad():
+            group_norm_act(x, weight, bias, GROUPS)
+        weight_standardization_all(filters())
+    names = {event.key for event in profile.key_averages()}
+    assert not [name for name in names if name.startswith("bitfast::")]
+    assert [name for name in names if name.startswith("aten::")]
+
+
+def test_arguments_are_checked_once_for_each_kind():
+    x, _, weight, bias = inputs()
+    with pytest.raises(ValueError, match="num_groups must divide"):
+        group_norm_act(x, weight, bias, 3)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        group_norm_act(x, weight[:4], bias, 4)
+    with pytest.raises(ValueError, match="residual must have the shape"):
+        add_group_norm_act(x, x[:1], weight, bias, 4)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        group_norm_act(x, weight, bias, 4, activation="tanh")
+    with pytest.raises(TypeError, match=r"bias must be a torch\.Tensor, got NoneType"):
+        group_norm_act(x, weight, None, 4)
+    with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor, got float"):
+        add_group_norm_act(x, 1.0, weight, bias, 4)
+    with pytest.raises(TypeError, match="weight must be a floating-point tensor"):
+        group_norm_act(x, weight.int(), bias, 4)
+    with pytest.raises(TypeError, match="integer"):
+        group_norm_act(x, weight, bias, 4.0)
+    group_norm_act(x, weight, bias, 4)
+    for _ in range(2):  # also where there is a call of the same shapes already
+        with pytest.raises(ValueError, match="num_groups must divide"):
+            group_norm_act(x, weight, bias, 3)
+        with pytest.raises(ValueError, match="eps must be at least 0"):
+            group_norm_act(x, weight, bias, 4, eps=-1.0)
+
+
+def test_another_backend_is_another_kind_of_call():
+    x, _, weight, bias = inputs()
+    ours = group_norm_act(x, weight, bias, GROUPS)
+    with use_backend("reference"), torch.profiler.profile() as profile:
+        reference = group_norm_act(x, weight, bias, GROUPS)
+    assert any(
+        "rsqrt" in event.key or "var" in event.key or "mean" in event.key
+        for event in profile.key_averages()
+    )
+    torch.testing.assert_close(ours, reference)
+
+
+class Watched(Tensor):
+    """A subclass, which may want to see what is done with it."""
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_subclasses_take_the_operator(place):
+    tensors = inputs()
+    expected = added(*tensors)
+    tensors[place] = tensors[place].as_subclass(Watched)
+    for a, b in zip(added(*tensors), expected, strict=True):
+        assert torch.equal(a, b)
+        assert type(a) is Watched
+
+
+def test_parameters_and_their_data_may_change():
+    x, _, weight, bias = inputs()
+    parameter = nn.Parameter(weight)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        parameter.data = weight.to(dtype)
+        itself, watched, _ = both(lambda: norm(x, x, parameter, bias))
+        assert_same(itself, watched)
+
+
+def test_saved_tensors_go_through_hooks():
+    tensors = inputs()
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        kept.append(tensor.contiguous())
+        return len(kept) - 1
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: kept[place].clone()):
+            return gradients_of(norm)(*tensors)
+
+    itself, watched, _ = both(run, *tensors)
+    assert_same(itself, watched)
+    assert kept
+
+
+def test_checkpointing():
+    x, _, weight, bias = (t.requires_grad_() for t in inputs())
+
+    def run() -> list[Tensor]:
+        result = torch.utils.checkpoint.checkpoint(norm, x, x, weight, bias, use_reentrant=False)
+        return [result, *torch.autograd.grad(result.sin().sum(), (x, weight, bias))]
+
+    itself, watched, _ = both(run)
+    assert_same(itself, watched)
+
+
+def test_another_thread_computes_the_same():
+    tensors = inputs()
+    expected = gradients_of(added)(*tensors)
+    found: list[Tensor] = []
+
+    def work() -> None:
+        with use_backend("triton"):
+            found.extend(gradients_of(added)(*tensors))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert_same(found, expected)
+
+
+# ---- weights --------------------------------------------------------------------------------------
+
+
+def filters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    weights = [
+        torch.randn(shape, device=DEVICE).to(dtype)
+        for shape in ((4, 3, 3, 3), (8, 4, 1, 1), (4, 16, 3, 3))
+    ]
+    weights[2] = weights[2].contiguous(memory_format=torch.channels_last)
+    return weights
+
+
+@pytest.mark.parametrize("result_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_all_weights(channels_last, result_dtype):
+    def forward(*weights: Tensor) -> list[Tensor]:
+        return weight_standardization_all(weights, 1e-6, result_dtype, channels_last)
+
+    with torch.no_grad():
+        itself, watched, seen = both(forward, *filters())
+    assert_same(itself, watched)
+    assert seen == ["weight_standardization_all.triton"]
+    itself, watched, _ = both(gradients_of(forward), *filters())
+    assert_same(itself, watched)
+
+
+def test_all_weights_under_autocast():
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        itself, watched, _ = both(
+            gradients_of(lambda *w: weight_standardization_all(w)), *filters()
+        )
+    assert_same(itself, watched)
+    assert itself[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("used", [[0], [2, 1]])
+def test_some_weights_of_all(used):
+    def run(*weights: Tensor) -> list[Tensor]:
+        leaves = [w.detach().clone().requires_grad_() for w in weights]
+        results = weight_standardization_all(leaves)
+        loss = sum(results[number].sin().sum() for number in used)
+        return list(torch.autograd.grad(loss, leaves))
+
+    itself, watched, _ = both(run, *filters())
+    for a, b in zip(itself, watched, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_second_derivatives_of_all_weights():
+    def run(*weights: Tensor) -> list[Tensor]:
+        leaves = [w.detach().clone().requires_grad_() for w in weights]
+        loss = sum(r.sin().sum() for r in weight_standardization_all(leaves)[:2])
+        first = torch.autograd.grad(loss, leaves[:2], create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:2])]
+
+    itself, watched, _ = both(run, *filters())
+    for a, b in zip(itself, watched, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_all_weights_in_batches():
+    leaves = [w.requires_grad_() for w in filters()]
+    results = weight_standardization_all(leaves)
+    grads = [torch.randn(2, *r.shape, device=DEVICE) for r in results]
+    batched = torch.autograd.grad(results, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for number in range(2):
+        single = torch.autograd.grad(results, leaves, [g[number] for g in grads], retain_graph=True)
+        for b, s in zip(batched, single, strict=True):
+            torch.testing.assert_close(b[number], s, rtol=1e-4, atol=1e-4)
+
+
+WEIGHTS = {
+    "two dtypes": lambda: [*filters(), *filters(torch.bfloat16)],
+    "not dense": lambda: [*filters(), torch.randn(4, 8, 3, 6, device=DEVICE)[..., ::2]],
+    "misaligned": lambda: [shifted(w) for w in filters()],
+    "negative": lambda: [torch._neg_view(w) for w in filters()],
+    "none": lambda: [],
+    "a subclass": lambda: [w.as_subclass(Watched) for w in filters()],
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_odd_weights(name):
+    weights = WEIGHTS[name]()
+    itself, watched, _ = both(lambda: weight_standardization_all(weights))
+    for a, b in zip(itself, watched, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+def test_a_bad_weight_is_named():
+    with pytest.raises(ValueError, match=r"weights\[1\] must have shape"):
+        weight_standardization_all([filters()[0], torch.ones(3, device=DEVICE)])
+    with pytest.raises(TypeError, match=r"weights\[1\] must be a torch\.Tensor"):
+        weight_standardization_all([filters()[0], None])
+
+
+def test_updated_weights_are_standardized_anew():
+    weights = filters()
+    first = [r.clone() for r in weight_standardization_all(weights)]
+    weights[0].mul_(-1)
+    second = weight_standardization_all(weights)
+    torch.testing.assert_close(second[0], -first[0])
+
+
+# ---- what is kept ---------------------------------------------------------------------------------
+
+
+def test_no_more_is_kept_than_is_said():
+    kept: eager.Bounded[int] = eager.Bounded(most=3)
+    for number in range(10):
+        assert kept.keep(number, number) == number
+        assert len(kept) <= 3
+    assert kept[9] == 9
+
+
+def test_threads_may_share_what_is_kept():
+    kept: eager.Bounded[int] = eager.Bounded(most=5)
+    wrong: list[int] = []
+
+    def work() -> None:
+        for number in range(2000):
+            found = kept.get(number % 11)
+            if found is None:
+                found = kept.keep(number % 11, number % 11)
+            if found != number % 11:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(kept) <= 5 + len(threads)
