@@ -455,7 +455,7 @@ def test_what_no_step_stands_for_is_called_or_computed_right(name):
     OTHERS[name](blocks(model)[0].double())
     model.double()
     x = torch.randn(2, 3, 24, 24, dtype=torch.float64)
-    if name not in ("weight norm", "a parametrized scale"):  # of which the weight may be asked
+    if name not in ("weight norm", "a parametrized scale"):  # which may be asked for
         assert calls(model)[:1] == [blocks(model)[0]]
     with torch.no_grad():
         expected = model.norm(model.encoder(model.embedder(x))[0])

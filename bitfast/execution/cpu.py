@@ -163,7 +163,7 @@ class _Lowering:
             self.compute_moments_once(step, block)
         weight, bias, groups, eps, activation = norm
         packed = packed_for(convolution.weight, convolution.eps, self.dtype)
-        channels, size = convolution.out_channels, convolution.kernel_size[0]
+        channels, _, size, _ = convolution.weight.shape
         stride, wants = convolution.geometry[0][0], step.then is not None
         if step.shortcut is None:
             source, moments = build.place(step.source), build.moments(step.source)

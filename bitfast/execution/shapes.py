@@ -28,7 +28,7 @@ def shape_after(step: Step, source: Shape) -> Shape:
     images, channels, height, width = source
     size = height, width
     if isinstance(step, Convolve):
-        return (images, step.convolution.out_channels, *_convolved(step.convolution, size))
+        return (images, step.convolution.weight.shape[0], *_convolved(step.convolution, size))
     if isinstance(step, Pool):
         return (images, channels, *_pooled(step.pooler, step.zeros, size))
     if isinstance(step, Zeros):
@@ -63,7 +63,7 @@ def _convolved(convolution: WeightStandardizedConv2d, size: Size) -> list[Any]:
     return [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(
-            padded, convolution.kernel_size, stride, padding, dilation, strict=True
+            padded, convolution.weight.shape[2:], stride, padding, dilation, strict=True
         )
     ]
 
