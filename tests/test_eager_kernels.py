@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast.backends import use_backend
@@ -378,6 +379,16 @@ def test_subclasses_take_the_operator(place):
     for a, b in zip(added(*tensors), expected, strict=True):
         assert torch.equal(a, b)
         assert type(a) is Watched
+
+
+def test_no_kernel_is_launched_on_tensors_without_memory():
+    meta = [t.to("meta") for t in inputs()]
+    assert not eager.may_launch("group_norm_act", meta[0])
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in inputs()]
+    assert not eager.may_launch("group_norm_act", fake[0])
+    x, _, weight, bias = inputs()
+    assert norms.launch(x, None, weight.to("meta"), bias, GROUPS, 1e-5, "relu") is None
 
 
 def test_parameters_and_their_data_may_change():

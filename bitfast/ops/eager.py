@@ -28,9 +28,9 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 def may_launch(op: str, x: Tensor) -> bool:
     """Say whether a call of ``op`` may launch Triton kernels by itself.
 
-    It may where x is a plain tensor on a GPU, or on the CPU where the backend "triton" is demanded, and no
-    compiler, tracer, mode, function transform or forward-mode differentiation is at work. What else there is to
-    ask has one answer for all calls of like arguments.
+    It may where x is a plain tensor on a GPU, or on the CPU and the backend "triton" is demanded (a meta tensor
+    has nothing to launch a kernel on), and no compiler, tracer, mode, function transform or forward-mode
+    differentiation is at work. What else there is to ask has one answer for all calls of like arguments.
     """
     return (
         type(x) in PLAIN_TYPES
