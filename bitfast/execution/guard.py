@@ -29,6 +29,7 @@ _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
     (DynamicPad2d, itemgetter("kernel_size", "stride", "dilation", "value")),
     (nn.MaxPool2d, itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
     (nn.ConstantPad2d, itemgetter("padding", "value")),
+    (nn.GELU, itemgetter("approximate")),
     (DropPath, itemgetter("training", "drop_prob")),
 )  # fmt: skip
 """What decides about the work of other modules, by their class."""

@@ -246,7 +246,8 @@ class _Planner:
 
     def program(self, blocks: Sequence[Block], shape: Shape, kept: Sequence[int]) -> Program:
         source = blocks[0][0].source
-        return self.lowering.lower(blocks, source, shape, kept, self.steps.outputs, self.setting)
+        shared = (source, *self.steps.outputs)  # a hook may hold what a module has returned
+        return self.lowering.lower(blocks, source, shape, kept, shared, self.setting)
 
     def called(self, step: Step) -> _Called:
         assert isinstance(step, Call)

@@ -19,7 +19,7 @@ from bitfast.blocks import (
     BitPreActivationBottleneckLayer,
     ResidualBlock,
 )
-from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
+from bitfast.layers import DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
 from bitfast.network import BitStage
 from bitfast.pooling import MaxPool2d
 from bitfast.watching import is_plain, runs_as_written
@@ -278,6 +278,7 @@ class _Reader:
     def reads_convolution(self, convolution: nn.Module) -> bool:
         return (
             is_plain(convolution, WeightStandardizedConv2d)
+            and (convolution.pad is None or is_plain(convolution.pad, DynamicPad2d))
             and self.reads(convolution, convolution.pad)
             and convolution.is_simple()
         )
