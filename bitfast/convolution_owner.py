@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
+from bitfast.announcing import Announcing
 from bitfast.layers import WeightStandardizedConv2d
 
 
-class ConvolutionOwner(nn.Module):
+class ConvolutionOwner(Announcing):
     """A module that notices when a convolution of its own is wrapped, and when it comes back.
 
     Who wraps one may write to its weight in ways that torch does not count, as PEFT does where it merges an

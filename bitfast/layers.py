@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfast.activations import MODULES, activation_name
+from bitfast.announcing import Announcing
 from bitfast.inference_tensors import make_ordinary
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.group_norm_act import group_norm_act
@@ -24,7 +25,7 @@ for _op in ("group_norm_act", "same_pad", "weight_standardization"):
     torch.fx.wrap(_op)  # torch.fx takes them whole: they look at shapes and dtypes
 
 
-class DynamicPad2d(nn.Module):
+class DynamicPad2d(Announcing):
     """TensorFlow's "same" zeros for a window, which depend on the size of the input.
 
     Args:
@@ -56,18 +57,6 @@ class DynamicPad2d(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer for ``print(model)``."""
         return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
-
-
-class Announcing(nn.Module):
-    """A module that lets those who have read it look again whenever one of its attributes is set or deleted."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        kept_weights.note_change()
-
-    def __delattr__(self, name: str) -> None:
-        super().__delattr__(name)
-        kept_weights.note_change()
 
 
 class WeightStandardizedConv2d(Announcing, nn.Conv2d):
@@ -310,7 +299,7 @@ class GroupNormActivation(Announcing, nn.GroupNorm):
         return Norm(self.weight, self.bias, self.num_groups, self.eps, name)
 
 
-class DropPath(nn.Module):
+class DropPath(Announcing):
     """Stochastic depth: in training, zero the whole branch of an image with probability ``drop_prob``.
 
     Huang et al., "Deep Networks with Stochastic Depth", 2016 (https://arxiv.org/abs/1603.09382).

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitfast import outputs
+from bitfast.announcing import Announcing
 from bitfast.blocks import LAYERS, convolution, norm, round_to_multiple
 from bitfast.configuration import BitConfig
 from bitfast.convolution_owner import ConvolutionOwner
@@ -93,7 +94,7 @@ class BitEmbeddings(ConvolutionOwner):
             )
 
 
-class BitStage(nn.Module):
+class BitStage(Announcing):
     """Blocks of one width; the first of them changes the width and the resolution."""
 
     def __init__(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from bitfast.announcing import Announcing
 from bitfast.layers import DynamicPad2d, pair_of
 from bitfast.ops.same_padding import same_max_pool
 from bitfast.torch_state import is_concrete
@@ -15,7 +16,7 @@ from bitfast.watching import is_plain, runs_as_written
 torch.fx.wrap("same_max_pool")  # torch.fx takes it whole: it looks at shapes and dtypes
 
 
-class MaxPool2d(nn.MaxPool2d):
+class MaxPool2d(Announcing, nn.MaxPool2d):
     """Max-pool whose padding takes part in the maximum.
 
     Args:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast.backends import use_backend
 from bitfast.ops import eager
 from bitfast.ops import group_norm_act_triton as norms
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.weight_standardization import weight_standardization_all
+from tests.eager_calls import (
+    FORMS,
+    GROUPS,
+    LAYOUTS,
+    Watched,
+    added,
+    assert_same,
+    both,
+    filters,
+    flat,
+    gradients_of,
+    inputs,
+    norm,
+    shifted,
+)
 from tests.interpreter import DEVICE
 from tests.launch_ways import choose
-
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-SHAPE, GROUPS = (2, 8, 5, 3), 4
 
 
 @pytest.fixture(autouse=True)
@@ -30,77 +40,6 @@ def triton() -> Iterator[None]:
     with use_backend("triton"):
         yield
     norms.forget_calls()
-
-
-class Operators(TorchDispatchMode):
-    """Names the operators of ours that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.namespace == "bitfast":
-            self.names.append(str(function).removeprefix("bitfast."))
-        return function(*args, **(kwargs or {}))
-
-
-def both(function: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any, list[str]]:
-    """Return what a function gives by itself, what it gives under a mode, and the operators seen by that."""
-    itself = function(*tensors)
-    with Operators() as seen:
-        watched = function(*tensors)
-    return itself, watched, seen.names
-
-
-def flat(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else list(results)
-
-
-def assert_same(itself: Any, watched: Any) -> None:
-    for a, b in zip(flat(itself), flat(watched), strict=True):
-        assert torch.equal(a, b)
-        assert (a.dtype, a.stride(), a.shape) == (b.dtype, b.stride(), b.shape)
-
-
-def inputs(
-    layout: torch.memory_format = torch.channels_last,
-    dtype: torch.dtype = torch.float32,
-    parameter_dtype: torch.dtype = torch.float32,
-    shape: tuple[int, ...] = SHAPE,
-) -> list[Tensor]:
-    """Return x, residual, weight, bias, none of which requires a gradient."""
-    maps = [
-        torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout)
-        for _ in range(2)
-    ]
-    return [*maps, *(torch.randn(shape[1], device=DEVICE).to(parameter_dtype) for _ in range(2))]
-
-
-def norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return group_norm_act(x, weight, bias, GROUPS, activation="gelu")
-
-
-def added(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return add_group_norm_act(x, residual, weight, bias, GROUPS, activation="gelu")
-
-
-FORMS = {"group_norm_act": norm, "add_group_norm_act": added}
-
-
-def gradients_of(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
-    """Return what gives the results and all gradients of a function."""
-
-    def run(*tensors: Tensor) -> list[Tensor]:
-        leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        results = flat(function(*leaves))
-        grads = [torch.cos(r.detach().float()).to(r) for r in results]
-        found = torch.autograd.grad(results, leaves, grads, allow_unused=True)
-        return [*results, *(g for g in found if g is not None)]
-
-    return run
 
 
 # ---- the same numbers -----------------------------------------------------------------------------
@@ -136,12 +75,6 @@ def test_without_gradients(guard, name):
         assert_same(itself, watched)
         assert not any(r.requires_grad for r in flat(itself))
         assert all(r.is_inference() == torch.is_inference_mode_enabled() for r in flat(itself))
-
-
-def shifted(x: Tensor) -> Tensor:
-    """Return the same numbers at an address that is no multiple of 16."""
-    memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
-    return memory[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
 
 
 ODD = {
@@ -367,10 +300,6 @@ def test_another_backend_is_another_kind_of_call():
     torch.testing.assert_close(ours, reference)
 
 
-class Watched(Tensor):
-    """A subclass, which may want to see what is done with it."""
-
-
 @pytest.mark.parametrize("place", range(4))
 def test_subclasses_take_the_operator(place):
     tensors = inputs()
@@ -442,111 +371,6 @@ def test_another_thread_computes_the_same():
     thread.start()
     thread.join()
     assert_same(found, expected)
-
-
-# ---- weights --------------------------------------------------------------------------------------
-
-
-def filters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    weights = [
-        torch.randn(shape, device=DEVICE).to(dtype)
-        for shape in ((4, 3, 3, 3), (8, 4, 1, 1), (4, 16, 3, 3))
-    ]
-    weights[2] = weights[2].contiguous(memory_format=torch.channels_last)
-    return weights
-
-
-@pytest.mark.parametrize("result_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_all_weights(channels_last, result_dtype):
-    def forward(*weights: Tensor) -> list[Tensor]:
-        return weight_standardization_all(weights, 1e-6, result_dtype, channels_last)
-
-    with torch.no_grad():
-        itself, watched, seen = both(forward, *filters())
-    assert_same(itself, watched)
-    assert seen == ["weight_standardization_all.triton"]
-    itself, watched, _ = both(gradients_of(forward), *filters())
-    assert_same(itself, watched)
-
-
-def test_all_weights_under_autocast():
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        itself, watched, _ = both(
-            gradients_of(lambda *w: weight_standardization_all(w)), *filters()
-        )
-    assert_same(itself, watched)
-    assert itself[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("used", [[0], [2, 1]])
-def test_some_weights_of_all(used):
-    def run(*weights: Tensor) -> list[Tensor]:
-        leaves = [w.detach().clone().requires_grad_() for w in weights]
-        results = weight_standardization_all(leaves)
-        loss = sum(results[number].sin().sum() for number in used)
-        return list(torch.autograd.grad(loss, leaves))
-
-    itself, watched, _ = both(run, *filters())
-    for a, b in zip(itself, watched, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_second_derivatives_of_all_weights():
-    def run(*weights: Tensor) -> list[Tensor]:
-        leaves = [w.detach().clone().requires_grad_() for w in weights]
-        loss = sum(r.sin().sum() for r in weight_standardization_all(leaves)[:2])
-        first = torch.autograd.grad(loss, leaves[:2], create_graph=True)
-        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:2])]
-
-    itself, watched, _ = both(run, *filters())
-    for a, b in zip(itself, watched, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_gradients_of_all_weights_in_batches():
-    leaves = [w.requires_grad_() for w in filters()]
-    results = weight_standardization_all(leaves)
-    grads = [torch.randn(2, *r.shape, device=DEVICE) for r in results]
-    batched = torch.autograd.grad(results, leaves, grads, is_grads_batched=True, retain_graph=True)
-    for number in range(2):
-        single = torch.autograd.grad(results, leaves, [g[number] for g in grads], retain_graph=True)
-        for b, s in zip(batched, single, strict=True):
-            torch.testing.assert_close(b[number], s, rtol=1e-4, atol=1e-4)
-
-
-WEIGHTS = {
-    "two dtypes": lambda: [*filters(), *filters(torch.bfloat16)],
-    "not dense": lambda: [*filters(), torch.randn(4, 8, 3, 6, device=DEVICE)[..., ::2]],
-    "misaligned": lambda: [shifted(w) for w in filters()],
-    "negative": lambda: [torch._neg_view(w) for w in filters()],
-    "none": lambda: [],
-    "a subclass": lambda: [w.as_subclass(Watched) for w in filters()],
-}
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_odd_weights(name):
-    weights = WEIGHTS[name]()
-    itself, watched, _ = both(lambda: weight_standardization_all(weights))
-    for a, b in zip(itself, watched, strict=True):
-        assert torch.equal(a, b)
-        assert a.stride() == b.stride()
-
-
-def test_a_bad_weight_is_named():
-    with pytest.raises(ValueError, match=r"weights\[1\] must have shape"):
-        weight_standardization_all([filters()[0], torch.ones(3, device=DEVICE)])
-    with pytest.raises(TypeError, match=r"weights\[1\] must be a torch\.Tensor"):
-        weight_standardization_all([filters()[0], None])
-
-
-def test_updated_weights_are_standardized_anew():
-    weights = filters()
-    first = [r.clone() for r in weight_standardization_all(weights)]
-    weights[0].mul_(-1)
-    second = weight_standardization_all(weights)
-    torch.testing.assert_close(second[0], -first[0])
 
 
 # ---- what is kept ---------------------------------------------------------------------------------

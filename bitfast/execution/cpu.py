@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
-from bitfast.blocks import add_to_shortcut, check_summands
+from bitfast.blocks import add_to_shortcut
 from bitfast.execution.program import NOTHING, UNUSED, Builder, Places, Program
 from bitfast.execution.setting import Setting
-from bitfast.execution.shapes import Shape, padded_by, padding_of, shape_after
+from bitfast.execution.shapes import Shape, padded_by, padding_of
 from bitfast.execution.steps import (
     IMAGES,
     Block,
@@ -27,7 +27,6 @@ from bitfast.execution.steps import (
     Join,
     Normalize,
     Pool,
-    Step,
     Zeros,
     normalized,
     shrinks,
@@ -102,7 +101,7 @@ class _Lowering:
         fused = self.fuses and self.fuses_block(block)
         for step in block:
             source = self.build.shapes[step.source]
-            self.find_shape(step, source)
+            self.is_uneven = self.build.find_shape(step)
             if isinstance(step, Convolve):
                 if fused and self.fits(step.convolution, source) and not self.is_uneven:
                     self.norm_convolution(step, block)
@@ -141,18 +140,6 @@ class _Lowering:
         return not is_padded_by_itself and fits(
             convolution.weight, convolution.geometry, self.dtype, torch.Size(x[2:])
         )
-
-    def find_shape(self, step: Step, source: Shape) -> None:
-        """Note the shape of a result, and whether its branch differs from its shortcut in shape."""
-        shapes = self.build.shapes
-        shape = shape_after(step, source)
-        self.is_uneven = False
-        if isinstance(step, (Convolve, Join)) and step.shortcut is not None:
-            shortcut = shapes[step.shortcut]
-            if shape != shortcut:  # somebody has changed a convolution
-                check_summands(shape, shortcut)
-                self.is_uneven, shape = True, shortcut
-        shapes[step.result] = shape
 
     # ---- convolutions that normalize what they read -----------------------------------------------------
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
-from bitfast.blocks import add_to_shortcut, check_summands
+from bitfast.blocks import add_to_shortcut
 from bitfast.execution.graph import is_recorded_by_others
 from bitfast.execution.program import RESERVED, Builder, Places, Program
 from bitfast.execution.setting import Setting
-from bitfast.execution.shapes import Shape, padding_of, shape_after
+from bitfast.execution.shapes import Shape, padding_of
 from bitfast.execution.steps import (
     IMAGES,
     Block,
@@ -114,14 +114,7 @@ class _Lowering:
         self.build.emit("begin", call)
 
     def lower(self, step: Step) -> None:
-        shapes = self.build.shapes
-        shape = shape_after(step, shapes[step.source])
-        is_uneven = False
-        if isinstance(step, (Convolve, Join)) and step.shortcut is not None:
-            is_uneven = shape != shapes[step.shortcut]
-            check_summands(shape, shapes[step.shortcut])
-            shape = shapes[step.shortcut]
-        shapes[step.result] = shape
+        is_uneven = self.build.find_shape(step)
         if isinstance(step, Convolve):
             self.convolve(step, is_uneven)
         elif isinstance(step, Normalize):

@@ -6,11 +6,13 @@ Everything that can change is looked at in bulk, by functions that loop in C ove
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_, itemgetter, methodcaller
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_, itemgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
+from bitfast.announcing import Announcing
 from bitfast.execution.steps import Convolve, Join, Normalize, Steps
 from bitfast.layers import DropPath, DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.kept_weights import kept_weights
@@ -18,27 +20,33 @@ from bitfast.optimizer_steps import is_shared
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_ANNOUNCED = (
-    attrgetter("stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_lent"),
-    attrgetter("num_groups", "eps"),
-    methodcaller("has_scale_and_shift"),
-)  # fmt: skip
-"""What decides about the work of a convolution, and of a norm: these announce changes by themselves."""
+HELD = (*HOOKS, "_modules", "_parameters")
+
+SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
-    (DynamicPad2d, itemgetter("kernel_size", "stride", "dilation", "value")),
-    (nn.MaxPool2d, itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
-    (nn.ConstantPad2d, itemgetter("padding", "value")),
-    (nn.GELU, itemgetter("approximate")),
-    (DropPath, itemgetter("training", "drop_prob")),
+    (
+        WeightStandardizedConv2d,
+        attrgetter("stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_lent"),
+    ),
+    (GroupNormActivation, attrgetter("num_groups", "eps")),
+    (GroupNormActivation, methodcaller("has_scale_and_shift")),
+    (DynamicPad2d, attrgetter("kernel_size", "stride", "dilation", "value")),
+    (nn.MaxPool2d, attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
+    (nn.ConstantPad2d, attrgetter("padding", "value")),
+    (nn.GELU, attrgetter("approximate")),
+    (DropPath, attrgetter("training", "drop_prob")),
 )  # fmt: skip
-"""What decides about the work of other modules, by their class."""
+"""What decides about a module's work, by its class."""
 
+_held = itemgetter(*HELD)
 _weight, _bias = itemgetter("weight"), itemgetter("bias")
 
 
 class Structure:
     """The modules of a network: which they are, that nobody has to do with them, how they are set.
+
+    bitfast's own modules announce what is set on them; others are looked at in each pass.
 
     Args:
         modules: Those that were read, and those that were found to be unusual.
@@ -47,53 +55,68 @@ class Structure:
 
     def __init__(self, modules: Iterable[nn.Module], outer: Iterable[nn.Module]) -> None:
         unique = list(dict.fromkeys([*modules, *outer]))
-        dicts = [vars(module) for module in unique]
-        hooks = [own[name] for own in dicts for name in HOOKS]
+        hooks = [vars(module)[name] for module in unique for name in HOOKS]
         self._free = tuple(hook for hook in hooks if not hook)
         self._hooked = tuple(hook for hook in hooks if hook)
-        self._modules, self._dicts = tuple(unique), tuple(dicts)
-        self._types, self._sizes = tuple(map(type, unique)), tuple(map(len, dicts))
-        self._children = [own["_modules"] for own in dicts if own["_modules"]]
+        self._children = [vars(module)["_modules"] for module in unique if module._modules]
         self._children_then = [dict(children) for children in self._children]
-        self._settings = [
-            (getter, tuple(own))
-            for cls, getter in _SETTINGS
-            if (own := [vars(module) for module in unique if isinstance(module, cls)])
-        ]
-        self._settings_then = [tuple(map(getter, own)) for getter, own in self._settings]
-        self._convolutions = [m for m in unique if isinstance(m, WeightStandardizedConv2d)]
-        self._norms = [m for m in unique if isinstance(m, GroupNormActivation)]
+        # Where the order of children counts, which two equal dictionaries may differ in.
+        self._sequences = [module._modules for module in unique if isinstance(module, SEQUENCES)]
+        self._orders_then = list(map(list, self._sequences))
+        self._others = _States([module for module in unique if not isinstance(module, Announcing)])
+        self._announcing = _States([module for module in unique if isinstance(module, Announcing)])
         self._generation = kept_weights.generation
-        self._announced = self._announced_now()
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
         return (
             not any(self._free)
             and all(self._hooked)
-            and tuple(map(type, self._modules)) == self._types
-            and tuple(map(len, self._dicts)) == self._sizes
             and self._children == self._children_then
-            and [tuple(map(getter, own)) for getter, own in self._settings] == self._settings_then
-            and self._announced_holds()
+            and list(map(list, self._sequences)) == self._orders_then
+            and self._others.hold()
+            and self._announced_hold()
         )
 
-    def _announced_holds(self) -> bool:
+    def _announced_hold(self) -> bool:
         generation = kept_weights.generation
         if generation != self._generation:
-            if self._announced_now() != self._announced:
+            if not self._announcing.hold():
                 return False
             self._generation = generation
         return True
 
-    def _announced_now(self) -> list[Any]:
-        of_convolutions, of_norms, scaled = _ANNOUNCED
-        modules = (
-            (self._convolutions, of_convolutions),
-            (self._norms, of_norms),
-            (self._norms, scaled),
+
+class _States:
+    """What some modules are and hold."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules, self._dicts = tuple(modules), tuple(map(vars, modules))
+        self._types = list(map(type, modules))
+        self._held = [tuple(own[name] for name in HELD) for own in self._dicts]
+        self._forwards = list(map(contains, self._dicts, repeat("forward")))
+        self._compiled = list(map(dict.get, self._dicts, repeat("_compiled_call_impl")))
+        self._settings = [
+            (getter, own)
+            for cls, getter in _SETTINGS
+            if (own := [module for module in modules if isinstance(module, cls)])
+        ]
+        self._settings_then = [list(map(getter, own)) for getter, own in self._settings]
+
+    def hold(self) -> bool:
+        """Whether they are and hold what they did."""
+        return (
+            list(map(type, self._modules)) == self._types
+            and self._hold_the_same()
+            and list(map(contains, self._dicts, repeat("forward"))) == self._forwards
+            and list(map(dict.get, self._dicts, repeat("_compiled_call_impl"))) == self._compiled
+            and [list(map(getter, own)) for getter, own in self._settings] == self._settings_then
         )
-        return [list(map(getter, own)) for own, getter in modules]
+
+    def _hold_the_same(self) -> bool:
+        """Whether the dictionaries of hooks, children and parameters are the same objects."""
+        held = chain.from_iterable(map(_held, self._dicts))
+        return all(map(is_, held, chain.from_iterable(self._held)))
 
 
 class Parameters:
@@ -132,6 +155,14 @@ class Parameters:
             self._versions = self._versions_now()
             self._addresses = self._addresses_now()
         self._generation = kept_weights.generation
+        self._sources: list[Any] | None = None
+
+    def note_what_is_kept(self) -> None:
+        """Note what is kept of the weights, now that all forms of them were made."""
+        if (
+            kept_weights.generation == self._generation
+        ):  # else nobody knows what was dropped meanwhile
+            self._sources = list(map(kept_weights.source_of, self._weights))
 
     def hold(self) -> bool:
         """Whether they are what they were."""
@@ -151,8 +182,19 @@ class Parameters:
         return (
             self._versions_now() == self._versions
             and self._addresses_now() == self._addresses
-            and kept_weights.generation == self._generation
+            and self._are_kept()
         )
+
+    def _are_kept(self) -> bool:
+        """Whether nothing that was made of the weights has been dropped since."""
+        generation = kept_weights.generation
+        if generation != self._generation:
+            if self._sources is None or None in self._sources:
+                return False
+            if not all(map(is_, map(kept_weights.source_of, self._weights), self._sources)):
+                return False
+            self._generation = generation
+        return True
 
     def _versions_now(self) -> list[int]:
         return list(map(attrgetter("_version"), self._weights))

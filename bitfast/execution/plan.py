@@ -106,6 +106,7 @@ class Plan:
         self.parts = _Planner(steps, setting, lowering, wanted).parts()
         # What a stage without blocks returns is its input.
         self._repeated = [wanted.index(v) for v in values] if len(wanted) < len(values) else None
+        parameters.note_what_is_kept()
         self.calls_modules = any(isinstance(part, _Called) for part in self.parts)
 
     def holds(self) -> bool:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from bitfast.execution.shapes import Shape
-from bitfast.execution.steps import Step, last_reads
+from bitfast.blocks import check_summands
+from bitfast.execution.shapes import Shape, shape_after
+from bitfast.execution.steps import Convolve, Join, Step, last_reads
 
 Places: TypeAlias = list[Any]
 """What a running program holds; values that are never alive together share a place."""
@@ -85,6 +86,22 @@ class Builder:
         """Append a call."""
         self._calls.append(call)
         self._names.append(name)
+
+    def find_shape(self, step: Step) -> bool:
+        """Note the shape of a step's result; return whether its branch differs from its shortcut in shape.
+
+        Raises:
+            ValueError: They cannot be added.
+        """
+        shape = shape_after(step, self.shapes[step.source])
+        is_uneven = False
+        if isinstance(step, (Convolve, Join)) and step.shortcut is not None:
+            shortcut = self.shapes[step.shortcut]
+            if shape != shortcut:  # somebody has changed a convolution
+                check_summands(shape, shortcut)
+                is_uneven, shape = True, shortcut
+        self.shapes[step.result] = shape
+        return is_uneven
 
     def has(self, value: int) -> bool:
         """Whether a value has been computed and is still there."""

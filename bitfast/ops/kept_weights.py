@@ -31,7 +31,6 @@ MOST_TENSORS = 3
 class Source(NamedTuple):
     """A weight as it is at one moment."""
 
-    weight: weakref.ref[Tensor]
     version: int
     address: int
     storage: torch.UntypedStorage
@@ -40,17 +39,11 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> Source:
         """Describe a weight that was not made in inference mode."""
-        return cls(
-            weakref.ref(weight), weight._version, weight.data_ptr(), weight.untyped_storage()
-        )
+        return cls(weight._version, weight.data_ptr(), weight.untyped_storage())
 
     def is_current(self, weight: Tensor) -> bool:
         """Whether the weight is still what it was."""
-        return (
-            self.weight() is weight
-            and self.version == weight._version
-            and self.address == weight.data_ptr()
-        )
+        return self.version == weight._version and self.address == weight.data_ptr()
 
 
 class _Kept(NamedTuple):
@@ -58,6 +51,10 @@ class _Kept(NamedTuple):
     by_form: dict[Hashable, Tensor]
     alive: weakref.ref[Tensor]
     """Takes the entry away when the weight dies."""
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it was made of this weight, as that is now."""
+        return self.alive() is weight and self.source.is_current(weight)
 
 
 class KeptWeights:
@@ -79,9 +76,14 @@ class KeptWeights:
         if weight.is_inference():  # torch does not count its changes
             return None
         kept = self._kept.get(id(weight))
-        if kept is None or not kept.source.is_current(weight):
+        if kept is None or not kept.is_of(weight):
             return None
         return kept.by_form.get(form)
+
+    def source_of(self, weight: Tensor) -> Source | None:
+        """Return what the kept forms of a weight were made of: another object once they were dropped."""
+        kept = self._kept.get(id(weight))
+        return None if kept is None else kept.source
 
     def keep(
         self,
@@ -108,7 +110,7 @@ class KeptWeights:
         watch_optimizers(self)
         with self._lock:
             kept = self._kept.get(id(weight))
-            if kept is None or not kept.source.is_current(weight):
+            if kept is None or not kept.is_of(weight):
                 key, entries = id(weight), self._kept
                 alive = weakref.ref(weight, lambda _: entries.pop(key, None))
                 kept = entries[key] = _Kept(source, {}, alive)
