@@ -247,14 +247,20 @@ print((end - middle) / (middle - start))
 
 
 def test_an_import_costs_little_and_loads_nothing_heavy() -> None:
-    shares = [
+    # An installed package has its bytecode beside it, as torch has here: the first import writes bitfast's.
+    writing = {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    _, *shares = (
         float(
             subprocess.run(
-                [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
+                [sys.executable, "-c", IMPORT],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=writing,
             ).stdout
         )
-        for _ in range(5)
-    ]
+        for _ in range(6)
+    )
     assert statistics.median(shares) <= 0.15, shares
 
 

@@ -6,7 +6,7 @@ Everything that can change is looked at in bulk, by functions that loop in C ove
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from operator import attrgetter, contains, is_, itemgetter, methodcaller
 from typing import Any
 
@@ -20,8 +20,6 @@ from bitfast.optimizer_steps import is_shared
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-HELD = (*HOOKS, "_modules", "_parameters")
-
 SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
@@ -31,6 +29,7 @@ _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
     ),
     (GroupNormActivation, attrgetter("num_groups", "eps")),
     (GroupNormActivation, methodcaller("has_scale_and_shift")),
+    (Announcing, lambda module: id(module._parameters)),
     (DynamicPad2d, attrgetter("kernel_size", "stride", "dilation", "value")),
     (nn.MaxPool2d, attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
     (nn.ConstantPad2d, attrgetter("padding", "value")),
@@ -39,7 +38,8 @@ _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
 )  # fmt: skip
 """What decides about a module's work, by its class."""
 
-_held = itemgetter(*HELD)
+_children = attrgetter("_modules")
+_held = itemgetter(*HOOKS, "_modules")
 _weight, _bias = itemgetter("weight"), itemgetter("bias")
 
 
@@ -61,8 +61,8 @@ class Structure:
         self._children = [vars(module)["_modules"] for module in unique if module._modules]
         self._children_then = [dict(children) for children in self._children]
         # Where the order of children counts, which two equal dictionaries may differ in.
-        self._sequences = [module._modules for module in unique if isinstance(module, SEQUENCES)]
-        self._orders_then = list(map(list, self._sequences))
+        self._sequences = [module for module in unique if isinstance(module, SEQUENCES)]
+        self._orders_then = self._orders_now()
         self._others = _States([module for module in unique if not isinstance(module, Announcing)])
         self._announcing = _States([module for module in unique if isinstance(module, Announcing)])
         self._generation = kept_weights.generation
@@ -73,10 +73,13 @@ class Structure:
             not any(self._free)
             and all(self._hooked)
             and self._children == self._children_then
-            and list(map(list, self._sequences)) == self._orders_then
+            and self._orders_now() == self._orders_then
             and self._others.hold()
             and self._announced_hold()
         )
+
+    def _orders_now(self) -> list[list[str]]:
+        return list(map(list, map(_children, self._sequences)))
 
     def _announced_hold(self) -> bool:
         generation = kept_weights.generation
@@ -93,7 +96,7 @@ class _States:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules, self._dicts = tuple(modules), tuple(map(vars, modules))
         self._types = list(map(type, modules))
-        self._held = [tuple(own[name] for name in HELD) for own in self._dicts]
+        self._held = list(map(_held, self._dicts))
         self._forwards = list(map(contains, self._dicts, repeat("forward")))
         self._compiled = list(map(dict.get, self._dicts, repeat("_compiled_call_impl")))
         self._settings = [
@@ -107,16 +110,12 @@ class _States:
         """Whether they are and hold what they did."""
         return (
             list(map(type, self._modules)) == self._types
-            and self._hold_the_same()
+            # Another dictionary than before is seen as soon as it holds something else than that does.
+            and list(map(_held, self._dicts)) == self._held
             and list(map(contains, self._dicts, repeat("forward"))) == self._forwards
             and list(map(dict.get, self._dicts, repeat("_compiled_call_impl"))) == self._compiled
             and [list(map(getter, own)) for getter, own in self._settings] == self._settings_then
         )
-
-    def _hold_the_same(self) -> bool:
-        """Whether the dictionaries of hooks, children and parameters are the same objects."""
-        held = chain.from_iterable(map(_held, self._dicts))
-        return all(map(is_, held, chain.from_iterable(self._held)))
 
 
 class Parameters:
