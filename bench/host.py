@@ -148,19 +148,19 @@ def decisions_of(model: Any, images: Tensor) -> Decisions:
     """Time what is asked before a model's latest plan runs."""
     from bitfast.execution.setting import planned_setting
 
-    structure, plan = model.plans._reading.structure, latest_plan(model)
-    assert structure.holds()
+    plans, plan = model.plans, latest_plan(model)
+    assert plans.is_current()
     assert plan.holds()
     return Decisions(
         microseconds("ask(images)", ask=planned_setting, images=images),
-        microseconds("ask()", ask=structure.holds),
+        microseconds("ask()", ask=plans.is_current),
         microseconds("ask()", ask=plan.holds),
     )
 
 
 def latest_plan(model: Any) -> Any:
     """Return the plan that a model has met last."""
-    return list(model.plans._reading.plans.values())[-1]
+    return model.plans.made()[-1]
 
 
 class StepCost(NamedTuple):

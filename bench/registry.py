@@ -17,16 +17,10 @@ from torch import Tensor
 from bitfast import BitConfig, BitModel
 from bitfast.backends import select_backend
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
-from bitfast.ops import (
-    add_group_norm_act,
-    group_norm_act,
-    norm_convolution,
-    same_max_pool,
-    same_pad,
-    weight_standardization,
-    weight_standardization_all,
-)
-from bitfast.ops.norm_convolution import fits, fuses
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.norm_convolution import fits, fuses, norm_convolution
+from bitfast.ops.same_padding import same_max_pool, same_pad
+from bitfast.ops.weight_standardization import weight_standardization, weight_standardization_all
 
 PLAIN = "plain PyTorch"
 OURS = "bitfast"

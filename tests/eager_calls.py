@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bitfast.backends import use_backend
+from bitfast.ops import group_norm_act_triton, weight_standardization_triton
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.interpreter import DEVICE
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SHAPE, GROUPS = (2, 8, 5, 3), 4
+
+
+@pytest.fixture(autouse=True)
+def triton() -> Iterator[None]:
+    """Demand Triton, and leave no plan of a call to others: for modules that import this."""
+    for module in (group_norm_act_triton, weight_standardization_triton):
+        module.forget_calls()
+    with use_backend("triton"):
+        yield
+    for module in (group_norm_act_triton, weight_standardization_triton):
+        module.forget_calls()
 
 
 class Operators(TorchDispatchMode):

@@ -62,8 +62,7 @@ def assert_right(model: Any, x: Tensor, before: Tensor | None = None) -> Tensor:
 
 def plans_of(network: Any) -> list[Plan]:
     """The plans that were made since the network was read last, oldest first."""
-    reading = network.plans._reading
-    return [] if reading is None else list(reading.plans.values())
+    return network.plans.made()
 
 
 def programs_of(plan: Plan) -> list[Program]:

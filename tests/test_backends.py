@@ -23,7 +23,8 @@ from bitfast.backends import (
     use_backend,
     why_unavailable,
 )
-from bitfast.ops import common, group_norm_act
+from bitfast.ops import common
+from bitfast.ops.group_norm_act import group_norm_act
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,7 +141,7 @@ def test_without_the_extension_plain_pytorch_serves_and_says_why(
         (tmp_path / "bitfast" / "_native.abi3.so").write_bytes(b"not a library")
     output = run(
         "import torch, bitfast\n"
-        "from bitfast.ops import same_pad\n"
+        "from bitfast.ops.same_padding import same_pad\n"
         "from bitfast.backends import why_unavailable, use_backend\n"
         "print(bitfast.__file__)\n"
         "print(why_unavailable('same_padding', 'native', 'cpu'))\n"

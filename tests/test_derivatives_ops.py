@@ -13,14 +13,9 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 from bitfast.backends import use_backend
-from bitfast.ops import (
-    add_group_norm_act,
-    group_norm_act,
-    same_max_pool,
-    same_pad,
-    weight_standardization,
-    weight_standardization_all,
-)
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.same_padding import same_max_pool, same_pad
+from bitfast.ops.weight_standardization import weight_standardization, weight_standardization_all
 from tests.derivatives import orders
 from tests.interpreter import DEVICE
 from tests.tolerances import assert_draws_within_contract, relative_error

@@ -13,11 +13,10 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 from bitfast import extension
-from bitfast.backends import use_backend
-from bitfast.ops import group_norm_act_into, resize_normalize
 from bitfast.ops.derivatives import FUNCTION_TRANSFORMS
 from bitfast.ops.kept_weights import kept_weights
 from bitfast.ops.norm_convolution import why_not_fused
+from bitfast.ops.resize_normalize import resize_normalize
 from tests.model_pairs import our_model
 from tests.network_plans import plans_of
 
@@ -116,9 +115,6 @@ UNDERIVED: dict[str, Callable[[Tensor], None]] = {
     "norm in place": lambda x: OPERATORS.group_norm_act_.native(x, None, *NORM, None),
     "norm into memory": _norm_into,
     "packed": lambda x: OPERATORS.packed_convolution.native(x, POINTWISE, 1e-8, *GEOMETRY),
-    "added packed": lambda x: OPERATORS.packed_convolution_add_.native(
-        OTHER, POINTWISE, x, 1e-8, *GEOMETRY
-    ),
     "normalizing": _normalizing,
     "added normalizing": _added_normalizing,
     "a whole network": _network,
@@ -179,23 +175,6 @@ def test_they_run_where_none_is_asked_for(name):
     with torch.no_grad():
         UNDERIVED[name](image().requires_grad_())
     UNDERIVED[name](image())  # records gradients, but of nothing
-
-
-def test_norms_in_place_are_plain_where_somebody_follows_x():
-    x, weight, bias = image(), *NORM[:2]
-    direction = x.cos()
-
-    def into(x: Tensor) -> Tensor:
-        return group_norm_act_into(x * 1, weight, bias, 2, 1e-5, "gelu", None, None, x)
-
-    def plain(x: Tensor) -> Tensor:
-        with use_backend("reference"):
-            return into(x)
-
-    with torch.no_grad():
-        actual = jvp(into, (x,), (direction,))[1]
-    torch.testing.assert_close(actual, jvp(plain, (x,), (direction,))[1])
-    assert actual.abs().max() > 0.1
 
 
 # ---- images -------------------------------------------------------------------------------------

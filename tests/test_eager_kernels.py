@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,18 +28,10 @@ from tests.eager_calls import (
     inputs,
     norm,
     shifted,
+    triton,  # noqa: F401
 )
 from tests.interpreter import DEVICE
 from tests.launch_ways import choose
-
-
-@pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    norms.forget_calls()
-    with use_backend("triton"):
-        yield
-    norms.forget_calls()
-
 
 # ---- the same numbers -----------------------------------------------------------------------------
 

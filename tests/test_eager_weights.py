@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from bitfast.backends import use_backend
-from bitfast.ops import group_norm_act_triton as norms
 from bitfast.ops.weight_standardization import weight_standardization_all
 from tests.eager_calls import (
     Watched,
@@ -18,17 +14,9 @@ from tests.eager_calls import (
     filters,
     gradients_of,
     shifted,
+    triton,  # noqa: F401
 )
 from tests.interpreter import DEVICE
-
-
-@pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    norms.forget_calls()
-    with use_backend("triton"):
-        yield
-    norms.forget_calls()
-
 
 # ---- weights --------------------------------------------------------------------------------------
 

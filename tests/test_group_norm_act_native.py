@@ -13,7 +13,7 @@ from torch import Tensor
 from bitfast import extension
 from bitfast.activations import ACTIVATIONS
 from bitfast.backends import use_backend
-from bitfast.ops import add_group_norm_act, group_norm_act, group_norm_act_into
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.feature_maps import away_from_kinks
 from tests.guarded import Guarded
 from tests.tolerances import Triples, assert_draws_within_contract
@@ -163,9 +163,8 @@ def test_writes_all_of_its_memory_and_nothing_beside(shape, layout, dtype):
     expected = operators.group_norm_act.native(x, *arguments)[0]
     guarded, itself = Guarded(x), Guarded(x)
     itself.tensor.copy_(x)
-    with torch.no_grad(), use_backend("native"):
-        assert group_norm_act_into(x, *arguments, guarded.tensor) is guarded.tensor
-        assert group_norm_act_into(itself.tensor, *arguments, itself.tensor) is itself.tensor
+    operators.group_norm_act_into.native(x, None, *arguments, None, guarded.tensor)
+    operators.group_norm_act_.native(itself.tensor, None, *arguments, None)
     for memory in (guarded, itself):
         memory.check()
         assert torch.equal(memory.tensor, expected)
@@ -189,7 +188,6 @@ def moments_of(x: Tensor) -> Tensor:
     activation=st.sampled_from(NAMES),
     mean=st.sampled_from([0.0, -2.3, 100.0]),
     knows_moments=st.booleans(),
-    backend=st.sampled_from(["native", "reference"]),
     seed=st.integers(0, 2**31 - 1),
 )
 def test_a_shortcut_before_the_activation_and_moments_that_are_known(
@@ -203,7 +201,6 @@ def test_a_shortcut_before_the_activation_and_moments_that_are_known(
     activation,
     mean,
     knows_moments,
-    backend,
     seed,
 ):
     torch.manual_seed(seed)
@@ -225,35 +222,13 @@ def test_a_shortcut_before_the_activation_and_moments_that_are_known(
             )
 
         moments = moments_of(x) if knows_moments else None
-        with torch.no_grad(), use_backend(group_norm_act=backend):
-            result = group_norm_act_into(
-                x, weight, bias, groups, 1e-5, activation, None, moments, shortcut
-            )
+        result = torch.empty_like(x)
+        operators.group_norm_act_into.native(
+            x, moments, weight, bias, groups, 1e-5, activation, shortcut, result
+        )
         return {"result": (result, plain(dtype), plain(torch.float64))}
 
     assert_draws_within_contract(one, 4)
-
-
-def test_memory_that_does_not_fit_is_left_alone():
-    x = torch.randn(2, 8, 5, 5)
-    arguments = (torch.rand(8), torch.randn(8), 2, 1e-5, "relu")
-    expected = group_norm_act(x, *arguments)
-    unfit = [
-        torch.zeros(2, 8, 5, 4),
-        torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16),
-        torch.zeros(2, 8, 5, 5).contiguous(memory_format=torch.channels_last),
-    ]
-    with torch.no_grad():
-        for memory in unfit:
-            result = group_norm_act_into(x, *arguments, memory)
-            assert result is not memory
-            assert not memory.any()
-            assert torch.equal(result, expected)
-    fit = torch.zeros_like(x)
-    assert group_norm_act_into(x, *arguments, fit) is not fit  # a gradient may be asked for
-    with torch.no_grad(), use_backend("reference"):
-        assert group_norm_act_into(x, *arguments, fit) is not fit
-    assert not fit.any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

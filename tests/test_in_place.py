@@ -216,10 +216,8 @@ def test_it_runs_what_bitfast_runs(layer_type, dtype):
         assert set(expected) <= set(operators(resnet, images, dtype))
 
 
-def test_the_batch_goes_through_in_slices(monkeypatch):
+def test_the_batch_goes_through_in_slices():
     """As in bitfast's own models, with the same numbers."""
-    from bitfast.execution import plan
-
     for model in (foreign_models.timm_resnet(), their_model("BitModel")):
         model.eval()
         images = torch.randn(5, 3, 64, 50)
@@ -228,8 +226,7 @@ def test_the_batch_goes_through_in_slices(monkeypatch):
         sizes: list[int] = []
         stem = model.stem if hasattr(model, "stem") else model.embedder
         convolution = stem.conv if hasattr(stem, "conv") else stem.convolution
-        monkeypatch.setattr(plan, "SLICE_BYTES", 2 * 16 * 16 * 13 * 4)
-        monkeypatch.setattr(plan, "FUSED_SLICE_BYTES", 2 * 16 * 16 * 13 * 4)
+        model.plans.slice_bytes = 2 * 16 * 16 * 13 * 4
         model.eval()  # plans anew
         assert_close(results(model, images), expected, 1e-5)
         (planned,) = plans_of(model)
@@ -237,7 +234,6 @@ def test_the_batch_goes_through_in_slices(monkeypatch):
         convolution.register_forward_hook(lambda m, x, y: sizes.append(len(y)))  # noqa: B023
         results(model, images)
         assert sizes == [5]  # who watches sees the whole batch
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from bitfast.backends import use_backend
-from bitfast.execution import plan as execution_plan
 from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
 from bitfast.ops.norm_convolution import fuses, why_not_fused
 from bitfast.ops.packed_convolution import packs, why_not_packed
@@ -42,6 +41,12 @@ def model_of(kind: str = "preactivation", name: str = "BitModel") -> Any:
     return model
 
 
+def sliced(model: Any) -> Any:
+    """The model, two images of 40x36 at a time going through its early stages."""
+    getattr(model, "bit", model).plans.slice_bytes = 2 * 16 * 10 * 9 * 4
+    return model
+
+
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(5, 3, 40, 36)
@@ -57,12 +62,6 @@ def way(request: Any) -> Iterator[str]:
     if not fuses("cpu", torch.float32):
         pytest.skip(f"norms are not fused here: {why_not_fused(torch.float32)}")
     yield request.param
-
-
-@pytest.fixture
-def small_slices(monkeypatch: Any) -> None:
-    for name in ("SLICE_BYTES", "FUSED_SLICE_BYTES"):
-        monkeypatch.setattr(execution_plan, name, 2 * 16 * 10 * 9 * 4)
 
 
 def outputs(model: Any, x: Tensor) -> list[Tensor]:
@@ -86,11 +85,9 @@ def assert_close(actual: list[Tensor], wanted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize("sliced", [False, True])
-def test_outputs_and_images_are_as_without(kind, sliced, layout, request):
-    if sliced:
-        request.getfixturevalue("small_slices")
-    model = model_of(kind)
+@pytest.mark.parametrize("is_sliced", [False, True])
+def test_outputs_and_images_are_as_without(kind, is_sliced, layout):
+    model = sliced(model_of(kind)) if is_sliced else model_of(kind)
     images = torch.randn(5, 3, 64, 68).contiguous(memory_format=layout)
     before = images.clone()
     wanted = expected(model, images)
@@ -100,7 +97,7 @@ def test_outputs_and_images_are_as_without(kind, sliced, layout, request):
             assert_close(actual, wanted)
     (plan,) = plans_of(model)
     assert called_by(plan) == []
-    assert any(hasattr(part, "size") for part in plan.parts) == sliced
+    assert any(hasattr(part, "size") for part in plan.parts) == is_sliced
     assert torch.equal(images, before)
     for tensor in (actual[0], *actual[2:]):
         assert tensor.is_contiguous(memory_format=layout)
@@ -153,8 +150,8 @@ def test_blocks_normalize_as_they_convolve(kind, x, way):
     assert plans_of(elsewhere) == []
 
 
-def test_slices_are_as_many_images_as_fit(x, small_slices):
-    model = model_of()
+def test_slices_are_as_many_images_as_fit(x):
+    model = sliced(model_of())
 
     def sizes(images: Tensor) -> list[int]:
         """How many images the first program of the plan made last is given at a time."""
@@ -181,8 +178,8 @@ def test_slices_are_as_many_images_as_fit(x, small_slices):
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
-def test_a_backbone_in_slices(last, x, small_slices):
-    model = model_of(name="BitBackbone")
+def test_a_backbone_in_slices(last, x):
+    model = sliced(model_of(name="BitBackbone"))
     model.out_indices = sorted({0, last})
     with torch.no_grad(), use_backend("reference"):
         wanted = copy.deepcopy(model)(x).feature_maps
@@ -307,8 +304,8 @@ def test_they_cost_one_copy_of_the_weights(way):
     assert max(map(len, tensors_of(model))) <= MOST_TENSORS
 
 
-def test_threads_share_a_model(small_slices):
-    model = model_of()
+def test_threads_share_a_model():
+    model = sliced(model_of())
     batches = [torch.randn(1 + n, 3, 33 + 8 * n, 47) for n in range(4)]
     wanted = [expected(model, images) for images in batches]
     errors: list[BaseException] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,20 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
 from bitfast.backends import use_backend
-from bitfast.ops import add_norm_convolution_, norm_convolution
 from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.norm_convolution import (
+    OP,
     SMALLEST_3X3,
     WIDEST_3X3,
     Norm,
+    add_norm_convolution_,
     fits,
     fuses,
+    norm_convolution,
     why_not_fused,
 )
 from tests.guarded import Guarded
 from tests.tolerances import Triples, assert_draws_within_contract
 
-module = sys.modules["bitfast.ops.norm_convolution"]
 operators = torch.ops.bitfast
 EPS = 1e-8
 DTYPES = (torch.float32, torch.bfloat16)
@@ -38,6 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 KERNELS = {torch.float32: [(1, 1), (1, 2), (3, 1)], torch.bfloat16: [(1, 1), (1, 2)]}
 NAMES = sorted(ACTIVATIONS)
 NO_NORM = (None, None, 1, 0.0, "none")
+SIZE = torch.Size((9, 9))
 POINTWISE: Geometry = (1, 1), (0, 0), (1, 1)
 PADDED: Geometry = (1, 1), (1, 1), (1, 1)
 
@@ -330,7 +331,7 @@ def test_weights_made_in_inference_mode_are_right_but_not_kept(packings):
     with torch.inference_mode():
         weight = nn.Parameter(torch.randn(8, 16, 1, 1), requires_grad=False)
         x = images(2, 16, 5, 5)
-        assert not fits(weight, POINTWISE, torch.float32, None)
+        assert not fits(weight, POINTWISE, torch.float32, SIZE)
         for _ in range(2):
             weight.mul_(torch.rand_like(weight))
             result, _ = norm_convolution(x, None, None, weight, EPS, 1, False)
@@ -351,7 +352,7 @@ def test_where_it_is_not_used(dtype):
         ("group_norm_act",),
         ("weight_standardization",),
         ("packed_convolution",),
-        (module.OP,),
+        (OP,),
     ):
         with use_backend(None if ops else "reference", **dict.fromkeys(ops, "reference")):
             assert not fuses("cpu", dtype)
@@ -366,23 +367,23 @@ def test_which_dtypes_and_convolutions_fit():
     for dtype in (torch.float64, torch.float16):
         assert str(dtype) in str(why_not_fused(dtype))
         assert not fuses("cpu", dtype)
-        assert not fits(of(1, dtype=dtype), POINTWISE, torch.float32, None)
+        assert not fits(of(1, dtype=dtype), POINTWISE, torch.float32, SIZE)
     for dtype in DTYPES:
-        assert fits(of(1, 4096, 1024), POINTWISE, dtype, None)
-        assert fits(of(1, dtype=torch.bfloat16), ((2, 2), (0, 0), (1, 1)), dtype, None)
-        assert not fits(of(1), ((1, 2), (0, 0), (1, 1)), dtype, None)
-        assert not fits(of(1), PADDED, dtype, None)
-        assert not fits(of(1).detach(), POINTWISE, dtype, None)
-        assert not fits(of(1, device="meta"), POINTWISE, dtype, None)
-        assert not fits(of(7), ((1, 1), (3, 3), (1, 1)), dtype, None)
-    assert fits(of(3), PADDED, torch.float32, None)
+        assert fits(of(1, 4096, 1024), POINTWISE, dtype, SIZE)
+        assert fits(of(1, dtype=torch.bfloat16), ((2, 2), (0, 0), (1, 1)), dtype, SIZE)
+        assert not fits(of(1), ((1, 2), (0, 0), (1, 1)), dtype, SIZE)
+        assert not fits(of(1), PADDED, dtype, SIZE)
+        assert not fits(of(1).detach(), POINTWISE, dtype, SIZE)
+        assert not fits(of(1, device="meta"), POINTWISE, dtype, SIZE)
+        assert not fits(of(7), ((1, 1), (3, 3), (1, 1)), dtype, SIZE)
+    assert fits(of(3), PADDED, torch.float32, SIZE)
     assert fits(of(3), PADDED, torch.float32, torch.Size((4, 9)))
     assert not fits(of(3), PADDED, torch.float32, torch.Size((9, 3)))
-    assert not fits(of(3), PADDED, torch.bfloat16, None)
+    assert not fits(of(3), PADDED, torch.bfloat16, SIZE)
     for geometry in (POINTWISE, ((2, 2), (1, 1), (1, 1)), ((1, 1), (2, 2), (2, 2))):
-        assert not fits(of(3), geometry, torch.float32, None)
-    assert fits(of(3, WIDEST_3X3 // 64, 64), PADDED, torch.float32, None)
-    assert not fits(of(3, WIDEST_3X3 // 64 + 1, 64), PADDED, torch.float32, None)
+        assert not fits(of(3), geometry, torch.float32, SIZE)
+    assert fits(of(3, WIDEST_3X3 // 64, 64), PADDED, torch.float32, SIZE)
+    assert not fits(of(3, WIDEST_3X3 // 64 + 1, 64), PADDED, torch.float32, SIZE)
 
 
 def test_the_operators_check_what_they_are_given():

@@ -109,7 +109,7 @@ def test_the_wheel_serves_every_python_and_holds_everything(source: Path, tmp_pa
     output = run_installed(
         wheel,
         "import torch, bitfast.kernels, bitfast.backends\n"
-        "from bitfast.ops import same_max_pool\n"
+        "from bitfast.ops.same_padding import same_max_pool\n"
         "print(bitfast.__file__)\n"
         "print(bitfast.kernels.__file__)\n"
         "with bitfast.use_backend('native'): print(same_max_pool(torch.ones(1, 1, 5, 5), 3, 2).sum())\n",

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import precision
 from bench.precision import MODES, Mode, far_from_zero, look_trained, tiny
-from bitfast.ops import add_group_norm_act, group_norm_act, weight_standardization
+from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.weight_standardization import weight_standardization
 from tests.model_pairs import (
     CLASSES,
     DPT_HYBRID,

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from bitfast import extension
 from bitfast.backends import use_backend
-from bitfast.ops import weight_standardization, weight_standardization_all
-from bitfast.ops.weight_standardization import pack, starts_of, unpack
+from bitfast.ops.weight_standardization import (
+    pack,
+    starts_of,
+    unpack,
+    weight_standardization,
+    weight_standardization_all,
+)
 from tests.tolerances import Triples, assert_draws_within_contract
 
 pytestmark = pytest.mark.skipif(

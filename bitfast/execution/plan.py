@@ -97,13 +97,14 @@ class Plan:
         setting: Setting,
         request: Request,
         lowering: Lowering,
+        slice_bytes: int | None,
     ) -> None:
         self._parameters = parameters
         self._graph: GraphedPlan | None = None
         self._device = setting.device.index
         values = [steps.outputs[number] for number in request.wanted]
         wanted = list(dict.fromkeys(values))
-        self.parts = _Planner(steps, setting, lowering, wanted).parts()
+        self.parts = _Planner(steps, setting, lowering, wanted, slice_bytes).parts()
         # What a stage without blocks returns is its input.
         self._repeated = [wanted.index(v) for v in values] if len(wanted) < len(values) else None
         parameters.note_what_is_kept()
@@ -216,9 +217,15 @@ class _Planner:
     """Cuts a network into the parts of a plan."""
 
     def __init__(
-        self, steps: Steps, setting: Setting, lowering: Lowering, wanted: Sequence[int]
+        self,
+        steps: Steps,
+        setting: Setting,
+        lowering: Lowering,
+        wanted: Sequence[int],
+        slice_bytes: int | None,
     ) -> None:
         self.steps, self.setting, self.lowering, self.wanted = steps, setting, lowering, wanted
+        self.slice_bytes = slice_bytes or _slice_bytes(setting)
 
     def parts(self) -> list[Part]:
         blocks = [block for block in self.steps.blocks() if block]
@@ -282,13 +289,9 @@ class _Planner:
 
     def images_at_a_time(self, early: Sequence[Block]) -> int:
         """Return how many images should go through the early blocks together."""
-        setting = self.setting
-        _, channels, height, width = self.shape_after(early[:2], tuple(setting.shape))
-        per_image = channels * height * width * setting.compute_dtype.itemsize
-        most = (
-            FUSED_SLICE_BYTES if fuses(setting.device.type, setting.compute_dtype) else SLICE_BYTES
-        )
-        return max(1, most // per_image)
+        _, channels, height, width = self.shape_after(early[:2], tuple(self.setting.shape))
+        per_image = channels * height * width * self.setting.compute_dtype.itemsize
+        return max(1, self.slice_bytes // per_image)
 
     def shape_after(self, blocks: Sequence[Block], shape: Shape) -> Shape:
         steps = [step for block in blocks for step in block]
@@ -304,11 +307,21 @@ class _Planner:
         return _Sliced(size, program, remainder, self.is_wanted(kept[-1]))
 
 
+def _slice_bytes(setting: Setting) -> int:
+    is_fused = fuses(setting.device.type, setting.compute_dtype)
+    return FUSED_SLICE_BYTES if is_fused else SLICE_BYTES
+
+
 # ---- making plans ----------------------------------------------------------------------------------------
 
 
 def make_plan(
-    network: Any, steps: Steps | None, images: Tensor, setting: Setting, request: Request
+    network: Any,
+    steps: Steps | None,
+    images: Tensor,
+    setting: Setting,
+    request: Request,
+    slice_bytes: int | None = None,
 ) -> Plan | None:
     """Return the plan of a network for what is asked for; None if no plan can serve.
 
@@ -318,6 +331,8 @@ def make_plan(
         images: Of the setting.
         setting: To plan for.
         request: What is asked for.
+        slice_bytes: Of the first stage's output: what goes through the stages of high resolution together,
+            where the lowering cuts a batch. None: as much as suits the kernels.
 
     Raises:
         TypeError, ValueError: The network cannot take such images.
@@ -333,7 +348,7 @@ def make_plan(
     if not parameters.may_be_kept or _drops_paths(steps):
         return None
     keep_freed_memory()
-    return Plan(steps, parameters, setting, request, lowering)
+    return Plan(steps, parameters, setting, request, lowering, slice_bytes)
 
 
 def lowering_for(device_type: str, dtype: torch.dtype) -> Lowering | None:

@@ -67,6 +67,7 @@ class Plans:
 
     Attributes:
         name: Of this process's networks, no other has it.
+        slice_bytes: See :func:`~bitfast.execution.plan.make_plan`; of the plans that are made from now on.
 
     Args:
         network: A ``ForwardPass``.
@@ -76,6 +77,7 @@ class Plans:
     def __init__(self, network: Any, recorder: Recorder = CudaRecording) -> None:
         self.name = f"network {next(_numbers)}"
         _all_plans[self.name] = self
+        self.slice_bytes: int | None = None
         self._network = weakref.ref(network)
         self._reading: _Reading | None = None
         self._lock = threading.Lock()
@@ -97,6 +99,16 @@ class Plans:
     def network(self) -> Any:
         """The network."""
         return self._network()
+
+    def is_current(self) -> bool:
+        """Whether the network's modules are what they were when it was read last."""
+        reading = self._reading
+        return reading is not None and reading.structure.holds()
+
+    def made(self) -> list[Plan]:
+        """Return the plans that were made since the network was read last, oldest first."""
+        reading = self._reading
+        return [] if reading is None else list(reading.plans.values())
 
     def steps(self, network: Any) -> Steps | None:
         """Return the steps of the network; None if somebody has to do with what is around them."""
@@ -165,7 +177,7 @@ class Plans:
         if plan is None or not plan.holds():
             if is_recorded_by_others():  # what a plan keeps must not lie in a graph's memory
                 return None
-            plan = make_plan(network, reading.steps, images, setting, request)
+            plan = make_plan(network, reading.steps, images, setting, request, self.slice_bytes)
             if plan is None:
                 return None
             self._keep(reading.plans, key, plan)

@@ -50,15 +50,10 @@ def _packed_convolution(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **_
     return _products(out_val, weight.shape)
 
 
-def _packed_convolution_add(x: Tensor, weight: Tensor, total: Tensor, *_: Any, **__: Any) -> int:
-    return _products(total, weight.shape)
-
-
 FORMULAS: dict[str, Callable[..., int]] = {
     "norm_convolution": _norm_convolution,
     "norm_convolution_add_": _norm_convolution_add,
     "packed_convolution": _packed_convolution,
-    "packed_convolution_add_": _packed_convolution_add,
 }
 """By the operator's name."""
 

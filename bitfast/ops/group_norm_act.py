@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bitfast import extension, reference
-from bitfast.activations import ACTIVATIONS
 from bitfast.backends import register_kernel, select_backend
 from bitfast.ops import group_norm_act_triton as kernels
 from bitfast.ops.common import (
@@ -94,54 +93,6 @@ def group_norm_act(
         else:
             result = getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
     return result.to(autocast_dtype(x) or x.dtype)
-
-
-def group_norm_act_into(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    activation: str,
-    memory: Tensor | None,
-    moments: Tensor | None = None,
-    shortcut: Tensor | None = None,
-) -> Tensor:
-    """Do what :func:`group_norm_act` does, in memory that may be overwritten, where the backend can.
-
-    It can on the CPU where no gradient is recorded and ``memory`` is like the result.
-
-    Args:
-        memory: May be x itself. None: new memory.
-        moments: The moments of x, where ``norm_convolution`` has made it. Backends that cannot use them
-            compute them again.
-        shortcut: Added after the norm, before the activation; like x.
-
-    Returns:
-        ``memory``, or another tensor; then ``memory`` is left as it is.
-    """
-    target = x if memory is None else memory
-    overwrites = (
-        not torch.is_grad_enabled()
-        and target.dtype == x.dtype == (autocast_dtype(x) or x.dtype)
-        and (target is x or (target.shape == x.shape and not torch.compiler.is_compiling()))
-        and select_backend(OP, x.device.type, x.dtype) == "native"
-        and _are_dense(x, target, *(() if shortcut is None else (shortcut,)))
-    )
-    if shortcut is not None and not (overwrites and shortcut.dtype == x.dtype):
-        normalized = group_norm_act(x, weight, bias, num_groups, eps, "none")
-        return ACTIVATIONS[activation](normalized + shortcut)
-    if not overwrites or (memory is None and moments is None and shortcut is None):
-        return group_norm_act(x, weight, bias, num_groups, eps, activation)
-    check(OP, x, weight, bias, num_groups, eps, activation)
-    operators = torch.ops.bitfast
-    arguments = (x, moments, weight, bias, num_groups, eps, activation, shortcut)
-    if memory is x:
-        run_underived(operators.group_norm_act_.native, *arguments)
-        return x
-    result = torch.empty_like(x) if memory is None else memory
-    run_underived(operators.group_norm_act_into.native, *arguments, result)
-    return result
 
 
 def add_group_norm_act(

@@ -142,15 +142,15 @@ def fuses(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
-def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size | None) -> bool:
+def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size) -> bool:
     """Say whether there is a kernel for a convolution with such a parameter of inputs of this dtype.
 
     Args:
-        size: Height and width of the input; None where that is not known yet (while a compiler traces).
+        size: Height and width of the input.
     """
     if type(weight) is not nn.Parameter or weight.dtype not in NATIVE_CPU_DTYPES:
         return False
-    if weight.device.type != "cpu" or (not torch.compiler.is_compiling() and weight.is_inference()):
+    if weight.device.type != "cpu" or weight.is_inference():
         return False
     stride, padding, dilation = geometry
     if weight.shape[2:] == (1, 1):
@@ -159,22 +159,14 @@ def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Siz
         weight.shape[2:] == (3, 3)
         and (stride, padding, dilation) == ((1, 1), (1, 1), (1, 1))
         and dtype == torch.float32
-        and (size is None or min(size) >= SMALLEST_3X3)
+        and min(size) >= SMALLEST_3X3
         and weight.shape[0] * weight.shape[1] <= WIDEST_3X3
     )
 
 
+@lru_cache
 def why_not_fused(dtype: torch.dtype) -> str | None:
     """Say why no kernel of this dtype can run, or should, on this machine; None if one can."""
-    return _why_not_fused(dtype)
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-why_not_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@lru_cache
-def _why_not_fused(dtype: torch.dtype) -> str | None:
     if dtype not in NATIVE_CPU_DTYPES:
         return f"the kernels are for float32 and bfloat16, not {dtype}"
     if extension.CPU.problem is not None:

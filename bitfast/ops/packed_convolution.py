@@ -28,10 +28,6 @@ OP = "packed_convolution"
 SIGNATURE = (
     "(Tensor x, Tensor weight, float eps, int[] stride, int[] padding, int[] dilation) -> Tensor"
 )
-ADD_SIGNATURE = (
-    "(Tensor x, Tensor weight, Tensor(a!) total, float eps, int[] stride, int[] padding,"
-    " int[] dilation) -> ()"
-)
 
 
 def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry) -> Tensor:
@@ -51,26 +47,11 @@ def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry
     return _convolve(x, weight, eps, *geometry)
 
 
-def add_packed_convolution_(
-    x: Tensor, weight: Tensor, total: Tensor, eps: float, geometry: Geometry
-) -> Tensor:
-    """Add the same convolution to ``total`` in place, rounded once; return ``total``.
-
-    Args:
-        total: Shape and dtype of the convolution, channels_last.
-    """
-    if torch.compiler.is_compiling():
-        torch.ops.bitfast.packed_convolution_add_.native(x, weight, total, eps, *geometry)
-    else:
-        _add_convolution(x, weight, total, eps, *geometry)
-    return total
-
-
 def can_pack(x: Tensor, weight: Tensor) -> bool:
-    """Say whether the two functions above can serve: in inference on the CPU, channels_last, with a parameter.
+    """Say whether :func:`packed_convolution` can serve: x is channels_last on a CPU, weight a parameter.
 
-    Weights that are computed anew for each call are not worth packing, nor is anything once torch's oneDNN
-    is switched off or the reference of ``weight_standardization`` is demanded.
+    And no gradient is recorded. Weights that are computed anew for each call are not worth packing, nor is
+    anything once torch's oneDNN is switched off or the reference of ``weight_standardization`` is demanded.
     """
     return (
         not torch.is_grad_enabled()
@@ -212,7 +193,7 @@ def run_packed_add(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry)
     )
 
 
-# ---- the operators --------------------------------------------------------------------------------
+# ---- the operator ---------------------------------------------------------------------------------
 
 
 def _geometry(*pairs: Sequence[int]) -> Geometry:
@@ -228,20 +209,6 @@ def _convolve(
     return run_packed(x, packed_weight(weight, eps, geometry, x.dtype, x.shape), geometry)
 
 
-def _add_convolution(
-    x: Tensor,
-    weight: Tensor,
-    total: Tensor,
-    eps: float,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-) -> None:
-    geometry = _geometry(stride, padding, dilation)
-    packed = packed_weight(weight, eps, geometry, x.dtype, x.shape)
-    run_packed_add(x, packed, total, geometry)
-
-
 def _fake(
     x: Tensor, weight: Tensor, eps: float, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
@@ -255,24 +222,14 @@ def _fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake_add(x: Tensor, weight: Tensor, total: Tensor, *_: object) -> None:
-    return None
-
-
-for _name, _signature, _function, _fake_function in (
-    (OP, SIGNATURE, _convolve, _fake),
-    (f"{OP}_add_", ADD_SIGNATURE, _add_convolution, _fake_add),
-):
-    LIBRARY.define(f"{_name}.native{_signature}")
-    LIBRARY.impl(f"{_name}.native", refusing_derivatives(_name, "native", _function), "CPU")
-    torch.library.register_fake(f"bitfast::{_name}.native", _fake_function, lib=LIBRARY)
-
+LIBRARY.define(f"{OP}.native{SIGNATURE}")
+LIBRARY.impl(f"{OP}.native", refusing_derivatives(OP, "native", _convolve), "CPU")
+torch.library.register_fake(f"bitfast::{OP}.native", _fake, lib=LIBRARY)
 register_kernel(
     OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: why_not_packed(torch.float32), unsuitable=why_not_packed
 )  # fmt: skip
 
 __all__ = [
-    "add_packed_convolution_",
     "can_pack",
     "packed_convolution",
     "packed_weight",
