@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bitfast.ops.group_norm_act import group_norm_act
 from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.norm_convolution import Norm
 from bitfast.ops.packed_convolution import can_pack, packed_convolution
-from bitfast.ops.same_padding import same_pad
+from bitfast.ops.same_padding import pad_for, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.torch_state import is_concrete
 from bitfast.watching import runs_as_written
@@ -53,6 +54,16 @@ class DynamicPad2d(Announcing):
         if is_concrete(x) and x.dim() == 3:  # one image, as torch's layers take it
             return self.forward(x[None])[0]
         return same_pad(x, self.kernel_size, self.stride, self.dilation, self.value)
+
+    def prepared(
+        self, shape: tuple[int, ...], device_type: str, dtype: torch.dtype
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Return what :meth:`forward` does to tensors like this where no gradient is recorded, chosen once.
+
+        None if they need no padding.
+        """
+        window = self.kernel_size, self.stride, self.dilation
+        return pad_for(shape, window, self.value, device_type, dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print(model)``."""

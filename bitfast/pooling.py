@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from bitfast.announcing import Announcing
 from bitfast.layers import DynamicPad2d, pair_of
-from bitfast.ops.same_padding import same_max_pool
+from bitfast.ops.same_padding import max_pool_for, same_max_pool
 from bitfast.torch_state import is_concrete
 from bitfast.watching import is_plain, runs_as_written
 
@@ -63,6 +65,24 @@ class MaxPool2d(Announcing, nn.MaxPool2d):
             return same_max_pool(x, *window, padding=(zeros,) * 4)
         x = F.pad(x, (zeros,) * 4) if zeros else x
         return same_max_pool(x, *window, padding="same", value=pad.value)
+
+    def prepared(
+        self, shape: tuple[int, ...], zeros: int, device_type: str, dtype: torch.dtype
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what :meth:`with_zeros` does to tensors like this where no gradient is recorded, chosen once.
+
+        :meth:`is_fused` must be true.
+
+        Raises:
+            ValueError: the window is larger than the padded input.
+        """
+        pad, sides = self.pad, (zeros,) * 4
+        window = pair_of(self.kernel_size), pair_of(self.stride), pair_of(self.dilation)
+        if not isinstance(pad, DynamicPad2d):
+            return max_pool_for(shape, window, sides, 0.0, device_type, dtype)
+        padded = (*shape[:2], *(n + 2 * zeros for n in shape[2:]))
+        pool = max_pool_for(padded, window, None, pad.value, device_type, dtype)
+        return (lambda x: pool(F.pad(x, sides))) if zeros else pool
 
     def is_fused(self) -> bool:
         """Say whether the padding may be read as part of the pool: nobody watches it, and it is that of BiT."""

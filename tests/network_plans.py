@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from bitfast.backends import use_backend
 from bitfast.execution.plan import Plan
 from bitfast.execution.program import Program
+from bitfast.ops.packed_convolution import packs, why_not_packed
 from tests.tiny_models import ours
 from tests.weight_changes import features
 
@@ -22,6 +25,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gelu": {"hidden_act": "gelu"},
     "bottleneck gelu": {"layer_type": "bottleneck", "hidden_act": "gelu"},
 }
+
+
+NEEDS_PLANS = pytest.mark.skipif(
+    not packs("cpu", torch.float32), reason=f"no plans here: {why_not_packed(torch.float32)}"
+)
+
+
+@pytest.fixture(name="x")
+def some_images() -> Tensor:
+    """Of an odd size."""
+    return torch.randn(2, 3, 33, 47)
+
+
+@pytest.fixture(autouse=True)
+def no_gradient() -> Iterator[None]:
+    """For modules that import this: no test of theirs records gradients but those that say so."""
+    with torch.no_grad():
+        yield
 
 
 def model_of(kind: str = "preactivation") -> Any:

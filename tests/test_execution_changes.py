@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,26 +17,20 @@ import bitfast
 from bitfast.blocks import BitPreActivationBottleneckLayer
 from bitfast.layers import DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
 from bitfast.network import BitStage
-from bitfast.ops.packed_convolution import packs, why_not_packed
 from bitfast.pooling import MaxPool2d
 from tests.model_pairs import their_model
-from tests.network_plans import assert_right, called_by, model_of, plans_of
+from tests.network_plans import (
+    NEEDS_PLANS,
+    assert_right,
+    called_by,
+    model_of,
+    no_gradient,  # noqa: F401
+    plans_of,
+    some_images,  # noqa: F401
+)
 from tests.weight_changes import convolutions, features
 
-pytestmark = pytest.mark.skipif(
-    not packs("cpu", torch.float32), reason=f"no plans here: {why_not_packed(torch.float32)}"
-)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(2, 3, 33, 47)
-
-
-@pytest.fixture(autouse=True)
-def no_gradient() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = NEEDS_PLANS
 
 
 def layers(model: Any) -> Any:

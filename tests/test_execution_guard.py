@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,25 +16,18 @@ from torch import Tensor, nn
 
 from bitfast.backends import use_backend
 from bitfast.layers import GroupNormActivation
-from bitfast.ops.packed_convolution import packs, why_not_packed
-from tests.network_plans import assert_right, model_of, plans_of
+from tests.network_plans import (
+    NEEDS_PLANS,
+    assert_right,
+    model_of,
+    no_gradient,  # noqa: F401
+    plans_of,
+    some_images,  # noqa: F401
+)
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, convolutions, features
 
-pytestmark = pytest.mark.skipif(
-    not packs("cpu", torch.float32), reason=f"no plans here: {why_not_packed(torch.float32)}"
-)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(2, 3, 33, 47)
-
-
-@pytest.fixture(autouse=True)
-def no_gradient() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = NEEDS_PLANS
 
 
 def block(model: Any) -> Any:

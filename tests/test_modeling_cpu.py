@@ -16,14 +16,11 @@ from torch import Tensor, nn
 from bitfast.backends import use_backend
 from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
 from bitfast.ops.norm_convolution import fuses, why_not_fused
-from bitfast.ops.packed_convolution import packs, why_not_packed
-from tests.network_plans import called_by, names_of, plans_of
+from tests.network_plans import NEEDS_PLANS, called_by, names_of, plans_of
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, convolutions, edit_in_place, features
 
-pytestmark = pytest.mark.skipif(
-    not packs("cpu", torch.float32), reason=f"not packed here: {why_not_packed(torch.float32)}"
-)
+pytestmark = NEEDS_PLANS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "preactivation": {"depths": [2, 1, 2], "hidden_sizes": [16, 16, 32]},

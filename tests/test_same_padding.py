@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitfast import extension
 from bitfast.backends import BackendUnavailableError, use_backend
-from bitfast.ops.same_padding import same_max_pool, same_pad, same_padding
+from bitfast.ops.same_padding import max_pool_for, pad_for, same_max_pool, same_pad, same_padding
 from tests.feature_maps import DTYPES, LAYOUTS, make
 from tests.tolerances import Triples, assert_draws_within_contract
 from tests.versions import TRACER_KEEPS_LAYOUTS
@@ -89,12 +89,16 @@ def test_pad(backend, window, shape, dtype, layout, value, seed) -> None:
     sides = same_padding(shape[2:], *window)
     with use_backend(backend):
         actual = same_pad(x, *window, value=value)
+        prepared = pad_for(shape, window, value, "cpu", dtype)
     expected = padded_by_hand(x, sides, value)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     if not any(sides):
         assert actual is x
+        assert prepared is None
     else:
         assert actual.is_contiguous(memory_format=format_of(x))
+        assert prepared is not None
+        torch.testing.assert_close(prepared(x), actual, rtol=0, atol=0, equal_nan=True)
 
 
 def format_of(x: Tensor) -> torch.memory_format:
@@ -121,8 +125,11 @@ def test_pool(backend, window, shape, sides, dtype, layout, value, seed) -> None
     assume(shape[3] + left + right > (window[0][1] - 1) * window[2][1])
     with use_backend(backend):
         actual = same_max_pool(x, *window, padding=sides, value=value)
+        padding = None if sides == "same" else sides
+        prepared = max_pool_for(shape, window, padding, value, "cpu", dtype)
     expected = pooled_by_hand(x, window, explicit, value)
     assert torch.equal(actual, expected)
+    assert torch.equal(prepared(x), expected)
     assert actual.is_contiguous(memory_format=format_of(x))
 
 

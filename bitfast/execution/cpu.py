@@ -8,18 +8,16 @@ packed weights, of which the last adds to the shortcut.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
-from bitfast.blocks import add_to_shortcut
 from bitfast.execution.program import NOTHING, UNUSED, Builder, Places, Program
 from bitfast.execution.setting import Setting
-from bitfast.execution.shapes import Shape, padded_by, padding_of
+from bitfast.execution.shapes import Shape, padded_by
 from bitfast.execution.steps import (
     IMAGES,
     Block,
@@ -31,11 +29,9 @@ from bitfast.execution.steps import (
     normalized,
     shrinks,
 )
-from bitfast.layers import DynamicPad2d, WeightStandardizedConv2d
+from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.norm_convolution import NO_NORM, fits, fuses, packed_for
 from bitfast.ops.packed_convolution import packed_weight, packs, run_packed, run_packed_add
-from bitfast.ops.same_padding import OP as SAME_PADDING
-from bitfast.ops.same_padding import same_pad
 
 IMAGES_IN_SLICES = True
 
@@ -62,19 +58,7 @@ def lower(
     shared: Container[int],
     setting: Setting,
 ) -> Program:
-    """Lower the steps of some blocks.
-
-    Args:
-        blocks: One after the other; none calls a module.
-        source: The value that the program is given, channels_last.
-        shape: Of that.
-        kept: The values that it returns.
-        shared: Values that nothing may overwrite.
-        setting: For which :func:`serves` is true.
-
-    Raises:
-        ValueError: a block cannot add its branch to its shortcut.
-    """
+    """Lower the steps of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
     steps = [step for block in blocks for step in block]
     lowering = _Lowering(Builder(steps, source, shape, kept, shared), setting)
     for block in blocks:
@@ -87,10 +71,10 @@ class _Lowering:
 
     def __init__(self, builder: Builder, setting: Setting) -> None:
         self.build = builder
+        self.setting = setting
         self.dtype = setting.compute_dtype
         self.casts = setting.dtype != setting.compute_dtype
         self.fuses = fuses("cpu", self.dtype)
-        self.pads_natively = select_backend(SAME_PADDING, "cpu", self.dtype) == "native"
         self.is_uneven = False
         self.made_new: set[int] = set()
         """Normalized values that were not written over what they were made of."""
@@ -217,7 +201,7 @@ class _Lowering:
         build, convolution = self.build, step.convolution
         shape = build.shapes[step.source]
         source = build.place(step.source) if step.norm is None else self.normalized(step)
-        pad = self.pad_of(convolution.pad, shape)
+        pad = self.build.pad_before(step, self.setting)
         padded = (*shape[:2], *padded_by(convolution.pad, shape[2:]))
         geometry = convolution.geometry
         packed = packed_weight(
@@ -260,7 +244,7 @@ class _Lowering:
 
             def call_and_add(places: Places) -> None:
                 branch = run_packed(read(places), packed, geometry)
-                places[result] = add_to_shortcut(branch, places[shortcut])
+                places[result] = branch + places[shortcut]
 
             build.emit("packed_convolution, add", call_and_add)
             return
@@ -273,18 +257,6 @@ class _Lowering:
             places[result], places[following], *_ = op(branch, places[shortcut], *norm)
 
         build.emit("packed_convolution, add_group_norm_act", call_and_normalize)
-
-    def pad_of(self, pad: nn.Module | None, shape: Shape) -> Any:
-        """Return what pads an input of this shape; None if nothing has to."""
-        if not isinstance(pad, DynamicPad2d):
-            return None
-        sides = padding_of(pad, shape[2:])
-        if not any(sides):
-            return None
-        if not self.pads_natively:
-            return lambda x: same_pad(x, pad.kernel_size, pad.stride, pad.dilation, pad.value)
-        op, value = torch.ops.bitfast.same_pad.native._op, float(pad.value)
-        return lambda x: op(x, sides, value)
 
     # ---- norms --------------------------------------------------------------------------------------------
 
@@ -359,20 +331,21 @@ class _Lowering:
                 op(x, places[moments], weight, bias, groups, eps, name, places[shortcut])
             else:
                 op(x, places[moments], weight, bias, groups, eps, "none", None)
-                places[result] = activate(add_to_shortcut(x, places[shortcut]))
+                places[result] = activate(x + places[shortcut])
 
         build.emit("group_norm_act_, add", call)
 
     # ---- the stem -------------------------------------------------------------------------------------------
 
     def pool(self, step: Pool) -> None:
-        build, pooler, zeros = self.build, step.pooler, step.zeros
+        build = self.build
+        pool = step.pooler.prepared(build.shapes[step.source], step.zeros, "cpu", self.dtype)
         source = build.place(step.source)
         build.bury(step)
         result = build.new(step.result)
 
         def call(places: Places) -> None:
-            places[result] = pooler.with_zeros(places[source], zeros)
+            places[result] = pool(places[source])
 
         build.emit("same_max_pool", call)
 

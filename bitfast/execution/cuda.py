@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
-from bitfast.blocks import add_to_shortcut
 from bitfast.execution.graph import is_recorded_by_others
 from bitfast.execution.program import RESERVED, Builder, Places, Program
 from bitfast.execution.setting import Setting
-from bitfast.execution.shapes import Shape, padding_of
+from bitfast.execution.shapes import Shape
 from bitfast.execution.steps import (
     IMAGES,
     Block,
@@ -35,9 +34,8 @@ from bitfast.execution.steps import (
     normalized,
 )
 from bitfast.execution.weights import kept_standardized, recorded_weights
-from bitfast.layers import DynamicPad2d, GroupNormActivation
+from bitfast.layers import GroupNormActivation
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
-from bitfast.ops.same_padding import same_pad
 from bitfast.torch_state import unseen
 
 IMAGES_IN_SLICES = False
@@ -64,19 +62,7 @@ def lower(
     shared: Container[int],
     setting: Setting,
 ) -> Program:
-    """Lower the steps of some blocks.
-
-    Args:
-        blocks: One after the other; none calls a module.
-        source: The value that the program is given, channels_last.
-        shape: Of that.
-        kept: The values that it returns.
-        shared: Values that nothing may overwrite.
-        setting: For which :func:`serves` is true.
-
-    Raises:
-        ValueError: a block cannot add its branch to its shortcut.
-    """
+    """Lower the steps of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
     steps = [step for block in blocks for step in block]
     lowering = _Lowering(Builder(steps, source, shape, kept, shared, reserved=2), setting)
     lowering.begin(steps)
@@ -124,8 +110,9 @@ class _Lowering:
         elif isinstance(step, Join):
             self.join(step)
         elif isinstance(step, Pool):
-            pooler, zeros = step.pooler, step.zeros
-            self.apply("same_max_pool", step, lambda x: pooler.with_zeros(x, zeros))
+            source = self.build.shapes[step.source]
+            pool = step.pooler.prepared(source, step.zeros, self.device.type, self.dtype)
+            self.apply("same_max_pool", step, pool)
         else:
             assert isinstance(step, Zeros)
             sides = (step.zeros,) * 4
@@ -165,7 +152,7 @@ class _Lowering:
 
             def call_and_add(places: Places) -> None:
                 branch = convolve(places, places[source])
-                places[result] = add_to_shortcut(branch, places[shortcut])
+                places[result] = branch + places[shortcut]
 
             build.emit("convolution, add", call_and_add)
             return
@@ -187,7 +174,7 @@ class _Lowering:
         convolution, number = step.convolution, self.numbers[step.convolution]
         stride, padding, dilation = convolution.geometry
         shape = self.build.shapes[step.source]
-        pad = self.pad_of(convolution.pad, shape)
+        pad = self.build.pad_before(step, self.setting)
         dtype = None if self.setting.dtype == self.dtype or step.source != IMAGES else self.dtype
         direct = _direct_arguments(self.setting, shape)
 
@@ -202,12 +189,6 @@ class _Lowering:
             return torch.cudnn_convolution(x, weight, padding, stride, dilation, 1, *direct)
 
         return convolve
-
-    def pad_of(self, pad: nn.Module | None, shape: Shape) -> Callable[[Tensor], Tensor] | None:
-        """Return what pads an input of this shape; None if nothing has to."""
-        if not isinstance(pad, DynamicPad2d) or not any(padding_of(pad, shape[2:])):
-            return None
-        return lambda x: same_pad(x, pad.kernel_size, pad.stride, pad.dilation, pad.value)
 
     # ---- norms ----------------------------------------------------------------------------------------------
 
@@ -274,7 +255,7 @@ class _Lowering:
         def call(places: Places) -> None:
             x = places[source]
             norm(places, x, None, x)
-            places[result] = activate(add_to_shortcut(x, places[shortcut]))
+            places[result] = activate(x + places[shortcut])
 
         build.emit("group_norm_act, add", call)
 

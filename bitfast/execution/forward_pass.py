@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -120,11 +120,14 @@ class ForwardPass(nn.Module):
 
         That is channels_last if the images or the weights of the stem are.
         """
-        stem, _ = self.stem_and_stages()
-        weights = [m.weight for m in stem.modules() if isinstance(m, WeightStandardizedConv2d)]
-        if is_channels_last(pixel_values) or any(map(is_channels_last, weights)):
+        if is_channels_last(pixel_values):
             return in_channels_last
-        return contiguous_nchw
+        stem, _ = self.stem_and_stages()
+        # As a rule they are children, and to walk through all modules takes ten times as long.
+        found = _convolutions(stem._modules.values()) or _convolutions(stem.modules())
+        return (
+            in_channels_last if any(is_channels_last(c.weight) for c in found) else contiguous_nchw
+        )
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation, and forget what was decided and kept for inference."""
@@ -138,6 +141,10 @@ class ForwardPass(nn.Module):
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         self.plans = Plans(self)
+
+
+def _convolutions(modules: Iterable[nn.Module | None]) -> list[WeightStandardizedConv2d]:
+    return [module for module in modules if isinstance(module, WeightStandardizedConv2d)]
 
 
 def is_compiled_inference(network: nn.Module) -> bool:

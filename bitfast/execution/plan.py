@@ -57,7 +57,19 @@ class Lowering(Protocol):
         shared: Container[int],
         setting: Setting,
     ) -> Program:
-        """Lower the steps of some blocks."""
+        """Lower the steps of some blocks.
+
+        Args:
+            blocks: One after the other; none calls a module.
+            source: The value that the program is given, channels_last.
+            shape: Of that.
+            kept: The values that it returns.
+            shared: Values that nothing may overwrite.
+            setting: For which :meth:`serves` is true.
+
+        Raises:
+            ValueError: a block cannot add its branch to its shortcut, or an image is too small for a window.
+        """
 
 
 LOWERINGS: tuple[Any, ...] = (cuda, cpu)

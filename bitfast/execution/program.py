@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bitfast.blocks import check_summands
+from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, shape_after
-from bitfast.execution.steps import Convolve, Join, Step, last_reads
+from bitfast.execution.steps import IMAGES, Convolve, Join, Step, last_reads
+from bitfast.layers import DynamicPad2d
 
 Places: TypeAlias = list[Any]
 """What a running program holds; values that are never alive together share a place."""
@@ -102,6 +104,14 @@ class Builder:
                 is_uneven, shape = True, shortcut
         self.shapes[step.result] = shape
         return is_uneven
+
+    def pad_before(self, step: Convolve, setting: Setting) -> Callable[[Tensor], Tensor] | None:
+        """Return what pads the source of a convolution; None if nothing has to."""
+        pad = step.convolution.pad
+        if not isinstance(pad, DynamicPad2d):
+            return None
+        dtype = setting.dtype if step.source == IMAGES else setting.compute_dtype
+        return pad.prepared(self.shapes[step.source], setting.device.type, dtype)
 
     def has(self, value: int) -> bool:
         """Whether a value has been computed and is still there."""

@@ -6,7 +6,7 @@ ceil(size / stride) pixels, and where the zeros cannot be shared out evenly the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ MAX_WINDOW = torch.iinfo(torch.int16).max
 """Most pixels that a pooling window may have."""
 
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""Kernel size, stride and dilation, each as (height, width)."""
 
 
 def same_pad(
@@ -122,14 +125,10 @@ def same_max_pool(
             than the padded input.
     """
     check_nchw(OP, "x", x)
-    window = _check_window(kernel_size, stride, dilation)
-    if window[0][0] * window[0][1] > MAX_WINDOW:
-        raise ValueError(
-            f"{OP}: kernel_size must cover at most {MAX_WINDOW} pixels, got {kernel_size!r}"
-        )
+    window = _check_pool_window(kernel_size, stride, dilation)
     sides = _check_padding(x, padding, window)
     if not torch.compiler.is_compiling():
-        _check_output(x, sides, window)
+        _check_output(x.shape, sides, window)
     backend = _select(x)
     if backend == "reference":
         if padding != "same":
@@ -138,6 +137,60 @@ def same_max_pool(
     with_taps = x.requires_grad and torch.is_grad_enabled()
     pool = getattr(torch.ops.bitfast.same_max_pool, backend)
     return pool(x, *window, sides, value, with_taps)[0]
+
+
+def pad_for(
+    shape: Ints, window: Window, value: float, device_type: str, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what :func:`same_pad` does to tensors like this where no gradient is recorded, chosen once.
+
+    Args:
+        shape: (N, C, H, W).
+        window: Kernel size, stride and dilation.
+        value: What the padding holds.
+        device_type: Of the tensors.
+        dtype: Of the tensors.
+
+    Returns:
+        None if they need no padding.
+    """
+    window = _check_window(*window)
+    padding = same_padding(shape[2:], *window)
+    if window[0] == (1, 1) or not any(padding):
+        return None
+    backend = select_backend(OP, device_type, dtype)
+    if backend == "reference":
+        return lambda x: reference.same_pad_forward(x, padding, value)
+    operator = getattr(torch.ops.bitfast.same_pad, backend)._op
+    return lambda x: operator(x, padding, value)
+
+
+def max_pool_for(
+    shape: Ints,
+    window: Window,
+    padding: Sequence[int] | None,
+    value: float,
+    device_type: str,
+    dtype: torch.dtype,
+) -> Callable[[Tensor], Tensor]:
+    """Return what :func:`same_max_pool` does to tensors like this where no gradient is recorded, chosen once.
+
+    Args:
+        shape, window, value, device_type, dtype: As in :func:`pad_for`.
+        padding: (top, bottom, left, right); None: "same".
+
+    Raises:
+        ValueError: As :func:`same_max_pool`.
+    """
+    window, size = _check_pool_window(*window), shape[2:]
+    sides = same_padding(size, *window) if padding is None else list(padding)
+    _check_output(shape, sides, window)
+    backend = select_backend(OP, device_type, dtype)
+    if backend == "reference":
+        read = sides if padding is None else _padding_read(size, window, sides)
+        return lambda x: reference.same_max_pool(x, *window, read, value)
+    operator = getattr(torch.ops.bitfast.same_max_pool, backend)._op
+    return lambda x: operator(x, *window, sides, value, False)[0]
 
 
 def same_padding(size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) -> list[int]:
@@ -179,9 +232,6 @@ def _select(x: Tensor) -> str:
 
 # ---- argument checks ----------------------------------------------------------------------------
 
-Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Kernel size, stride and dilation, each as (height, width)."""
-
 
 def _check_window(
     kernel_size: int | Sequence[int],
@@ -193,6 +243,19 @@ def _check_window(
         check_pair(OP, "stride", stride),
         check_pair(OP, "dilation", dilation),
     )
+
+
+def _check_pool_window(
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Window:
+    window = _check_window(kernel_size, stride, dilation)
+    if window[0][0] * window[0][1] > MAX_WINDOW:
+        raise ValueError(
+            f"{OP}: kernel_size must cover at most {MAX_WINDOW} pixels, got {kernel_size!r}"
+        )
+    return window
 
 
 def _check_padding(x: Tensor, padding: str | Sequence[int], window: Window) -> list[int]:
@@ -207,11 +270,11 @@ def _check_padding(x: Tensor, padding: str | Sequence[int], window: Window) -> l
     )
 
 
-def _check_output(x: Tensor, padding: list[int], window: Window) -> None:
-    if 0 in x.shape[2:] or min(reference.pooled_size(x.shape[2:], *window, padding)) < 1:
+def _check_output(shape: Ints, padding: list[int], window: Window) -> None:
+    if 0 in shape[2:] or min(reference.pooled_size(shape[2:], *window, padding)) < 1:
         raise ValueError(
             f"{OP}: x must be at least as large as the window once it is padded, got shape"
-            f" {tuple(x.shape)} for kernel_size {window[0]}, dilation {window[2]} and padding {padding}"
+            f" {tuple(shape)} for kernel_size {window[0]}, dilation {window[2]} and padding {padding}"
         )
 
 
