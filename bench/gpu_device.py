@@ -27,7 +27,7 @@ PEERS = ("transformers", "timm", "torchvision", "triton", "matplotlib", "hypothe
 
 def environment(session: Session) -> None:
     """Describe the machine and what is installed."""
-    from bitfast import environment as ours
+    from bitfast.commands import environment as ours
 
     facts = ours.describe()
     facts["commit"] = commit()

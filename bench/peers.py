@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfast.environment import package_version
+from bitfast.commands.environment import package_version
 
 PEERS = {
     "transformers": "transformers==4.56.2",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bitfast import environment
+from bitfast.commands import environment
 
 from .limits import Limits
 from .timing import Summary

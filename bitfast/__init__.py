@@ -5,13 +5,13 @@
 
 from bitfast.auto_classes import TransformersRegistration, register_with_transformers
 from bitfast.backends import BackendUnavailableError, use_backend
-from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CheckpointError
 from bitfast.configuration import BitConfig
 from bitfast.export import exportable
 from bitfast.graphs import capture, release_graphs
-from bitfast.image_processing import BitImageProcessor
-from bitfast.image_processing_fast import BitImageProcessorFast
+from bitfast.images.batch_feature import BatchFeature
+from bitfast.images.processing import BitImageProcessor
+from bitfast.images.processing_fast import BitImageProcessorFast
 from bitfast.in_place import AccelerationReport, accelerate, restore
 from bitfast.modeling import BitBackbone, BitForImageClassification, BitModel, BitPreTrainedModel
 

@@ -229,8 +229,8 @@ def positive_integer(text: str) -> int:
 
 def run_classify(arguments: argparse.Namespace) -> int:
     """Classify the images and return the exit status."""
-    from bitfast import classify
-    from bitfast.image_files import find_images, one_line
+    from bitfast.commands import classify
+    from bitfast.images.files import find_images, one_line
 
     try:
         device = classify.find_device(arguments.device)
@@ -266,9 +266,9 @@ def run_convert(arguments: argparse.Namespace) -> int:
     """Convert the checkpoint, print what was found and assumed, and return the exit status."""
     from pathlib import Path
 
-    from bitfast import convert
+    from bitfast.commands import convert
     from bitfast.configuration_values import parse_dtype
-    from bitfast.image_files import one_line
+    from bitfast.images.files import one_line
 
     folder = Path(arguments.destination)
     try:
@@ -290,14 +290,14 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demo and return the exit status: 1 if bitfast and transformers disagree."""
-    from bitfast import demo
+    from bitfast.commands import demo
 
     return SUCCESS if demo.run(arguments.threads) else SOME_FAILED
 
 
 def run_env(arguments: argparse.Namespace) -> int:
-    """Print what ``bitfast.environment`` finds."""
-    from bitfast import environment
+    """Print what ``bitfast.commands.environment`` finds."""
+    from bitfast.commands import environment
 
     found = environment.describe()
     print(json.dumps(found, indent=2) if arguments.json else environment.as_text(found))

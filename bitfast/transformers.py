@@ -28,8 +28,9 @@ except ImportError:  # transformers 5
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bitfast import configuration, image_processing, image_processing_fast, models
+from bitfast import configuration, models
 from bitfast.blocks import LAYERS
+from bitfast.images import processing, processing_fast
 
 NETWORK_SETTINGS = tuple(
     inspect.signature(configuration.BitConfig).parameters.keys()
@@ -155,17 +156,17 @@ class BitBackbone(models.Backbone, modeling_bit.BackboneMixin, BitPreTrainedMode
         self.post_init()
 
 
-class BitImageProcessor(image_processing.BitImageProcessor, BaseImageProcessor):
+class BitImageProcessor(processing.BitImageProcessor, BaseImageProcessor):
     """:class:`bitfast.BitImageProcessor` as a ``transformers.BaseImageProcessor``."""
 
     @filter_out_non_signature_kwargs()
-    @functools.wraps(image_processing.BitImageProcessor.preprocess)
+    @functools.wraps(processing.BitImageProcessor.preprocess)
     def preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
         """Do what :meth:`bitfast.BitImageProcessor.preprocess` does; return transformers' own class."""
         return BatchFeature(super().preprocess(*args, **kwargs).data)
 
 
-class BitImageProcessorFast(image_processing_fast.BitImageProcessorFast, BaseImageProcessorFast):
+class BitImageProcessorFast(processing_fast.BitImageProcessorFast, BaseImageProcessorFast):
     """:class:`bitfast.BitImageProcessorFast` as a subclass of the base of transformers' fast processors."""
 
     def preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:

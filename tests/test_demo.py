@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bitfast import BitConfig, BitForImageClassification, cli, comparison, demo
+from bitfast import BitConfig, BitForImageClassification, cli
+from bitfast.commands import comparison, demo
 from bitfast.digits import held_out_images
 
 SMALL = BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=2)

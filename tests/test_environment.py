@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import bitfast
-from bitfast import cli, environment
+from bitfast import cli
+from bitfast.commands import environment
 
 
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:

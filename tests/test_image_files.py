@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bitfast.image_files import find_images, image_extensions, printable
+from bitfast.images.files import find_images, image_extensions, printable
 
 
 def names(candidates: list[Any], folder: Path) -> list[str]:

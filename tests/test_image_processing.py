@@ -16,8 +16,8 @@ from PIL import Image
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.models.bit.image_processing_bit import BitImageProcessor as Theirs
 
-from bitfast.image_inputs import resized_size
-from bitfast.image_processing import BitImageProcessor
+from bitfast.images.inputs import resized_size
+from bitfast.images.processing import BitImageProcessor
 
 PHOTOGRAPHS = (
     "astronaut.png",  # RGB

@@ -24,8 +24,8 @@ from transformers.image_utils import get_image_size_for_max_height_width
 from transformers.models.bit.image_processing_bit_fast import BitImageProcessorFast as Theirs
 
 from bitfast import BitImageProcessor, BitImageProcessorFast
-from bitfast.image_inputs import size_with_aspect_ratio, size_within
-from bitfast.image_parameters import PARAMETERS
+from bitfast.images.inputs import size_with_aspect_ratio, size_within
+from bitfast.images.parameters import PARAMETERS
 from tests.test_image_processing import PHOTOGRAPHS, crops, edges, photograph, statistics
 
 transformers.logging.set_verbosity_error()

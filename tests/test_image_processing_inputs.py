@@ -21,10 +21,10 @@ from transformers.image_utils import ChannelDimension as TheirChannelDimension
 from transformers.models.bit.image_processing_bit import BitImageProcessor as Theirs
 from transformers.utils import TensorType
 
-from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CheckpointError
-from bitfast.image_inputs import ChannelDimension
-from bitfast.image_processing import BitImageProcessor
+from bitfast.images.batch_feature import BatchFeature
+from bitfast.images.inputs import ChannelDimension
+from bitfast.images.processing import BitImageProcessor
 
 SMALL = {"size": 12, "crop_size": 10}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -17,6 +18,7 @@ from transformers.image_processing_utils_fast import BaseImageProcessorFast
 from transformers.models.bit.image_processing_bit import BitImageProcessor as TheirSlow
 from transformers.models.bit.image_processing_bit_fast import BitImageProcessorFast as TheirFast
 
+import bitfast
 from bitfast import BitImageProcessor, BitImageProcessorFast, CheckpointError
 
 BOTH = [(BitImageProcessor, TheirSlow), (BitImageProcessorFast, TheirFast)]
@@ -146,3 +148,9 @@ def test_a_class_of_both_libraries(ours: Any, base: Any, tmp_path: Path) -> None
     assert torch.equal(a, b)
     processor.save_pretrained(tmp_path)
     assert both.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+@pytest.mark.parametrize("name", ["image_processing", "image_processing_fast"])
+def test_the_modules_that_users_import_from(name: str) -> None:
+    module = importlib.import_module(f"bitfast.{name}")
+    assert all(getattr(module, each) is getattr(bitfast, each) for each in module.__all__)

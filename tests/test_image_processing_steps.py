@@ -15,8 +15,9 @@ from transformers.image_processing_utils_fast import DefaultFastImageProcessorKw
 from transformers.models.bit.image_processing_bit import BitImageProcessor as TheirSlow
 from transformers.models.bit.image_processing_bit_fast import BitImageProcessorFast as TheirFast
 
-from bitfast import BitImageProcessor, BitImageProcessorFast, image_batches
-from bitfast.image_parameters import DefaultFastImageProcessorKwargs, SizeDict
+from bitfast import BitImageProcessor, BitImageProcessorFast
+from bitfast.images import batches
+from bitfast.images.parameters import DefaultFastImageProcessorKwargs, SizeDict
 from tests.test_image_processing import photograph
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -269,7 +270,7 @@ def test_a_step_may_be_replaced_by_assignment(where: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("mixin", "batches"),
+    ("mixin", "batch_sizes"),
     [
         (object, [2]),
         (Squeezed, [2]),
@@ -282,10 +283,10 @@ def test_a_step_may_be_replaced_by_assignment(where: str, monkeypatch: pytest.Mo
     ],
 )
 def test_what_is_not_replaced_is_one_op_for_the_batch(
-    mixin: Any, batches: list[int], monkeypatch: pytest.MonkeyPatch
+    mixin: Any, batch_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    op = image_batches.resize_normalize
+    op = batches.resize_normalize
 
     def counted(images: Any, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(images))
@@ -294,9 +295,9 @@ def test_what_is_not_replaced_is_one_op_for_the_batch(
     bases = (BitImageProcessorFast,) if mixin is object else (mixin, BitImageProcessorFast)
     processor = type("Processor", bases, {})(**SMALL)
     images = [photograph("chelsea.png"), photograph("coffee.png").resize((90, 99))]
-    monkeypatch.setattr(image_batches, "resize_normalize", counted)
+    monkeypatch.setattr(batches, "resize_normalize", counted)
     processor(images, return_tensors="pt")
-    assert sizes == batches
+    assert sizes == batch_sizes
 
 
 # ---- the methods, called by themselves ----------------------------------------------------------

@@ -17,7 +17,8 @@ from PIL import Image
 from transformers.models.bit.image_processing_bit import BitImageProcessor as TheirSlow
 from transformers.models.bit.image_processing_bit_fast import BitImageProcessorFast as TheirFast
 
-from bitfast import BitImageProcessor, BitImageProcessorFast, image_sources
+from bitfast import BitImageProcessor, BitImageProcessorFast
+from bitfast.images import sources
 from tests.test_image_processing import photograph
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -179,7 +180,7 @@ def test_what_stands_for_no_image_is_named(
 def test_a_silent_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    monkeypatch.setattr(image_sources, "TIMEOUT", 0.2)
+    monkeypatch.setattr(sources, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, and says nothing
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
         with pytest.raises(OSError, match=r"image 'http.*x\.png' cannot be fetched: timed out"):

@@ -19,8 +19,9 @@ ROOMS = (
     ("bitfast.ops",),
     ("bitfast.layers", "bitfast.blocks", "bitfast.network", "bitfast.pooling"),
     ("bitfast.execution",),
-    ("bitfast.models", "bitfast.in_place", "bitfast.graphs"),
-    ("bitfast.bench",),
+    ("bitfast.models", "bitfast.in_place", "bitfast.graphs", "bitfast.images"),
+    ("bitfast.bench", "bitfast.commands"),
+    ("bitfast.cli",),
 )
 """As docs/architecture.md draws them, the lowest first: none knows those that come after it."""
 

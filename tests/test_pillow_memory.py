@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bitfast import BitImageProcessor, pillow_memory
-from bitfast.pillow_memory import pixels_of
+from bitfast import BitImageProcessor
+from bitfast.images import pillow_memory
+from bitfast.images.pillow_memory import pixels_of
 
 
 def random_image(mode: str, width: int = 41, height: int = 23) -> Image.Image:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfast.staging import ALIGNMENT, dense_enough, pack, packed_size, places_of, upload
+from bitfast.ops.staging import ALIGNMENT, dense_enough, pack, packed_size, places_of, upload
 
 
 def images() -> list[Tensor]:

@@ -28,7 +28,7 @@ from bitfast.checkpoints.files import replace_files
 from bitfast.configuration import BitConfig
 from bitfast.digits.card import CARD_NAME, Measurement, model_card
 from bitfast.digits.sheet import write_sheet
-from bitfast.image_processing import BitImageProcessor
+from bitfast.images.processing import BitImageProcessor
 from bitfast.modeling import BitForImageClassification
 
 HELD_OUT_FRACTION = 0.25

@@ -12,7 +12,7 @@ from bitfast import extension
 from bitfast.kernels.kept import is_capturing
 from bitfast.ops.common import run_launches, why_no_interpreter, why_no_triton
 from bitfast.ops.resize_normalize import Request
-from bitfast.staging import upload
+from bitfast.ops.staging import upload
 
 if TYPE_CHECKING:
     from bitfast.kernels.resize_normalize import Axis

@@ -10,12 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bitfast import (
-    BitForImageClassification,
-    BitImageProcessor,
-    BitImageProcessorFast,
-    classify,
-)
+from bitfast import BitForImageClassification, BitImageProcessor, BitImageProcessorFast
+from bitfast.commands import classify
 from tests.cli.common import (
     BAD,
     GOOD,

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import bitfast
-from bitfast import classify, cli
+from bitfast import cli
+from bitfast.commands import classify
 from tests.cli.common import (
     BAD,
     GOOD,

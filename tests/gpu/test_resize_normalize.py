@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bitfast import BitImageProcessor, BitImageProcessorFast
 from bitfast.backends import use_backend
-from bitfast.image_processing_base import ImageProcessor
+from bitfast.images.processing_base import ImageProcessor
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
-from bitfast.staging import upload
+from bitfast.ops.staging import upload
 from tests.image_layouts import LAYOUTS, random_image
 
 SIZES = [

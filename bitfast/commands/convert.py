@@ -25,8 +25,8 @@ from bitfast.checkpoints.files import (
 from bitfast.checkpoints.foreign import ForeignCheckpoint, read_foreign
 from bitfast.configuration import BitConfig
 from bitfast.configuration_values import dtype_name
-from bitfast.image_processing import BitImageProcessor
-from bitfast.image_processing_base import CONFIG_NAME as PROCESSOR_CONFIG_NAME
+from bitfast.images.processing import BitImageProcessor
+from bitfast.images.processing_base import CONFIG_NAME as PROCESSOR_CONFIG_NAME
 
 FINE_TUNING_SIZE = 448
 """Height and width of the images that most released models were fine-tuned for."""

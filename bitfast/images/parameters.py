@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypedDict
 
 from PIL import Image
 
-from bitfast.image_batches import parse_crop_size
-from bitfast.image_inputs import Size, parse_factor, parse_resampling, parse_size
+from bitfast.images.batches import parse_crop_size
+from bitfast.images.inputs import Size, parse_factor, parse_resampling, parse_size
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES
 
 NEAREST = 0

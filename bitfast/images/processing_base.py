@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from bitfast.batch_feature import BatchFeature
 from bitfast.checkpoints.files import CONFIG_NAME as MODEL_CONFIG_NAME
 from bitfast.checkpoints.files import (
     WHERE,
@@ -25,8 +24,9 @@ from bitfast.checkpoints.files import (
     write_text_atomically,
 )
 from bitfast.checkpoints.hub import PushToHubMixin
-from bitfast.image_inputs import is_image, raise_named
-from bitfast.image_sources import load_image
+from bitfast.images.batch_feature import BatchFeature
+from bitfast.images.inputs import is_image, raise_named
+from bitfast.images.sources import load_image
 
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 """Mean of the channels of CLIP's training images, in [0, 1]."""

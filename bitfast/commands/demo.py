@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitfast import comparison
-from bitfast.classify import Classifier, default_model
+from bitfast.commands import comparison
+from bitfast.commands.classify import Classifier, default_model
+from bitfast.commands.environment import cpu_model, package_version, versions
 from bitfast.configuration import BitConfig
-from bitfast.environment import cpu_model, package_version, versions
-from bitfast.image_processing import BitImageProcessor
+from bitfast.images.processing import BitImageProcessor
 from bitfast.modeling import BitForImageClassification
 
 SHADES = " ░▒▓█"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitfast.image_inputs import parse_size
+from bitfast.images.inputs import parse_size
 from bitfast.ops.resize_normalize import INSTALLED_PILLOW, resize_normalize
 
 

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfast import image_transforms
-from bitfast.image_batches import Job, Recipe, check_resized_size, parse_crop_size, process
-from bitfast.image_inputs import (
+from bitfast.images import transforms
+from bitfast.images.batches import Job, Recipe, check_resized_size, parse_crop_size, process
+from bitfast.images.inputs import (
     check_range,
     raise_named,
     resized_size,
     size_with_aspect_ratio,
     size_within,
 )
-from bitfast.image_parameters import Options, parse_resize
+from bitfast.images.parameters import Options, parse_resize
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
 
 WIDTH_FIRST = (12, 1)
@@ -182,7 +182,7 @@ def _rescaling(
         exact = dtype == torch.float64
         return (options.factor if exact else float(np.float32(options.factor)),), (), ()
     inverse = np.float32(1) if options.factor is None else np.float32(1.0 / options.factor)
-    mean, std = image_transforms.statistics(
+    mean, std = transforms.statistics(
         _one_for_all(options.mean),
         _one_for_all(options.std),
         channels,

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitfast.image_files import Candidate, describe, one_line, printable, read_image
-from bitfast.image_processing import BitImageProcessor
-from bitfast.image_processing_base import processor_type
-from bitfast.image_processing_fast import BitImageProcessorFast
+from bitfast.images.files import Candidate, describe, one_line, printable, read_image
+from bitfast.images.processing import BitImageProcessor
+from bitfast.images.processing_base import processor_type
+from bitfast.images.processing_fast import BitImageProcessorFast
 from bitfast.modeling import BitForImageClassification
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitfast.pillow_memory import pixels_of
+from bitfast.images.pillow_memory import pixels_of
 
 
 class ChannelDimension(str, Enum):

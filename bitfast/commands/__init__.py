@@ -1,0 +1,1 @@
+"""What the commands of ``bitfast`` do; their arguments are in ``bitfast.cli``."""

@@ -1,0 +1,1 @@
+"""The image processors, and what they are made of."""
