@@ -35,7 +35,7 @@ bench: $(INSTALLED)
 	$(BIN)/bitfast bench --threads 1 2 --output "$(OUT_BENCH)/report.json" \
 		--markdown "$(OUT_BENCH)/report.md" --charts "$(OUT_BENCH)" $(BENCH)
 
-# The tables of the README, from the JSON that it names.
+# The tables of docs/performance.md, from the JSON that it names.
 readme-table: $(INSTALLED)
 	$(BIN)/python -m bench.readme
 

@@ -100,7 +100,7 @@ def test_the_image_processor(folder, photograph, use_fast):
     actual = ours(photograph, return_tensors="pt").pixel_values
     expected = plain(photograph, return_tensors="pt").pixel_values
     assert actual.shape == expected.shape == (1, 3, 32, 32)
-    # Fast ones differ by a level or two of 255 (see the README), slow ones in nothing.
+    # Fast ones differ by a level or two of 255 (see docs/behaviour.md), slow ones in nothing.
     assert (actual - expected).abs().max() <= (2.1 / 255 / 0.26 if is_fast else 0)
     assert type(transformers.AutoImageProcessor.from_pretrained(folder, **options)) is type(plain)
 
