@@ -32,7 +32,7 @@ OUT_BENCH = $(or $(OUT),build/bench)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	mkdir -p "$(OUT_BENCH)"
-	$(BIN)/bitfast bench --threads 1 2 --output "$(OUT_BENCH)/report.json" \
+	$(BIN)/bitfast bench --device cpu --threads 1 2 --output "$(OUT_BENCH)/report.json" \
 		--markdown "$(OUT_BENCH)/report.md" --charts "$(OUT_BENCH)" $(BENCH)
 
 # The tables of docs/performance.md, from the JSON that it names.
@@ -40,10 +40,10 @@ readme-table: $(INSTALLED)
 	$(BIN)/python -m bench.readme
 
 # On a machine with a GPU, with what its own Python has: no virtual environment, nothing downloaded.
-# ONLY="models_eager dispatch" runs those parts alone.
+# ONLY="bench tests" runs those steps alone; the script says which there are.
 gpu-report:
 	@test -n "$(OUT)" || { echo "usage: make gpu-report OUT=<folder>"; exit 2; }
-	$(PYTHON) -m bench.gpu_report --build --output "$(OUT)" $(addprefix --only ,$(ONLY))
+	PYTHON="$(PYTHON)" ONLY="$(ONLY)" bench/gpu_report.sh "$(OUT)"
 
 # torch comes first and the build shares it: an isolated build would download torch a second time.
 # The pinned release is the newest that the tests ran on; TORCH= picks another. torchvision goes along with

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .registry import OURS, PLAIN
+from .cases import OURS, PLAIN, place_of
 from .report import duration
 from .rows import TIMED, Report, Row, cases_of
 
@@ -102,7 +102,7 @@ def draw_op(op: str, pairs: Sequence[tuple[Row, Row]], path: Path) -> None:
     label_bars(axes, [ours.case for _, ours in pairs], [False] * len(pairs))
     axes.set_xlim(0, 1.45 * max(largest, 1.0))
     axes.set_xlabel("plain PyTorch's time over bitfast's: longer is better; the line: equally fast")
-    axes.set_title(f"{op}, {pairs[0][1].threads} threads", loc="left", fontweight="bold")
+    axes.set_title(f"{op}, {place_of(pairs[0][1].threads)}", loc="left", fontweight="bold")
     finish(figure, path)
 
 

@@ -1,101 +1,123 @@
-"""One case about an op, run in this process: checked, then timed, as rows."""
+"""One case: its contestants checked, then timed, as rows."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 
-import torch
-
-from .accuracy import OURS as OUR_FACTOR
-from .accuracy import WrongResultError, allowed_error, check, relative_error
+from .accuracy import WrongResultError, check
+from .cases import Case, Contestant, NotInstalledError, Problem, Running
 from .limits import Limits
-from .registry import OURS, PLAIN, Case, Problem, as_list, name_of
-from .rows import FAILED, Row
-from .timing import summarize, take_turns, timer_of
+from .registry import opened
+from .rows import FAILED, MISSING, SKIPPED, Row
+from .timing import summarize, take_turns
+from .workers import Base
+
+Progress = Callable[[str], None]
+"""Is told what has been done."""
 
 
-class Checked(NamedTuple):
-    """A contestant's largest error (of several results, measured by what is allowed), what is allowed there,
-    and what is wrong; None where there is no such thing."""
+def run(
+    case: Case,
+    limits: Limits | None,
+    rounds: int,
+    base: Base | None = None,
+    progress: Progress = lambda done: None,
+    *,
+    is_quick: bool = False,
+) -> list[Row]:
+    """Check and time one case; return a row per contestant, in order.
 
-    error: float | None
-    allowed: float | None
-    problem: str | None
+    Args:
+        case: What is compared.
+        limits: What the machine can do; without them rows say nothing of fractions.
+        rounds: Samples of each contestant.
+        base: Another commit, whose bitfast takes part beside this one's.
+        progress: Called after each contestant's check, and after each round.
+        is_quick: Leave out what must be compiled.
+    """
+    rounds = min(rounds, case.most_rounds or rounds)
+    with ExitStack() as stack:
+        problem = stack.enter_context(opened(case))
+        rows: dict[str, Row] = {}
+        admitted: dict[str, Running] = {}
+        if is_quick:
+            problem.contestants = [c for c in problem.contestants if not c.is_compiled]
+        for contestant in _with_base(case, problem, base):
+            rows[contestant.name] = _admit(case, problem, contestant, admitted, stack)
+            progress(contestant.name)
+        samples = _samples_of(case, admitted, rounds, progress)
+        baseline = samples.get(problem.contestants[0].name)
+        for name, seconds in samples.items():
+            row = replace(rows[name], **summarize(seconds, baseline)._asdict())
+            rows[name] = row if limits is None else _with_fraction(row, limits)
+        return list(rows.values())
 
 
-def checked_errors(problem: Problem, dtype: torch.dtype) -> dict[str, Checked]:
-    """Check every contestant's results against float64; plain PyTorch is the yardstick, and comes first."""
-    oracle = [tensor.detach() for tensor in as_list(problem.oracle())]
-    found: dict[str, Checked] = {}
-    yardsticks: list[float | None] = [None] * len(oracle)
-    for name, function in problem.contestants.items():
-        try:
-            results = [tensor.detach() for tensor in as_list(function())]
-            errors = [relative_error(r, o) for r, o in zip(results, oracle, strict=True)]
-        except Exception as error:  # one contestant's failure must not cost the others
-            found[name] = Checked(None, None, f"{type(error).__name__}: {error}")
-            continue
-        found[name] = judged(errors, [allowed_error(dtype, y, OUR_FACTOR) for y in yardsticks])
-        if name == PLAIN and found[name].problem is None:
-            yardsticks = list(errors)
-    return found
-
-
-def judged(errors: list[float], allowed: list[float]) -> Checked:
-    """Return what is to be said of a contestant whose results have these errors."""
-    # NaN first, then the largest share of what is allowed.
-    error, most = max(
-        zip(errors, allowed, strict=True), key=lambda pair: (pair[0] != pair[0], pair[0] / pair[1])
+def skipped(case: Case, note: str) -> Row:
+    """Return the row of a case that was not begun."""
+    return Row(
+        case.kind, case.op, case.name, case.device, case.threads, "all", case.dtype, SKIPPED, note
     )
-    try:
-        check(error, most)
-    except WrongResultError as wrong:
-        return Checked(error, most, f"{wrong}: not timed")
-    return Checked(error, most, None)
 
 
-def run(case: Case, threads: int, limits: Limits | None, rounds: int) -> list[Row]:
-    """Check and time one case with this many threads; return a row per contestant."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return _rows(case, threads, limits, rounds)
-    finally:
-        torch.set_num_threads(before)
+def _with_base(case: Case, problem: Problem, base: Base | None) -> Iterator[Contestant]:
+    for contestant in problem.contestants:
+        yield contestant
+        if base is not None and contestant.name.startswith("bitfast"):
+            yield base.contestant(case, contestant)
 
 
-def _rows(case: Case, threads: int, limits: Limits | None, rounds: int) -> list[Row]:
-    torch.manual_seed(0)
-    problem = case.make()
-    with torch.set_grad_enabled(case.is_training):
-        found = checked_errors(problem, case.dtype)
-        good = {
-            name: timer_of(function)
-            for name, function in problem.contestants.items()
-            if found[name].problem is None
-        }
-        samples = take_turns(good, rounds) if good else {}
-    rows = []
-    for name, checked in found.items():
-        row = Row(
-            "op",
-            case.op,
-            case.name,
-            threads,
-            name,
-            name_of(case.dtype),
-            is_quick=case.is_quick,
-            error=checked.error,
-            allowed_error=checked.allowed,
-            note=f"backend: {problem.backend}" if name == OURS else "",
-        )
-        if name not in samples:
-            rows.append(dataclasses.replace(row, status=FAILED, note=checked.problem or ""))
-            continue
-        row = row.timed(summarize(samples[name], samples.get(PLAIN)))
-        if limits is not None and problem.bytes and row.seconds is not None:
-            fraction = limits.copy_fraction(problem.bytes, row.seconds)
-            row = dataclasses.replace(row, fraction=fraction, limit="copy")
-        rows.append(row)
-    return rows
+def _admit(
+    case: Case,
+    problem: Problem,
+    contestant: Contestant,
+    admitted: dict[str, Running],
+    stack: ExitStack,
+) -> Row:
+    """Start a contestant and check its results; what is missing, fails or is wrong gets a row only."""
+    row = Row(
+        case.kind, case.op, case.name, case.device, case.threads, contestant.name, contestant.dtype,
+        note=contestant.note, is_quick=case.is_quick, bytes=problem.bytes, flops=problem.flops,
+    )  # fmt: skip
+    with ExitStack() as own:
+        try:
+            running = contestant.begin(own)
+            verdict = problem.judge(contestant.name, contestant.dtype, running.results)
+            row = replace(row, error=verdict.error, allowed_error=verdict.allowed)
+            check(verdict)
+        except NotInstalledError as error:
+            return replace(row, status=MISSING, note=str(error))
+        except WrongResultError as error:
+            return replace(row, status=FAILED, note=f"{error}: not timed")
+        except Exception as error:  # one contestant's failure must not cost the others
+            return replace(row, status=FAILED, note=f"{type(error).__name__}: {error}")
+        stack.push(own.pop_all())
+    running.results = []  # only their time is wanted from here on
+    admitted[contestant.name] = running
+    return replace(row, first_result=running.first_result, peak_memory=running.peak_memory)
+
+
+def _samples_of(
+    case: Case, admitted: dict[str, Running], rounds: int, progress: Progress
+) -> dict[str, list[float]]:
+    if not admitted:
+        return {}
+    if case.clock == "kernels":
+        return {name: running.kernels() for name, running in admitted.items()}
+    timers = {name: running.time for name, running in admitted.items()}
+    return take_turns(timers, rounds, lambda: progress("in turns"))
+
+
+def _with_fraction(row: Row, limits: Limits) -> Row:
+    """Return a row that has a time with its share of the limit that binds it.
+
+    It may be larger than 1 where everything fits into a cache.
+    """
+    arithmetic = row.flops / limits.flops[row.dtype] if row.flops else 0.0
+    copying = row.bytes / limits.bandwidth
+    if row.seconds is None or not (arithmetic or copying):
+        return row
+    limit = "arithmetic" if arithmetic > copying else "copy"
+    return replace(row, fraction=max(arithmetic, copying) / row.seconds, limit=limit)

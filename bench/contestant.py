@@ -1,10 +1,16 @@
-"""One contestant of a model case, in a process of its own, which does nothing else.
+"""A contestant of a model case: constructed, called, timed; in a process of its own, which does nothing else.
 
 Run as a script, so that nothing is loaded but what the contestant needs: its memory is measured. The process
-that starts it sends a description (see ``Work`` in ``workers.py``) through a connection whose number is the
-argument. What is answered first: the seconds from constructing (what is imported has been) to the first
-result, and the peak of the memory after the second. From then on, each number that comes is answered by the
-seconds that so many calls took. None ends it.
+that starts it (``workers.py``) sends a description, a dict, through a connection whose number is the argument.
+What is answered first: the seconds from constructing (what is imported has been) to the first result, and
+the peak of the memory after the second. From then on, each number that comes is answered by the seconds that so
+many calls took, and "kernels" by samples of the GPU's share. None ends it.
+
+What a description says, by key: ``package`` is whose code computes ("transformers", "timm", "torchvision",
+"bitfast", "onnxruntime", "openvino"; "case" for any case of the benchmark); ``dtype`` and ``device``;
+``form`` is "eager", "compiled" (with ``mode``), "autocast", "compiled autocast", "accelerated" or "captured";
+``folder`` holds the checkpoint, ``onnx`` the same network for other runtimes, ``input`` the images and ``grad``
+the gradient of the output, for training; of the first ``checked`` images the results go to ``output``.
 """
 
 from __future__ import annotations
@@ -12,20 +18,40 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import timeit
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Work = dict[str, Any]
 Call = Callable[[], Any]
-Build = Callable[[np.ndarray], Call]
-"""Constructs the model and returns what runs it on these images."""
-AsArray = Callable[[Any], np.ndarray]
-"""Puts all numbers of a call's results into one array."""
+
+
+class Loaded(NamedTuple):
+    """What a package has to offer once it has been imported.
+
+    Attributes:
+        construct: Makes the model and returns what runs it.
+        array: Puts all numbers of a call's results into one array of float32.
+    """
+
+    construct: Callable[[], Call]
+    array: Callable[[Any], np.ndarray]
+
+
+class First(NamedTuple):
+    """A contestant after its first results; see ``Running`` in ``cases.py``."""
+
+    results: list[np.ndarray]
+    time: Callable[[int], float]
+    kernels: Callable[[], list[float]] | None = None
+    first_result: float | None = None
+    peak_memory: int | None = None
 
 
 def main() -> None:
@@ -33,22 +59,15 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     work = connection.recv()
     try:
-        x = np.load(work["input"])
-        build, as_array = LOADERS[work["package"]](work)
-        start = time.perf_counter()
-        call = build(x)
-        result = call()
-        first_result = time.perf_counter() - start
-        result = call()
-        memory = peak_memory()
-        np.save(work["output"], as_array(result))
-        del result
-        connection.send({"first_result": first_result, "peak_memory": memory})
-        while (calls := connection.recv()) is not None:
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            connection.send({"seconds": time.perf_counter() - start})
+        first = begin_case(work) if work["package"] == "case" else begin(work)
+        np.savez(work["output"], *first.results)
+        first.results.clear()
+        connection.send({"first_result": first.first_result, "peak_memory": first.peak_memory})
+        while (wanted := connection.recv()) is not None:
+            seconds = (
+                first.kernels() if wanted == "kernels" and first.kernels else first.time(wanted)
+            )
+            connection.send({"seconds": seconds})
     except EOFError:  # whoever asks has gone
         return
     except Exception as error:
@@ -56,8 +75,63 @@ def main() -> None:
         connection.send({"error": f"{type(error).__name__}: {error}"})
 
 
-def peak_memory() -> int:
-    """Return the most memory, in bytes, that this process has had resident."""
+def begin(work: Work) -> First:
+    """Construct a model and call it twice."""
+    loaded = LOADERS[work["package"]](work)
+    before = memory_in_use(work)
+    start = clock()
+    call = loaded.construct()
+    result = call()
+    first_result = clock() - start
+    result = call()
+    clock()
+    peak = peak_memory(work) - before
+    time_calls = timeit.Timer(call, timer=clock).timeit
+    return First([loaded.array(result)], time_calls, None, first_result, peak)
+
+
+def begin_case(work: Work) -> First:
+    """Begin a contestant of any case, with the bitfast that this process finds first."""
+    import bitfast  # noqa: F401 - before the path leads to the checkout whose benchmark is run
+
+    sys.path.insert(0, work["root"])
+    from bench import registry
+
+    found = registry.cases(work["device"], [work["threads"]])
+    (case,) = (case for case in found if case.title == work["case"])
+    stack = ExitStack()  # all that it holds goes with the process
+    problem = stack.enter_context(registry.opened(case))
+    (contestant,) = (each for each in problem.contestants if each.name == work["contestant"])
+    running = contestant.begin(stack)
+    results = [result.detach().float().cpu().numpy() for result in running.results]
+    return First(results, running.time, running.kernels)
+
+
+def clock() -> float:
+    """Return the time in seconds, when a GPU in use has done what it was given."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory_in_use(work: Work) -> int:
+    """Return the GPU's memory that others have in use already, and begin to watch its peak; 0 on a CPU."""
+    if work["device"] == "cpu":
+        return 0
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_memory(work: Work) -> int:
+    """Return the most memory, in bytes, that was in use on a GPU, or resident of this process."""
+    if work["device"] == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     # Other systems, and getrusage on Linux too, may count what the process that started this one had.
     status = Path("/proc/self/status")
     if status.exists():
@@ -67,14 +141,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---- transformers, timm and bitfast -------------------------------------------------------------------
+# ---- whatever computes with torch -----------------------------------------------------------------
 
 
-def load_torch(work: Work) -> tuple[Build, AsArray]:
-    """Import what a model of transformers, timm or bitfast needs."""
+def load_torch(work: Work) -> Loaded:
+    """Import what a model of transformers, timm, torchvision or bitfast needs."""
     import torch
 
-    torch.set_num_threads(work["threads"])
+    if work["threads"]:
+        torch.set_num_threads(work["threads"])
     if work["package"] != "bitfast":
         sys.path.append(str(Path(__file__).parent))
         from torchvision_import import import_torchvision
@@ -83,22 +158,32 @@ def load_torch(work: Work) -> tuple[Build, AsArray]:
     package = __import__(work["package"])
     if work["form"] == "accelerated":
         import bitfast
-    dtype = "float32" if work["form"] == "autocast" else work["dtype"]
+    stored = getattr(torch, "float32" if "autocast" in work["form"] else work["dtype"])
+    if "compiled" in work["form"]:
+        torch._dynamo.reset()
 
-    def build(x: np.ndarray) -> Call:
+    x = np.load(work["input"])
+
+    def construct() -> Call:
         if work["package"] == "timm":
-            model = timm_model(package, work["folder"]).to(getattr(torch, dtype))
+            model = timm_model(package, work["folder"])
+        elif work["package"] == "torchvision":
+            model = package.models.resnet50(weights=None)
         else:
             model_class = getattr(package, work["architecture"])
-            model = model_class.from_pretrained(work["folder"], dtype=dtype)
+            model = model_class.from_pretrained(work["folder"], dtype=stored)
+        model = model.to(work["device"], stored)
+        images = torch.from_numpy(x).to(work["device"], stored)
+        if work["is_channels_last"]:
+            model = model.to(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=torch.channels_last)
         if work["form"] == "accelerated":
             bitfast.accelerate(model)
-        images = torch.from_numpy(x).to(getattr(torch, dtype))
         if work["is_training"]:
             return training_call(model.train(), images, work)
-        return inference_call(model.eval(), images, work["form"])
+        return inference_call(model.eval(), images, work)
 
-    return build, joined
+    return Loaded(construct, lambda tensors: joined(tensors, work))
 
 
 def timm_model(timm: Any, folder: str) -> Any:
@@ -122,42 +207,70 @@ def timm_model(timm: Any, folder: str) -> Any:
     return model
 
 
-def inference_call(model: Any, images: Any, form: str) -> Call:
+def inference_call(model: Any, images: Any, work: Work) -> Call:
     """Return the forward pass."""
     import torch
 
-    called = model
-    if form == "compiled":
-        from torch._inductor import config
-
-        config.freezing = True
-        called = torch.compile(model)
+    called = in_form(model, images, work)
 
     def call() -> list[Any]:
-        with torch.no_grad():
-            if form == "autocast":
-                with torch.autocast("cpu", torch.bfloat16):
-                    return outputs_of(called(images))
+        with torch.no_grad(), autocast(work):
             return outputs_of(called(images))
 
     return call
 
 
 def training_call(model: Any, images: Any, work: Work) -> Call:
-    """Return the training step; its results are the gradients of all parameters."""
+    """Return the training step; its results are the gradients of all parameters.
+
+    On a GPU a step of SGD belongs to it, of length 0: the same work, and the weights stay what was checked.
+    """
     import torch
 
-    grad = torch.from_numpy(np.load(work["grad"])).to(images.dtype)
+    called = in_form(model, images, work)
+    grad = torch.from_numpy(np.load(work["grad"])).to(images.device)
     parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.0) if work["device"] == "cuda" else None
 
     def call() -> list[Any]:
         for parameter in parameters:
             parameter.grad = None
-        (output,) = outputs_of(model(images))
-        output.backward(grad)
+        with autocast(work):
+            (output,) = outputs_of(called(images))
+        output.backward(grad.to(output.dtype))
+        if optimizer is not None:
+            optimizer.step()
         return [parameter.grad for parameter in parameters]
 
     return call
+
+
+def in_form(model: Any, images: Any, work: Work) -> Any:
+    """Return what is called instead of the model."""
+    if "compiled" in work["form"]:
+        import torch
+
+        if work["device"] == "cpu":
+            from torch._inductor import config
+
+            config.freezing = True
+            return torch.compile(model)
+        return torch.compile(model, mode=work["mode"], dynamic=False)
+    if work["form"] == "captured":
+        import bitfast
+
+        bitfast.capture(model, images)
+    return model
+
+
+def autocast(work: Work) -> Any:
+    """Return the context in which the model runs."""
+    import torch
+
+    enabled = "autocast" in work["form"]
+    return torch.autocast(
+        work["device"], getattr(torch, work["dtype"]) if enabled else None, enabled
+    )
 
 
 def outputs_of(result: Any) -> list[Any]:
@@ -170,17 +283,19 @@ def outputs_of(result: Any) -> list[Any]:
     return list(result.feature_maps)
 
 
-def joined(tensors: list[Any]) -> np.ndarray:
-    """Return all numbers of some tensors in one array of float32."""
+def joined(tensors: list[Any], work: Work) -> np.ndarray:
+    """Return all numbers of some tensors in one array of float32; of results, those of the checked images."""
     import torch
 
-    return torch.cat([t.detach().float().flatten() for t in tensors]).numpy()
+    if not work["is_training"]:
+        tensors = [tensor[: work["checked"]] for tensor in tensors]
+    return torch.cat([t.detach().float().flatten() for t in tensors]).cpu().numpy()
 
 
 # ---- other runtimes -----------------------------------------------------------------------------
 
 
-def load_onnxruntime(work: Work) -> tuple[Build, AsArray]:
+def load_onnxruntime(work: Work) -> Loaded:
     """Import ONNX Runtime."""
     import onnxruntime
 
@@ -189,18 +304,19 @@ def load_onnxruntime(work: Work) -> tuple[Build, AsArray]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Its threads would wait for work on cores that by then are the next contestant's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    x = np.load(work["input"])
 
-    def build(x: np.ndarray) -> Call:
+    def construct() -> Call:
         session = onnxruntime.InferenceSession(
             work["onnx"], options, providers=["CPUExecutionProvider"]
         )
         name = session.get_inputs()[0].name
         return lambda: session.run(None, {name: x})
 
-    return build, joined_arrays
+    return Loaded(construct, joined_arrays)
 
 
-def load_openvino(work: Work) -> tuple[Build, AsArray]:
+def load_openvino(work: Work) -> Loaded:
     """Import OpenVINO."""
     import openvino
 
@@ -209,8 +325,9 @@ def load_openvino(work: Work) -> tuple[Build, AsArray]:
         "INFERENCE_NUM_THREADS": work["threads"],
         "PERFORMANCE_HINT": "LATENCY",
     }
+    x = np.load(work["input"])
 
-    def build(x: np.ndarray) -> Call:
+    def construct() -> Call:
         compiled = openvino.Core().compile_model(work["onnx"], "CPU", hints)
         request = compiled.create_infer_request()
 
@@ -220,7 +337,7 @@ def load_openvino(work: Work) -> tuple[Build, AsArray]:
 
         return call
 
-    return build, joined_arrays
+    return Loaded(construct, joined_arrays)
 
 
 def joined_arrays(arrays: list[np.ndarray]) -> np.ndarray:
@@ -228,10 +345,8 @@ def joined_arrays(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.ravel() for array in arrays])
 
 
-LOADERS: dict[str, Callable[[Work], tuple[Build, AsArray]]] = {
-    "transformers": load_torch,
-    "timm": load_torch,
-    "bitfast": load_torch,
+LOADERS: dict[str, Callable[[Work], Loaded]] = {
+    **dict.fromkeys(("transformers", "timm", "torchvision", "bitfast"), load_torch),
     "onnxruntime": load_onnxruntime,
     "openvino": load_openvino,
 }

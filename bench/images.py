@@ -1,15 +1,15 @@
 """The cases that are about image processors: a batch of decoded images in, ``pixel_values`` out.
 
-All contestants run in this process, on the same PIL images. bitfast's processors are checked against those of
-transformers that they replace before anything is timed. Two contestants do less than a processor does, and
-show what resizing alone costs elsewhere.
+All contestants run in this process, on the same images. Before anything is timed, bitfast's processors are
+checked against those of transformers that they replace, on a GPU against Pillow's resizing, bit for bit. Some
+contestants do less than a processor does, and show what resizing costs elsewhere.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -22,14 +22,14 @@ from torch import Tensor
 from bitfast import BitImageProcessor, BitImageProcessorFast
 
 from . import peers
-from .accuracy import WrongResultError
-from .rows import FAILED, MISSING, Row
-from .timing import summarize, take_turns, timer_of
+from .accuracy import Verdict, WrongResultError
+from .cases import Case, Contestant, NotInstalledError, Problem, Results, Running, as_list, called
 from .torchvision_import import import_torchvision
 
 SLOW, FAST = "transformers slow", "transformers fast"
 OURS, OURS_FAST = "bitfast", "bitfast fast"
 PILLOW, INTERPOLATE = "Pillow, resize alone", "torch interpolate, resize alone"
+TORCHVISION = "torchvision v2, image by image"
 
 PHOTOGRAPHS = (
     (512, 512), (451, 300), (200, 200), (600, 400), (371, 370), (1000, 872), (741, 500), (1411, 1411),
@@ -37,62 +37,65 @@ PHOTOGRAPHS = (
     (400, 400), (102, 102),
 )  # fmt: skip
 """(width, height) of 18 of scikit-image's photographs."""
-
 SIZES: dict[str, tuple[tuple[int, int], ...]] = {
     "photographs of mixed size": PHOTOGRAPHS,
     "1920x1280": ((1920, 1280),) * 8,
     "512x512": ((512, 512),) * 32,
 }
 """What a batch consists of, over and over."""
-
-BATCHES = (1, 18, 32, 256)
+BATCHES, GPU_BATCHES = (1, 18, 32, 256), (256, 64)
 LARGE_BATCH, LARGE_BATCH_ROUNDS = 256, 3
 """Of which a call takes seconds."""
+EDGE = 224
 
 LEVEL = 1 / 255 / 0.26
 """What one level of a byte is in pixel_values, with the smallest standard deviation of the default."""
+CLOSE = 0.2
+"""What peers on a GPU may differ by: a few levels, where they round otherwise."""
+
+Function = Callable[[], Results]
 
 
-@dataclass(frozen=True)
-class ImageCase:
-    """One batch.
-
-    Attributes:
-        images: A key of :data:`SIZES`.
-        batch: How many.
-        threads: Of the CPU.
-        is_quick: Whether it stands for its like, in ``--quick`` and in the README.
-    """
-
-    images: str
-    batch: int
-    threads: int
-    is_quick: bool = False
-
-    @property
-    def name(self) -> str:
-        """The case in a few words, without the threads."""
-        return f"{self.batch} {self.images}" if self.batch > 1 else f"1 of {self.images}"
-
-    @property
-    def title(self) -> str:
-        """The case in one line."""
-        return f"preprocessing: {self.name}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-
-def cases(thread_counts: Sequence[int]) -> Iterator[ImageCase]:
-    """Yield all cases."""
-    for threads in thread_counts:
-        for images in SIZES:
-            for batch in BATCHES:
-                if batch != len(PHOTOGRAPHS) or images != "512x512":
-                    is_quick = batch == len(PHOTOGRAPHS) and threads == max(thread_counts)
-                    yield ImageCase(images, batch, threads, is_quick)
+def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
+    """Yield the cases of a device."""
+    if device == "cpu":
+        for threads in thread_counts:
+            for images in SIZES:
+                for batch in BATCHES:
+                    if batch != len(PHOTOGRAPHS) or images != "512x512":
+                        is_quick = batch == len(PHOTOGRAPHS) and threads == max(thread_counts)
+                        name = f"{batch} {images}" if batch > 1 else f"1 of {images}"
+                        yield case_of(
+                            name,
+                            partial(cpu_problem, SIZES[images], batch),
+                            batch,
+                            threads,
+                            is_quick,
+                        )
+        return
+    for batch in GPU_BATCHES:
+        for origin in ("decoded PIL images", "tensors on the GPU"):
+            make = partial(
+                gpu_problem, PHOTOGRAPHS, batch, EDGE, "cuda", origin.startswith("tensors")
+            )
+            yield case_of(
+                f"{batch} photographs of mixed size, {origin}",
+                make,
+                batch,
+                0,
+                batch == max(GPU_BATCHES),
+            )
 
 
-def draw(case: ImageCase) -> list[Image.Image]:
-    """Draw the images of a case."""
-    return photographs(SIZES[case.images], case.batch)
+def case_of(
+    name: str, make: Callable[[], Problem], batch: int, threads: int, is_quick: bool
+) -> Case:
+    """Return one case."""
+    return Case(
+        "images", "preprocessing", name, "float32", lambda: nullcontext(make()),
+        "cpu" if threads else "cuda", threads, is_quick=is_quick,
+        most_rounds=LARGE_BATCH_ROUNDS if batch >= LARGE_BATCH and threads else None,
+    )  # fmt: skip
 
 
 def photographs(sizes: Sequence[tuple[int, int]], count: int) -> list[Image.Image]:
@@ -107,105 +110,168 @@ def photographs(sizes: Sequence[tuple[int, int]], count: int) -> list[Image.Imag
     return list(islice(cycle(distinct), count))
 
 
-# ---- contestants ----------------------------------------------------------------------------------
+class NearnessJudge:
+    """Compares results with others, element by element.
+
+    Args:
+        expected: By contestant, what makes the expected results, and by how much others may differ. Who has
+            no entry is not checked.
+    """
+
+    def __init__(self, expected: Mapping[str, tuple[Function, float]]) -> None:
+        self.expected = expected
+
+    def __call__(self, name: str, dtype: str, results: Sequence[Tensor]) -> Verdict:
+        """Return the largest difference, and what is allowed."""
+        if name not in self.expected:
+            return Verdict(None, None)
+        make, allowed = self.expected[name]
+        (result,), (theirs,) = results, as_list(make())
+        if result.shape != theirs.shape:
+            raise WrongResultError(f"shape {tuple(result.shape)} is not {tuple(theirs.shape)}")
+        return Verdict((result.cpu() - theirs).abs().max().item(), allowed)
 
 
-def processor(make: Callable[[], Any], images: list[Image.Image]) -> Callable[[], Tensor]:
-    """Return what makes pixel_values of the images."""
-    made = make()
-    return lambda: made(images, return_tensors="pt")["pixel_values"]
+def processing(make: Callable[[], Any], images: list[Any], **options: Any) -> Function:
+    """Return what makes pixel_values of images."""
+    processor = make()
+    return lambda: processor(images, return_tensors="pt", **options)["pixel_values"]
 
 
-def resized(image: Image.Image, edge: int = 224) -> tuple[int, int]:
+def their_processor(name: str) -> Any:
+    """Return a processor class of transformers.
+
+    Raises:
+        NotInstalledError: transformers, or torchvision, is not.
+    """
+    needed = ("transformers", "torchvision")[: 2 if name == FAST else 1]
+    missing = [peer for peer in needed if peers.installed()[peer] is None]
+    if missing:
+        raise NotInstalledError(" and ".join(map(peers.how_to_install, missing)))
+    import_torchvision()
+    if name == SLOW:
+        from transformers.models.bit.image_processing_bit import BitImageProcessor as Slow
+
+        return Slow
+    from transformers.models.bit.image_processing_bit_fast import BitImageProcessorFast as Fast
+
+    return Fast
+
+
+def resized(image: Image.Image, edge: int = EDGE) -> tuple[int, int]:
     """Return (width, height) with this many pixels along the shorter edge."""
     shorter = min(image.size)
     return int(edge * image.width / shorter), int(edge * image.height / shorter)
 
 
-def contestants(images: list[Image.Image]) -> dict[str, Callable[[], Any]]:
-    """Return what is to be timed, by name; the processors of transformers only where they can be had."""
-    found: dict[str, Callable[[], Any]] = {}
-    installed = peers.installed()
-    if installed["transformers"] is not None:
-        import_torchvision()
-        from transformers.models.bit.image_processing_bit import BitImageProcessor as Slow
+# ---- on a CPU -------------------------------------------------------------------------------------
 
-        found[SLOW] = processor(Slow, images)
-        if installed["torchvision"] is not None:
-            from transformers.models.bit.image_processing_bit_fast import (
-                BitImageProcessorFast as Fast,
-            )
 
-            found[FAST] = processor(Fast, images)
+def cpu_problem(kinds: Sequence[tuple[int, int]], batch: int) -> Problem:
+    """Processors of either library, and what resizing alone costs Pillow and torch."""
+    images = photographs(kinds, batch)
     sizes = [resized(image) for image in images]
     tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in images]
-    found[PILLOW] = lambda: [
-        image.resize(size, Image.Resampling.BICUBIC)
-        for image, size in zip(images, sizes, strict=True)
+
+    def theirs(name: str) -> Function:
+        return processing(their_processor(name), images)
+
+    def begin_theirs(name: str, stack: ExitStack) -> Running:
+        function = theirs(name)
+        return called(lambda _: function())(stack)
+
+    def in_pillow() -> Results:
+        for image, size in zip(images, sizes, strict=True):
+            image.resize(size, Image.Resampling.BICUBIC)
+        return []
+
+    def by_torch() -> Results:
+        pairs = zip(tensors, sizes, strict=True)
+        return [F.interpolate(t, size[::-1], mode="bicubic", antialias=True) for t, size in pairs]
+
+    ours = {
+        OURS: (SLOW, BitImageProcessor, 0.0),
+        OURS_FAST: (FAST, BitImageProcessorFast, 2.01 * LEVEL),
+    }
+    contestants = [
+        Contestant(name, "float32", partial(begin_theirs, name)) for name in (SLOW, FAST)
     ]
-    found[INTERPOLATE] = lambda: [
-        F.interpolate(tensor, size[::-1], mode="bicubic", antialias=True)
-        for tensor, size in zip(tensors, sizes, strict=True)
-    ]
-    found[OURS] = processor(BitImageProcessor, images)
-    found[OURS_FAST] = processor(BitImageProcessorFast, images)
-    return found
-
-
-def check(ours: Tensor, theirs: Tensor, allowed: float) -> float:
-    """Return the largest difference of two batches.
-
-    Raises:
-        WrongResultError: it is larger than what is allowed.
-    """
-    if ours.shape != theirs.shape:
-        raise WrongResultError(
-            f"shape {tuple(ours.shape)} where it should be {tuple(theirs.shape)}"
-        )
-    difference = (ours - theirs).abs().max().item()
-    if not difference <= allowed:
-        raise WrongResultError(f"differs by {difference:.3g} where {allowed:.3g} is allowed")
-    return difference
-
-
-# ---- a case -----------------------------------------------------------------------------------------
-
-
-def run(case: ImageCase, rounds: int) -> list[Row]:
-    """Check and time one case; return a row per contestant."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
-    try:
-        return _rows(case, min(rounds, LARGE_BATCH_ROUNDS) if case.batch >= LARGE_BATCH else rounds)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _rows(case: ImageCase, rounds: int) -> list[Row]:
-    functions = contestants(draw(case))
-    rows = {
-        name: Row(
-            "images", "preprocessing", case.name, case.threads, name, "float32", is_quick=case.is_quick
-        )
-        for name in (SLOW, FAST, *functions)
-    }  # fmt: skip
-    for name in (SLOW, FAST):
-        if name not in functions:
-            note = " and ".join(peers.how_to_install(p) for p in ("transformers", "torchvision"))
-            rows[name] = dataclasses.replace(rows[name], status=MISSING, note=note)
-    for ours, theirs, allowed in ((OURS, SLOW, 0.0), (OURS_FAST, FAST, 2.01 * LEVEL)):
-        if theirs not in functions:
-            rows[ours] = dataclasses.replace(rows[ours], note=f"not checked against {theirs}")
-            continue
+    for name, alone in ((PILLOW, in_pillow), (INTERPOLATE, by_torch)):
+        contestants.append(Contestant(name, "float32", called(lambda _, f=alone: f())))
+    expected = {}
+    for name, (peer, processor, allowed) in ours.items():
+        function = processing(processor, images)
+        note = ""
         try:
-            error = check(functions[ours](), functions[theirs](), allowed)
-        except WrongResultError as wrong:
-            del functions[ours]
-            rows[ours] = dataclasses.replace(rows[ours], status=FAILED, note=f"{wrong}: not timed")
-        else:
-            rows[ours] = dataclasses.replace(rows[ours], error=error, allowed_error=allowed)
-    timers = {name: timer_of(function) for name, function in functions.items()}
-    samples = take_turns(timers, rounds)
-    for name, seconds in samples.items():
-        rows[name] = rows[name].timed(summarize(seconds, samples.get(SLOW)))
-    return list(rows.values())
+            expected[name] = theirs(peer), allowed
+        except NotInstalledError:
+            note = f"not checked against {peer}"
+        contestants.append(Contestant(name, "float32", called(lambda _, f=function: f()), note))
+    return Problem(contestants, NearnessJudge(expected))
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------
+
+
+def gpu_problem(
+    kinds: Sequence[tuple[int, int]], batch: int, edge: int, device: str, are_there: bool
+) -> Problem:
+    """Fast processors, and torchvision image by image, to ``device``; ``are_there``: the images are on it."""
+    pictures = photographs(kinds, batch)
+    images: list[Any] = list(pictures)
+    if are_there:
+        images = [torch.from_numpy(np.array(p)).permute(2, 0, 1).to(device) for p in pictures]
+    options = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+
+    def begin_theirs(stack: ExitStack) -> Running:
+        function = processing(partial(their_processor(FAST), **options), images, device=device)
+        return called(lambda _: function())(stack)
+
+    def begin_torchvision(stack: ExitStack) -> Running:
+        their_processor(FAST)  # or it is not installed
+        function = torchvision_function(images, edge, device)
+        return called(lambda _: function())(stack)
+
+    ours = processing(partial(BitImageProcessorFast, **options, device=device), images)
+    contestants = [
+        Contestant(FAST, "float32", begin_theirs),
+        Contestant(TORCHVISION, "float32", begin_torchvision),
+        Contestant(OURS_FAST, "float32", called(lambda _: ours())),
+    ]
+    # Others are compared with images that are cropped as they crop.
+    croppers = {FAST: lambda: their_processor(FAST)}
+    expected = {
+        c.name: (
+            partial(
+                with_pillow, pictures, edge, croppers.get(c.name, lambda: BitImageProcessorFast)
+            ),
+            0.0 if c.name == OURS_FAST else CLOSE,
+        )
+        for c in contestants
+    }
+    return Problem(contestants, NearnessJudge(expected))
+
+
+def with_pillow(images: list[Image.Image], edge: int, processor: Callable[[], Any]) -> Tensor:
+    """Return what a fast processor makes of images that Pillow has resized."""
+    pictures = [image.resize(resized(image, edge), Image.Resampling.BICUBIC) for image in images]
+    crop = processor()(do_resize=False, crop_size={"height": edge, "width": edge})
+    return crop(pictures, return_tensors="pt")["pixel_values"]
+
+
+def torchvision_function(images: list[Any], edge: int, device: str) -> Function:
+    """Return resizing, cropping and normalizing image after image, with torchvision."""
+    from torchvision.transforms.v2 import functional as V
+
+    processor = BitImageProcessorFast()
+    mean, std = list(processor.image_mean), list(processor.image_std)
+
+    def run() -> Tensor:
+        results = []
+        for image in images:
+            pixels = image if isinstance(image, Tensor) else V.pil_to_tensor(image).to(device)
+            pixels = V.resize(pixels, [edge], V.InterpolationMode.BICUBIC, antialias=True)
+            results.append(V.center_crop(pixels, [edge, edge]))
+        return V.normalize(torch.stack(results).float() / 255, mean, std)
+
+    return run

@@ -1,4 +1,4 @@
-"""The machine's limits, measured: how fast it multiplies matrices, and how fast it copies.
+"""The limits of a CPU or GPU, measured: how fast it multiplies matrices, and how fast it copies.
 
 A limit is the best that any probe reached. ``a @ b`` alone would not do: on some processors its library
 reaches half of what the convolutions of oneDNN do.
@@ -6,7 +6,6 @@ reaches half of what the convolutions of oneDNN do.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,27 +13,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-COPY_BYTES = 2**28
-"""Bytes of the tensor that is copied: much more than caches hold."""
+from .timing import host_timer
+
 PROBE_SECONDS = 0.4
 """How long each probe is repeated; the fastest call counts."""
 FEWEST_CALLS = 3
-
 CONVOLUTIONS = {
     "convolution 3x3, 8x512x14x14": (512, 3, 14),
     "convolution 3x3, 8x128x56x56": (128, 3, 56),
     "convolution 1x1, 8x1024x14x14": (1024, 1, 14),
 }
-"""Channels (in and out), kernel size, and height and width at batch 8."""
-MATRIX = 1536
+"""Channels (in and out), kernel size, and height and width at batch 8; for the CPU."""
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "float16", "bfloat16")}
+MATRIX = {"cpu": 1536, "cuda": 8192}
 """Rows and columns of the matrices that are multiplied."""
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+"""Bytes of what is copied: much more than caches hold."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do with one thread count.
+    """What a GPU can do, or a CPU with one thread count.
 
     Attributes:
         flops: Floating-point operations per second by dtype ("float32", "bfloat16").
@@ -46,76 +46,45 @@ class Limits:
     bandwidth: float
     probes: dict[str, float] = field(default_factory=dict)
 
-    def arithmetic_fraction(self, flops: float, dtype: str, seconds: float) -> float:
-        """Return the share of the arithmetic limit that so many operations in this time are."""
-        return flops / seconds / self.flops[dtype]
 
-    def copy_fraction(self, count: float, seconds: float) -> float:
-        """Return the share of the copy bandwidth that so many bytes in this time are.
-
-        It may be larger than 1 where everything fits into a cache.
-        """
-        return count / seconds / self.bandwidth
-
-
-def measure(threads: int) -> Limits:
-    """Measure the limits with this many threads; torch keeps the count that it has."""
+def measure(device: str, threads: int) -> Limits:
+    """Measure the limits of a GPU, or of a CPU with this many threads; torch keeps the count that it has."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or before)
     try:
-        probes = {
-            f"{dtype}, {name}": rate
-            for dtype in ("float32", "bfloat16")
-            for name, rate in arithmetic_rates(getattr(torch, dtype)).items()
-        }
-        flops = {
-            dtype: max(rate for name, rate in probes.items() if name.startswith(f"{dtype},"))
-            for dtype in ("float32", "bfloat16")
-        }
-        bandwidth = copy_rate()
-        return Limits(flops, bandwidth, {**probes, f"copy of {COPY_BYTES >> 20} MiB": bandwidth})
+        rates = {dtype: arithmetic_rates(device, dtype) for dtype in DTYPES[device]}
+        size = COPY_BYTES[device]
+        source = torch.ones(size // 4, device=device)
+        bandwidth = 2 * size / fastest(partial(torch.empty_like(source).copy_, source))
     finally:
         torch.set_num_threads(before)
+    probes = {f"{dtype}, {name}": r for dtype, by in rates.items() for name, r in by.items()}
+    flops = {dtype: max(by.values()) for dtype, by in rates.items()}
+    return Limits(flops, bandwidth, {**probes, f"copy of {size >> 20} MiB": bandwidth})
 
 
 @torch.inference_mode()
-def arithmetic_rates(dtype: torch.dtype) -> dict[str, float]:
+def arithmetic_rates(device: str, dtype: str) -> dict[str, float]:
     """Return the operations per second that each probe reaches in a dtype."""
-    a, b = (torch.randn(MATRIX, MATRIX, dtype=dtype) for _ in range(2))
-    rates = {f"{MATRIX}x{MATRIX} matrices": 2 * MATRIX**3 / fastest(lambda: a @ b)}
-    for name, (channels, kernel, size) in CONVOLUTIONS.items():
-        x, weight = convolution_inputs(channels, kernel, size, dtype)
-        flops = 2 * x.numel() * weight[0].numel()
-        padding = kernel // 2
-        rates[name] = flops / fastest(partial(F.conv2d, x, weight, padding=padding))
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
+    n = MATRIX[device]
+    a, b = (torch.randn(n, n, **options) for _ in range(2))
+    rates = {f"{n}x{n} matrices": 2 * n**3 / fastest(partial(torch.mm, a, b))}
+    if device == "cpu":
+        for name, (channels, kernel, size) in CONVOLUTIONS.items():
+            x = torch.randn(8, channels, size, size, **options)
+            weight = torch.randn(channels, channels, kernel, kernel, **options)
+            x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+            seconds = fastest(partial(F.conv2d, x, weight, padding=kernel // 2))
+            rates[name] = 2 * x.numel() * weight[0].numel() / seconds
     return rates
-
-
-def convolution_inputs(
-    channels: int, kernel: int, size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return a batch of feature maps and a weight, channels_last."""
-    x = torch.randn(8, channels, size, size, dtype=dtype)
-    weight = torch.randn(channels, channels, kernel, kernel, dtype=dtype)
-    return (
-        x.contiguous(memory_format=torch.channels_last),
-        weight.contiguous(memory_format=torch.channels_last),
-    )
-
-
-def copy_rate() -> float:
-    """Return the bytes per second that a copy reads and writes."""
-    source = torch.ones(COPY_BYTES // 4)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / fastest(lambda: target.copy_(source))
 
 
 def fastest(function: Callable[[], Any]) -> float:
     """Return the seconds of the fastest of some calls."""
-    function()
+    timer = host_timer(function)
+    timer(1)
     times: list[float] = []
     while len(times) < FEWEST_CALLS or sum(times) < PROBE_SECONDS:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
+        times.append(timer(1))
     return min(times)

@@ -1,121 +1,85 @@
-"""The cases that are about whole models, and who takes part in each."""
+"""The cases that are about whole models, and who takes part in each.
+
+On a CPU each contestant has a process of its own. On a GPU all share this one: memory can be told apart there,
+and to start a process costs more than most measurements.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import contestant as own_process
 from . import peers
+from .accuracy import GRADIENT_LIMITS, LIMITS, Float64Judge, Verdict, overall_error
+from .cases import Case, Contestant, NotInstalledError, Problem, Running
 from .torchvision_import import import_torchvision
-from .workers import Work
+from .workers import Work, begin_process
 
 
-class Contestant(NamedTuple):
-    """Who computes, in which dtype and form; see ``Work``."""
+@dataclass(frozen=True)
+class Entry:
+    """A contestant before its case is known; ``contestant.py`` says what the fields mean."""
 
     name: str
     package: str
     dtype: str = "float32"
     form: str = "eager"
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether bitfast computes, be it in somebody else's model."""
-        return self.package == "bitfast" or self.form == "accelerated"
+    mode: str = "default"
+    is_channels_last: bool = False
 
 
-BASELINE = Contestant("transformers", "transformers")
-"""Every ratio is to its time, whatever the dtype."""
-YARDSTICKS = {
-    "float32": BASELINE,
-    "bfloat16": Contestant("transformers bfloat16", "transformers", "bfloat16"),
-}
-"""Whose error the others' are measured by."""
-
+BASELINE = Entry("transformers", "transformers")
+"""Every ratio on a CPU is to its time, whatever the dtype."""
 EVERYBODY = (
     BASELINE,
-    Contestant("transformers compiled", "transformers", "float32", "compiled"),
-    Contestant("ONNX Runtime", "onnxruntime"),
-    Contestant("OpenVINO", "openvino"),
-    Contestant("bitfast", "bitfast"),
-    Contestant("bitfast compiled", "bitfast", "float32", "compiled"),
-    YARDSTICKS["bfloat16"],
-    Contestant("transformers bfloat16 compiled", "transformers", "bfloat16", "compiled"),
-    Contestant("OpenVINO bfloat16", "openvino", "bfloat16"),
-    Contestant("bitfast bfloat16", "bitfast", "bfloat16"),
-    Contestant("bitfast bfloat16 compiled", "bitfast", "bfloat16", "compiled"),
-    Contestant("bitfast autocast", "bitfast", "bfloat16", "autocast"),
+    Entry("transformers compiled", "transformers", "float32", "compiled"),
+    Entry("ONNX Runtime", "onnxruntime"),
+    Entry("OpenVINO", "openvino"),
+    Entry("bitfast", "bitfast"),
+    Entry("bitfast compiled", "bitfast", "float32", "compiled"),
+    Entry("transformers bfloat16", "transformers", "bfloat16"),
+    Entry("transformers bfloat16 compiled", "transformers", "bfloat16", "compiled"),
+    Entry("OpenVINO bfloat16", "openvino", "bfloat16"),
+    Entry("bitfast bfloat16", "bitfast", "bfloat16"),
+    Entry("bitfast bfloat16 compiled", "bitfast", "bfloat16", "compiled"),
+    Entry("bitfast autocast", "bitfast", "bfloat16", "autocast"),
 )
 """By dtype, each beginning with its yardstick. ONNX Runtime has no bfloat16 on the CPU."""
-EAGER = tuple(contestant for contestant in EVERYBODY if contestant.form != "compiled")
+EAGER = tuple(entry for entry in EVERYBODY if entry.form != "compiled")
 IN_PLACE = (
     BASELINE,
-    Contestant("timm", "timm"),
-    Contestant("bitfast", "bitfast"),
-    Contestant("bitfast in transformers", "transformers", "float32", "accelerated"),
-    Contestant("bitfast in timm", "timm", "float32", "accelerated"),
-    YARDSTICKS["bfloat16"],
-    Contestant("timm bfloat16", "timm", "bfloat16"),
-    Contestant("bitfast bfloat16", "bitfast", "bfloat16"),
-    Contestant("bitfast in transformers bfloat16", "transformers", "bfloat16", "accelerated"),
-    Contestant("bitfast in timm bfloat16", "timm", "bfloat16", "accelerated"),
+    Entry("timm", "timm"),
+    Entry("bitfast", "bitfast"),
+    Entry("bitfast in transformers", "transformers", "float32", "accelerated"),
+    Entry("bitfast in timm", "timm", "float32", "accelerated"),
+    Entry("transformers bfloat16", "transformers", "bfloat16"),
+    Entry("timm bfloat16", "timm", "bfloat16"),
+    Entry("bitfast bfloat16", "bitfast", "bfloat16"),
+    Entry("bitfast in transformers bfloat16", "transformers", "bfloat16", "accelerated"),
+    Entry("bitfast in timm bfloat16", "timm", "bfloat16", "accelerated"),
 )
 """What ``bitfast.accelerate`` makes of a model, beside bitfast's own."""
-IN_TRANSFORMERS = tuple(c for c in IN_PLACE if c.package == "transformers" and c.dtype == "float32")
+IN_TRANSFORMERS = tuple(e for e in IN_PLACE if e.package == "transformers" and e.dtype == "float32")
 """In bfloat16 a DPT of random weights magnifies roundings to a tenth of the result, whoever computes it."""
-TRAINING = (BASELINE, Contestant("bitfast", "bitfast"))
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """One network on one input, in evaluation or in training.
-
-    Attributes:
-        name: Network and shape, for people.
-        settings: What differs from the default configuration.
-        shape: Of the images, (N, 3, height, width).
-        threads: Of the CPU.
-        contestants: Who takes part.
-        architecture: The class of the model.
-        is_training: Forward and backward pass instead of the forward pass alone.
-        is_quick: Whether it is part of ``--quick``.
-    """
-
-    name: str
-    settings: dict[str, Any] = field(hash=False)
-    shape: tuple[int, int, int, int]
-    threads: int
-    contestants: Sequence[Contestant]
-    architecture: str = "BitForImageClassification"
-    is_training: bool = False
-    is_quick: bool = False
-
-    def quick(self) -> ModelCase:
-        """Return the case without what must be compiled."""
-        eager = [c for c in self.contestants if c.form != "compiled"]
-        return dataclasses.replace(self, contestants=eager)
-
-    @property
-    def op(self) -> str:
-        """The word that groups the cases."""
-        return "training" if self.is_training else "inference"
-
-    @property
-    def title(self) -> str:
-        """The case in one line."""
-        return f"{self.op}: {self.name}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
+TRAINING = (BASELINE, Entry("bitfast", "bitfast"))
 
 R50X1: dict[str, Any] = {"num_labels": 1000}
 R101X1: dict[str, Any] = {"num_labels": 1000, "depths": [3, 4, 23, 3]}
+R101X3: dict[str, Any] = {
+    **R101X1, "embedding_size": 192, "hidden_sizes": [768, 1536, 3072, 6144]
+}  # fmt: skip
+SAME: dict[str, Any] = {**R50X1, "global_padding": "same"}
 HYBRID: dict[str, Any] = {
     "layer_type": "bottleneck",
     "global_padding": "same",
@@ -127,105 +91,188 @@ HYBRID: dict[str, Any] = {
 """The backbone of DPT-hybrid."""
 
 
-def cases(thread_counts: Sequence[int]) -> Iterator[ModelCase]:
-    """Yield every case, for each thread count."""
+@dataclass(frozen=True)
+class Network:
+    """A network and its input.
+
+    Attributes:
+        settings: What differs from the default configuration.
+        batch, height, width: Of the images.
+        architecture: The class of the model.
+        is_training: Forward and backward pass instead of the forward pass alone.
+        checked: Of how many images, from the first, results are compared with float64.
+        device: "cpu" or "cuda".
+        threads: Of the CPU; 0 on a GPU.
+    """
+
+    settings: dict[str, Any]
+    batch: int
+    height: int = 224
+    width: int = 224
+    architecture: str = "BitForImageClassification"
+    is_training: bool = False
+    checked: int = 8
+    device: str = "cpu"
+    threads: int = 1
+
+    def case(self, name: str, entries: Sequence[Entry], is_quick: bool = False) -> Case:
+        """Return the case of this network and these contestants."""
+        return Case(
+            "model", "training" if self.is_training else "inference", name, entries[0].dtype,
+            partial(opened, self, entries), self.device, self.threads,
+            is_training=self.is_training, is_quick=is_quick,
+        )  # fmt: skip
+
+
+def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
+    """Yield the cases of a device."""
+    if device == "cuda":
+        yield from gpu_cases()
+        return
     for threads in thread_counts:
+        on = {"threads": threads}
         for batch in (1, 8):
-            yield ModelCase(
-                f"R50x1 224x224 batch {batch}",
-                R50X1,
-                (batch, 3, 224, 224),
-                threads,
-                EVERYBODY,
-                is_quick=batch == 1,
-            )
-        yield ModelCase("R101x1 448x448 batch 1", R101X1, (1, 3, 448, 448), threads, EAGER)
-        yield ModelCase(
-            'R50x1 480x640 batch 1, "same" padding',
-            {**R50X1, "global_padding": "same"},
-            (1, 3, 480, 640),
-            threads,
-            EAGER,
-        )
-        yield ModelCase(
-            "DPT-hybrid backbone 384x384 batch 1",
-            HYBRID,
-            (1, 3, 384, 384),
-            threads,
-            EAGER,
-            "BitBackbone",
-        )
-        yield ModelCase(
-            "R50x1 224x224 batch 8", R50X1, (8, 3, 224, 224), threads, TRAINING, is_training=True
-        )
+            r50 = Network(R50X1, batch, **on)
+            yield r50.case(f"R50x1 224x224 batch {batch}", EVERYBODY, is_quick=batch == 1)
+        yield Network(R101X1, 1, 448, 448, **on).case("R101x1 448x448 batch 1", EAGER)
+        yield Network(SAME, 1, 480, 640, **on).case('R50x1 480x640 batch 1, "same" padding', EAGER)
+        hybrid = Network(HYBRID, 1, 384, 384, "BitBackbone", **on)
+        yield hybrid.case("DPT-hybrid backbone 384x384 batch 1", EAGER)
+        yield Network(R50X1, 8, is_training=True, **on).case("R50x1 224x224 batch 8", TRAINING)
         for batch in (1, 8):
-            yield ModelCase(
-                f"in place, R50x1 224x224 batch {batch}",
-                R50X1,
-                (batch, 3, 224, 224),
-                threads,
-                IN_PLACE,
-            )
-        yield ModelCase(
-            "in place, DPT-hybrid 384x384 batch 1",
-            HYBRID,
-            (1, 3, 384, 384),
-            threads,
-            IN_TRANSFORMERS,
-            "DPTForDepthEstimation",
+            name = f"in place, R50x1 224x224 batch {batch}"
+            yield Network(R50X1, batch, **on).case(name, IN_PLACE)
+        hybrid = Network(HYBRID, 1, 384, 384, "DPTForDepthEstimation", **on)
+        yield hybrid.case("in place, DPT-hybrid 384x384 batch 1", IN_TRANSFORMERS)
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------
+
+
+def gpu_entries(dtype: str, *, is_training: bool = False) -> tuple[Entry, ...]:
+    """Return who takes part where nothing must be compiled; ``dtype`` may be "autocast"."""
+    dtype, form = ("bfloat16", "autocast") if dtype == "autocast" else (dtype, "eager")
+    theirs, ours = (Entry(p, p, dtype, form) for p in ("transformers", "bitfast"))
+    if is_training:
+        return theirs, ours
+    in_last = Entry("transformers channels_last", "transformers", dtype, is_channels_last=True)
+    return theirs, in_last, ours, Entry("bitfast, CUDA graph", "bitfast", dtype, "captured")
+
+
+def compiled(
+    package: str, name: str, mode: str = "default", *, is_channels_last: bool = False
+) -> Entry:
+    """Return a contestant that is compiled, in bfloat16."""
+    return Entry(name, package, "bfloat16", "compiled", mode, is_channels_last)
+
+
+COMPILED = (
+    compiled("bitfast", "bitfast compiled"),
+    compiled("transformers", "transformers compiled"),
+)
+SAME_SIZE = (
+    compiled("timm", "timm compiled, channels_last", is_channels_last=True),
+    compiled("torchvision", "torchvision ResNet-50 compiled, channels_last", is_channels_last=True),
+)
+"""Not BiT's function in torchvision, but of its size: the bar to pass."""
+
+
+def gpu_cases() -> Iterator[Case]:
+    """Yield the cases of a GPU, the most telling first; what must be compiled takes about a minute each."""
+    names = {id(R50X1): "R50x1", id(R101X3): "R101x3"}
+
+    def case(
+        settings: dict[str, Any],
+        batch: int,
+        dtype: str,
+        is_training: bool = False,
+        entries: Sequence[Entry] = (),
+        note: str = "",
+    ) -> Case:
+        network = Network(
+            settings, batch, is_training=is_training, checked=2, device="cuda", threads=0
         )
+        everybody = gpu_entries(dtype, is_training=is_training)
+        name = f"{names[id(settings)]} 224x224 batch {batch} {dtype}{note}"
+        chosen = (everybody[0], *entries) if entries else everybody
+        return network.case(
+            name, chosen, is_quick=batch == 128 and not entries and dtype != "float16"
+        )
+
+    for batch in (128, 1, 8):
+        yield case(R50X1, batch, "bfloat16")
+    for dtype in ("autocast", "bfloat16"):
+        yield case(R50X1, 128, dtype, True)
+    yield case(R101X3, 16, "bfloat16")
+    for batch in (128, 1):
+        yield case(R50X1, batch, "float16")
+    yield case(R101X3, 16, "autocast", True)
+    yield case(R50X1, 8, "float16")
+    yield case(R101X3, 16, "float16")
+    yield case(R101X3, 16, "bfloat16", True)
+    yield case(R50X1, 128, "bfloat16", entries=(*COMPILED, *SAME_SIZE), note=", compiled")
+    yield case(R50X1, 1, "bfloat16", entries=COMPILED, note=", compiled")
+    in_autocast = tuple(Entry(e.name, e.package, e.dtype, "compiled autocast") for e in COMPILED)
+    yield case(R50X1, 128, "autocast", True, in_autocast, ", compiled")
+    for batch, mode in ((128, "max-autotune-no-cudagraphs"), (1, "max-autotune")):
+        tuned = compiled("transformers", f"transformers compiled ({mode})", mode)
+        yield case(R50X1, batch, "bfloat16", entries=(tuned,), note=", autotuned")
 
 
 # ---- what a case's contestants are given --------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A case's files, and what is to come out.
+@contextmanager
+def opened(network: Network, entries: Sequence[Entry]) -> Iterator[Problem]:
+    """Draw weights and images, write them, and compute the results in float64."""
+    if peers.installed()["transformers"] is None:
+        needed = (
+            f"transformers, whose model is the reference: {peers.how_to_install('transformers')}"
+        )
+        missing = partial(_not_installed, needed)
+        nobody = [Contestant(entry.name, entry.dtype, missing) for entry in entries]
+        yield Problem(nobody, Float64Judge([]))
+        return
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        torch.manual_seed(0)
+        model = reference_model(network)
+        model.save_pretrained(folder / "checkpoint")
+        x = torch.randn(network.batch, 3, network.height, network.width)
+        np.save(folder / "input.npy", x.numpy())
+        onnx_problem = None
+        if any(entry.package in ("onnxruntime", "openvino") for entry in entries):
+            try:
+                peers.export(model, x, folder / "model.onnx")
+            except Exception as error:  # the others still run
+                onnx_problem = f"no ONNX file: {type(error).__name__}: {error}"
+        checked = x[: network.checked].double()
+        with FlopCounterMode(display=False) as counter:
+            oracle = exact_results(
+                model.to(network.device), checked.to(network.device), folder, network
+            )
+        del model
+        limits = GRADIENT_LIMITS if network.is_training else LIMITS
+        contestants = [contestant_of(entry, network, folder, onnx_problem) for entry in entries]
+        flops = counter.get_total_flops() * network.batch // len(checked)
+        yield Problem(contestants, ModelJudge(oracle, limits, overall_error), flops=flops)
 
-    Attributes:
-        case: The case.
-        folder: Of the files.
-        oracle: The results in float64, flat: logits, feature maps, or the gradient of each parameter.
-        flops: Of the convolutions and matrix products; a multiplication and an addition are two.
-        onnx_problem: Why there is no ONNX file, or None.
-    """
 
-    case: ModelCase
-    folder: Path
-    oracle: list[Tensor]
-    flops: int
-    onnx_problem: str | None
+class ModelJudge(Float64Judge):
+    """Compares with float64 all that compute BiT's function, which torchvision's ResNet does not."""
 
-    def work(self, contestant: Contestant, output: Path) -> Work:
-        """Return what a contestant is to do."""
-        return {
-            "package": contestant.package,
-            "dtype": contestant.dtype,
-            "form": contestant.form,
-            "architecture": self.case.architecture,
-            "threads": self.case.threads,
-            "is_training": self.case.is_training,
-            "folder": str(self.folder / "checkpoint"),
-            "onnx": str(self.folder / "model.onnx"),
-            "input": str(self.folder / "input.npy"),
-            "grad": str(self.folder / "grad.npy"),
-            "output": str(output),
-        }
+    def __call__(self, name: str, dtype: str, results: Sequence[torch.Tensor]) -> Verdict:
+        """Return the verdict."""
+        return Verdict(None, None) if "ResNet" in name else super().__call__(name, dtype, results)
 
 
-def prepare(case: ModelCase, folder: Path) -> Prepared:
-    """Draw a case's weights and images, write them, and compute the results in float64.
-
-    Raises:
-        ImportError: transformers is not installed.
-    """
+def reference_model(network: Network) -> Any:
+    """Return transformers' model, with random weights of which norms have some too."""
     import_torchvision()
     import transformers
 
-    torch.manual_seed(0)
-    config = transformers.BitConfig(**case.settings)
-    if case.architecture == "DPTForDepthEstimation":
+    config = transformers.BitConfig(**network.settings)
+    if network.architecture == "DPTForDepthEstimation":
         config = transformers.DPTConfig(
             is_hybrid=True,
             backbone_config=config,
@@ -235,29 +282,9 @@ def prepare(case: ModelCase, folder: Path) -> Prepared:
             neck_ignore_stages=[0, 1],
             backbone_out_indices=[2, 5, 8, 11],
         )
-    model = getattr(transformers, case.architecture)(config).eval()
+    model = getattr(transformers, network.architecture)(config).eval()
     randomize(model)
-    model.save_pretrained(folder / "checkpoint")
-    x = torch.randn(case.shape)
-    np.save(folder / "input.npy", x.numpy())
-    onnx_problem = None
-    if any(c.package in ("onnxruntime", "openvino") for c in case.contestants):
-        try:
-            peers.export(model, x, folder / "model.onnx")
-        except Exception as error:  # the others still run
-            onnx_problem = f"no ONNX file: {type(error).__name__}: {error}"
-    counter = FlopCounterMode(display=False)
-    model.double()
-    with counter, torch.set_grad_enabled(case.is_training):
-        results = outputs_of(model(x.double()))
-        if case.is_training:
-            (output,) = results
-            grad = torch.randn(output.shape)
-            np.save(folder / "grad.npy", grad.numpy())
-            output.backward(grad.double())
-            results = [p.grad for p in model.parameters() if p.grad is not None]
-    oracle = [result.detach().flatten() for result in results]
-    return Prepared(case, folder, oracle, counter.get_total_flops(), onnx_problem)
+    return model
 
 
 def randomize(model: nn.Module) -> None:
@@ -273,9 +300,66 @@ def randomize(model: nn.Module) -> None:
             nn.init.normal_(module.bias, std=0.1)
 
 
-def outputs_of(result: Any) -> list[Tensor]:
-    """Return the logits of a classifier, a depth, or the feature maps of a backbone."""
-    for name in ("logits", "predicted_depth"):
-        if name in result:
-            return [result[name]]
-    return list(result.feature_maps)
+def exact_results(
+    model: Any, x: torch.Tensor, folder: Path, network: Network
+) -> list[torch.Tensor]:
+    """Return the results in float64, flat: logits, feature maps, or the gradient of each parameter.
+
+    The gradient of the output is drawn and written; it is 0 for images that are not compared.
+    """
+    model.double()
+    results = own_process.outputs_of(model(x))
+    if network.is_training:
+        (output,) = results
+        grad = torch.zeros(network.batch, *output.shape[1:])
+        grad[: len(x)] = torch.randn(output.shape)
+        np.save(folder / "grad.npy", grad.numpy())
+        output.backward(grad[: len(x)].to(output))
+        results = [p.grad for p in model.parameters() if p.grad is not None]
+    return [result.detach().flatten().cpu() for result in results]
+
+
+def contestant_of(
+    entry: Entry, network: Network, folder: Path, onnx_problem: str | None
+) -> Contestant:
+    """Return a contestant of a network whose files are in a folder."""
+    work = {
+        "package": entry.package,
+        "dtype": entry.dtype,
+        "form": entry.form,
+        "mode": entry.mode,
+        "is_channels_last": entry.is_channels_last,
+        "architecture": network.architecture,
+        "device": network.device,
+        "threads": network.threads,
+        "is_training": network.is_training,
+        "checked": network.checked,
+        "folder": str(folder / "checkpoint"),
+        "onnx": str(folder / "model.onnx"),
+        "input": str(folder / "input.npy"),
+        "grad": str(folder / "grad.npy"),
+    }
+
+    def begin(stack: ExitStack) -> Running:
+        if entry.package != "bitfast" and peers.installed()[entry.package] is None:
+            raise NotInstalledError(peers.how_to_install(entry.package))
+        if entry.package in ("onnxruntime", "openvino") and onnx_problem is not None:
+            raise RuntimeError(onnx_problem)
+        return (
+            begin_process(work, None, stack) if network.device == "cpu" else begin_here(work, stack)
+        )
+
+    return Contestant(
+        entry.name, entry.dtype, begin, is_compiled="compiled" in entry.form, work=work
+    )
+
+
+def _not_installed(needed: str, stack: ExitStack) -> Running:
+    raise NotInstalledError(needed)
+
+
+def begin_here(work: Work, stack: ExitStack) -> Running:
+    """Begin a contestant in this process."""
+    first = own_process.begin(work)
+    results = [torch.from_numpy(array) for array in first.results]
+    return Running(results, first.time, lambda: [], first.first_result, first.peak_memory)

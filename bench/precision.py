@@ -27,7 +27,7 @@ import bitfast
 from bitfast.ops.weight_standardization import weight_standardization
 
 from .accuracy import OURS, overall_error, relative_error
-from .registry import name_of
+from .cases import name_of
 from .rows import machine
 from .torchvision_import import import_torchvision
 
@@ -219,7 +219,7 @@ def errors_of_a_draw(name: str, mode: Mode, device: str) -> tuple[float, float]:
         results = [flat(outputs_of(model, images)) for model in models]
     with bitfast.use_backend("reference"):
         oracle = outputs_of(models[0].double(), images.double())
-    ours, theirs = (overall_error(result, [o.flatten() for o in oracle]) for result in results)
+    ours, theirs = (overall_error([result], [o.flatten() for o in oracle])[0] for result in results)
     return ours, theirs
 
 

@@ -16,13 +16,13 @@ import torch
 
 from bitfast.commands import environment
 
+from .cases import place_of
 from .limits import Limits
-from .timing import Summary
 
-FORMAT = 2
-"""Of the JSON; what is older has no such number."""
+FORMAT = 3
+"""Of the JSON."""
 
-TIMED, FAILED, MISSING = "timed", "failed", "not installed"
+TIMED, FAILED, MISSING, SKIPPED = "timed", "failed", "not installed", "skipped"
 
 
 @dataclass(frozen=True)
@@ -30,28 +30,26 @@ class Row:
     """One contestant of one case.
 
     Attributes:
-        kind: "op", "images" or "model".
-        op: The word of the op; for images "preprocessing", for models "inference" or "training".
-        case: What was computed, without the threads.
-        threads: Of the CPU.
-        contestant: By whom, in which dtype and form.
-        dtype: In which it computes, "float32" or "bfloat16".
-        status: :data:`TIMED`, :data:`FAILED` or :data:`MISSING`; only the first has times.
+        kind, op, case, device, threads, is_quick: Of the case; see ``Case``.
+        contestant: By whom it was computed, in which dtype and form.
+        dtype: In which it computes.
+        status: :data:`TIMED`, :data:`FAILED`, :data:`MISSING` or :data:`SKIPPED`; only the first has times.
         note: Why there are none, or what else is to be known.
-        is_quick: Whether the case stands for its like.
         seconds, quartiles: Per call, the median and the quartiles over the rounds.
         ratio, ratio_quartiles: The baseline's time over this one's.
         error, allowed_error: Relative to float64: the largest of the results', and what is allowed. For
             images the largest difference from the processor of transformers that is replaced.
+        bytes, flops: The least that must be moved, and the operations; 0 where the case is not about them.
         fraction: Of the machine's limit.
         limit: Which limit that is, "arithmetic" or "copy".
         first_result: Seconds from constructing to the first result, compilation included.
-        peak_memory: Bytes, of a process that does nothing else.
+        peak_memory: Bytes, of a process that does nothing else, or of a GPU.
     """
 
     kind: str
     op: str
     case: str
+    device: str
     threads: int
     contestant: str
     dtype: str
@@ -64,6 +62,8 @@ class Row:
     ratio_quartiles: tuple[float, float] | None = None
     error: float | None = None
     allowed_error: float | None = None
+    bytes: int = 0
+    flops: int = 0
     fraction: float | None = None
     limit: str | None = None
     first_result: float | None = None
@@ -84,12 +84,7 @@ class Row:
     @property
     def title(self) -> str:
         """The case in one line."""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.op}: {self.case}, {threads}"
-
-    def timed(self, summary: Summary) -> Row:
-        """Return the row with its times."""
-        return dataclasses.replace(self, **summary._asdict())
+        return f"{self.op}: {self.case}, {place_of(self.threads)}"
 
 
 @dataclass
@@ -97,8 +92,8 @@ class Report:
     """Everything that a run finds out.
 
     Attributes:
-        machine: Processor, versions, commit, date, and how many processes were busy at the start.
-        limits: By thread count.
+        machine: Processor, GPU, versions, commit, date, and how many processes were busy at the start.
+        limits: By thread count; those of a GPU by 0.
         peers: The version of each other runtime, or None: it is not installed.
         rows: In the order of the cases.
     """
@@ -144,9 +139,9 @@ def cases_of(rows: list[Row]) -> dict[str, list[Row]]:
 # ---- the machine --------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """Describe what the figures are measured on and with."""
-    return {
+    found = {
         "date": date.today().isoformat(),
         "commit": commit(),
         "cpu": environment.cpu_model(),
@@ -156,21 +151,29 @@ def machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": environment.versions(),
     }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": gpu.name,
+            "multiprocessors": gpu.multi_processor_count,
+            "l2_bytes": gpu.L2_cache_size,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
 
 
 def commit(checkout: Path | None = None) -> str | None:
-    """Return the commit of a checkout (None: that of this file), "-dirty" if it has changes, or None."""
+    """Return the commit of a checkout (None: that of this file), "-dirty" if it has changes, or None.
+
+    Where there is only a copy, without git's history, the variable BITFAST_COMMIT may say it.
+    """
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     folder = Path(__file__).resolve().parent if checkout is None else checkout / "bench"
+    tracked = ["git", "ls-files", "--error-unmatch", "registry.py"]
     try:
+        # An installation may lie within somebody else's checkout.
+        subprocess.run(tracked, cwd=folder, capture_output=True, check=True)
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", "registry.py"],
-            cwd=folder,
-            capture_output=True,
-            check=False,
-        )
     except (OSError, subprocess.CalledProcessError):
-        return None
-    # An installation may lie within somebody else's checkout.
-    return finished.stdout.strip() if tracked.returncode == 0 else None
+        return os.environ.get("BITFAST_COMMIT") if checkout is None else None
+    return finished.stdout.strip()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .images import ImageCase
-    from .models import ModelCase
-    from .registry import Case
+    from .cases import Case
     from .rows import Report
+    from .workers import Base
 
 SUCCESS, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
 ROUNDS, QUICK_ROUNDS = 15, 5
@@ -36,16 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     from bitfast.cli import positive_integer
 
-    parser.add_argument(
+    add = parser.add_argument
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to compute (default: a GPU, if there is one)",
+    )
+    add(
         "--quick",
         action="store_true",
         help="some ops and one model, without what must be compiled: under two minutes",
     )
-    parser.add_argument(
-        "--only", default="", metavar="TEXT", help="cases whose title contains it (see --list)"
-    )
-    parser.add_argument("--list", action="store_true", help="print the cases' titles and stop")
-    parser.add_argument(
+    add("--only", default="", metavar="TEXT", help="cases whose title contains it (see --list)")
+    add("--list", action="store_true", help="print the cases' titles and stop")
+    add(
         "--threads",
         type=positive_integer,
         nargs="+",
@@ -53,58 +58,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CPU threads; models and image processors run with each count, ops with the largest "
         "(default: as many as torch chooses)",
     )
-    parser.add_argument(
+    add(
         "--rounds",
         type=positive_integer,
         metavar="N",
         help=f"samples of each contestant (default: {ROUNDS}; quick: {QUICK_ROUNDS})",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here too")
-    parser.add_argument(
-        "--charts", type=Path, metavar="FOLDER", help="draw bar charts (PNG) into this folder"
+    add(
+        "--base",
+        metavar="REV",
+        help="let the bitfast of another commit take part, in turns with this one's",
     )
+    add(
+        "--seconds",
+        type=positive_integer,
+        metavar="N",
+        help="begin no case after these; the others are listed",
+    )
+    add("--output", type=Path, metavar="FILE", help="write everything as JSON")
+    add("--markdown", type=Path, metavar="FILE", help="write the table here too")
+    add("--charts", type=Path, metavar="FOLDER", help="draw bar charts (PNG) into this folder")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark and return the exit status."""
     import torch
 
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available() and not arguments.list:
+        return usage_error("argument --device: torch sees no CUDA device")
     thread_counts = sorted(set(arguments.threads or [torch.get_num_threads()]))
-    selection = select(arguments.only, arguments.quick, thread_counts)
-    if not any(selection):
+    cases = select(device, arguments.only, arguments.quick, thread_counts)
+    if not cases:
         return usage_error(f"argument --only: no case's title contains {arguments.only!r}")
     if arguments.list:
-        print("\n".join(case.title for cases in selection for case in cases))
+        print("\n".join(case.title for case in cases))
         return SUCCESS
     problem = unusable(arguments)
     if problem is not None:
         return usage_error(problem)
-    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-    report = measure(selection, thread_counts, rounds, arguments.output)
-    return show(report, arguments)
+    from .workers import base_at
+
+    try:
+        with base_at(arguments.base) if arguments.base else nullcontext() as base:
+            return show(measure(cases, arguments, base), arguments)
+    except ValueError as error:
+        if (arguments.base and "commit" in str(error)) or "checkout" in str(error):
+            return usage_error(f"argument --base: {error}")
+        raise
 
 
-class Selection(NamedTuple):
-    """The cases to be run."""
+def select(device: str, text: str, is_quick: bool, thread_counts: Sequence[int]) -> list[Case]:
+    """Return the cases of a device whose titles contain the text."""
+    from . import registry
 
-    ops: list[Case]
-    images: list[ImageCase]
-    models: list[ModelCase]
-
-
-def select(text: str, is_quick: bool, thread_counts: Sequence[int]) -> Selection:
-    """Return the cases whose titles contain the text."""
-    from . import images, models, registry
-
-    ops = [case for case in registry.cases() if text in case.title]
-    batches = [case for case in images.cases(thread_counts) if text in case.title]
-    networks = [case for case in models.cases(thread_counts) if text in case.title]
-    if is_quick:
-        ops = [case for case in ops if case.is_quick]
-        batches = [case for case in batches if case.is_quick]
-        networks = [case.quick() for case in networks if case.is_quick]
-    return Selection(ops, batches, networks)
+    found = [case for case in registry.cases(device, thread_counts) if text in case.title]
+    return [case for case in found if case.is_quick] if is_quick else found
 
 
 def unusable(arguments: argparse.Namespace) -> str | None:
@@ -123,57 +132,37 @@ def unusable(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def measure(
-    selection: Selection,
-    thread_counts: Sequence[int],
-    rounds: int,
-    output: Path | None,
-) -> Report:
+def measure(cases: Sequence[Case], arguments: argparse.Namespace, base: Base | None) -> Report:
     """Run the cases; what has been found out is written after each."""
     from tqdm import tqdm
 
-    from . import contest, images, limits, model_contest, peers, rows
+    from . import contest, limits, peers, rows
 
-    ops, batches, models = selection
-    report = rows.Report(rows.machine(), peers=peers.installed())
-    needed = set(thread_counts) if models else {max(thread_counts)} if ops else set()
-    steps = sum(model_contest.steps(case, rounds) for case in models)
-    total = len(needed) + len(ops) + len(batches) + steps
+    report = rows.Report(rows.machine(cases[0].device), peers=peers.installed())
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    needed = sorted({case.threads for case in cases if case.kind != "images"})
+    end = time.monotonic() + (arguments.seconds or float("inf"))
     interval = 0.1 if sys.stderr.isatty() else 30.0
+    total = len(needed) + len(cases)
     with tqdm(total=total, file=sys.stderr, mininterval=interval, dynamic_ncols=True) as bar:
-
-        def progress(done: str) -> None:
-            bar.set_postfix_str(done, refresh=False)
-            bar.update()
-
         bar.set_description("the machine's limits")
-        for threads in sorted(needed):
-            report.limits[threads] = limits.measure(threads)
-            progress(f"{threads} threads")
-        for case in ops:
+        for threads in needed:
+            report.limits[threads] = limits.measure(cases[0].device, threads)
+            bar.update()
+        for case in cases:
             bar.set_description(case.title)
-            threads = max(thread_counts)
-            report.rows += contest.run(case, threads, report.limits[threads], rounds)
-            progress("")
-            save(report, output)
-        for batch in batches:
-            bar.set_description(batch.title)
-            report.rows += images.run(batch, rounds)
-            progress("")
-            save(report, output)
-        for model in models:
-            bar.set_description(model.title)
-            done = bar.n
-            report.rows += model_contest.run(model, report.limits[model.threads], rounds, progress)
-            bar.update(done + model_contest.steps(model, rounds) - bar.n)
-            save(report, output)
+            if time.monotonic() > end:
+                report.rows.append(contest.skipped(case, "out of time"))
+            else:
+                known = report.limits.get(case.threads)
+                tell = bar.set_postfix_str
+                report.rows += contest.run(
+                    case, known, rounds, base, tell, is_quick=arguments.quick
+                )
+            bar.update()
+            if arguments.output is not None:
+                report.write(arguments.output)
     return report
-
-
-def save(report: Report, output: Path | None) -> None:
-    """Write JSON, if asked to."""
-    if output is not None:
-        report.write(output)
 
 
 def show(report: Report, arguments: argparse.Namespace) -> int:

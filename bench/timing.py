@@ -1,14 +1,16 @@
-"""How times are taken: contestants in turns, and what is said of their samples."""
+"""How times are taken: contestants in turns by the host's clock, kernels by replaying a graph of them."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+import timeit
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 SHORTEST_SAMPLE = 0.02
 """Seconds. A call that takes less is repeated within one sample, for the clock's sake."""
+KERNEL_MILLISECONDS = 10
+"""How long one of the ten samples of :func:`kernel_samples` lasts."""
 
 Timer = Callable[[int], float]
 """Makes so many calls and returns the seconds that they took together."""
@@ -30,16 +32,23 @@ class Summary(NamedTuple):
     ratio_quartiles: tuple[float, float] | None
 
 
-def timer_of(function: Callable[[], Any]) -> Timer:
-    """Return the timer of a function in this process."""
+def host_timer(function: Callable[[], Any]) -> Timer:
+    """Return the timer of a function in this process; on a GPU it waits until all has been computed."""
+    from torch.utils.benchmark import timer
 
-    def run(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        return time.perf_counter() - start
+    return timeit.Timer("function()", timer=timer, globals={"function": function}).timeit
 
-    return run
+
+def kernel_samples(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Return the seconds of one call, the given ones taking turns, in ten replays of a CUDA graph of them."""
+    from triton.testing import do_bench_cudagraph
+
+    def in_turns() -> None:
+        for call in calls:
+            call()
+
+    milliseconds = do_bench_cudagraph(in_turns, rep=KERNEL_MILLISECONDS, return_mode="all")
+    return [each / 1e3 / len(calls) for each in milliseconds]
 
 
 def calls_per_sample(timer: Timer) -> int:

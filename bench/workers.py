@@ -1,14 +1,27 @@
-"""The processes of the contestants, seen from the one that compares them."""
+"""The processes of contestants, seen from the one that compares them; and another commit's, for ``--base``."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypedDict
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from .base import ROOT, environment_of, worktree_of
+from .cases import Case, Contestant, Running
+
+Work = dict[str, Any]
+"""What a contestant is to do; ``contestant.py`` says what its keys mean."""
 
 START = "import runpy, sys; runpy.run_path(sys.argv.pop(), run_name='__main__')"
 """As a script, but without its folder in the module path, where its neighbours' names would hide others'."""
@@ -19,67 +32,39 @@ START_TIMEOUT = 900.0
 CALL_TIMEOUT = 300.0
 
 
-class Work(TypedDict):
-    """What a contestant is to do; paths are text.
-
-    ``package`` is "transformers", "timm", "bitfast", "onnxruntime" or "openvino"; ``dtype`` is "float32" or
-    "bfloat16"; ``form`` is "eager", "compiled", "autocast" or "accelerated"; ``folder`` holds the checkpoint,
-    ``onnx`` the same network for other runtimes, ``input`` the images and ``grad`` the gradient of the output,
-    for training; ``output`` is where all numbers of the results go.
-    """
-
-    package: str
-    dtype: str
-    form: str
-    architecture: str
-    threads: int
-    is_training: bool
-    folder: str
-    onnx: str
-    input: str
-    grad: str
-    output: str
-
-
-def environment_of(work: Work, folder: Path) -> dict[str, str]:
-    """Return the environment of a contestant's process, whose own folder is ``folder``."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),  # it must find what this process found
-        "OMP_NUM_THREADS": str(work["threads"]),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # or nothing would be compiled
-        "HF_HUB_OFFLINE": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
-    }
-    if work["package"] == "openvino":
-        # When imported it reports home, unless its consent file says no or there is no place for one.
-        environment["HOME"] = str(folder / "nowhere")
-    return environment
-
-
 class WorkerError(RuntimeError):
     """The contestant failed; the message says how."""
 
 
-class Worker:
-    """A contestant's process. A context manager; it ends with the block.
+def begin_process(work: Work, checkout: Path | None, stack: ExitStack) -> Running:
+    """Start a contestant's process and wait for its first results; it ends with the stack.
 
-    Attributes:
-        first_result: Seconds from constructing to the first result.
-        peak_memory: Bytes, after the second result.
+    Args:
+        work: What it is to do, without the place of its results.
+        checkout: Of the bitfast that it imports; None: what this process has imported.
+        stack: Whose end is the process's.
+
+    Raises:
+        WorkerError: there are no results.
     """
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    output = folder / "output.npz"
+    worker = Worker(work | {"output": str(output)}, folder, checkout)
+    stack.callback(worker.close)
+    first = worker.answer(START_TIMEOUT)
+    with np.load(output) as arrays:
+        results = [torch.from_numpy(array) for array in arrays.values()]
+    output.unlink()
+    return Running(results, worker.time, partial(worker.time, "kernels"), **first)
 
-    def __init__(self, work: Work, folder: Path) -> None:
-        """Start the process and wait for its first results.
 
-        Args:
-            work: What it is to do.
-            folder: For its messages and what it compiles; nobody else's.
+class Worker:
+    """A contestant's process."""
 
-        Raises:
-            WorkerError: there are none.
-        """
-        folder.mkdir(parents=True)
+    def __init__(self, work: Work, folder: Path, checkout: Path | None) -> None:
+        # The path on which this process found what it imported.
+        here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = here if checkout is None else environment_of(checkout)
         self._log = folder / "messages.txt"
         self._connection, theirs = Pipe()
         with self._log.open("wb") as log:
@@ -89,45 +74,26 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment_of(work, folder),
+                cwd=checkout,
+                env={**environment, **needed_by(work, folder)},
             )
         theirs.close()
-        try:
-            self._connection.send(dict(work))
-            answer = self._answer(START_TIMEOUT)
-        except BaseException:
-            self.close()
-            raise
-        self.first_result: float = answer["first_result"]
-        self.peak_memory: int = answer["peak_memory"]
+        self._connection.send(work)
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def time(self, calls: int) -> float:
-        """Return the seconds that so many calls take.
+    def time(self, wanted: Any) -> Any:
+        """Return the seconds that so many calls take, or samples of what "kernels" take.
 
         Raises:
             WorkerError: a call failed, or took too long.
         """
         try:
-            self._connection.send(calls)
+            self._connection.send(wanted)
         except OSError as error:
             raise WorkerError(self._last_message()) from error
-        return self._answer(CALL_TIMEOUT)["seconds"]
+        return self.answer(CALL_TIMEOUT)["seconds"]
 
     def close(self) -> None:
         """End the process, unless it has ended."""
-        if self._connection.closed:
-            return
         try:
             self._connection.send(None)
             self._process.wait(10)
@@ -136,7 +102,8 @@ class Worker:
             self._process.wait()
         self._connection.close()
 
-    def _answer(self, timeout: float) -> dict[str, Any]:
+    def answer(self, timeout: float) -> dict[str, Any]:
+        """Return what the process says next."""
         try:
             if not self._connection.poll(timeout):
                 raise WorkerError(f"no answer after {timeout:.0f} s")
@@ -150,3 +117,50 @@ class Worker:
     def _last_message(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit status {self._process.poll()}"
+
+
+def needed_by(work: Work, folder: Path) -> dict[str, str]:
+    """Return the variables that a contestant's process gets; ``folder`` is its own."""
+    needed = {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # or nothing would be compiled
+        "HF_HUB_OFFLINE": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
+    }
+    if work["threads"]:
+        needed["OMP_NUM_THREADS"] = str(work["threads"])
+    if work["package"] == "openvino":
+        # When imported it reports home, unless its consent file says no or there is no place for one.
+        needed["HOME"] = str(folder / "nowhere")
+    return needed
+
+
+# ---- another commit -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base:
+    """The bitfast of another commit.
+
+    Attributes:
+        revision: As it was asked for.
+        folder: Of its checkout.
+    """
+
+    revision: str
+    folder: Path
+
+    def contestant(self, case: Case, ours: Contestant) -> Contestant:
+        """Return the contestant of the other commit, in a process of its own."""
+        work = ours.work or {
+            "package": "case", "device": case.device, "threads": case.threads, "case": case.title,
+            "contestant": ours.name, "root": str(ROOT),
+        }  # fmt: skip
+        begin = partial(begin_process, work, self.folder)
+        return replace(ours, name=f"{ours.name} at {self.revision}", begin=begin)
+
+
+@contextmanager
+def base_at(revision: str) -> Iterator[Base]:
+    """Check another commit out for as long as the block lasts; errors are those of ``worktree_of``."""
+    with worktree_of(revision) as folder:
+        yield Base(revision, folder)

@@ -156,6 +156,12 @@ def why_unavailable(
     return reason
 
 
+def has_kernel(op: str, backend: str, device_type: str) -> bool:
+    """Whether bitfast has a kernel that such tensors get without being asked for it, where it can run."""
+    is_there = (op, backend, device_type) in _kernels
+    return is_there and not _is_on_demand(op, backend, device_type)
+
+
 def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
     kernel = _kernels.get((op, backend, device_type))
     return kernel is not None and kernel.on_demand

@@ -191,6 +191,11 @@ def _add_env(commands: Any) -> None:
         description="Print versions, hardware and which backend runs each op here, or why not.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with status 1 if an op runs as plain PyTorch though there is a kernel for such a device",
+    )
     parser.set_defaults(run=run_env)
 
 
@@ -200,8 +205,8 @@ def _add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure ops and whole models beside others on this machine",
-        description="Check and measure bitfast's ops beside plain PyTorch, and whole models beside "
-        "transformers, ONNX Runtime, OpenVINO and compiled forms, on the CPU.",
+        description="Check and measure bitfast's ops beside plain PyTorch, and image processors and whole "
+        "models beside transformers, other runtimes and compiled forms, on a CPU or a GPU.",
         epilog=bench.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -301,7 +306,10 @@ def run_env(arguments: argparse.Namespace) -> int:
 
     found = environment.describe()
     print(json.dumps(found, indent=2) if arguments.json else environment.as_text(found))
-    return SUCCESS
+    missing = environment.missing_kernels(found) if arguments.check else []
+    for problem in missing:
+        print(problem, file=sys.stderr)
+    return SOME_FAILED if missing else SUCCESS
 
 
 def _usage_error(message: str) -> int:

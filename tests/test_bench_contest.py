@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bitfast.bench import contest, models, registry, timing
+from bitfast.bench import contest, models, ops, registry, timing
 from bitfast.bench.accuracy import (
     OURS,
+    Float64Judge,
+    Verdict,
     WrongResultError,
     allowed_error,
     check,
     overall_error,
     relative_error,
 )
+from bitfast.bench.cases import PLAIN, Case, Contestant, NotInstalledError, Problem, Running, called
 from bitfast.bench.limits import Limits
-from bitfast.bench.registry import Case, Problem
-from bitfast.bench.rows import FAILED, TIMED, Row
+from bitfast.bench.rows import FAILED, MISSING, SKIPPED, TIMED, Row
+from bitfast.bench.workers import Base
 
 LIMITS = Limits({"float32": 2e9, "bfloat16": 4e9}, 1e9)
 GOOD = torch.linspace(1, 2, 50)
 
 
-def run(plain: Callable[[], Tensor], ours: Callable[[], Tensor]) -> tuple[Row, Row]:
-    problem = Problem({registry.PLAIN: plain, registry.OURS: ours}, GOOD.double, 200, "native")
-    case = Case("op", "case", torch.float32, lambda: problem)
-    first, second = contest.run(case, torch.get_num_threads(), LIMITS, 3)
+def case_of(plain: Callable[[], Tensor], ours: Callable[[], Tensor], **options: Any) -> Case:
+    contestants = [
+        Contestant(
+            name, "float32", called(lambda _, f=function: f()), "a note" * (function is ours)
+        )
+        for name, function in (("plain PyTorch", plain), ("bitfast", ours))
+    ]
+    problem = Problem(contestants, Float64Judge([GOOD.double()]), 200)
+    return Case("op", "op", "case", "float32", lambda: nullcontext(problem), threads=1, **options)
+
+
+def run(plain: Callable[[], Tensor], ours: Callable[[], Tensor], **options: Any) -> tuple[Row, Row]:
+    first, second = contest.run(case_of(plain, ours, **options), LIMITS, 3)
     return first, second
 
 
@@ -38,31 +52,37 @@ def test_right_results_are_timed() -> None:
     assert plain.ratio == 1
     assert ours.seconds is not None
     assert ours.quartiles is not None
-    assert ours.ratio is not None
     assert plain.seconds is not None
     assert ours.ratio == pytest.approx(plain.seconds / ours.seconds)
     assert ours.quartiles[0] <= ours.seconds <= ours.quartiles[1]
     assert ours.fraction == pytest.approx(200 / ours.seconds / 1e9)
-    assert (ours.limit, ours.note) == ("copy", "backend: native")
+    assert (ours.limit, ours.note, ours.bytes) == ("copy", "a note", 200)
 
 
 def broken() -> Tensor:
     raise RuntimeError("out of order")
 
 
+def missing() -> Tensor:
+    raise NotInstalledError("pip install it")
+
+
 @pytest.mark.parametrize(
-    ("ours", "note"),
+    ("ours", "status", "note"),
     [
-        (lambda: GOOD * (1 + 1e-5), "error 1.0e-05 against float64, allowed"),
-        (lambda: GOOD * torch.nan, "error nan against float64"),
-        (lambda: GOOD[:-1], "shape (49,) is not (50,)"),
-        (broken, "RuntimeError: out of order"),
+        (lambda: GOOD * (1 + 1e-5), FAILED, "error 1.0e-05, allowed"),
+        (lambda: GOOD * torch.nan, FAILED, "error nan, allowed"),
+        (lambda: GOOD[:-1], FAILED, "shape (49,) is not (50,)"),
+        (broken, FAILED, "RuntimeError: out of order"),
+        (missing, MISSING, "pip install it"),
     ],
 )
-def test_a_wrong_result_is_not_timed(ours: Callable[[], Tensor], note: str) -> None:
+def test_what_is_wrong_or_missing_is_not_timed(
+    ours: Callable[[], Tensor], status: str, note: str
+) -> None:
     plain, wrong = run(lambda: GOOD, ours)
     assert plain.status == TIMED
-    assert wrong.status == FAILED
+    assert wrong.status == status
     assert note in wrong.note
     assert wrong.seconds is wrong.ratio is wrong.fraction is None
 
@@ -74,30 +94,80 @@ def test_where_plain_pytorch_is_wrong_ours_has_no_ratio() -> None:
     assert ours.ratio is None
 
 
+def test_the_other_commit_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(work: dict[str, Any], checkout: Any, stack: Any) -> Running:
+        assert (work["case"], work["contestant"]) == ("op: case, 1 thread", "bitfast")
+        return Running([GOOD], lambda calls: 0.1 * calls, lambda: [])
+
+    monkeypatch.setattr("bitfast.bench.workers.begin_process", begin)
+    case = case_of(lambda: GOOD, lambda: GOOD)
+    rows = contest.run(case, LIMITS, 2, Base("v1", "/nowhere"))  # type: ignore[arg-type]
+    assert [row.contestant for row in rows] == ["plain PyTorch", "bitfast", "bitfast at v1"]
+    assert rows[2].seconds == pytest.approx(0.1)
+    assert rows[2].ratio is not None
+
+
+def test_what_must_be_compiled_is_left_out_of_a_quick_run() -> None:
+    case = case_of(lambda: GOOD, lambda: GOOD)
+    with case.open() as problem:
+        slow = Contestant("compiled", "float32", called(lambda _: broken()), is_compiled=True)
+        problem.contestants.append(slow)
+    assert len(contest.run(case, None, 1)) == 3
+    assert [row.status for row in contest.run(case, None, 1, is_quick=True)] == [TIMED, TIMED]
+
+
+def test_a_case_that_was_not_begun_has_a_row() -> None:
+    row = contest.skipped(case_of(lambda: GOOD, lambda: GOOD), "out of time")
+    assert (row.status, row.note, row.title) == (SKIPPED, "out of time", "op: case, 1 thread")
+
+
 def test_the_rule() -> None:
     rounding = torch.finfo(torch.float32).eps / 2
-    assert allowed_error(torch.float32, 1e-6, OURS) == 2e-6 + rounding
-    assert allowed_error(torch.float32, None, OURS) == 1e-4
-    check(1.0, 1.0)
+    assert allowed_error("float32", 1e-6, OURS, 1e-4) == 2e-6 + rounding
+    assert allowed_error("float32", None, OURS, 1e-4) == 1e-4
+    check(Verdict(1.0, 1.0))
+    check(Verdict(None, None))
     for error in (1.1, float("nan"), float("inf")):
         with pytest.raises(WrongResultError):
-            check(error, 1.0)
+            check(Verdict(error, 1.0))
     with pytest.raises(WrongResultError):
         relative_error(GOOD, GOOD[1:])
+
+
+def test_a_yardstick_is_that_of_its_dtype_and_of_each_result() -> None:
+    judge = Float64Judge([GOOD.double(), GOOD.double()], {"float32": 1e-2, "bfloat16": 1e-1})
+    off = [GOOD * (1 + 1e-3), GOOD * (1 + 1e-5)]
+    assert judge("theirs", "float32", off) == Verdict(pytest.approx(1e-3, rel=0.01), 1e-2)
+    worst = judge("bitfast", "float32", off[::-1])
+    assert worst.error == pytest.approx(1e-3, rel=0.01)  # of the second, whose yardstick has 1e-5
+    assert worst.allowed == pytest.approx(2e-5, rel=0.02)
+    assert judge("peer", "float32", off).allowed == pytest.approx(4e-3, rel=0.01)
+    assert judge("bitfast", "bfloat16", off).allowed == 1e-1
 
 
 def test_several_results_count_alike_whatever_their_size() -> None:
     large, small = torch.ones(10_000).double(), torch.full((2,), 1e-6).double()
     wrong = torch.cat([large, 2 * small])
-    assert overall_error(wrong, [large, small]) == pytest.approx(0.5**0.5)
+    assert overall_error([wrong], [large, small]) == [pytest.approx(0.5**0.5)]
     with pytest.raises(WrongResultError, match="10001 numbers instead of 10002"):
-        overall_error(wrong[1:], [large, small])
+        overall_error([wrong[1:]], [large, small])
 
 
-def test_fractions_of_the_limits() -> None:
-    assert LIMITS.arithmetic_fraction(1e9, "float32", 1.0) == 0.5
-    assert LIMITS.arithmetic_fraction(1e9, "bfloat16", 1.0) == 0.25
-    assert LIMITS.copy_fraction(5e8, 2.0) == 0.25
+def test_the_limit_is_the_one_that_binds() -> None:
+    def row(dtype: str, **counts: int) -> Row:
+        bare = Row("op", "op", "case", "cpu", 1, "bitfast", dtype, seconds=2.0, **counts)
+        return contest._with_fraction(bare, LIMITS)
+
+    assert (row("float32", flops=10**9).fraction, row("float32", flops=10**9).limit) == (
+        0.25,
+        "arithmetic",
+    )
+    assert row("bfloat16", flops=10**9, bytes=10**8).fraction == 0.125
+    assert (row("bfloat16", flops=1, bytes=10**9).fraction, row("float32", bytes=1).limit) == (
+        0.5,
+        "copy",
+    )
+    assert row("float32").fraction is None
 
 
 # ---- times --------------------------------------------------------------------------------------
@@ -107,11 +177,11 @@ def test_contestants_take_turns() -> None:
     calls: list[str] = []
 
     def timer(name: str) -> timing.Timer:
-        def run(count: int) -> float:
+        def take(count: int) -> float:
             calls.append(name)
             return count * timing.SHORTEST_SAMPLE
 
-        return run
+        return take
 
     rounds: list[int] = []
     samples = timing.take_turns({"a": timer("a"), "b": timer("b")}, 3, lambda: rounds.append(1))
@@ -132,35 +202,87 @@ def test_the_summary() -> None:
     assert timing.summarize([1.0], None) == (1.0, (1.0, 1.0), None, None)
 
 
-# ---- the registries -----------------------------------------------------------------------------
+def test_kernels_of_all_input_sets_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    called_with: list[int] = []
+
+    def replay(function: Callable[[], None], rep: int, return_mode: str) -> list[float]:
+        function()
+        assert return_mode == "all"
+        return [6.0, 12.0]
+
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", replay)
+    samples = timing.kernel_samples([lambda n=n: called_with.append(n) for n in range(3)])
+    assert called_with == [0, 1, 2]
+    assert samples == pytest.approx([0.002, 0.004])
 
 
-def test_no_two_rows_have_one_title() -> None:
-    titles = [case.title for case in registry.cases()]
-    titles += [case.title for case in models.cases([1, 2])]
+# ---- the registry -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_two_rows_have_one_title(device: str) -> None:
+    titles = [case.title for case in registry.cases(device, [1, 2])]
     assert len(titles) == len(set(titles))
 
 
-def test_every_op_has_quick_cases_of_it() -> None:
-    cases = list(registry.cases())
+def test_every_op_has_quick_cases() -> None:
+    cases = list(ops.cases("cpu", 2))
     assert {c.op for c in cases if c.is_quick} == {c.op for c in cases} - {"weight_standardization"}
 
 
 def test_a_yardstick_comes_before_what_it_measures() -> None:
-    for case in models.cases([2]):
-        first = {c.dtype: c for c in reversed(case.contestants)}
-        assert first == {dtype: models.YARDSTICKS[dtype] for dtype in first}
+    def first_of_each_dtype(entries: Sequence[models.Entry]) -> set[str]:
+        return {entry.package for entry in {e.dtype: e for e in reversed(entries)}.values()}
+
+    lists = (models.EVERYBODY, models.IN_PLACE, models.TRAINING, models.gpu_entries("bfloat16"))
+    assert all(first_of_each_dtype(entries) == {"transformers"} for entries in lists)
 
 
-def test_the_quick_case_compiles_nothing() -> None:
-    (case,) = (case for case in models.cases([2]) if case.is_quick)
-    assert any(contestant.form == "compiled" for contestant in case.contestants)
-    assert not any(contestant.form == "compiled" for contestant in case.quick().contestants)
+@pytest.mark.parametrize(
+    "case", [c for c in ops.cases("cpu", 1) if c.is_quick], ids=lambda c: c.title
+)
+def test_the_contestants_of_a_quick_case_are_right(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contest, "take_turns", lambda *_: {})
+    assert {
+        row.contestant: row.note for row in contest.run(case, None, 1) if row.status == FAILED
+    } == {}
 
 
-@pytest.mark.parametrize("case", [c for c in registry.cases() if c.is_quick], ids=lambda c: c.title)
-def test_the_contestants_of_a_quick_case_are_right(case: Case) -> None:
-    torch.manual_seed(0)  # as a run does
-    with torch.set_grad_enabled(case.is_training):
-        found = contest.checked_errors(case.make(), case.dtype)
-    assert {name: checked.problem for name, checked in found.items() if checked.problem} == {}
+TINY = {"group_norm_act": (2, 32, 3, 5), "same_padding": (2, 3, 8, 10)}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [ops.NORM, ops.RESIDUAL_NORM, ops.NORM_TRAINING, ops.POOL, ops.PAD],
+    ids=lambda f: f"{f.op} {f.form}",
+)
+def test_compiled_contestants_of_a_gpu_case_are_right(
+    family: ops.Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiled(f, backend="aot_eager", **options)
+    )
+    monkeypatch.setattr(contest, "take_turns", lambda *_: {})
+    inputs = ops.Inputs(TINY[family.op], torch.float32, "channels_last")
+    rows = contest.run(family.case(inputs, 1, is_compiled=True), None, 1)
+    assert [row.contestant for row in rows] == [PLAIN, ops.COMPILED, "bitfast"]
+    assert {row.contestant: row.note for row in rows if row.status == FAILED} == {}
+
+
+def test_weights_of_one_dtype_become_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "all_weights", lambda inputs: [inputs.feature_maps() for _ in "ab"])
+    monkeypatch.setattr(contest, "take_turns", lambda *_: {})
+    for is_training in (False, True):
+        family = ops.weights_family(
+            "weight_standardization_all", "", is_training=is_training,
+            source=torch.float32, dtype=torch.bfloat16,
+        )  # fmt: skip
+        case = family.case(ops.Inputs((4, 3, 3, 3), torch.bfloat16, "NCHW"), 1)
+        assert "float32 to bfloat16" in case.title
+        with registry.opened(case) as problem:
+            numel = 2 * 4 * 27
+            assert problem.bytes == numel * (4 + 2) * (1 + is_training) + numel * 4 * is_training
+        assert {row.note for row in contest.run(case, None, 1) if row.status == FAILED} == set()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from bitfast import BitImageProcessor
-from bitfast.bench import images, peers
-from bitfast.bench.images import FAST, OURS, OURS_FAST, PILLOW, SLOW, ImageCase
+from bitfast.bench import contest, images, peers
+from bitfast.bench.images import FAST, OURS, OURS_FAST, PILLOW, SLOW, TORCHVISION
 from bitfast.bench.report import image_table
 from bitfast.bench.rows import FAILED, MISSING, TIMED, Row
 
-TWO = ImageCase("512x512", 2, 1)
+SMALL = ((12, 9), (8, 11), (20, 20))
+"""(8, 11) is cropped by one and a half on each side."""
 
 
-def run(case: ImageCase = TWO) -> dict[str, Row]:
-    return {row.contestant: row for row in images.run(case, 1)}
+def run() -> dict[str, Row]:
+    make = partial(images.cpu_problem, ((512, 512),) * 2, 2)
+    rows = contest.run(images.case_of("2 512x512", make, 2, 1, False), None, 1)
+    return {row.contestant: row for row in rows}
 
 
 def test_a_contest() -> None:
@@ -39,7 +44,7 @@ def test_a_wrong_processor_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(images, "BitImageProcessor", Wrong)
     rows = run()
     assert rows[OURS].status == FAILED
-    assert "0 is allowed: not timed" in rows[OURS].note
+    assert "allowed 0.0e+00: not timed" in rows[OURS].note
     assert rows[OURS].seconds is None
     assert rows[OURS_FAST].status == TIMED
 
@@ -55,10 +60,16 @@ def test_what_is_missing_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[OURS].note == f"not checked against {SLOW}"
 
 
-def test_every_case_can_be_drawn() -> None:
-    cases = list(images.cases([1, 2]))
-    assert len({case.title for case in cases}) == len(cases)
-    assert any(case.is_quick for case in cases)
-    for case in cases:
-        if case.threads == 1:
-            assert len(images.draw(case)) == case.batch
+@pytest.mark.parametrize("are_there", [False, True])
+def test_the_contest_of_a_gpu(are_there: bool) -> None:
+    make = partial(images.gpu_problem, SMALL, 3, 8, "cpu", are_there)
+    rows = contest.run(images.case_of("3 small ones", make, 3, 1, False), None, 1)
+    assert [row.contestant for row in rows] == [FAST, TORCHVISION, OURS_FAST]
+    assert {row.contestant: row.note for row in rows if row.status != TIMED} == {}
+    assert rows[2].error == 0
+
+
+def test_every_batch_can_be_drawn() -> None:
+    for sizes in images.SIZES.values():
+        for batch in images.BATCHES:
+            assert len(images.photographs(sizes, batch)) == batch

@@ -85,3 +85,24 @@ def test_env_with_a_driver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     reason = environment.cuda_problem()
     assert reason == "No CUDA GPUs are available (CUDA_VISIBLE_DEVICES='')"
+
+
+def test_env_checks_that_kernels_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = environment.describe()
+    missing = environment.missing_kernels(found)
+    assert cli.main(["env", "--check"]) == bool(missing)
+    for row in found["backends"]:
+        if (row["op"], row["device"]) == ("same_padding", "cpu"):
+            is_plain = row["backend"] == "reference"
+            row.update(
+                default=is_plain, available=is_plain, reason="" if is_plain else "it was not built"
+            )
+    monkeypatch.setattr(environment, "describe", lambda: found)
+    capsys.readouterr()
+    assert cli.main(["env", "--check"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert set(said) - set(missing) == {
+        "same_padding on cpu: the native kernel does not run: it was not built"
+    }

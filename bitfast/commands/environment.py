@@ -133,6 +133,26 @@ def cuda_problem() -> str | None:
     return None
 
 
+def missing_kernels(found: dict[str, Any]) -> list[str]:
+    """Return what runs as plain PyTorch on a device of this machine though bitfast has a kernel, and why.
+
+    Args:
+        found: What :func:`describe` returned.
+    """
+    devices = {"cpu"} if found["cuda"]["problem"] else {"cpu", "cuda"}
+    slow = {
+        (row["op"], row["device"])
+        for row in found["backends"]
+        if row["device"] in devices and row["default"] and row["backend"] == "reference"
+    }
+    return [
+        f"{row['op']} on {row['device']}: the {row['backend']} kernel does not run: {row['reason']}"
+        for row in found["backends"]
+        if (row["op"], row["device"]) in slow
+        and backends.has_kernel(row["op"], row["backend"], row["device"])
+    ]
+
+
 # ---- as text ------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ SHORT = ("bench", "--quick", "--only", "dispatch: same_pad of one pixel, recorde
     [
         (["--only", "perpetual motion"], "--only: no case's title contains 'perpetual motion'"),
         (["--quick", "--only", "R101x1"], "no case's title contains 'R101x1'"),
+        (["--device", "cuda"], "argument --device: torch sees no CUDA device"),
+        (["--base", "no-such-commit"], "argument --base: there is no commit 'no-such-commit'"),
         (["--threads", "0"], "--threads: must be an integer of at least 1, got '0'"),
         (["--rounds", "few"], "--rounds: must be an integer of at least 1, got 'few'"),
         (["--output", "/no/such/folder/x.json"], "--output: the folder '/no/such/folder' does not"),
@@ -80,23 +82,39 @@ def test_a_short_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         rate for name, rate in limits.probes.items() if name.startswith("float32")
     )
     assert limits.bandwidth > 1e8
-    assert json.loads(output.read_text())["format"] == 2
+    assert json.loads(output.read_text())["format"] == 3
 
 
 def test_a_wrong_result_of_ours_is_a_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(case: Any, threads: int, *_: Any) -> list[Row]:
-        names = ("plain PyTorch", "bitfast")
+    def wrong(case: Any, *_: Any, **__: Any) -> list[Row]:
+        note = "error 2: not timed"
         return [
-            Row("op", case.op, case.name, threads, name, "float32", FAILED, "error 2: not timed")
-            for name in names
+            Row("op", case.op, case.name, "cpu", 1, name, "float32", FAILED, note)
+            for name in ("plain PyTorch", "bitfast")
         ]
 
     from bitfast.bench import limits
 
     monkeypatch.setattr(contest, "run", wrong)
-    monkeypatch.setattr(limits, "measure", lambda threads: limits.Limits({}, 1.0))
+    monkeypatch.setattr(limits, "measure", lambda device, threads: limits.Limits({}, 1.0))
     monkeypatch.setattr("bitfast.bench.report.limits_lines", lambda report: [])
     status, out, err = run(*SHORT)
     assert status == 1
     assert "| failed | failed |" in out
     assert "bitfast failed: error 2: not timed" in err
+
+
+def test_no_case_begins_after_the_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitfast.bench import limits
+    from bitfast.bench import run as command
+
+    clock = iter(range(0, 1000, 100))
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(limits, "measure", lambda device, threads: limits.Limits({}, 1.0))
+    monkeypatch.setattr(contest, "run", lambda case, *_, **__: [])
+    status, out, _ = run(
+        "bench", "--only", "same_pad of one pixel", "--seconds", 150, "--threads", 1
+    )
+    assert status == 0
+    assert "| dispatch | same_pad of one pixel, recorded by autograd | " in out
+    assert "| out of time | skipped |" in out
