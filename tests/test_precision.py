@@ -29,7 +29,6 @@ from tests.tolerances import assert_draws_within_contract, relative_error
 
 ON_CPU = [mode for mode in MODES if not mode.why_not("cpu")]
 EVERY_MODE = pytest.mark.parametrize("mode", ON_CPU, ids=lambda mode: mode.name)
-HALVES = [mode for mode in ON_CPU if mode.result != torch.float32]
 SHALLOW = {"depths": [1, 2], "hidden_sizes": [16, 32]}
 DRAWS = 3
 
