@@ -3,7 +3,7 @@
 Beside transformers in the same mode, on the same weights and images. The oracle is float64 on the weights and
 images as the mode has rounded them, so an error is that of computing, not of storing.
 
-What the first table says is in :data:`MODES`; ``tests/test_precision.py`` holds the models to it.
+What the first table says is in :class:`Mode`; ``tests/test_precision.py`` holds the models to it.
 """
 
 from __future__ import annotations
@@ -49,25 +49,21 @@ PARTS = {
 """The heads of the first table, by part of a network."""
 
 
-def parts_in(dtype: str, **others: str) -> dict[str, str]:
-    """Return what each part computes in where feature maps are stored in ``dtype``, but for ``others``."""
-    float32 = {"standardization": "float32", "statistics": "float32"}
-    return {**dict.fromkeys(PARTS, dtype), **float32, **others}
-
-
 class Mode(NamedTuple):
-    """One way to compute a model.
-
-    Attributes:
-        dtype: Of the parameters and the images.
-        parts: The dtype that each of :data:`PARTS` computes in.
-    """
+    """One way to compute a model: parameters and images have the dtype."""
 
     name: str
     dtype: torch.dtype
-    parts: dict[str, str]
     autocast: torch.dtype | None = None
     has_tf32: bool = False
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The dtype that each of :data:`PARTS` computes in."""
+        product = "tf32" if self.has_tf32 else name_of(self.result)
+        others = {"convolution": product, "classifier": product}
+        others |= {"standardization": "float32", "statistics": "float32"}
+        return {**dict.fromkeys(PARTS, name_of(self.result)), **others}
 
     @property
     def result(self) -> torch.dtype:
@@ -94,14 +90,13 @@ class Mode(NamedTuple):
         return "needs a GPU" if self.has_tf32 and device == "cpu" else ""
 
 
-TF32 = {"convolution": "tf32", "classifier": "tf32"}
 MODES = (
-    Mode("float32", torch.float32, parts_in("float32")),
-    Mode("tf32", torch.float32, parts_in("float32", **TF32), has_tf32=True),
-    Mode("bfloat16", torch.bfloat16, parts_in("bfloat16")),
-    Mode("float16", torch.float16, parts_in("float16")),
-    Mode("autocast bfloat16", torch.float32, parts_in("bfloat16"), torch.bfloat16),
-    Mode("autocast float16", torch.float32, parts_in("float16"), torch.float16),
+    Mode("float32", torch.float32),
+    Mode("tf32", torch.float32, has_tf32=True),
+    Mode("bfloat16", torch.bfloat16),
+    Mode("float16", torch.float16),
+    Mode("autocast bfloat16", torch.float32, torch.bfloat16),
+    Mode("autocast float16", torch.float32, torch.float16),
 )
 
 # ---- the models ---------------------------------------------------------------------------------
@@ -152,19 +147,13 @@ def look_trained(model: nn.Module) -> None:
 
 def far_from_zero(filters: Tensor) -> None:
     """Shift filters in place so that their mean is 100 times their deviation."""
-    filters += 100 * deviation(filters)
+    filters += 100 * filters.std((1, 2, 3), correction=0, keepdim=True)
 
 
 def tiny(filters: Tensor) -> None:
     """Scale filters in place to deviations from 1e-5 to 1e-4, whose squares float16 has no numbers for."""
-    count = filters.shape[0]
-    wanted = 10 ** -(4 + torch.rand(count, 1, 1, 1, device=filters.device))
-    filters *= wanted / deviation(filters)
-
-
-def deviation(filters: Tensor) -> Tensor:
-    """Return the deviation of each filter: (out, 1, 1, 1)."""
-    return filters.flatten(1).std(1, unbiased=False)[:, None, None, None]
+    wanted = 10 ** -(4 + torch.rand(filters.shape[0], 1, 1, 1, device=filters.device))
+    filters *= wanted / filters.std((1, 2, 3), correction=0, keepdim=True)
 
 
 def outputs_of(model: Any, images: Tensor) -> list[Tensor]:

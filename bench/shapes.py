@@ -21,15 +21,15 @@ from bitfast.kernels.launch import Launch
 from bitfast.ops.weight_standardization import starts_of
 
 
-def model_of(width: int, depths: list[int]) -> dict[str, Any]:
+def wide_resnet(width: int, depths: list[int]) -> dict[str, Any]:
     sizes = [width * size for size in (256, 512, 1024, 2048)]
     return {"embedding_size": 64 * width, "hidden_sizes": sizes, "depths": depths}
 
 
 MODELS: dict[str, dict[str, Any]] = {
     "R50x1": {},
-    "R101x3": model_of(3, [3, 4, 23, 3]),
-    "R152x4": model_of(4, [3, 8, 36, 3]),
+    "R101x3": wide_resnet(3, [3, 4, 23, 3]),
+    "R152x4": wide_resnet(4, [3, 8, 36, 3]),
 }
 """What differs from the default configuration."""
 
