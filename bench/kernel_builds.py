@@ -89,8 +89,6 @@ def tool_output(tool: str, *arguments: str) -> str:
 
 
 MACHINE_ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LD|ST|LDL|STL)((?:\.\w+)*) ")
-
-
 MACHINE_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
