@@ -81,6 +81,7 @@ def provide_extension(folder: Path, root: Path) -> None:
         has_cuda = any("_cuda" in library.name for library in libraries)
         environment = {**os.environ, "BITFAST_EXTENSION": "cuda" if has_cuda else "cpu"}
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        print("building the extension of the other commit: its sources differ", file=sys.stderr)
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=sys.stderr)
 
 

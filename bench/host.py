@@ -2,34 +2,33 @@
 
 Counts are those of one warm inference pass of R50x1 on a tiny image: the same on any machine, busy or not.
 Microseconds are the least of many repetitions, of a network with R50x1's steps but next to no arithmetic. With
-``--base`` another checkout, say of the commit before, is counted beside this one.
+``--base`` another commit, say the one before, is counted beside this one.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import rows
+from .base import ROOT, environment_of, git, worktree_of
+from .tables import table
 from .torchvision_import import import_torchvision
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "python -m bench.host"
 IMAGES = (1, 3, 32, 32)
 NARROW: dict[str, Any] = {
     "embedding_size": 32,
@@ -43,41 +42,17 @@ REPETITIONS = 50
 PASSES = 1000
 """Of which the fastest counts. A pass is short enough to fall between what else the machine does."""
 
-OURS, BEFORE, THEIRS = "bitfast", "bitfast before", "transformers"
-
 
 # ---- calls ----------------------------------------------------------------------------------------------
 
 
-class Calls(NamedTuple):
-    """What one call of a function makes Python and torch call.
+def calls_of(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Count what a function makes Python and torch call; it is run some more times before.
 
-    Attributes:
-        python: Python functions, by the last two parts of their file's path, and name.
-        builtin: How many functions written in C, Python's and torch's.
-        operators: Entries into torch's dispatcher, by operator; those that operators make as well.
-        outer: How many of these come from Python.
+    Returns:
+        How many Python functions, functions written in C, and entries into torch's dispatcher, those that
+        operators make included and left out; and the names that stand behind most of them.
     """
-
-    python: Counter[str]
-    builtin: int
-    operators: Counter[str]
-    outer: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the sums, and the names that stand behind most of them."""
-        return {
-            "python_calls": self.python.total(),
-            "builtin_calls": self.builtin,
-            "operators": self.operators.total(),
-            "operators_from_python": self.outer,
-            "python_calls_most": dict(self.python.most_common(12)),
-            "operators_most": dict(self.operators.most_common(12)),
-        }
-
-
-def calls_of(function: Callable[..., Any], *arguments: Any) -> Calls:
-    """Count what a function calls; it is run some more times before."""
     for _ in range(WARM_UPS):
         function(*arguments)
     python, builtin = python_calls_of(function, *arguments)
@@ -85,8 +60,15 @@ def calls_of(function: Callable[..., Any], *arguments: Any) -> Calls:
     with torch.autograd.profiler.profile() as profile:
         function(*arguments)
     events = [event for event in profile.function_events or () if "::" in event.name]
-    outer = sum(event.cpu_parent is None for event in events)
-    return Calls(python, builtin, Counter(event.name for event in events), outer)
+    operators = Counter(event.name for event in events)
+    return {
+        "python_calls": python.total(),
+        "builtin_calls": builtin,
+        "operators": operators.total(),
+        "operators_from_python": sum(event.cpu_parent is None for event in events),
+        "python_calls_most": dict(python.most_common(12)),
+        "operators_most": dict(operators.most_common(12)),
+    }
 
 
 def python_calls_of(function: Callable[..., Any], *arguments: Any) -> tuple[Counter[str], int]:
@@ -114,48 +96,30 @@ def python_calls_of(function: Callable[..., Any], *arguments: Any) -> tuple[Coun
 # ---- microseconds ---------------------------------------------------------------------------------------
 
 
-def microseconds(statement: str, **names: Any) -> float:
-    """Return what a statement takes, in the fastest of the repetitions of some runs each."""
-    return fastest(timeit.Timer(statement, globals=names), REPETITIONS, 20)
-
-
-def fastest(timer: timeit.Timer, repetitions: int, number: int) -> float:
-    """Return the microseconds of a run, in the fastest of the repetitions of ``number`` runs each."""
+def microseconds(repetitions: int, number: int, statement: str, **names: Any) -> float:
+    """Return what a statement takes, in the fastest of the repetitions of ``number`` runs each."""
+    timer = timeit.Timer(statement, globals=names)
     timer.timeit(number)
     return 1e6 * min(timer.repeat(repetitions, number)) / number
 
 
-class Decisions(NamedTuple):
-    """Microseconds of what is asked before a plan runs.
+def decisions_of(model: Any, images: Tensor) -> dict[str, float]:
+    """Time what is asked before a model's latest plan runs.
 
-    Attributes:
-        setting: Which setting it is.
-        structure: Whether the modules are what they were.
-        parameters: Whether the parameters are.
+    Returns:
+        Microseconds to know which "setting" it is; whether the "structure" (the modules) and the "parameters"
+        are what they were; and of these two, the "guard", together.
     """
-
-    setting: float
-    structure: float
-    parameters: float
-
-    @property
-    def guard(self) -> float:
-        """What it takes to know that a plan still holds."""
-        return self.structure + self.parameters
-
-
-def decisions_of(model: Any, images: Tensor) -> Decisions:
-    """Time what is asked before a model's latest plan runs."""
     from bitfast.execution.setting import planned_setting
 
-    plans, plan = model.plans, latest_plan(model)
-    assert plans.is_current()
-    assert plan.holds()
-    return Decisions(
-        microseconds("ask(images)", ask=planned_setting, images=images),
-        microseconds("ask()", ask=plans.is_current),
-        microseconds("ask()", ask=plan.holds),
-    )
+    asked = {
+        "setting": partial(planned_setting, images),
+        "structure": model.plans.is_current,
+        "parameters": latest_plan(model).holds,
+    }
+    assert all(ask() for ask in asked.values())
+    times = {name: microseconds(REPETITIONS, 20, "ask()", ask=ask) for name, ask in asked.items()}
+    return {**times, "guard": times["structure"] + times["parameters"]}
 
 
 def latest_plan(model: Any) -> Any:
@@ -163,24 +127,14 @@ def latest_plan(model: Any) -> Any:
     return model.plans.made()[-1]
 
 
-class StepCost(NamedTuple):
-    """What the calls of one kind cost, each on average.
+def step_costs(model: Any, images: Tensor) -> list[dict[str, Any]]:
+    """Time each call of a model's latest plan by itself.
 
-    Attributes:
-        kind: The name of the calls.
-        times: How many of them a pass makes.
-        python: Microseconds without the operator that does the work; None if that cannot be taken out.
-        whole: Microseconds with it, where there is next to nothing to compute.
+    Returns:
+        For each "kind" of call, in the order of appearance: how many "times" a pass makes it, and the mean of
+        the microseconds without the operator that does the work ("python"; None if that cannot be taken out)
+        and with it ("whole"), where there is next to nothing to compute.
     """
-
-    kind: str
-    times: int
-    python: float | None
-    whole: float
-
-
-def step_costs(model: Any, images: Tensor) -> list[StepCost]:
-    """Time each call of a model's latest plan by itself, in the order of their kinds' first appearance."""
     found: dict[str, list[tuple[float | None, float]]] = {}
     x = images.contiguous(memory_format=torch.channels_last)
     with torch._C._AutoDispatchBelowAutograd():
@@ -193,25 +147,26 @@ def step_costs(model: Any, images: Tensor) -> list[StepCost]:
                 call(places)
                 found.setdefault(name, []).append(cost_of(call, before))
             x = places[program.outputs[-1]]
-    return [
-        StepCost(kind, len(costs), mean([p for p, _ in costs]), mean([w for _, w in costs]) or 0.0)
-        for kind, costs in found.items()
-    ]
-
-
-def mean(values: list[Any]) -> float | None:
-    """Return the mean; None if a value is missing."""
-    return None if None in values else statistics.fmean(values)
+    steps = []
+    for kind, costs in found.items():
+        alone, whole = zip(*costs, strict=True)
+        python = None if None in alone else statistics.fmean(alone)
+        means = {"python": python, "whole": statistics.fmean(whole)}
+        steps.append({"kind": kind, "times": len(costs), **means})
+    return steps
 
 
 def cost_of(call: Any, places: list[Any]) -> tuple[float | None, float]:
     """Return the microseconds of a call on these places, without its operator (or None) and with it."""
-    # A result may take the place of what is read.
-    statement, names = "call(places.copy())", {"call": call, "places": places}
-    whole = microseconds(statement, **names)
+
+    def timed() -> float:
+        # A result may take the place of what is read.
+        statement = "call(places.copy())"
+        return microseconds(REPETITIONS, 20, statement, call=call, places=places)
+
+    whole = timed()
     with without_operators(call, places) as count:
-        python = microseconds(statement, **names) if count else None
-    return python, whole
+        return timed() if count else None, whole
 
 
 @contextmanager
@@ -223,31 +178,26 @@ def without_operators(call: Any, places: list[Any]) -> Iterator[int]:
     """
     packed = torch.ops.mkldnn
     overloads = [packed._convolution_pointwise.default, packed._convolution_pointwise_.binary]
+    cells = [c for c in call.__closure__ or () if isinstance(c.cell_contents, BuiltinFunctionType)]
+    holders: list[tuple[Any, str]] = [(cell, "cell_contents") for cell in cells]
+    holders += [(overload, "_op") for overload in overloads]
+    originals = [getattr(*holder) for holder in holders]
     results: dict[int, Any] = {}
 
-    def noting(operator: Any) -> Callable[..., Any]:
+    def put(function_of: Callable[[int], Callable[..., Any]]) -> None:
+        for number, holder in enumerate(holders):
+            setattr(*holder, function_of(number))
+
+    def noting(number: int) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            results[id(operator)] = result = operator(*arguments)
-            return result
+            results[number] = originals[number](*arguments)
+            return results[number]
 
         return run
 
-    def returning(operator: Any) -> Callable[..., Any]:
-        result = results.get(id(operator))
+    def returning(number: int) -> Callable[..., Any]:
+        result = results.get(number)
         return lambda *_: result
-
-    cells = [
-        cell
-        for cell in call.__closure__ or ()
-        if isinstance(cell.cell_contents, BuiltinFunctionType)
-    ]
-    places_of_operators = [(cell, "cell_contents") for cell in cells]
-    places_of_operators += [(overload, "_op") for overload in overloads]
-    originals = [getattr(*where) for where in places_of_operators]
-
-    def put(function_for: Callable[[Any], Any]) -> None:
-        for where, original in zip(places_of_operators, originals, strict=True):
-            setattr(*where, function_for(original))
 
     try:
         put(noting)
@@ -255,132 +205,100 @@ def without_operators(call: Any, places: list[Any]) -> Iterator[int]:
         put(returning)
         yield len(results)
     finally:
-        put(lambda original: original)
+        put(originals.__getitem__)
 
 
 # ---- whole models ---------------------------------------------------------------------------------------
 
 
-def our_model(**settings: Any) -> nn.Module:
-    """Return bitfast's model, of whichever checkout bitfast was imported."""
-    from bitfast import BitConfig, BitModel
-
-    return BitModel(BitConfig(**settings)).eval()
-
-
-def their_model(**settings: Any) -> nn.Module:
-    """Return transformers' model."""
-    import_torchvision()
-    import transformers
-
-    return transformers.BitModel(transformers.BitConfig(**settings)).eval()
+def model_of(library: str, **settings: Any) -> nn.Module:
+    """Return a model of transformers, or of whichever checkout bitfast is imported from."""
+    if library == "transformers":
+        import_torchvision()
+    classes = importlib.import_module(library)
+    return classes.BitModel(classes.BitConfig(**settings)).eval()
 
 
 @torch.no_grad()
-def measure(make: Callable[..., nn.Module]) -> dict[str, Any]:
-    """Count a pass of R50x1 on a tiny image, and time one of the narrow network."""
+def measure(library: str) -> dict[str, Any]:
+    """Count a pass of R50x1 on a tiny image, and time one of the narrow network, on one thread."""
+    torch.set_num_threads(1)
     images = torch.randn(IMAGES)
-    counted = calls_of(make(), images).as_json()
-    narrow = make(**NARROW)
+    calls, narrow = calls_of(model_of(library), images), model_of(library, **NARROW)
     for _ in range(WARM_UPS):
         narrow(images)
-    return {**counted, "pass_us": fastest(timeit.Timer(lambda: narrow(images)), PASSES, 1)}
+    pass_us = microseconds(PASSES, 1, "narrow(images)", narrow=narrow, images=images)
+    return {**calls, "pass_us": pass_us}
 
 
-@torch.no_grad()
-def steps_and_decisions() -> tuple[Decisions, list[StepCost]]:
-    """Time what our model asks before a pass of R50x1, and the steps of the narrow network."""
-    images = torch.randn(IMAGES)
-    model, narrow = our_model(), our_model(**NARROW)
-    for each in (model, narrow):
-        each(images)
-    return decisions_of(model, images), step_costs(narrow, images)
-
-
-BASE_SCRIPT = """
-import importlib.util, sys
-# Where bitfast is installed from a checkout, its kernels are found there, whichever bitfast asks for them.
-spec = importlib.util.spec_from_file_location(
-    "bitfast.kernels", "kernels/__init__.py", submodule_search_locations=["kernels"])
-sys.modules["bitfast.kernels"] = kernels = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kernels)
-import bitfast
-root, output = sys.argv[1:]
-sys.path.insert(0, root)
+MEASURE_BASE = """
+import json, sys, bitfast
+sys.path.insert(0, sys.argv[1])
 from bench import host
-host.write_counts(output)
+print(json.dumps(host.measure("bitfast")))
 """
-"""Runs in the other checkout: that one's bitfast, and this one's way to measure it."""
+"""That checkout's bitfast, and this one's way to measure it."""
 
 
-def measure_base(folder: Path) -> dict[str, Any]:
-    """Measure the bitfast of another checkout, in a process of its own."""
-    folder = folder.resolve()
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "base.json"
-        command = [sys.executable, "-c", BASE_SCRIPT, str(ROOT), str(output)]
-        subprocess.run(command, check=True, cwd=folder, env=environment)
-        found = json.loads(output.read_text(encoding="utf-8"))
-    if Path(found.pop("path")).parent.parent != folder:
-        raise RuntimeError(f"there is no bitfast to be imported in {folder}")
-    return {"commit": rows.commit(folder), **found}
-
-
-def write_counts(output: str) -> None:
-    """Measure the bitfast that was imported, and write JSON."""
-    import bitfast
-
-    torch.set_num_threads(1)
-    found = {"path": bitfast.__file__, **measure(our_model)}
-    Path(output).write_text(json.dumps(found), encoding="utf-8")
+def measure_base(revision: str) -> dict[str, Any]:
+    """Measure the bitfast of another commit, in a process of its own."""
+    with worktree_of(revision) as folder:
+        command = [sys.executable, "-c", MEASURE_BASE, str(ROOT)]
+        printed = subprocess.check_output(command, cwd=folder, env=environment_of(folder))
+        commit = git(folder, "rev-parse", "--short", "HEAD")
+    return {"commit": commit, **json.loads(printed.splitlines()[-1])}
 
 
 # ---- the report -----------------------------------------------------------------------------------------
 
 
-def report(command: str, base: Path | None) -> dict[str, Any]:
-    """Measure everything; the result is ready for JSON."""
+@torch.no_grad()
+def report(command: str, base: dict[str, Any] | None) -> dict[str, Any]:
+    """Measure everything, and put it beside what was measured of the base; the result is ready for JSON."""
+    # Not above: :data:`MEASURE_BASE` imports this module beside a bitfast that may not have what it needs.
+    from .rows import machine
+
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    models = {} if base is None else {BEFORE: measure_base(base)}
-    models[OURS] = measure(our_model)
-    models[THEIRS] = measure(their_model)
-    decisions, steps = steps_and_decisions()
+    models = {} if base is None else {"bitfast before": base}
+    models |= {library: measure(library) for library in ("bitfast", "transformers")}
+    images, model, narrow = torch.randn(IMAGES), model_of("bitfast"), model_of("bitfast", **NARROW)
+    model(images)
+    narrow(images)
     return {
-        "machine": rows.machine(),
+        "machine": machine(),
         "device": "CPU",
         "command": command,
         "threads": 1,
         "images": IMAGES,
         "narrow": NARROW,
         "models": models,
-        "decisions_us": {**decisions._asdict(), "guard": decisions.guard},
-        "steps_us": [step._asdict() for step in steps],
+        "decisions_us": decisions_of(model, images),
+        "steps_us": step_costs(narrow, images),
     }
+
+
+COUNTED = {
+    "calls of Python functions": "python_calls",
+    "calls of functions in C": "builtin_calls",
+    "operators called from Python": "operators_from_python",
+    "entries into the dispatcher, those of operators included": "operators",
+}
 
 
 def markdown(found: dict[str, Any]) -> str:
     """Return a report as tables."""
     models: dict[str, Any] = found["models"]
-    counted = {
-        "calls of Python functions": "python_calls",
-        "calls of functions in C": "builtin_calls",
-        "operators called from Python": "operators_from_python",
-        "entries into the dispatcher, those of operators included": "operators",
-    }
-    lines = [f"| one pass | {' | '.join(models)} |", f"|---|{'--:|' * len(models)}"]
-    for title, key in counted.items():
-        lines.append(f"| {title} | {' | '.join(f'{m[key]:,}' for m in models.values())} |")
-    passes = " | ".join(f"{m['pass_us'] / 1e3:.2f} ms" for m in models.values())
-    lines += [f"| with next to no arithmetic | {passes} |", ""]
-    decisions = found["decisions_us"]
-    lines += ["| before a plan runs | us |", "|---|--:|"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in decisions.items()]
-    lines += ["", "| call | in a pass | Python alone, us | whole, us |", "|---|--:|--:|--:|"]
+    passes = [(title, *(f"{m[key]:,}" for m in models.values())) for title, key in COUNTED.items()]
+    times = (f"{m['pass_us'] / 1e3:.2f} ms" for m in models.values())
+    passes.append(("with next to no arithmetic", *times))
+    decisions = [(name, f"{value:.1f}") for name, value in found["decisions_us"].items()]
+    steps = []
     for step in found["steps_us"]:
         python = "" if step["python"] is None else f"{step['python']:.2f}"
-        lines.append(f"| `{step['kind']}` | {step['times']} | {python} | {step['whole']:.2f} |")
+        steps.append((f"`{step['kind']}`", step["times"], python, f"{step['whole']:.2f}"))
+    lines = [*table(["one pass", *models], passes), ""]
+    lines += [*table(["before a plan runs", "us"], decisions), ""]
+    lines += table(["call", "in a pass", "Python alone, us", "whole, us"], steps)
     return "\n".join(lines)
 
 
@@ -388,9 +306,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, write what is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON here")
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="another checkout, installed")
+    parser.add_argument("--base", metavar="REV", help="another commit, to be measured too")
     options = parser.parse_args(arguments)
-    found = report(COMMAND if options.base is None else f"{COMMAND} --base FOLDER", options.base)
+    command, base = "python -m bench.host", None
+    if options.base is not None:
+        command += f" --base {options.base}"
+        try:
+            base = measure_base(options.base)
+        except ValueError as error:
+            parser.error(str(error))
+    found = report(command, base)
     print(markdown(found))
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

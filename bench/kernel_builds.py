@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from .kernel_variants import Job, all_jobs, quick_jobs
+from .tables import table
 
 REGISTERS_PER_THREAD = 255
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -88,6 +89,7 @@ def tool_output(tool: str, *arguments: str) -> str:
 
 
 MACHINE_ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LD|ST|LDL|STL)((?:\.\w+)*) ")
+MACHINE_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 def machine_accesses(code: str) -> tuple[Counter[tuple[str, int]], int]:
@@ -97,15 +99,10 @@ def machine_accesses(code: str) -> tuple[Counter[tuple[str, int]], int]:
     for name, modifiers in MACHINE_ACCESS.findall(code):
         if name in ("LDL", "STL"):
             local += 1
-        else:
-            counts["store" if name.startswith("ST") else "load", width_of(modifiers)] += 1
+            continue
+        found = [MACHINE_WIDTHS[m] for m in modifiers.split(".") if m in MACHINE_WIDTHS]
+        counts["store" if name.startswith("ST") else "load", found[0] if found else 4] += 1
     return counts, local
-
-
-def width_of(modifiers: str) -> int:
-    """Return the bytes of a machine instruction, 4 unless it says otherwise."""
-    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-    return next((widths[part] for part in modifiers.split(".") if part in widths), 4)
 
 
 def by_width(counts: Counter[tuple[str, int]]) -> dict[str, str]:
@@ -165,28 +162,18 @@ def category(file: str, line: int) -> str:
     text = linecache.getline(file, line)
     if VECTOR.search(text):
         return "vector"
-    function = function_at(file, line)
+    function = next((name for name, lines in functions_in(file) if line in lines), "")
     if function.endswith("_looped"):
         return "looped"
     return "turned" if function.endswith("_turned") and "+ source" in text else "tile"
 
 
 @cache
-def functions_in(file: str) -> list[tuple[int, int, str]]:
-    """Return the first line, last line and name of each function of a file."""
-    nodes = ast.walk(ast.parse(Path(file).read_text()))
-    return [
-        (node.lineno, node.end_lineno or node.lineno, node.name)
-        for node in nodes
-        if isinstance(node, ast.FunctionDef)
-    ]
-
-
-def function_at(file: str, line: int) -> str:
-    """Return the function that a line is in, or nothing."""
-    if not Path(file).exists():
-        return ""
-    return next((name for first, last, name in functions_in(file) if first <= line <= last), "")
+def functions_in(file: str) -> list[tuple[str, range]]:
+    """Return the name and the lines of each function of a file."""
+    nodes = ast.walk(ast.parse("".join(linecache.getlines(file))))
+    functions = (node for node in nodes if isinstance(node, ast.FunctionDef))
+    return [(f.name, range(f.lineno, (f.end_lineno or f.lineno) + 1)) for f in functions]
 
 
 # ---- the sweep ----------------------------------------------------------------------------------
@@ -202,46 +189,35 @@ def build_all(jobs: list[Job], workers: int) -> dict[str, dict[str, Any]]:
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for (variant, architecture), result in zip(
-                jobs, pool.map(build, jobs, chunksize=8), strict=True
-            ):
+            built = pool.map(build, jobs, chunksize=8)
+            for (variant, architecture), result in zip(jobs, built, strict=True):
                 results.setdefault(variant.title, {})[str(architecture)] = result
     return results
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table: the worst of every kernel on every chip."""
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for title, by_chip in results.items():
         for chip, result in by_chip.items():
-            rows.setdefault((title.partition("(")[0], chip), []).append(result)
-    lines = [
-        "| kernel | chip | variants | registers | spilling | shared bytes | narrowest tile access |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for (kernel, chip), members in sorted(rows.items()):
-        tiles = [
-            width
-            for member in members
-            for what in ("tile load", "tile store")
-            for width in widths(member["asked"].get(what))
-        ]
-        lines.append(
-            f"| {kernel} | sm_{chip} | {len(members)} | {max(m['registers'] for m in members)}"
-            f" | {sum(m['spills'] > 0 for m in members)} | {max(m['shared'] for m in members)}"
-            f" | {min(tiles, default='-')} |"
-        )
-    return "\n".join(lines)
+            groups.setdefault((title.partition("(")[0], f"sm_{chip}"), []).append(result)
+    heads = ["kernel", "chip", "variants", "registers", "spilling", "shared bytes"]
+    rows = []
+    for group, members in sorted(groups.items()):
+        asked = [member["asked"].get(f"tile {a}") for member in members for a in ("load", "store")]
+        narrowest = min((width for text in asked for width in widths(text)), default="-")
+        most = {key: max(member[key] for member in members) for key in ("registers", "shared")}
+        spilling = sum(member["spills"] > 0 for member in members)
+        rows.append((*group, len(members), most["registers"], spilling, most["shared"], narrowest))
+    return "\n".join(table([*heads, "narrowest tile access"], rows, "llrrrrr"))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the builds from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the part that the tests build")
-    parser.add_argument(
-        "--only", default="", metavar="TEXT",
-        help="variants whose title contains it; the others stay in the output as they are",
-    )  # fmt: skip
+    help_only = "variants whose title contains it; the others stay in the output as they are"
+    parser.add_argument("--only", default="", metavar="TEXT", help=help_only)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write JSON here")
     options = parser.parse_args(arguments)
@@ -251,8 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = [job for job in jobs if options.only in job[0].title]
     start = time.perf_counter()
     results = build_all(jobs, options.workers)
-    seconds = time.perf_counter() - start
-    print(f"{len(jobs)} builds in {seconds:.0f} s", file=sys.stderr)
+    print(f"{len(jobs)} builds in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print(summary(results))
     if options.output is not None:
         if options.only and options.output.exists():

@@ -13,36 +13,23 @@ from bitfast.activations import ACTIVATIONS
 from bitfast.kernels import resize_normalize as image_kernels
 from bitfast.kernels.launch import Launch
 
-from .shapes import (
-    Dtypes,
-    Norm,
-    all_weights_launch,
-    norm_launches,
-    shapes_of,
-    weight_launch,
-)
+from .shapes import Dtypes, Norm, all_weights_launch, norm_launches, shapes_of, weight_launch
 
 ARCHITECTURES = (80, 90, 100)
 """Compute capability times ten: A100, H100 and H200, B200."""
 
 BATCHES = {"R50x1": (1, 8, 128), "R152x4": (1, 16)}
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = (
-    Dtypes(FLOAT32, FLOAT32),
-    Dtypes(BFLOAT16, FLOAT32),
-    Dtypes(FLOAT16, FLOAT16),
-)
+DTYPES = (Dtypes(FLOAT32, FLOAT32), Dtypes(BFLOAT16, FLOAT32), Dtypes(FLOAT16, FLOAT16))
 """float32; 16 bits under autocast; 16 bits throughout. (The two 16-bit types give the same code but for the
 conversions.)"""
 
 TRITON_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+    FLOAT32: "*fp32", BFLOAT16: "*bf16", FLOAT16: "*fp16",
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+PASSES = (False, True)
+"""Forward and backward."""
 
 
 class Variant(NamedTuple):
@@ -67,7 +54,7 @@ class Variant(NamedTuple):
         """Return what Triton would compile for a launch: it specializes on ones and multiples of 16."""
         signature, aligned, constants = [], [], dict(launch.constants)
         for name in launch.kernel.arg_names:
-            value = launch.arguments.get(name)
+            value: Any = launch.arguments.get(name)
             if name in constants:
                 kind = "constexpr"
             elif isinstance(value, Tensor):
@@ -107,15 +94,8 @@ class Variant(NamedTuple):
     def compute_type(self) -> str:
         """The type of the feature maps, standardized weights or pixels."""
         types = dict(self.signature)
-        return next(
-            types[name]
-            for name in ("x", "total", "result", "grad", "grad_bias", "intermediate")
-            if name in types
-        )
-
-    def constant(self, name: str, default: Any = None) -> Any:
-        """Return the value of a constant."""
-        return dict(self.constants).get(name, default)
+        names = ("x", "total", "result", "grad", "grad_bias", "intermediate")
+        return next(types[name] for name in names if name in types)
 
 
 # ---- which variants there are -------------------------------------------------------------------
@@ -134,7 +114,7 @@ def norms_of(model: str) -> list[Norm]:
 def model_launches(model: str, dtypes: Dtypes) -> Iterator[Launch]:
     """Yield the launches of a model's norms, channels_last, and weights, forward and backward."""
     weights = shapes_of(model, 224).weights
-    for backward in (False, True):
+    for backward in PASSES:
         for norm, batch in product(norms_of(model), BATCHES[model]):
             yield from norm_launches(norm, batch, dtypes, backward=backward)
         for shape, turned in product(dict.fromkeys(weights), (False, True)):
@@ -142,40 +122,31 @@ def model_launches(model: str, dtypes: Dtypes) -> Iterator[Launch]:
         yield all_weights_launch(weights, dtypes, backward=backward)
 
 
-def activation_launches(dtypes: Dtypes) -> Iterator[Launch]:
-    """Yield launches with every activation: in two launches, in one tile, in a moving tile."""
-    norms = ((Norm(256, 56, 56, True, True), (8, 128)), (Norm(1024, 14, 14, True, True), (8,)))
-    for activation, (norm, batches) in product(ACTIVATIONS, norms):
-        for batch, backward in product(batches, (False, True)):
+def other_launches(norms: Iterable[Norm], dtypes: Dtypes) -> Iterator[Launch]:
+    """Yield launches of norms as the models do not have them, each in every way of working: in two launches,
+    in one tile, and in a moving tile.
+
+    With every activation; ``norms`` in the other layout; with over 2^31 elements in an image; and without
+    statistics, with the sum in the place of x, as in inference.
+    """
+    batches_of = {Norm(256, 56, 56, True, True): (8, 128), Norm(1024, 14, 14, True, True): (8,)}
+    for activation, (norm, batches) in product(ACTIVATIONS, batches_of.items()):
+        for batch, backward in product(batches, PASSES):
             yield from norm_launches(norm, batch, dtypes, backward=backward, activation=activation)
-
-
-def nchw_launches(norms: Iterable[Norm], dtypes: Dtypes) -> Iterator[Launch]:
-    """Yield the launches of norms at batch 8 in the other layout."""
-    for norm, backward in product(norms, (False, True)):
+    for norm, backward in product(norms, PASSES):
         yield from norm_launches(norm, 8, dtypes, backward=backward, is_channels_last=False)
-
-
-def wide_launches(dtypes: Dtypes) -> Iterator[Launch]:
-    """Yield launches of over 2^31 elements in an image: in two launches, in one tile, in a moving tile."""
-    norms = {
+    groups_of = {
         Norm(64, 4096, 8192, True, True): 32,
         Norm(2**25, 7, 7, True, True): 2**20,
         Norm(2**20, 56, 56, True, True): 2**15,
     }
-    for (norm, groups), backward in product(norms.items(), (False, True)):
+    for (norm, groups), backward in product(groups_of.items(), PASSES):
         yield from norm_launches(norm, 2, dtypes, backward=backward, groups=groups)
-
-
-def inference_launches(dtypes: Dtypes) -> Iterator[Launch]:
-    """Yield launches that store no statistics, and put the sum where x was: in each way of working."""
-    shapes = (((256, 56, 56), (8, 128)), ((1024, 14, 14), (8,)))
-    for (shape, batches), has_residual in product(shapes, (False, True)):
-        norm = Norm(*shape, has_residual, has_residual)
+    inference: Any = {"backward": False, "keeps_statistics": False}
+    for (norm, batches), has_sum in product(batches_of.items(), (False, True)):
+        norm = norm._replace(has_residual=has_sum, is_sum_used=has_sum)
         for batch in batches:
-            yield from norm_launches(
-                norm, batch, dtypes, backward=False, keeps_statistics=False, in_place=has_residual
-            )
+            yield from norm_launches(norm, batch, dtypes, **inference, in_place=has_sum)
 
 
 def image_launches(dtype: torch.dtype) -> Iterator[Launch]:
@@ -210,13 +181,7 @@ def all_jobs() -> list[Job]:
     """Return the full sweep."""
     launches = [model_launches(model, dtypes) for model, dtypes in product(BATCHES, DTYPES)]
     launches += [image_launches(dtype) for dtype in (FLOAT32, BFLOAT16, FLOAT16)]
-    for dtypes in DTYPES[:2]:
-        launches += (
-            activation_launches(dtypes),
-            nchw_launches(norms_of("R50x1"), dtypes),
-            wide_launches(dtypes),
-            inference_launches(dtypes),
-        )
+    launches += [other_launches(norms_of("R50x1"), dtypes) for dtypes in DTYPES[:2]]
     return list(product(variants_of(chain(*launches)), ARCHITECTURES))
 
 
@@ -228,22 +193,17 @@ def quick_jobs() -> list[Job]:
     """
     jobs: dict[Any, Job] = {}
     for variant, architecture in all_jobs():
+        values = {**dict(variant.signature), **dict(variant.constants)}
         details = ("ONE_TILE", "KIND", "like") if architecture == 90 else ("ONE_TILE",)
-        what = [variant.constant(name, dict(variant.signature).get(name)) for name in details]
+        what = (values.get(name) for name in details)
         kind = (variant.kernel, variant.compute_type, architecture, *what)
         jobs.setdefault(kind, (variant, architecture))
-    dtypes = Dtypes(BFLOAT16, FLOAT32)
+    dtypes = DTYPES[1]
     launches = chain(
         *(model_launches(model, dtypes) for model in BATCHES),
-        activation_launches(dtypes),
-        nchw_launches(norms_of("R50x1")[::5], dtypes),
-        wide_launches(dtypes),
-        inference_launches(dtypes),
+        other_launches(norms_of("R50x1")[::5], dtypes),
         image_launches(BFLOAT16),
     )
     for variant in variants_of(launches):
         jobs.setdefault((variant.kernel, variant.constants, variant.warps), (variant, 90))
     return list(dict.fromkeys(jobs.values()))
-
-
-__all__ = ["ARCHITECTURES", "Job", "Variant", "all_jobs", "quick_jobs"]

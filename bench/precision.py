@@ -3,7 +3,7 @@
 Beside transformers in the same mode, on the same weights and images. The oracle is float64 on the weights and
 images as the mode has rounded them, so an error is that of computing, not of storing.
 
-What the first table says is in :data:`MODES`; ``tests/test_precision.py`` holds the models to it.
+What the first table says is in :class:`Mode`; ``tests/test_precision.py`` holds the models to it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import copy
 import json
 import math
 import sys
-import time
+import timeit
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,85 +29,75 @@ from bitfast.ops.weight_standardization import weight_standardization
 from .accuracy import OURS, overall_error, relative_error
 from .cases import name_of
 from .rows import machine
+from .tables import table
 from .torchvision_import import import_torchvision
 
 # ---- the modes ----------------------------------------------------------------------------------
 
-
-class Parts(NamedTuple):
-    """The dtype that each part of a network computes in, by name."""
-
-    standardization: str
-    """Means and deviations of filters, and the arithmetic; the result is rounded to that of convolution."""
-    convolution: str
-    """What is multiplied; sums are float32 everywhere."""
-    statistics: str
-    """Means and deviations of GroupNorm, or something wider, and its arithmetic; the result is rounded once."""
-    residual: str
-    pooling: str
-    classifier: str
-    output: str
+PARTS = {
+    # Means and deviations of filters, and the arithmetic; the result is rounded to that of convolution.
+    "standardization": "weight standardization",
+    # What is multiplied; sums are float32 everywhere.
+    "convolution": "convolution",
+    # Means and deviations, or something wider, and the norm's arithmetic; the result is rounded once.
+    "statistics": "GroupNorm statistics",
+    "residual": "residual addition",
+    "pooling": "pooling",
+    "classifier": "classifier",
+    "output": "output",
+}
+"""The heads of the first table, by part of a network."""
 
 
 class Mode(NamedTuple):
-    """One way to compute a model."""
+    """One way to compute a model: parameters and images have the dtype."""
 
     name: str
     dtype: torch.dtype
-    """Of the parameters and the images."""
-    parts: Parts
     autocast: torch.dtype | None = None
     has_tf32: bool = False
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The dtype that each of :data:`PARTS` computes in."""
+        product = "tf32" if self.has_tf32 else name_of(self.result)
+        others = {"convolution": product, "classifier": product}
+        others |= {"standardization": "float32", "statistics": "float32"}
+        return {**dict.fromkeys(PARTS, name_of(self.result)), **others}
 
     @property
     def result(self) -> torch.dtype:
         """The dtype of what a model returns."""
         return self.autocast or self.dtype
 
-    def entered(self, device: str) -> AbstractContextManager[Any]:
-        """Return the context in which models compute so."""
-        autocast = torch.autocast(device, self.autocast) if self.autocast else nullcontext()
-        return autocast if device == "cpu" else on_gpu(self.has_tf32, autocast)
+    @contextmanager
+    def entered(self, device: str) -> Iterator[None]:
+        """Within the block, models compute so; torch allows tf32 to convolutions unless it is told."""
+        backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+        backends = [] if device == "cpu" else backends
+        before = [backend.allow_tf32 for backend in backends]
+        try:
+            for backend in backends:
+                backend.allow_tf32 = self.has_tf32
+            with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+                yield
+        finally:
+            for backend, value in zip(backends, before, strict=True):
+                backend.allow_tf32 = value
 
-    def why_not(self, device: str) -> str | None:
-        """Say why the mode cannot run there; None if it can."""
-        return "needs a GPU" if self.has_tf32 and device == "cpu" else None
-
-
-def everything_in(dtype: str) -> Parts:
-    """Return the parts of a mode that stores its feature maps in a dtype."""
-    return Parts("float32", dtype, "float32", dtype, dtype, dtype, dtype)
+    def why_not(self, device: str) -> str:
+        """Return why the mode cannot run there; nothing if it can."""
+        return "needs a GPU" if self.has_tf32 and device == "cpu" else ""
 
 
 MODES = (
-    Mode("float32", torch.float32, everything_in("float32")),
-    Mode(
-        "tf32",
-        torch.float32,
-        everything_in("float32")._replace(convolution="tf32", classifier="tf32"),
-        has_tf32=True,
-    ),
-    Mode("bfloat16", torch.bfloat16, everything_in("bfloat16")),
-    Mode("float16", torch.float16, everything_in("float16")),
-    Mode("autocast bfloat16", torch.float32, everything_in("bfloat16"), torch.bfloat16),
-    Mode("autocast float16", torch.float32, everything_in("float16"), torch.float16),
+    Mode("float32", torch.float32),
+    Mode("tf32", torch.float32, has_tf32=True),
+    Mode("bfloat16", torch.bfloat16),
+    Mode("float16", torch.float16),
+    Mode("autocast bfloat16", torch.float32, torch.bfloat16),
+    Mode("autocast float16", torch.float32, torch.float16),
 )
-
-
-@contextmanager
-def on_gpu(has_tf32: bool, autocast: AbstractContextManager[Any]) -> Iterator[None]:
-    """Let convolutions and products have tf32 or not; torch allows it to convolutions unless it is told."""
-    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = has_tf32
-        with autocast:
-            yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
-
 
 # ---- the models ---------------------------------------------------------------------------------
 
@@ -157,79 +147,60 @@ def look_trained(model: nn.Module) -> None:
 
 def far_from_zero(filters: Tensor) -> None:
     """Shift filters in place so that their mean is 100 times their deviation."""
-    filters += 100 * deviation(filters)
+    filters += 100 * filters.std((1, 2, 3), correction=0, keepdim=True)
 
 
 def tiny(filters: Tensor) -> None:
     """Scale filters in place to deviations from 1e-5 to 1e-4, whose squares float16 has no numbers for."""
-    count = filters.shape[0]
-    wanted = 10 ** -(4 + torch.rand(count, 1, 1, 1, device=filters.device))
-    filters *= wanted / deviation(filters)
-
-
-def deviation(filters: Tensor) -> Tensor:
-    """Return the deviation of each filter: (out, 1, 1, 1)."""
-    return filters.flatten(1).std(1, unbiased=False)[:, None, None, None]
+    wanted = 10 ** -(4 + torch.rand(filters.shape[0], 1, 1, 1, device=filters.device))
+    filters *= wanted / filters.std((1, 2, 3), correction=0, keepdim=True)
 
 
 def outputs_of(model: Any, images: Tensor) -> list[Tensor]:
-    """Return the logits, or the feature maps."""
+    """Return the logits, or the feature maps, flat and in float64."""
     with torch.no_grad():
         result = model(images)
-    return [result.logits] if "logits" in result else list(result.feature_maps)
+    outputs = [result.logits] if "logits" in result else result.feature_maps
+    return [output.flatten().double() for output in outputs]
 
 
-# ---- errors -------------------------------------------------------------------------------------
+# ---- what is measured ---------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """One model in one mode: the errors of both, or why there are none."""
+def measured(name: str, mode: Mode, device: str, draws: int = DRAWS) -> dict[str, Any]:
+    """Measure one model in one mode.
 
-    model: str
-    mode: str
-    ours: float | None = None
-    transformers: float | None = None
-    allowed: float | None = None
-    note: str = ""
-
-    @property
-    def is_wrong(self) -> bool:
-        """Whether the error is not finite or more than is allowed."""
-        return self.ours is not None and not self.ours <= (self.allowed or 0.0)
-
-
-def measured(name: str, mode: Mode, device: str, draws: int = DRAWS) -> Row:
-    """Measure one model in one mode: the root mean square of the errors of all outputs of all draws."""
+    Returns:
+        The errors of "ours" and of "transformers": the root mean squares over all outputs of all draws; what
+        is "allowed"; or, with None for these, a "note" that says why there are none.
+    """
+    ours = theirs = allowed = None
     note = mode.why_not(device)
-    if note is not None:
-        return Row(name, mode.name, note=note)
-    squares = torch.zeros(2, dtype=torch.float64)
-    for _ in range(draws):
-        squares += torch.tensor(errors_of_a_draw(name, mode, device)).square()
-    ours, theirs = (squares / draws).sqrt().tolist()
-    rounding = torch.finfo(mode.result).eps / 2
-    return Row(name, mode.name, ours, theirs, OURS * theirs + rounding)
+    if not note:
+        errors = torch.tensor([errors_of_a_draw(name, mode, device) for _ in range(draws)])
+        ours, theirs = errors.square().double().mean(0).sqrt().tolist()
+        allowed = OURS * theirs + torch.finfo(mode.result).eps / 2
+    errors_of = {"ours": ours, "transformers": theirs, "allowed": allowed}
+    return {"model": name, "mode": mode.name, **errors_of, "note": note}
 
 
-def errors_of_a_draw(name: str, mode: Mode, device: str) -> tuple[float, float]:
+def errors_of_a_draw(name: str, mode: Mode, device: str) -> list[float]:
     """Return the errors of bitfast and of transformers on fresh weights and images."""
     models = [model.to(device, mode.dtype) for model in pair(*MODELS[name])]
     images = torch.randn(IMAGES).to(device, mode.dtype)
     with mode.entered(device):
-        results = [flat(outputs_of(model, images)) for model in models]
+        results = [torch.cat(outputs_of(model, images)) for model in models]
     with bitfast.use_backend("reference"):
         oracle = outputs_of(models[0].double(), images.double())
-    ours, theirs = (overall_error([result], [o.flatten() for o in oracle])[0] for result in results)
-    return ours, theirs
+    return [overall_error([result], oracle)[0] for result in results]
 
 
-def flat(tensors: list[Tensor]) -> Tensor:
-    """Return all numbers of several tensors, one after the other, in float64."""
-    return torch.cat([tensor.flatten().double() for tensor in tensors])
+def is_wrong(row: dict[str, Any]) -> bool:
+    """Whether there is an error that is not finite or more than is allowed."""
+    return row["ours"] is not None and not row["ours"] <= row["allowed"]
 
 
-# ---- standardization alone ----------------------------------------------------------------------
-
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FILTERS = {
     "ordinary": lambda filters: None,
     "mean 100 times the deviation": far_from_zero,
@@ -237,126 +208,66 @@ FILTERS = {
 }
 
 
-class StandardizationRow(NamedTuple):
-    """The errors of standardizing filters of one kind, stored in a dtype."""
-
-    filters: str
-    dtype: str
-    ours: float
-    transformers: float
-
-
-def standardization_rows(device: str) -> list[StandardizationRow]:
-    """Standardize filters of each kind in each dtype, by bitfast and as transformers does."""
-    rows = []
-    for kind, change in FILTERS.items():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            filters = torch.randn(64, 64, 3, 3, device=device)
-            change(filters)
-            filters = filters.to(dtype)
-            oracle = weight_standardization(filters.double())
-            ours = relative_error(weight_standardization(filters), oracle)
-            theirs = relative_error(as_transformers(filters), oracle)
-            rows.append(StandardizationRow(kind, name_of(dtype), ours, theirs))
-    return rows
-
-
-def as_transformers(filters: Tensor) -> Tensor:
-    """Standardize as transformers 4.56 does, in the dtype at hand."""
+def standardization(kind: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return the errors of standardizing filters of one kind, stored in a dtype, by bitfast and as
+    transformers 4.56 does, in the dtype at hand."""
+    filters = torch.randn(64, 64, 3, 3, device=device)
+    FILTERS[kind](filters)
+    filters = filters.to(dtype)
     flat = filters.reshape(1, filters.shape[0], -1)
-    return F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-8).view_as(filters)
+    theirs = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-8).view_as(filters)
+    oracle = weight_standardization(filters.double())
+    return {
+        "filters": kind,
+        "dtype": name_of(dtype),
+        "ours": relative_error(weight_standardization(filters), oracle),
+        "transformers": relative_error(theirs, oracle),
+    }
 
 
-# ---- float16 on the CPU -------------------------------------------------------------------------
-
-
-class Convolution(NamedTuple):
-    """How torch convolves in a dtype: seconds, and whether it adds up in something wider."""
-
-    dtype: str
-    seconds: float
-    has_wide_sums: bool
-
-
-def convolutions(device: str) -> list[Convolution]:
-    """Time one 3x3 convolution (8x256x14x14 to 256 channels) in each dtype, and add up 4096 ones."""
-    return [convolution(dtype, device) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-
-
-def convolution(dtype: torch.dtype, device: str) -> Convolution:
-    """Time a convolution, the best of three, and see whether it counts to 4096, beyond float16's integers."""
+def convolution(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Time a 3x3 convolution (8x256x14x14 to 256 channels), the best of three, and see whether it counts to
+    4096, beyond float16's integers."""
     x, weight = torch.randn(8, 256, 14, 14), torch.randn(256, 256, 3, 3)
     x, weight = x.to(device, dtype), weight.to(device, dtype)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        float(F.conv2d(x, weight, padding=1).sum())
-        times.append(time.perf_counter() - start)
+    times = timeit.repeat(lambda: float(F.conv2d(x, weight, padding=1).sum()), number=1, repeat=4)
     ones = torch.ones(1, 4096, 1, 1, dtype=dtype, device=device)
-    return Convolution(name_of(dtype), min(times[1:]), float(F.conv2d(ones, ones)) == 4096)
+    has_wide_sums = float(F.conv2d(ones, ones)) == 4096
+    return {"dtype": name_of(dtype), "seconds": min(times[1:]), "has_wide_sums": has_wide_sums}
 
 
-# ---- the report ---------------------------------------------------------------------------------
-
-
-class Report(NamedTuple):
-    """Everything that was measured, and on what."""
-
-    machine: dict[str, Any]
-    device: str
-    command: str
-    images: Sequence[int]
-    draws: int
-    rows: list[Row]
-    standardization: list[StandardizationRow]
-    convolutions: list[Convolution]
-
-    def as_json(self) -> str:
-        """Return the report as JSON."""
-        content = self._asdict()
-        for key in ("rows", "standardization", "convolutions"):
-            content[key] = [row._asdict() for row in content[key]]
-        content["modes"] = {mode.name: mode.parts._asdict() for mode in MODES}
-        return json.dumps(content, indent=1) + "\n"
-
-
-def report(command: str, draws: int = DRAWS) -> Report:
-    """Measure everything, on the GPU if there is one."""
+def report(command: str, draws: int = DRAWS) -> dict[str, Any]:
+    """Measure everything, on the GPU if there is one; the result is ready for JSON."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    rows = [measured(name, mode, device, draws) for name in MODELS for mode in MODES]
-    return Report(
-        machine(),
-        torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        command,
-        IMAGES,
-        draws,
-        rows,
-        standardization_rows(device),
-        convolutions(device),
-    )
+    return {
+        "machine": machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "command": command,
+        "images": IMAGES,
+        "draws": draws,
+        "rows": [measured(name, mode, device, draws) for name in MODELS for mode in MODES],
+        "standardization": [standardization(k, dtype, device) for k in FILTERS for dtype in DTYPES],
+        "convolutions": [convolution(dtype, device) for dtype in DTYPES],
+        "modes": {mode.name: mode.parts for mode in MODES},
+    }
 
 
-HEADS = {
-    "standardization": "weight standardization",
-    "convolution": "convolution",
-    "statistics": "GroupNorm statistics",
-    "residual": "residual addition",
-    "pooling": "pooling",
-    "classifier": "classifier",
-    "output": "output",
-}
+# ---- the page -----------------------------------------------------------------------------------
 
 
-def markdown(found: Report) -> str:
+def markdown(found: dict[str, Any]) -> str:
     """Return the page."""
-    versions = found.machine["versions"]
-    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "triton"))
-    batch, _, height, width = found.images
+    machine, (batch, _, height, width) = found["machine"], found["images"]
+    used = ", ".join(f"{n} {machine['versions'][n]}" for n in ("torch", "transformers", "triton"))
+    standardizations = [
+        (row["filters"], row["dtype"], scientific(row["ours"]), scientific(row["transformers"]))
+        for row in found["standardization"]
+    ]
     sections = [
         "# Precision",
-        f"Written by `{found.command}`: {found.machine['cpu']} ({found.machine['capability']}), models on "
-        f"{found.device}, {found.machine['date']}, commit {found.machine['commit'] or 'unknown'}, {used}.",
+        f"Written by `{found['command']}`: {machine['cpu']} ({machine['capability']}), models on "
+        f"{found['device']}, {machine['date']}, commit {machine['commit'] or 'unknown'}, {used}.",
         "## What computes in what",
         parts_table(),
         "Parameters have the dtype of the mode, under autocast float32. Standardized filters are rounded once, "
@@ -365,14 +276,16 @@ def markdown(found: Report) -> str:
         "this table.",
         "## Errors",
         "Of the outputs against float64 on the same, rounded, weights and images: norm of the difference over "
-        f"norm, root mean square over the outputs of {found.draws} models with random weights and {batch} "
+        f"norm, root mean square over the outputs of {found['draws']} models with random weights and {batch} "
         f"images of {height}x{width}. Scales of norms are random; of eight filters one has a mean of 100 times "
         "its deviation, and one a deviation of 1e-5 to 1e-4. Allowed is twice what transformers has, and a "
         "rounding.",
-        errors_table(found.rows),
+        errors_table(found["rows"]),
         "## Standardization alone",
         "transformers standardizes in the dtype that filters are stored in, bitfast in float32 always.",
-        standardization_table(found.standardization),
+        "\n".join(
+            table(["filters", "dtype", "bitfast", "as transformers"], standardizations, "llrr")
+        ),
         "## float16 on a CPU",
         convolution_text(found),
     ]
@@ -381,46 +294,31 @@ def markdown(found: Report) -> str:
 
 def parts_table() -> str:
     """Return :data:`MODES` as a table."""
-    lines = [f"| mode | {' | '.join(HEADS.values())} |", f"|---|{'---|' * len(HEADS)}"]
-    lines += [
-        f"| {mode.name} | {' | '.join(getattr(mode.parts, part) for part in HEADS)} |"
-        for mode in MODES
-    ]
-    return "\n".join(lines)
+    rows = [(mode.name, *(mode.parts[part] for part in PARTS)) for mode in MODES]
+    return "\n".join(table(["mode", *PARTS.values()], rows, "l" * (1 + len(PARTS))))
 
 
-def errors_table(rows: Sequence[Row]) -> str:
+def errors_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the errors of models, a line per model and mode."""
-    lines = [
-        "| model | mode | bitfast | transformers | bitfast / transformers |",
-        "|---|---|--:|--:|--:|",
-    ]
+    lines: list[tuple[str, ...]] = []
     for row in rows:
-        if row.ours is None or row.transformers is None:
-            lines.append(f"| {row.model} | {row.mode} | {row.note} | | |")
-            continue
-        cells = f"{scientific(row.ours)} | {scientific(row.transformers)} | {row.ours / row.transformers:.2f}"
-        lines.append(f"| {row.model} | {row.mode} | {cells} |")
-    return "\n".join(lines)
+        ours, theirs = row["ours"], row["transformers"]
+        cells = (row["note"], "", "")
+        if not row["note"]:
+            cells = (scientific(ours), scientific(theirs), f"{ours / theirs:.2f}")
+        lines.append((row["model"], row["mode"], *cells))
+    heads = ["model", "mode", "bitfast", "transformers", "bitfast / transformers"]
+    return "\n".join(table(heads, lines, "llrrr"))
 
 
-def standardization_table(rows: Sequence[StandardizationRow]) -> str:
-    """Return the errors of standardization, a line per kind of filter and dtype."""
-    lines = ["| filters | dtype | bitfast | as transformers |", "|---|---|--:|--:|"]
-    lines += [
-        f"| {r.filters} | {r.dtype} | {scientific(r.ours)} | {scientific(r.transformers)} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
-
-
-def convolution_text(found: Report) -> str:
+def convolution_text(found: dict[str, Any]) -> str:
     """Say what torch does with convolutions in each dtype."""
-    if found.device != "CPU":
+    if found["device"] != "CPU":
         return "Not measured: the models ran on a GPU."
-    times = ", ".join(f"{c.seconds * 1e3:.1f} ms in {c.dtype}" for c in found.convolutions)
-    narrow = [c.dtype for c in found.convolutions if not c.has_wide_sums]
-    sums = f"sums are as narrow in {', '.join(narrow)}" if narrow else "sums are wider than float16"
+    convolutions = found["convolutions"]
+    times = ", ".join(f"{c['seconds'] * 1e3:.1f} ms in {c['dtype']}" for c in convolutions)
+    narrow = ", ".join(c["dtype"] for c in convolutions if not c["has_wide_sums"])
+    sums = f"sums are as narrow in {narrow}" if narrow else "sums are wider than float16"
     return (
         f"torch has everything that BiT needs. A 3x3 convolution of 8x256x14x14 to 256 channels takes {times}; "
         f"{sums} (4096 ones were added up). oneDNN convolves in float16 only on CPUs that have instructions "
@@ -429,7 +327,6 @@ def convolution_text(found: Report) -> str:
 
 
 def scientific(error: float) -> str:
-    """Return an error in two digits."""
     return f"{error:.1e}" if math.isfinite(error) else str(error)
 
 
@@ -439,16 +336,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=DRAWS, help="models per row")
     parser.add_argument("--output", type=Path, help="write JSON here")
     parser.add_argument("--markdown", type=Path, help="write the page here")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    given = sys.argv[1:] if arguments is None else arguments
-    found = report(" ".join(["python -m bench.precision", *given]), options.draws)
+    found = report(" ".join(["python -m bench.precision", *arguments]), options.draws)
     page = markdown(found)
     print(page)
     if options.output is not None:
-        options.output.write_text(found.as_json(), encoding="utf-8")
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if options.markdown is not None:
         options.markdown.write_text(page, encoding="utf-8")
-    return int(any(row.is_wrong for row in found.rows))
+    return int(any(map(is_wrong, found["rows"])))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ is what it really fuses.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,18 +20,16 @@ from bitfast.kernels import weight_standardization as weight_kernels
 from bitfast.kernels.launch import Launch
 from bitfast.ops.weight_standardization import starts_of
 
+
+def wide_resnet(width: int, depths: list[int]) -> dict[str, Any]:
+    sizes = [width * size for size in (256, 512, 1024, 2048)]
+    return {"embedding_size": 64 * width, "hidden_sizes": sizes, "depths": depths}
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "R50x1": {},
-    "R101x3": {
-        "embedding_size": 192,
-        "hidden_sizes": [768, 1536, 3072, 6144],
-        "depths": [3, 4, 23, 3],
-    },
-    "R152x4": {
-        "embedding_size": 256,
-        "hidden_sizes": [1024, 2048, 4096, 8192],
-        "depths": [3, 8, 36, 3],
-    },
+    "R101x3": wide_resnet(3, [3, 4, 23, 3]),
+    "R152x4": wide_resnet(4, [3, 8, 36, 3]),
 }
 """What differs from the default configuration."""
 
@@ -72,72 +70,45 @@ class Shapes(NamedTuple):
     weights: list[tuple[int, ...]]
 
 
-# ---- what a model runs ----------------------------------------------------------------------------
-
-
-class _Recorder:
-    """Stands in for the ops and notes their calls."""
-
-    def __init__(self) -> None:
-        self.weights: list[tuple[int, ...]] = []
-        self.shapes: list[tuple[int, ...]] = []
-        self.residuals: set[int] = set()
-        self.used_sums: set[int] = set()
-
-    def weight(self, weight: Tensor, *_: Any) -> Tensor:
-        self.weights.append(tuple(weight.shape))
-        return weight
-
-    def norm(self, x: Tensor, *_: Any) -> Tensor:
-        self.shapes.append(tuple(x.shape[1:]))
-        return x.clone()
-
-    def add_and_norm(self, x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        number = len(self.shapes)
-        self.shapes.append(tuple(x.shape[1:]))
-        self.residuals.add(number)
-        return _RecordedSum.apply(x, residual, number, self)
-
-
-class _RecordedSum(torch.autograd.Function):
-    """add_group_norm_act without the arithmetic: it notes whether its sum gets a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, number: int, recorder: _Recorder
-    ) -> tuple[Tensor, Tensor]:
-        ctx.number, ctx.recorder = number, recorder
-        ctx.set_materialize_grads(False)
-        return torch.empty_like(x), torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:
-        if grad_sum is not None:
-            ctx.recorder.used_sums.add(ctx.number)
-        return grad, grad, None, None
-
-
 @lru_cache
 def shapes_of(model: str, image_size: int) -> Shapes:
     """Return what a model of ``MODELS`` runs on square images, by running it on one without contents."""
-    recorder = _Recorder()
+    weights: list[tuple[int, ...]] = []
+    maps: list[Any] = []
+    residuals, used_sums = set[int](), set[int]()
+
+    def standardize(weight: Tensor, *_: Any) -> Tensor:
+        weights.append(tuple(weight.shape))
+        return weight
+
+    def normalize(x: Tensor, *_: Any) -> Tensor:
+        maps.append(x.shape[1:])
+        return x.clone()
+
+    def add_and_normalize(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        number = len(maps)
+        residuals.add(number)
+        total = x + residual
+        total.register_hook(lambda _: used_sums.add(number))  # called if it gets a gradient
+        return total, normalize(x + residual)
+
     with (
         torch.device("meta"),
-        mock.patch.object(layers, "weight_standardization", recorder.weight),
-        mock.patch.object(op_by_op, "group_norm_act", recorder.norm),
-        mock.patch.object(op_by_op, "add_group_norm_act", recorder.add_and_norm),
+        mock.patch.object(layers, "weight_standardization", standardize),
+        mock.patch.object(op_by_op, "group_norm_act", normalize),
+        mock.patch.object(op_by_op, "add_group_norm_act", add_and_normalize),
     ):
         network = BitModel(BitConfig(num_groups=GROUPS, **MODELS[model])).train()
         features = network(torch.empty(1, 3, image_size, image_size)).pooler_output
         features.backward(torch.empty_like(features))
-    norms = [
-        Norm(*shape, number in recorder.residuals, number in recorder.used_sums)
-        for number, shape in enumerate(recorder.shapes)
-    ]
-    return Shapes(norms, recorder.weights)
+    norms = [Norm(c, h, w, n in residuals, n in used_sums) for n, (c, h, w) in enumerate(maps)]
+    return Shapes(norms, weights)
 
 
-# ---- the launches that it takes -------------------------------------------------------------------
+# ---- the launches that a model takes ----------------------------------------------------------------
+
+
+empty = partial(torch.empty, device="meta")
 
 
 class Dtypes(NamedTuple):
@@ -159,15 +130,15 @@ def norm_launches(
     keeps_statistics: bool = True,
     in_place: bool = False,
 ) -> list[Launch]:
-    """Return the launches of one norm, on meta tensors, as they are planned without a GPU.
+    """Return the launches of one norm as they are planned without a GPU.
 
     ``keeps_statistics`` and ``in_place`` (the sum takes the place of x) are of forward launches.
     """
     shape = (batch, norm.channels, norm.height, norm.width)
     layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    x = torch.empty(shape, dtype=dtypes.compute, device="meta", memory_format=layout)
-    parameter = torch.empty(norm.channels, dtype=dtypes.parameter, device="meta")
-    statistic = torch.empty(batch, groups, device="meta")
+    x = empty(shape, dtype=dtypes.compute, memory_format=layout)
+    parameter = empty(norm.channels, dtype=dtypes.parameter)
+    statistic = empty(batch, groups)
     if backward:
         return norm_kernels.backward_launches(
             x, x if norm.is_sum_used else None, x, parameter, parameter, statistic, statistic,
@@ -185,10 +156,10 @@ def norm_launches(
 def weight_launch(
     shape: tuple[int, ...], dtypes: Dtypes, *, backward: bool, to_channels_last: bool
 ) -> Launch:
-    """Return the launch for one contiguous weight, on meta tensors."""
-    weight = torch.empty(shape, dtype=dtypes.parameter, device="meta")
-    result = torch.empty(shape, dtype=dtypes.compute, device="meta")
-    statistic = torch.empty(shape[0], device="meta")
+    """Return the launch for one contiguous weight."""
+    weight = empty(shape, dtype=dtypes.parameter)
+    result = empty(shape, dtype=dtypes.compute)
+    statistic = empty(shape[0])
     if backward:
         return weight_kernels.backward_launch(
             result, weight, statistic, statistic, to_channels_last, grad_weight=weight
@@ -201,30 +172,17 @@ def weight_launch(
 def all_weights_launch(
     shapes: list[tuple[int, ...]], dtypes: Dtypes, *, backward: bool, to_channels_last: bool = True
 ) -> Launch:
-    """Return the launch for all weights of a model, contiguous, on meta tensors."""
-    weights = [torch.empty(shape, dtype=dtypes.parameter, device="meta") for shape in shapes]
+    """Return the launch for all weights of a model, contiguous."""
+    weights = [empty(shape, dtype=dtypes.parameter) for shape in shapes]
     starts, end = starts_of([weight.numel() for weight in weights])
-    table = weight_kernels.table_of(weights, starts, to_channels_last)
-    buffer = torch.empty(end, dtype=dtypes.compute, device="meta")
-    statistic = torch.empty(sum(shape[0] for shape in shapes), device="meta")
+    table: Any = weight_kernels.table_of(weights, starts, to_channels_last)
+    buffer = empty(end, dtype=dtypes.compute)
+    statistic = empty(sum(shape[0] for shape in shapes))
     if backward:
         return weight_kernels.backward_all_launch(
             table, buffer, weights, statistic, statistic,
-            grad_weight=torch.empty(end, dtype=dtypes.parameter, device="meta"),
+            grad_weight=empty(end, dtype=dtypes.parameter),
         )  # fmt: skip
     return weight_kernels.forward_all_launch(
         table, weights, 1e-8, result=buffer, mean=statistic, rstd=statistic
     )
-
-
-__all__ = [
-    "GROUPS",
-    "MODELS",
-    "Dtypes",
-    "Norm",
-    "Shapes",
-    "all_weights_launch",
-    "norm_launches",
-    "shapes_of",
-    "weight_launch",
-]

@@ -9,22 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, NamedTuple
 
 import torch
 
 from bitfast.kernels.launch import Launch
 
-from .shapes import (
-    Dtypes,
-    Norm,
-    all_weights_launch,
-    norm_launches,
-    shapes_of,
-)
+from .shapes import Dtypes, Norm, all_weights_launch, norm_launches, shapes_of
+from .tables import table
 
-MODEL, IMAGE_SIZE = "R50x1", 224
+NORMS, WEIGHTS = shapes_of("R50x1", 224)
 BATCHES = (1, 8, 128)
 DTYPES = Dtypes(compute=torch.bfloat16, parameter=torch.float32)
 COMPUTE, PARAMETER = DTYPES.compute.itemsize, DTYPES.parameter.itemsize
@@ -51,22 +46,19 @@ by `python -m bench.traffic > bench/TRAFFIC.md`: counted from the launches, not 
 """
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """Launches, and bytes read and written."""
 
     launches: int = 0
     bytes: int = 0
 
-    def __add__(self, other: Any) -> Cost:
+    def __add__(self, other: Cost) -> Cost:
         return Cost(self.launches + other.launches, self.bytes + other.bytes)
 
 
-def total(costs: Iterable[Cost]) -> Cost:
-    """Return the sum."""
-    return sum(costs, Cost())
-
-
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One line of a table: what is done, at which batch size (0: it does not matter), at which cost."""
 
     work: str
@@ -76,12 +68,19 @@ class Row(NamedTuple):
     plain: Cost
 
 
-# ---- norms ----------------------------------------------------------------------------------------
+Pass = tuple[Cost, int, Cost]
+"""What one pass costs: ours, the floor in bytes, and plain PyTorch."""
+
+
+def row(work: str, batch: int, passes: Iterable[Pass]) -> Row:
+    """Return the sum over passes."""
+    ours, floor, plain = zip(*passes, strict=True)
+    return Row(work, batch, sum(ours, Cost()), sum(floor), sum(plain, Cost()))
 
 
 def cost_of(launches: Iterable[Launch]) -> Cost:
     """Return what launches cost by their own account."""
-    return total(Cost(1, launch.reads + launch.writes) for launch in launches)
+    return sum((Cost(1, launch.reads + launch.writes) for launch in launches), Cost())
 
 
 def norm_floor(norm: Norm, batch: int, backward: bool) -> int:
@@ -90,135 +89,80 @@ def norm_floor(norm: Norm, batch: int, backward: bool) -> int:
     return maps * batch * norm.numel * COMPUTE
 
 
-def plain_norm(norm: Norm, batch: int, backward: bool) -> Cost:
-    """Return what add, group_norm and relu cost as ops of their own."""
-    forward_ops = [3] * norm.has_residual + [2, 2]
-    maps_per_op = [3, 3] + [3] * norm.is_sum_used if backward else forward_ops
-    return Cost(len(maps_per_op), sum(maps_per_op) * batch * norm.numel * COMPUTE)
+def norm_pass(batch: int, backward: bool) -> Pass:
+    """Return what all norms cost; in plain PyTorch as add, group_norm and relu."""
+    ours, floor, plain = Cost(), 0, Cost()
+    for norm in NORMS:
+        ours += cost_of(norm_launches(norm, batch, DTYPES, backward=backward))
+        floor += norm_floor(norm, batch, backward)
+        forward = [3] * norm.has_residual + [2, 2]
+        maps_per_op = [3, 3] + [3] * norm.is_sum_used if backward else forward
+        plain += Cost(len(maps_per_op), sum(maps_per_op) * batch * norm.numel * COMPUTE)
+    return ours, floor, plain
 
 
-def norm_row(work: str, batch: int, passes: tuple[bool, ...]) -> Row:
-    """Return the row of all norms; ``passes`` says of each pass whether it is the backward one."""
-    each = [(norm, backward) for norm in shapes_of(MODEL, IMAGE_SIZE).norms for backward in passes]
-    return Row(
-        work,
-        batch,
-        total(cost_of(norm_launches(n, batch, DTYPES, backward=backward)) for n, backward in each),
-        sum(norm_floor(norm, batch, backward) for norm, backward in each),
-        total(plain_norm(norm, batch, backward) for norm, backward in each),
-    )
-
-
-# ---- weights --------------------------------------------------------------------------------------
-
-
-def weight_floor(backward: bool) -> int:
-    """Return the bytes of all weights and their results or gradients, each counted once."""
-    numel = sum(prod(shape) for shape in shapes_of(MODEL, IMAGE_SIZE).weights)
-    return numel * (2 * PARAMETER + COMPUTE if backward else PARAMETER + COMPUTE)
-
-
-def plain_weights(backward: bool) -> Cost:
-    """Return what standardization and cast, layer by layer, cost as ops of their own."""
-    shapes = shapes_of(MODEL, IMAGE_SIZE).weights
-    numel = sum(prod(shape) for shape in shapes)
-    standardization = (3 if backward else 2) * PARAMETER
-    return Cost(2 * len(shapes), numel * (standardization + PARAMETER + COMPUTE))
-
-
-def our_weights(backward: bool) -> Cost:
-    """Return what the one launch costs; backward, with the concatenation of the gradients before it."""
-    shapes = shapes_of(MODEL, IMAGE_SIZE).weights
-    cost = cost_of([all_weights_launch(shapes, DTYPES, backward=backward)])
-    if backward:
-        cost += Cost(1, 2 * COMPUTE * sum(prod(shape) for shape in shapes))
-    return cost
-
-
-def weight_row(work: str, passes: tuple[bool, ...]) -> Row:
-    """Return the row of all weights; ``passes`` says of each pass whether it is the backward one."""
-    return Row(
-        work,
-        0,
-        total(our_weights(backward) for backward in passes),
-        sum(weight_floor(backward) for backward in passes),
-        total(plain_weights(backward) for backward in passes),
-    )
-
-
-# ---- the tables -----------------------------------------------------------------------------------
+def weight_pass(backward: bool) -> Pass:
+    """Return what all weights cost; in plain PyTorch standardized and cast layer by layer."""
+    numel = sum(map(prod, WEIGHTS))
+    parameters = 2 if backward else 1
+    ours = cost_of([all_weights_launch(WEIGHTS, DTYPES, backward=backward)])
+    if backward:  # the gradients are concatenated first
+        ours += Cost(1, 2 * COMPUTE * numel)
+    standardization, cast = (parameters + 1) * PARAMETER, PARAMETER + COMPUTE
+    plain = Cost(2 * len(WEIGHTS), numel * (standardization + cast))
+    return ours, numel * (parameters * PARAMETER + COMPUTE), plain
 
 
 def weight_rows() -> list[Row]:
     """Return the rows of the weights, which do not depend on the batch."""
-    cached = Row("inference, weights kept", 0, Cost(), 0, plain_weights(False))
-    forward = weight_row("training, forward", (False,))
-    return [cached, forward, weight_row("training, forward and backward", (False, True))]
+    forward, backward = weight_pass(False), weight_pass(True)
+    return [
+        Row("inference, weights kept", 0, Cost(), 0, forward[2]),
+        row("training, forward", 0, [forward]),
+        row("training, forward and backward", 0, [forward, backward]),
+    ]
 
 
 def norm_rows() -> list[Row]:
     """Return the rows of the norms."""
-    return [
-        row
-        for batch in BATCHES
-        for row in (
-            norm_row("inference, or training forward", batch, (False,)),
-            norm_row("training, forward and backward", batch, (False, True)),
-        )
-    ]
+    rows = []
+    for batch in BATCHES:
+        forward, backward = norm_pass(batch, False), norm_pass(batch, True)
+        rows.append(row("inference, or training forward", batch, [forward]))
+        rows.append(row("training, forward and backward", batch, [forward, backward]))
+    return rows
 
 
-def table(rows: list[Row]) -> str:
-    """Return rows as a Markdown table."""
-    lines = [
-        "| pass | batch | launches | bytes | floor | bytes / floor | plain launches | plain bytes |"
-        " plain / floor |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.work} | {row.batch or 'any'} | {row.ours.launches} | {megabytes(row.ours.bytes)}"
-            f" | {megabytes(row.floor)} | {ratio(row.ours.bytes, row.floor)} | {row.plain.launches}"
-            f" | {megabytes(row.plain.bytes)} | {ratio(row.plain.bytes, row.floor)} |"
-        )
-    return "\n".join(lines)
+def markdown(rows: list[Row]) -> list[str]:
+    """Return rows as a table."""
 
+    def megabytes(count: int) -> str:
+        return f"{count / 1e6:,.1f} MB" if count else "0"
 
-def megabytes(count: int) -> str:
-    """Return a number of bytes in megabytes."""
-    return f"{count / 1e6:,.1f} MB" if count else "0"
-
-
-def ratio(count: int, floor: int) -> str:
-    """Return how far a number of bytes is above the floor."""
-    return f"{count / floor:.2f}" if floor else "-"
-
-
-def markdown() -> str:
-    """Return the whole page."""
-    sections = ["# Bytes and launches", NOTES.rstrip()]
-    sections += ["## Weight preparation", table(weight_rows())]
-    sections += ["## The 49 norms", table(norm_rows())]
-    return "\n\n".join(sections)
+    heads = ["pass", "batch", "launches", "bytes", "floor", "bytes / floor"]
+    heads += ["plain launches", "plain bytes", "plain / floor"]
+    lines = []
+    for r in rows:
+        ratios = [f"{c.bytes / r.floor:.2f}" if r.floor else "-" for c in (r.ours, r.plain)]
+        ours = r.ours.launches, megabytes(r.ours.bytes), megabytes(r.floor), ratios[0]
+        plain = r.plain.launches, megabytes(r.plain.bytes), ratios[1]
+        lines.append((r.work, r.batch or "any", *ours, *plain))
+    return table(heads, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead")
-    options = parser.parse_args(arguments)
-    if options.json:
-        tables = {"weights": weight_rows(), "norms": norm_rows()}
-        print(
-            json.dumps({name: [as_json(row) for row in t] for name, t in tables.items()}, indent=1)
-        )
-    else:
-        print(markdown())
-
-
-def as_json(row: Row) -> dict[str, Any]:
-    """Return a row with names."""
-    return {**row._asdict(), "ours": row.ours._asdict(), "plain": row.plain._asdict()}
+    weights, norms = weight_rows(), norm_rows()
+    if parser.parse_args(arguments).json:
+        tables = {"weights": [asdict(r) for r in weights], "norms": [asdict(r) for r in norms]}
+        print(json.dumps(tables, indent=1))
+        return
+    lines = ["# Bytes and launches", "", *NOTES.splitlines(), ""]
+    lines += ["## Weight preparation", "", *markdown(weights), ""]
+    lines += ["## The 49 norms", "", *markdown(norms)]
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,20 +35,19 @@ ROOT = Path(__file__).parent.parent
 COMMAND = "python -m bench.kernel_builds --output bench/results/kernel-builds.json"
 TABLE = json.loads((ROOT / "bench/results/kernel-builds.json").read_text())
 
-MODULES = (group_norm_act_forward, group_norm_act_backward, weight_standardization_tiles)
-KERNELS = [
-    f"{module.__name__.rpartition('.')[2]}.{name}"
-    for module in MODULES
-    for name in vars(module)
-    if name.endswith("_kernel")
-]
+
+def kernels_of(*modules: ModuleType) -> list[str]:
+    names = [
+        (module.__name__.rpartition(".")[2], name) for module in modules for name in vars(module)
+    ]
+    return [f"{module}.{name}" for module, name in names if name.endswith("_kernel")]
+
+
+WEIGHT_KERNELS = kernels_of(weight_standardization_tiles)
+KERNELS = kernels_of(group_norm_act_forward, group_norm_act_backward) + WEIGHT_KERNELS
+IMAGE_KERNELS = kernels_of(resize_normalize_tiles)
 # What these store has a number per channel or group.
 STORE_NO_TILE = ("moments_kernel", "backward_sums_kernel", "parameter_gradients_kernel")
-IMAGE_KERNELS = [
-    f"resize_normalize_tiles.{name}"
-    for name in vars(resize_normalize_tiles)
-    if name.endswith("_kernel")
-]
 CHIPS = ("80", "90", "100")
 BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 
@@ -111,11 +110,6 @@ def of_kernel(request: pytest.FixtureRequest, builds: list[Build]) -> list[Build
     return members
 
 
-def described(builds: Iterator[Build]) -> list[str]:
-    """Name builds that are not as they should be, for the message."""
-    return [f"sm_{build.chip} {build.title}: {build.result}" for build in builds]
-
-
 def test_every_kernel_is_built_in_every_dtype_for_every_chip(of_kernel: list[Build]) -> None:
     # The gradients of parameters have the dtype of the parameters, whose 16-bit type here is float16.
     kinds = set(BYTES) - ({"*bf16"} if "parameter_gradients" in of_kernel[0].kernel else set())
@@ -133,7 +127,7 @@ def test_no_spills_to_speak_of(of_kernel: list[Build]) -> None:
     # The assembler sometimes puts a number or two aside to save registers it has (8 bytes, and the
     # instructions for them), though it might use twice as many; other versions, some more.
     allowed = 16 if TABLE["triton"] == metadata.version("triton") else 32
-    assert not described(build for build in of_kernel if build.result["spills"] > allowed)
+    assert not [build for build in of_kernel if build.result["spills"] > allowed]
 
 
 def test_limits_of_the_chips(of_kernel: list[Build]) -> None:
@@ -142,7 +136,7 @@ def test_limits_of_the_chips(of_kernel: list[Build]) -> None:
         threads = 32 * int(build.constant("warps") or 0)
         assert threads > 0
         assert 0 < registers <= REGISTERS_PER_THREAD
-        assert registers * threads <= REGISTERS_PER_MULTIPROCESSOR, described(iter([build]))
+        assert registers * threads <= REGISTERS_PER_MULTIPROCESSOR, build
         assert build.result["shared"] <= SHARED_PER_PROGRAM[int(build.chip)]
 
 
@@ -165,7 +159,7 @@ def test_tiles_are_accessed_16_bytes_at_a_time(of_kernel: list[Build]) -> None:
             stores_tile = build.constant("HAS_RESIDUAL") == "True"  # then, the sum
         assert bool(loads or turned[0]), build
         assert bool(stores or turned[1]) == stores_tile, build
-        assert min([*loads, *stores]) >= 16, described(iter([build]))
+        assert min([*loads, *stores]) >= 16, build
 
 
 def test_machine_code_has_no_narrow_access_that_was_not_asked_for(of_kernel: list[Build]) -> None:
@@ -178,11 +172,11 @@ def test_machine_code_has_no_narrow_access_that_was_not_asked_for(of_kernel: lis
                 n for kind in kinds for width, n in build.asked(kind).items() if width < 16
             )
             in_code = sum(n for width, n in build.code(action).items() if width < 16)
-            assert in_code <= narrow, described(iter([build]))
+            assert in_code <= narrow, build
             # (With one row of partial sums, all but a sixty-fourth of that tile is cut away.)
             tile = build.asked(f"tile {action}")
             if tile and min(tile) >= 16 and build.constant("rows") is None:
-                assert max(build.code(action)) >= 16, described(iter([build]))
+                assert max(build.code(action)) >= 16, build
 
 
 def test_the_measure_sees_narrow_tiles(builds: list[Build]) -> None:
@@ -196,27 +190,23 @@ def test_the_measure_sees_narrow_tiles(builds: list[Build]) -> None:
     assert all(min(build.code("load")) < 16 for build in odd)
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if "weight" in kernel])
-def test_unaligned_filters_are_accessed_element_by_element(
-    builds: list[Build], kernel: str
-) -> None:
+@pytest.mark.parametrize("of_kernel", WEIGHT_KERNELS, indirect=True)
+def test_unaligned_filters_are_accessed_element_by_element(of_kernel: list[Build]) -> None:
     """Looped filters begin anywhere, turned ones have pixels anywhere: wider would be a fault on a GPU."""
-    for build in builds:
-        if build.kernel != kernel:
-            continue
-        types = build.types[2:4] if "_all_" in kernel else build.types[:2]  # parameter and result
-        elements = {BYTES[kind] for kind in types}
+    for build in of_kernel:
+        is_of_all = "_all_" in build.kernel
+        types = build.types[2:4] if is_of_all else build.types[:2]  # parameter and result
         # One weight's filters may be known to have a multiple of 16 numbers: rows and inner both are.
-        is_aligned = "_all_" not in kernel and "i32:16 i32:16" in build.title
+        is_aligned = not is_of_all and "i32:16 i32:16" in build.title
         looped = () if is_aligned else ("looped load", "looped store")
         for what in ("turned load", "turned store", *looped):
-            assert set(build.asked(what)) <= elements, described(iter([build]))
+            assert set(build.asked(what)) <= {BYTES[kind] for kind in types}, build
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if "weight" in kernel])
-def test_every_way_to_work_on_a_weight_is_built(builds: list[Build], kernel: str) -> None:
-    members = [build for build in builds if build.kernel == kernel and build.chip == "90"]
-    if "_all_" in kernel:
+@pytest.mark.parametrize("of_kernel", WEIGHT_KERNELS, indirect=True)
+def test_every_way_to_work_on_a_weight_is_built(of_kernel: list[Build]) -> None:
+    members = [build for build in of_kernel if build.chip == "90"]
+    if "_all_" in members[0].kernel:
         assert all({"tile load", "looped load"} <= set(b.result["asked"]) for b in members)
     else:
         assert {build.constant("KIND") for build in members} == set("01234567")
@@ -225,33 +215,24 @@ def test_every_way_to_work_on_a_weight_is_built(builds: list[Build], kernel: str
 # ---- images ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", IMAGE_KERNELS)
-def test_kernels_of_images(builds: list[Build], kernel: str) -> None:
+@pytest.mark.parametrize("of_kernel", IMAGE_KERNELS, indirect=True)
+def test_kernels_of_images(of_kernel: list[Build]) -> None:
     """Pixels of images are gathered byte by byte; the rest is as it is elsewhere."""
-    members = [build for build in builds if build.kernel == kernel]
-    assert {build.chip for build in members} == set(CHIPS)
-    for build in members:
+    assert {build.chip for build in of_kernel} == set(CHIPS)
+    for build in of_kernel:
         assert build.result["spills"] <= 32
         assert 0 < build.result["registers"] <= 128  # two programs per 64 Ki registers, at least
         assert build.result["shared"] == 0
         assert min(build.code("load")) == 1
-    if "second" in kernel:
-        dtypes = {build.types[-3 if build.constant("width") else -4] for build in members}
+    if "second" in of_kernel[0].kernel:
+        dtypes = {build.types[-3 if build.constant("width") else -4] for build in of_kernel}
         assert dtypes == set(BYTES)
-        assert {build.constant("CHANNELS_LAST") for build in members} == {"True", "False"}
-
-
-# ---- the table in bench/results -------------------------------------------------------------------
-
-
-def test_the_committed_table_has_these_variants(table: dict[str, Any]) -> None:
-    missing = set(table["variants"]) - set(TABLE["variants"])
-    assert not missing, (
-        "run python -m bench.kernel_builds --output bench/results/kernel-builds.json"
-    )
+        assert {build.constant("CHANNELS_LAST") for build in of_kernel} == {"True", "False"}
 
 
 def test_the_committed_table_agrees(table: dict[str, Any]) -> None:
+    missing = set(table["variants"]) - set(TABLE["variants"])
+    assert not missing, f"run {COMMAND}"
     if TABLE["triton"] != metadata.version("triton"):
         pytest.skip(f"the table is of triton {TABLE['triton']}")
     for title, by_chip in table["variants"].items():
