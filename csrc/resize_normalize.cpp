@@ -29,7 +29,7 @@
 #endif
 
 #define BITFAST_LOOPS "resize_normalize_loops.h"
-#define BITFAST_NAMES using namespace bitfast::resize_normalize;
+#define BITFAST_OP resize_normalize
 #include "each_instruction_set.h"
 
 namespace bitfast::resize_normalize {

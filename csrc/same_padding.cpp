@@ -15,7 +15,7 @@
 #include "kernel_dtypes.h"
 
 #define BITFAST_LOOPS "same_padding_loops.h"
-#define BITFAST_NAMES using namespace bitfast::same_padding;
+#define BITFAST_OP same_padding
 #include "each_instruction_set.h"
 
 namespace bitfast::same_padding {

@@ -19,7 +19,7 @@
 #include "memory_format.h"
 
 #define BITFAST_LOOPS "weight_standardization_loops.h"
-#define BITFAST_NAMES using namespace bitfast::weight_standardization;
+#define BITFAST_OP weight_standardization
 #include "each_instruction_set.h"
 
 namespace bitfast::weight_standardization {
