@@ -1,5 +1,5 @@
-// Division of integers that rounds up, to count the pieces that something is cut into;
-// no piece is lost where the last one is short.
+// Division of integers that rounds up: the number of pieces that something is cut into,
+// the last of which may be short.
 #pragma once
 
 #include <cstdint>

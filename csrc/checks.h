@@ -1,5 +1,5 @@
 // Checks of arguments that several operators share.
-// tests/native_errors.py holds the messages to their words.
+// Their messages begin with the check's own name and place, and end with the words in tests/native_errors.py.
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,8 @@ namespace {
 constexpr int64_t elements_per_task = 32768;
 // What a task reads twice should still be in a core's own cache the second time.
 constexpr int64_t task_bytes = 1 << 20;
-// Fewer adjacent bytes than this waste cache lines; more than the second make rows of the cache collide less.
+// A block should have at least line_bytes of each pixel, or cache lines are read in part; with row_bytes fewer pixels
+// compete for the same places in the cache.
 constexpr int64_t line_bytes = 64, row_bytes = 256;
 
 // Cuts a batch into tasks: enough of them for all threads, none too small to be worth one.

@@ -10,7 +10,7 @@
 namespace bitfast::group_norm_act {
 
 // A batch of feature maps cut into tasks: an image, a block of channels (whole groups), a piece of the
-// pixels. With one piece a task sees all there is of its groups, and does everything in one go.
+// pixels. If there is only one piece, a task has all values of its groups, and one pass over the tasks is enough.
 struct Division {
   int64_t images, channels, pixels, groups;
   bool channels_last;

@@ -124,7 +124,7 @@ void coefficients_of(const Forward<T>& work, const Task& task, Coefficients& coe
       const float scale = work.weight[task.first_channel + c] * rstd;
       coefficients.center[c] = center;
       coefficients.scale[c] = scale;
-      // Less what the rounding of the mean was off by.
+      // Corrected by the error of the rounded mean.
       coefficients.shift[c] = work.bias[task.first_channel + c] - static_cast<float>(mean - center) * scale;
     }
   }
@@ -226,8 +226,8 @@ BITFAST_INLINE float rstd_of(const Backward<T>& work, int64_t group) {
   return work.division.group_size() * work.division.pixels == 1 ? 0.0f : work.rstd[group];
 }
 
-// Float32 sums of more terms than this in a row lose digits: sums of that many are summed in turn, and those
-// sums in float64.
+// Float32 sums of more terms than this lose digits: sums of that many are summed in turn, and those sums in
+// float64.
 constexpr int64_t short_sum = 8;
 
 // The vector of `count` channels from `channel`.

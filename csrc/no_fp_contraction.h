@@ -1,5 +1,5 @@
-// Pillow rounds each product before it is added. Where this is included, all functions that follow
-// in the file do so, too, instead of rounding once.
+// Included last: all functions that follow in the file round each product before they add it, as Pillow does,
+// although the extension is compiled with -ffp-contract=fast.
 #ifdef __clang__
 #pragma clang fp contract(off)
 #else

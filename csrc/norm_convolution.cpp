@@ -30,8 +30,8 @@
 namespace bitfast::norm_convolution {
 namespace {
 
-// The packed input of a task, of a 1x1 convolution with the result, should leave room in a core's own cache (1 MiB)
-// for the weights that pass by; but they should pass by for no fewer rows than this.
+// The packed input of a task (and, for 1x1 filters, its result) should leave room in a core's own cache (1 MiB) for
+// the weights that stream through it; but weights should be streamed for no fewer rows than few_rows.
 constexpr int64_t task_bytes = 256 * 1024, few_rows = 4 * tile_rows;
 // A task of fewer multiplications than this is not worth another thread.
 constexpr int64_t multiplications_per_task = 1 << 18;
@@ -168,7 +168,7 @@ Coefficients coefficients_of(const Norm& norm, const Tensor& x) {
       const float scale = weight.data()[c % channels] * rstd;
       result.center[c] = center;
       result.scale[c] = scale;
-      // Less what the rounding of the mean was off by.
+      // Corrected by the error of the rounded mean.
       result.shift[c] = bias.data()[c % channels] - static_cast<float>(mean - center) * scale;
     }
   }
@@ -231,7 +231,7 @@ void divide(Work<T>& work, int64_t kernel_size) {
   const int64_t result_bytes = work.out_channels * static_cast<int64_t>(sizeof(T));
   int64_t pieces = is_pointwise ? ceil_div(work.rows, std::max(few_rows, task_bytes / (row_bytes + result_bytes)))
                                 : ceil_div(work.rows * row_bytes, task_bytes);
-  // Enough for all threads, evenly, but none that fills less than a tile.
+  // As many as keep all threads equally busy, but none smaller than a tile.
   const int64_t most = std::max<int64_t>(1, work.rows * row_squares / tile_rows);
   const int64_t columns = ceil_div(work.out_channels, panel_columns);
   const int64_t cost = work.rows * row_squares * work.in_channels * work.out_channels * (is_pointwise ? 1 : positions);

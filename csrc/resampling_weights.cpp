@@ -1,5 +1,5 @@
-// The tables of Pillow's filters, in the operations and the order of src/libImaging/Resample.c and Geometry.c
-// of https://python-pillow.org, so that they round alike.
+// The tables of Pillow's filters, computed by the same operations in the same order as in src/libImaging/Resample.c
+// and Geometry.c of https://python-pillow.org, so that all roundings are the same.
 #include "resampling_weights.h"
 
 #include <algorithm>
@@ -55,7 +55,7 @@ double hamming(double x) {
     return 0.0;
   }
   x = x * pi;
-  return std::sin(x) / x * (0.54f + 0.46f * std::cos(x));  // single precision there, and not 1 in sum
+  return std::sin(x) / x * (0.54f + 0.46f * std::cos(x));  // Pillow's constants: single precision, and not 1 in sum
 }
 
 using Kernel = double (*)(double);
@@ -97,7 +97,7 @@ void fill_copies(const Line& line, Axis<Weight>& axis) {
     }
     return;
   }
-  // Positions advance by repeated addition there.
+  // Repeated addition, and not a product, since Pillow's positions round so.
   const double scale = static_cast<double>(line.in_size) / line.out_size;
   double position = scale * 0.5;
   for (int64_t i = 0; i < line.first + axis.count; ++i, position += scale) {

@@ -30,9 +30,9 @@
 namespace bitfast::resize_normalize {
 namespace {
 
-// A band of fewer rows would share too many of the rows it is made of with its neighbours.
+// Neighbouring bands resample some rows twice; with fewer rows than this in a band, too many.
 constexpr int64_t rows_per_band = 16;
-// So that a thread that is held up leaves its bands to others.
+// More than one, so that others take over the bands of a thread that is held up.
 constexpr int64_t bands_per_thread = 2;
 
 // What is asked for, as bitfast/ops/resize_normalize.py describes it.

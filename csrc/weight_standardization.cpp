@@ -26,7 +26,7 @@
 namespace bitfast::weight_standardization {
 namespace {
 
-// Enough for a thread to start on, and small enough for equal shares.
+// Enough to be worth another thread, and few enough for threads to get equal shares.
 constexpr int64_t elements_per_task = 16384;
 // Where each weight begins in the buffer of several, in elements: ALIGNMENT in the Python file.
 constexpr int64_t alignment = 64;
