@@ -1,7 +1,9 @@
-// The activations by the names that bitfast/activations.py gives them.
+// The activations, by the names that bitfast/activations.py gives them; activation_vectors.h computes them.
+// Kernels take an activation as a template argument: dispatch_activation chooses among the instances.
 #pragma once
 
 #include <string>
+#include <type_traits>
 
 #include "errors.h"
 
@@ -18,7 +20,7 @@ inline Activation activation_named(const std::string& name) {
   STD_TORCH_CHECK(false, "activation must be none, relu, gelu, gelu_new or selu, got ", name);
 }
 
-// Calls function with the activation as a constant of the compiler's.
+// Calls function with the activation as a compile-time constant.
 template <typename Function>
 void dispatch_activation(Activation activation, const Function& function) {
   switch (activation) {

@@ -1,4 +1,5 @@
-// The activations and their derivatives, on vectors. Included once per instruction set, after vectors.h.
+// The activations and their derivatives, on vectors.
+// Included once per instruction set, after vectors.h.
 
 // e^x = scale + scale * rest, with scale a power of two and rest = e^r - 1 for |r| <= ln(2)/2. Where e^x
 // leaves the range of float32 the nearest value inside it is used.
@@ -69,7 +70,7 @@ BITFAST_INLINE Vector logistic(Vector x) {
   return 1.0f / (1.0f + exp(-x));
 }
 
-// Its derivative, without the cancellation where it is close to 1.
+// The derivative of the logistic function, without the cancellation where that is close to 1.
 BITFAST_INLINE Vector logistic_slope(Vector x) {
   const Vector e = exp(-absolute(x));
   const Vector s = 1.0f / (1.0f + e);

@@ -1,4 +1,5 @@
-// A small tensor's values in float32, whatever its dtype and strides.
+// The values of a small tensor in float32, whatever its dtype and strides:
+// weights and biases, which kernels read as plain arrays.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,7 +22,7 @@ class FloatData {
       data_ = static_cast<const float*>(tensor_.const_data_ptr());
       return;
     }
-    if (tensor_.scalar_type() == ScalarType::BFloat16) {  // without the cost of an operator call
+    if (tensor_.scalar_type() == ScalarType::BFloat16) {  // in place of an operator call, which costs more
       const BFloat16* values = static_cast<const BFloat16*>(tensor_.const_data_ptr());
       converted_.assign(values, values + tensor_.numel());
       data_ = converted_.data();

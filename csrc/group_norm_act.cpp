@@ -1,78 +1,75 @@
-// group_norm_act: the schemas, and the CPU kernels. bitfast/ops/group_norm_act.py says what each takes and
-// returns.
+// group_norm_act: the schemas, and the operators on the CPU, which divide the work and call the loops.
+// bitfast/ops/group_norm_act_contract.py says what each takes and returns.
 #include "errors.h"
 
 #include "group_norm_act.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "ceil_div.h"
+#include "checks.h"
 #include "float_data.h"
 #include "instruction_sets.h"
 #include "kernel_dtypes.h"
 #include "memory_format.h"
 
 #define BITFAST_LOOPS "group_norm_act_loops.h"
-#define BITFAST_NAMES using namespace bitfast::group_norm_act;
+#define BITFAST_OP group_norm_act
 #include "each_instruction_set.h"
 
 namespace bitfast::group_norm_act {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // A task of fewer elements than this is not worth another thread.
 constexpr int64_t elements_per_task = 32768;
 // What a task reads twice should still be in a core's own cache the second time.
 constexpr int64_t task_bytes = 1 << 20;
-// Fewer adjacent bytes than this waste cache lines; more than the second make rows of the cache collide less.
+// A block should have at least line_bytes of each pixel, or cache lines are read in part; with row_bytes fewer pixels
+// compete for the same places in the cache.
 constexpr int64_t line_bytes = 64, row_bytes = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
+// Cuts a batch into tasks: enough of them for all threads, none too small to be worth one.
 Division divide(const Tensor& x, int64_t groups, int64_t element_bytes) {
-  Division d;
-  d.images = x.size(0);
-  d.channels = x.size(1);
-  d.pixels = x.size(2) * x.size(3);
-  d.groups = groups;
-  d.channels_last = is_channels_last(x);
+  Division division;
+  division.images = x.size(0);
+  division.channels = x.size(1);
+  division.pixels = x.size(2) * x.size(3);
+  division.groups = groups;
+  division.channels_last = is_channels_last(x);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t size = d.group_size();
+  const int64_t size = division.group_size();
   int64_t groups_per_block = 1;
-  if (d.channels_last) {
+  if (division.channels_last) {
     const int64_t bytes_per_pixel = size * element_bytes;
     groups_per_block = std::clamp<int64_t>(row_bytes / bytes_per_pixel, 1, groups);
     const auto is_too_wide = [&] {
-      const bool spills = groups_per_block * bytes_per_pixel * d.pixels > task_bytes;
-      const bool idles = d.images * ceil_div(groups, groups_per_block) % threads != 0;
+      const bool spills = groups_per_block * bytes_per_pixel * division.pixels > task_bytes;
+      const bool idles = division.images * ceil_div(groups, groups_per_block) % threads != 0;
       return (spills || idles) && groups_per_block / 2 * bytes_per_pixel >= line_bytes;
     };
     while (is_too_wide()) {
       groups_per_block /= 2;
     }
   }
-  d.block = groups_per_block * size;
-  d.blocks = ceil_div(groups, groups_per_block);
-  const int64_t tasks = d.images * d.blocks;
-  const int64_t worthwhile = d.block * d.pixels / elements_per_task;
-  const int64_t pieces =
-      tasks == 0 || tasks >= threads ? 1 : std::clamp<int64_t>(ceil_div(threads, tasks), 1, std::max<int64_t>(1, worthwhile));
-  d.piece = ceil_div(d.pixels, pieces);
-  d.pieces = ceil_div(d.pixels, d.piece);
-  return d;
+  division.block = groups_per_block * size;
+  division.blocks = ceil_div(groups, groups_per_block);
+  const int64_t tasks = division.images * division.blocks;
+  const int64_t worthwhile = std::max<int64_t>(1, division.block * division.pixels / elements_per_task);
+  const bool are_enough = tasks == 0 || tasks >= threads;
+  const int64_t pieces = are_enough ? 1 : std::clamp<int64_t>(ceil_div(threads, tasks), 1, worthwhile);
+  division.piece = ceil_div(division.pixels, pieces);
+  division.pieces = ceil_div(division.pixels, division.piece);
+  return division;
 }
 
 template <typename Work>
-void run_all(const Work& work, void (*step)(const Work&, const Task&)) {
+void for_each_task(const Work& work, void (*step)(const Work&, const Task&)) {
   const Division& division = work.division;
   const int64_t grain = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, division.block * division.piece));
   torch::stable::parallel_for(0, division.tasks(), grain, [&](int64_t begin, int64_t end) {
@@ -82,35 +79,32 @@ void run_all(const Work& work, void (*step)(const Work&, const Task&)) {
   });
 }
 
-// Runs whole(task) for each task, or, where tasks share a group, first(task) for all and then second(task).
+// Calls both(work, task) for each task, or, where tasks share a group, first(work, task) for all of them and then
+// second(work, task).
 template <typename Work>
-void run(
-    const Work& work,
-    void (*whole)(const Work&, const Task&),
-    void (*first)(const Work&, const Task&),
+void in_one_pass_or_two(
+    const Work& work, void (*both)(const Work&, const Task&), void (*first)(const Work&, const Task&),
     void (*second)(const Work&, const Task&)) {
   if (work.division.pieces == 1) {
-    return run_all(work, whole);
+    return for_each_task(work, both);
   }
-  run_all(work, first);
-  run_all(work, second);
+  for_each_task(work, first);
+  for_each_task(work, second);
 }
 
-// Two numbers for each image, piece and channel.
-struct PartialStorage {
+// The memory of ChannelPairs.
+struct PairStorage {
   std::vector<double> numbers;
-  Partial partial;
+  ChannelPairs pairs;
 
-  explicit PartialStorage(const Division& d) : numbers(2 * d.images * d.pieces * d.channels) {
-    partial = {numbers.data(), numbers.data() + numbers.size() / 2};
+  explicit PairStorage(const Division& d) : numbers(2 * d.images * d.pieces * d.channels) {
+    pairs = {numbers.data(), numbers.data() + numbers.size() / 2};
   }
 };
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t num_groups) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (N, C, H, W), got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(
-      num_groups >= 1 && x.size(1) % num_groups == 0, "num_groups must divide the ", x.size(1),
-      " channels of x, got ", num_groups);
+void check_arguments(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t num_groups) {
+  check_feature_maps(x);
+  check_num_groups(x, num_groups);
   for (const Tensor* parameter : {&weight, &bias}) {
     STD_TORCH_CHECK(
         parameter->dim() == 1 && parameter->size(0) == x.size(1), "weight and bias must have shape (C,)");
@@ -119,9 +113,7 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t nu
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == x.scalar_type(), name, " must be like x");
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    STD_TORCH_CHECK(tensor.size(dim) == x.size(dim), name, " must have the shape of x");
-  }
+  STD_TORCH_CHECK(have_same_shape(tensor, x), name, " must have the shape of x");
 }
 
 void check_same_layout(const char* name, const Tensor& tensor, const Tensor& x) {
@@ -131,210 +123,175 @@ void check_same_layout(const char* name, const Tensor& tensor, const Tensor& x) 
       name, " must both be contiguous or both channels_last");
 }
 
+// Null without a tensor.
 template <typename T>
-const T* data_of(const std::optional<Tensor>& x) {
-  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+T* data_of(const std::optional<Tensor>& x) {
+  if constexpr (std::is_const_v<T>) {
+    return x.has_value() ? static_cast<T*>(x->const_data_ptr()) : nullptr;
+  } else {
+    return x.has_value() ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
+  }
 }
 
-// Normalizes x, or x + residual, which goes to `total`. All are dense, in the layout of x; the result may be x.
-void normalize(
-    const Tensor& x,
-    const std::optional<Tensor>& residual,
-    const Tensor& weight,
-    const Tensor& bias,
-    int64_t num_groups,
-    double eps,
-    const std::string& activation,
-    void* total,
-    void* result,
-    float* mean,
-    float* rstd,
-    const std::optional<Tensor>& moments = std::nullopt,
-    const std::optional<Tensor>& shortcut = std::nullopt) {
-  const FloatData scale(weight), shift(bias);
-  const double* known = nullptr;
-  if (moments.has_value()) {
-    STD_TORCH_CHECK(
-        moments->scalar_type() == ScalarType::Double && moments->is_contiguous() && moments->dim() == 3 &&
-            moments->size(0) == 2 && moments->size(1) == x.size(0) && moments->size(2) == x.size(1),
-        "moments must be float64, contiguous, of shape (2, N, C)");
-    known = static_cast<const double*>(moments->const_data_ptr());
+// The arguments that all norms have.
+struct Norm {
+  const Tensor &weight, &bias;
+  int64_t num_groups;
+  double eps;
+  const std::string& activation;
+};
+
+// What only some norms read or write. Feature maps are dense, in the layout of x.
+struct Options {
+  std::optional<Tensor> residual, total;  // x + residual goes to total, and is normalized instead of x
+  std::optional<Tensor> moments;          // of x, if they are known
+  std::optional<Tensor> shortcut;         // added before the activation
+  std::optional<Tensor> mean, rstd;       // of each group, for the backward pass
+};
+
+// Normalizes x, which is dense, into a result of its layout, which may be x itself.
+void normalize(const Tensor& x, const Norm& norm, const Options& options, const Tensor& result) {
+  const FloatData weight(norm.weight), bias(norm.bias);
+  if (options.moments.has_value()) {
+    check_moments(*options.moments, x);
   }
   dispatch_kernel_dtype("group_norm_act", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Division division = divide(x, num_groups, sizeof(T));
-    PartialStorage storage(division);
-    const double* known_variances = known == nullptr ? nullptr : known + division.images * division.channels;
-    const Forward<T> work{
-        division,
-        activation_named(activation),
-        eps,
-        static_cast<const T*>(x.const_data_ptr()),
-        data_of<T>(residual),
-        static_cast<T*>(total),
-        static_cast<T*>(result),
-        scale.data(),
-        shift.data(),
-        mean,
-        rstd,
-        storage.partial,
-        data_of<T>(shortcut),
-        known,
-        known_variances};
-    if (known != nullptr) {
-      return run_all(work, choose(BITFAST_EACH(forward_normalize<T>)));
+    Forward<T> work{};
+    work.division = divide(x, norm.num_groups, sizeof(T));
+    PairStorage storage(work.division);
+    work.activation = activation_named(norm.activation);
+    work.eps = norm.eps;
+    work.x = static_cast<const T*>(x.const_data_ptr());
+    work.residual = data_of<const T>(options.residual);
+    work.total = data_of<T>(options.total);
+    work.result = static_cast<T*>(result.mutable_data_ptr());
+    work.weight = weight.data();
+    work.bias = bias.data();
+    work.mean = data_of<float>(options.mean);
+    work.rstd = data_of<float>(options.rstd);
+    work.moments = storage.pairs;
+    work.shortcut = data_of<const T>(options.shortcut);
+    if (options.moments.has_value()) {
+      work.known_means = data_of<const double>(options.moments);
+      work.known_variances = work.known_means + work.division.images * work.division.channels;
+      return for_each_task(work, choose(BITFAST_EACH(forward_normalize<T>)));
     }
-    run(work, choose(BITFAST_EACH(forward<T>)), choose(BITFAST_EACH(forward_moments<T>)),
+    in_one_pass_or_two(
+        work, choose(BITFAST_EACH(forward<T>)), choose(BITFAST_EACH(forward_moments<T>)),
         choose(BITFAST_EACH(forward_normalize<T>)));
   });
 }
 
 // Total (x itself without a residual), result, mean, rstd.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor x,
-    std::optional<Tensor> residual,
-    const Tensor& weight,
-    const Tensor& bias,
-    int64_t num_groups,
-    double eps,
-    const std::string& activation) {
-  check(x, weight, bias, num_groups);
+    Tensor x, const std::optional<Tensor>& residual, const Norm& norm) {
+  check_arguments(x, norm.weight, norm.bias, norm.num_groups);
   const auto memory_format = memory_format_of(x);
   x = torch::stable::contiguous(x, memory_format);
+  const auto empty_like_x = [&] { return empty_spatial(x, x.size(2), x.size(3), x.scalar_type()); };
+  const auto empty_statistic = [&] {
+    return torch::stable::new_empty(x, {x.size(0), norm.num_groups}, ScalarType::Float);
+  };
+  Options options;
   if (residual.has_value()) {
     check_like("residual", *residual, x);
-    residual = torch::stable::contiguous(*residual, memory_format);
+    options.residual = torch::stable::contiguous(*residual, memory_format);
+    options.total = empty_like_x();
   }
-  Tensor total = residual.has_value() ? empty_spatial(x, x.size(2), x.size(3), x.scalar_type()) : x;
-  Tensor result = empty_spatial(x, x.size(2), x.size(3), x.scalar_type());
-  Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
-  normalize(
-      x, residual, weight, bias, num_groups, eps, activation,
-      residual.has_value() ? total.mutable_data_ptr() : nullptr, result.mutable_data_ptr(),
-      static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()));
-  return {total, result, mean, rstd};
+  const Tensor result = empty_like_x();
+  options.mean = empty_statistic();
+  options.rstd = empty_statistic();
+  normalize(x, norm, options, result);
+  return {options.total.value_or(x), result, *options.mean, *options.rstd};
 }
 
 // The result alone, in memory of the caller's, which may be that of x; with the moments of x, if they are
 // known, and a shortcut added before the activation.
 void group_norm_act_into(
-    const Tensor& x,
-    const std::optional<Tensor>& moments,
-    const Tensor& weight,
-    const Tensor& bias,
-    int64_t num_groups,
-    double eps,
-    const std::string& activation,
-    const std::optional<Tensor>& shortcut,
-    Tensor result) {
-  check(x, weight, bias, num_groups);
+    const Tensor& x, const std::optional<Tensor>& moments, const Tensor& weight, const Tensor& bias, int64_t num_groups,
+    double eps, const std::string& activation, const std::optional<Tensor>& shortcut, const Tensor& result) {
+  check_arguments(x, weight, bias, num_groups);
   check_same_layout("result", result, x);
   if (shortcut.has_value()) {
     check_same_layout("shortcut", *shortcut, x);
   }
-  normalize(
-      x, std::nullopt, weight, bias, num_groups, eps, activation, nullptr, result.mutable_data_ptr(), nullptr, nullptr,
-      moments, shortcut);
+  Options options;
+  options.moments = moments;
+  options.shortcut = shortcut;
+  normalize(x, {weight, bias, num_groups, eps, activation}, options, result);
 }
 
 void group_norm_act_in_place(
-    Tensor x,
-    const std::optional<Tensor>& moments,
-    const Tensor& weight,
-    const Tensor& bias,
-    int64_t num_groups,
-    double eps,
-    const std::string& activation,
-    const std::optional<Tensor>& shortcut) {
+    const Tensor& x, const std::optional<Tensor>& moments, const Tensor& weight, const Tensor& bias, int64_t num_groups,
+    double eps, const std::string& activation, const std::optional<Tensor>& shortcut) {
   group_norm_act_into(x, moments, weight, bias, num_groups, eps, activation, shortcut, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& bias,
-    int64_t num_groups,
-    double eps,
+    const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t num_groups, double eps,
     const std::string& activation) {
-  auto [total, result, mean, rstd] = forward(x, std::nullopt, weight, bias, num_groups, eps, activation);
+  auto [total, result, mean, rstd] = forward(x, std::nullopt, {weight, bias, num_groups, eps, activation});
   return {result, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_group_norm_act(
-    const Tensor& x,
-    const Tensor& residual,
-    const Tensor& weight,
-    const Tensor& bias,
-    int64_t num_groups,
-    double eps,
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, int64_t num_groups, double eps,
     const std::string& activation) {
-  return forward(x, residual, weight, bias, num_groups, eps, activation);
+  return forward(x, residual, {weight, bias, num_groups, eps, activation});
 }
 
-// Adds up what each image and piece contributes to the gradient of each channel's parameter.
-Tensor total_of(const double* parts, const Division& division, const Tensor& like) {
-  Tensor result = torch::stable::new_empty(like, {division.channels}, ScalarType::Float);
-  float* target = static_cast<float*>(result.mutable_data_ptr());
+// A parameter's gradient: for each channel the sum of what each image and piece contributes.
+Tensor parameter_gradient(const double* parts, const Division& division, const Tensor& parameter) {
+  Tensor result = torch::stable::new_empty(parameter, {division.channels}, ScalarType::Float);
   std::vector<double> sums(division.channels);
   for (int64_t row = 0; row < division.images * division.pieces; ++row) {
     for (int64_t c = 0; c < division.channels; ++c) {
       sums[c] += parts[row * division.channels + c];
     }
   }
-  std::copy(sums.begin(), sums.end(), target);
-  return like.scalar_type() == ScalarType::Float ? result : torch::stable::to(result, like.scalar_type());
+  std::copy(sums.begin(), sums.end(), static_cast<float*>(result.mutable_data_ptr()));
+  return parameter.scalar_type() == ScalarType::Float ? result
+                                                      : torch::stable::to(result, parameter.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
-    const Tensor& grad,
-    const std::optional<Tensor>& grad_total,
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& bias,
-    const Tensor& mean,
-    const Tensor& rstd,
-    int64_t num_groups,
-    const std::string& activation) {
-  check(x, weight, bias, num_groups);
+    const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+  check_arguments(x, weight, bias, num_groups);
   check_like("grad", grad, x);
-  for (const Tensor* statistic : {&mean, &rstd}) {
-    STD_TORCH_CHECK(
-        statistic->scalar_type() == ScalarType::Float && statistic->is_contiguous() &&
-            statistic->numel() == x.size(0) * num_groups,
-        "mean and rstd must be float32, contiguous, of shape (N, num_groups)");
-  }
+  check_statistics(mean, rstd, x.size(0) * num_groups, "of shape (N, num_groups)");
   const auto memory_format = memory_format_of(x);
-  const Tensor source = torch::stable::contiguous(x, memory_format);
-  const Tensor gradient = torch::stable::contiguous(grad, memory_format);
-  std::optional<Tensor> other;
+  const Tensor dense_x = torch::stable::contiguous(x, memory_format);
+  const Tensor dense_grad = torch::stable::contiguous(grad, memory_format);
+  std::optional<Tensor> dense_grad_total;
   if (grad_total.has_value()) {
     check_like("grad_total", *grad_total, x);
-    other = torch::stable::contiguous(*grad_total, memory_format);
+    dense_grad_total = torch::stable::contiguous(*grad_total, memory_format);
   }
-  Tensor grad_x = empty_spatial(source, x.size(2), x.size(3), x.scalar_type());
+  Tensor grad_x = empty_spatial(dense_x, x.size(2), x.size(3), x.scalar_type());
   Tensor grad_weight, grad_bias;
-  const FloatData scale(weight), shift(bias);
+  const FloatData weights(weight), biases(bias);
   dispatch_kernel_dtype("group_norm_act", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Division division = divide(source, num_groups, sizeof(T));
-    PartialStorage storage(division);
-    const Backward<T> work{
-        division,
-        activation_named(activation),
-        static_cast<const T*>(gradient.const_data_ptr()),
-        data_of<T>(other),
-        static_cast<const T*>(source.const_data_ptr()),
-        static_cast<T*>(grad_x.mutable_data_ptr()),
-        scale.data(),
-        shift.data(),
-        static_cast<const float*>(mean.const_data_ptr()),
-        static_cast<const float*>(rstd.const_data_ptr()),
-        storage.partial};
-    run(work, choose(BITFAST_EACH(backward<T>)), choose(BITFAST_EACH(backward_sums<T>)),
+    Backward<T> work{};
+    work.division = divide(dense_x, num_groups, sizeof(T));
+    PairStorage storage(work.division);
+    work.activation = activation_named(activation);
+    work.grad = static_cast<const T*>(dense_grad.const_data_ptr());
+    work.grad_total = data_of<const T>(dense_grad_total);
+    work.x = static_cast<const T*>(dense_x.const_data_ptr());
+    work.grad_x = static_cast<T*>(grad_x.mutable_data_ptr());
+    work.weight = weights.data();
+    work.bias = biases.data();
+    work.mean = static_cast<const float*>(mean.const_data_ptr());
+    work.rstd = static_cast<const float*>(rstd.const_data_ptr());
+    work.sums = storage.pairs;
+    in_one_pass_or_two(
+        work, choose(BITFAST_EACH(backward<T>)), choose(BITFAST_EACH(backward_sums<T>)),
         choose(BITFAST_EACH(backward_grad<T>)));
-    grad_weight = total_of(storage.partial.second, division, weight);
-    grad_bias = total_of(storage.partial.first, division, bias);
+    grad_weight = parameter_gradient(storage.pairs.second, work.division, weight);
+    grad_bias = parameter_gradient(storage.pairs.first, work.division, bias);
   });
   return {grad_x, grad_weight, grad_bias};
 }

@@ -1,4 +1,5 @@
-// What the loops of group_norm_act work on, and how the work is divided.
+// What the loops of group_norm_act work on, and how the work is divided;
+// shared by group_norm_act.cpp and the loops.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 namespace bitfast::group_norm_act {
 
 // A batch of feature maps cut into tasks: an image, a block of channels (whole groups), a piece of the
-// pixels. With one piece a task sees all there is of its groups, and does everything in one go.
+// pixels. If there is only one piece, a task has all values of its groups, and one pass over the tasks is enough.
 struct Division {
   int64_t images, channels, pixels, groups;
   bool channels_last;
@@ -48,13 +49,14 @@ inline int64_t offset_of(const Division& division, const Task& task) {
 }
 
 // Two numbers for each image, piece and channel: what the tasks of one block tell each other.
-struct Partial {
+struct ChannelPairs {
   double *first, *second;
 };
 
-inline Partial partial_of(const Division& division, Partial partial, const Task& task, int64_t piece) {
+// Those of a task's channels in one of the pieces.
+inline ChannelPairs pairs_of(const Division& division, ChannelPairs pairs, const Task& task, int64_t piece) {
   const int64_t offset = (task.image * division.pieces + piece) * division.channels + task.first_channel;
-  return {partial.first + offset, partial.second + offset};
+  return {pairs.first + offset, pairs.second + offset};
 }
 
 template <typename T>
@@ -68,8 +70,8 @@ struct Forward {
   T* result;
   const float *weight, *bias;
   float *mean, *rstd;  // or null
-  Partial moments;  // mean, and sum of the squared differences from it
-  const T* shortcut;  // added after the norm, before the activation; or null
+  ChannelPairs moments;  // mean, and sum of the squared differences from it
+  const T* shortcut;     // added after the norm, before the activation; or null
   const double *known_means, *known_variances;  // for each image and channel; or null
 };
 
@@ -83,7 +85,7 @@ struct Backward {
   T* grad_x;
   const float *weight, *bias;
   const float *mean, *rstd;
-  Partial sums;  // of the gradient before the activation, and of its product with the normalized x
+  ChannelPairs sums;  // of the gradient before the activation, and of its product with the normalized x
 };
 
 }  // namespace bitfast::group_norm_act

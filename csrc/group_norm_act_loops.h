@@ -1,4 +1,5 @@
-// The loops of group_norm_act. Included once per instruction set, inside its namespace.
+// The loops of group_norm_act: moments, normalization, gradients.
+// Included once per instruction set, inside its namespace.
 #include "vectors.h"
 #include "activation_vectors.h"
 #include "moments.h"
@@ -22,7 +23,7 @@ BITFAST_INLINE void for_each_strip(int64_t channels, const Function& function) {
 // ---- forward: moments ------------------------------------------------------------------------------
 
 template <typename T, bool adds>
-void channels_last_moments(const Forward<T>& work, const Task& task, Partial moments) {
+void channels_last_moments(const Forward<T>& work, const Task& task, ChannelPairs moments) {
   const int64_t stride = work.division.channels;
   const int64_t start = offset_of(work.division, task);
   for (int64_t p = 0; p < task.pixels; p += few_pixels) {
@@ -44,7 +45,7 @@ void add_rows(const T* x, const T* residual, T* total, int64_t length) {
 }
 
 template <typename T>
-void contiguous_moments(const Forward<T>& work, const Task& task, Partial moments) {
+void contiguous_moments(const Forward<T>& work, const Task& task, ChannelPairs moments) {
   const Division& division = work.division;
   // Where the channels of a group adjoin, they are one row.
   const int64_t channels = division.pieces == 1 ? division.group_size() : 1;
@@ -64,7 +65,7 @@ void contiguous_moments(const Forward<T>& work, const Task& task, Partial moment
 
 template <typename T>
 void forward_moments(const Forward<T>& work, const Task& task) {
-  const Partial moments = partial_of(work.division, work.moments, task, task.piece);
+  const ChannelPairs moments = pairs_of(work.division, work.moments, task, task.piece);
   if (!work.division.channels_last) {
     return contiguous_moments(work, task, moments);
   }
@@ -102,7 +103,7 @@ void coefficients_of(const Forward<T>& work, const Task& task, Coefficients& coe
         return;
       }
       for (int64_t piece = 0; piece < division.pieces; ++piece) {
-        const Partial part = partial_of(division, work.moments, task, piece);
+        const ChannelPairs part = pairs_of(division, work.moments, task, piece);
         const double pixels = std::min(division.piece, division.pixels - piece * division.piece);
         for (int64_t c = first; c < first + size; ++c) {
           function(part.first[c], part.second[c], pixels);
@@ -123,7 +124,7 @@ void coefficients_of(const Forward<T>& work, const Task& task, Coefficients& coe
       const float scale = work.weight[task.first_channel + c] * rstd;
       coefficients.center[c] = center;
       coefficients.scale[c] = scale;
-      // Less what the rounding of the mean was off by.
+      // Corrected by the error of the rounded mean.
       coefficients.shift[c] = work.bias[task.first_channel + c] - static_cast<float>(mean - center) * scale;
     }
   }
@@ -225,8 +226,8 @@ BITFAST_INLINE float rstd_of(const Backward<T>& work, int64_t group) {
   return work.division.group_size() * work.division.pixels == 1 ? 0.0f : work.rstd[group];
 }
 
-// Float32 sums of more terms than this in a row lose digits: sums of that many are summed in turn, and those
-// sums in float64.
+// Float32 sums of more terms than this lose digits: sums of that many are summed in turn, and those sums in
+// float64.
 constexpr int64_t short_sum = 8;
 
 // The vector of `count` channels from `channel`.
@@ -245,7 +246,7 @@ BITFAST_INLINE Channel channels_from(const Backward<T>& work, const Task& task, 
   return result;
 }
 
-// The same for one channel in all lanes.
+// One channel in all lanes.
 template <typename T>
 BITFAST_INLINE Channel channel_at(const Backward<T>& work, const Task& task, int64_t channel) {
   const int64_t c = task.first_channel + channel;
@@ -254,7 +255,7 @@ BITFAST_INLINE Channel channel_at(const Backward<T>& work, const Task& task, int
 }
 
 template <typename T, Activation activation, int vectors, typename Count>
-void strip_sums(const Backward<T>& work, const Task& task, int64_t channel, Count count, Partial sums) {
+void strip_sums(const Backward<T>& work, const Task& task, int64_t channel, Count count, ChannelPairs sums) {
   const int64_t stride = work.division.channels;
   const int64_t start = offset_of(work.division, task) + channel;
   Channel channels[vectors];
@@ -290,7 +291,7 @@ void strip_sums(const Backward<T>& work, const Task& task, int64_t channel, Coun
 }
 
 template <typename T, Activation activation>
-void row_sums(const Backward<T>& work, const Task& task, int64_t channel, Partial sums) {
+void row_sums(const Backward<T>& work, const Task& task, int64_t channel, ChannelPairs sums) {
   const int64_t start = offset_of(work.division, task) + channel * work.division.pixels;
   const Channel c = channel_at(work, task, channel);
   constexpr int64_t few = few_pixels * lanes;
@@ -313,7 +314,7 @@ void row_sums(const Backward<T>& work, const Task& task, int64_t channel, Partia
 
 template <typename T>
 void backward_sums(const Backward<T>& work, const Task& task) {
-  const Partial sums = partial_of(work.division, work.sums, task, task.piece);
+  const ChannelPairs sums = pairs_of(work.division, work.sums, task, task.piece);
   dispatch_activation(work.activation, [&](auto activation) {
     if (!work.division.channels_last) {
       for (int64_t c = 0; c < task.channels; ++c) {
@@ -344,7 +345,7 @@ void grad_coefficients_of(const Backward<T>& work, const Task& task, GradCoeffic
   for (int64_t first = 0; first < task.channels; first += size) {
     double sum = 0, product = 0;
     for (int64_t piece = 0; piece < division.pieces; ++piece) {
-      const Partial part = partial_of(division, work.sums, task, piece);
+      const ChannelPairs part = pairs_of(division, work.sums, task, piece);
       for (int64_t c = first; c < first + size; ++c) {
         const double weight = work.weight[task.first_channel + c];
         sum += weight * part.first[c];
@@ -389,7 +390,7 @@ void backward_grad(const Backward<T>& work, const Task& task) {
     for_each_strip(task.channels, [&](auto vectors, int64_t c, auto count) {
       Channel channels[vectors];
       Vector offsets[vectors], projections[vectors];
-          for (int v = 0; v < vectors; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         channels[v] = channels_from(work, task, c + v * lanes, count);
         offsets[v] = load_up_to(offset + c + v * lanes, count);
         projections[v] = load_up_to(projection + c + v * lanes, count);

@@ -1,4 +1,5 @@
-// Tells which of the instruction sets the CPU kernels use on this machine.
+// The operator that names the instruction set which the CPU kernels use on this machine,
+// for `bitfast env` and the tests.
 #include "errors.h"
 
 #include "instruction_sets.h"

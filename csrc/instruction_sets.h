@@ -2,10 +2,12 @@
 //
 // A file of loops has no include guard and stands in no namespace of its own. What includes it does
 //
-//   #define BITFAST_LOOPS "my_loops.h"
+//   #define BITFAST_LOOPS "my_op_loops.h"
+//   #define BITFAST_OP my_op
 //   #include "each_instruction_set.h"
 //
-// and calls `choose(BITFAST_EACH(my_function))(arguments)`.
+// and calls `choose(BITFAST_EACH(my_function))(arguments)`. Before the last line it may define BITFAST_SETS, for
+// loops that are written for some sets only.
 #pragma once
 
 #include <cstdint>
@@ -20,12 +22,18 @@
 #define BITFAST_X86 0
 #endif
 
+// What BITFAST_SETS is a sum of.
+#define BITFAST_BASELINE 1
+#define BITFAST_AVX2 2
+#define BITFAST_AVX512 4
+#define BITFAST_AVX512_BF16 8
+
 namespace bitfast {
 
 enum class InstructionSet { baseline, avx2, avx512 };
 
-// The best set that this CPU has. Like torch, it respects ATEN_CPU_CAPABILITY=default|avx2|avx512, which
-// can only lower the choice, and looks once.
+// The best set that this CPU has. As in torch, ATEN_CPU_CAPABILITY=default|avx2|avx512 can lower the choice, but not
+// raise it; it is read once.
 inline InstructionSet instruction_set() {
 #if BITFAST_X86
   static const InstructionSet chosen = [] {

@@ -1,4 +1,5 @@
-// The dtypes that the CPU kernels of norms and weights are written for: NATIVE_CPU_DTYPES in bitfast/ops/common.py.
+// The dtypes that the CPU kernels of norms, convolutions and weights are written for:
+// NATIVE_CPU_DTYPES in bitfast/ops/common.py.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

@@ -1,4 +1,5 @@
-// Means and sums of squares that do not cancel. Included once per instruction set, after vectors.h.
+// Means and sums of squared differences, without cancellation.
+// Included once per instruction set, after vectors.h.
 //
 // A short piece is read twice while it lies in the nearest cache: for its mean, then for the squares of what
 // differs from it. Pieces are joined as Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm
@@ -48,7 +49,7 @@ Moments moments_of(const T* values, int64_t count) {
       rest += d;
       rest_squares += d * d;
     }
-    // What the rounding of the center was off by.
+    // The error of the rounded center.
     const double shift = rest / n;
     join(seen, start, {center + shift, rest_squares - rest * shift}, n);
   }
@@ -98,7 +99,7 @@ void strip_moments(
   const double weight = seen * part, inverse = 1.0 / pixels;
   const int64_t channels = (vectors - 1) * lanes + std::min<int64_t>(count, lanes);
   for (int64_t c = 0; c < channels; ++c) {
-    // What the rounding of the center was off by.
+    // The error of the rounded center.
     const double shift = rests[c] * inverse;
     const double difference = centers[c] + shift - means[c];
     means[c] += difference * part;

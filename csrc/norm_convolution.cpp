@@ -1,18 +1,18 @@
-// norm_convolution: the schemas and the CPU kernels, for AVX-512. bitfast/ops/norm_convolution.py says what each
-// takes and returns.
+// norm_convolution: the schemas, and the operators on CPUs with AVX-512, which divide the work and call the loops.
+// bitfast/ops/norm_convolution.py says what each takes and returns.
 #include "errors.h"
 
 #include "norm_convolution.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "float_data.h"
 #include "instruction_sets.h"
 #include "kernel_dtypes.h"
@@ -20,33 +20,18 @@
 
 #if BITFAST_X86
 #include <cpuid.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-namespace bitfast::avx512 {
-constexpr int vector_bytes = 64;
-using namespace bitfast::norm_convolution;
-#include "norm_convolution_loops.h"
-}  // namespace bitfast::avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
-namespace bitfast::avx512_bf16 {
-constexpr int vector_bytes = 64;
-using namespace bitfast::norm_convolution;
-#include "norm_convolution_loops.h"
-}  // namespace bitfast::avx512_bf16
-#pragma GCC pop_options
 #endif
+
+#define BITFAST_LOOPS "norm_convolution_loops.h"
+#define BITFAST_OP norm_convolution
+#define BITFAST_SETS BITFAST_AVX512 + BITFAST_AVX512_BF16
+#include "each_instruction_set.h"
 
 namespace bitfast::norm_convolution {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-// The packed input of a task, of a 1x1 convolution with the result, should leave room in a core's own cache (1 MiB)
-// for the weights that pass by; but they should pass by for no fewer rows than this.
+// The packed input of a task (and, for 1x1 filters, its result) should leave room in a core's own cache (1 MiB) for
+// the weights that stream through it; but weights should be streamed for no fewer rows than few_rows.
 constexpr int64_t task_bytes = 256 * 1024, few_rows = 4 * tile_rows;
 // A task of fewer multiplications than this is not worth another thread.
 constexpr int64_t multiplications_per_task = 1 << 18;
@@ -149,15 +134,25 @@ struct Coefficients {
   std::vector<float> center, scale, shift;
 };
 
-// From the mean and the variance of each image's channels.
-Coefficients coefficients_of(
-    const double* means, const double* variances, int64_t images, int64_t channels, int64_t groups, double eps,
-    const float* weight, const float* bias) {
+// A norm as the operators take it; none without a weight.
+struct Norm {
+  std::optional<Tensor> moments, weight, bias;
+  int64_t groups;
+  double eps;
+  std::string activation;
+};
+
+Coefficients coefficients_of(const Norm& norm, const Tensor& x) {
+  check_moments(*norm.moments, x);
+  const int64_t images = x.size(0), channels = x.size(1);
+  const double* means = static_cast<const double*>(norm.moments->const_data_ptr());
+  const double* variances = means + images * channels;
+  const FloatData weight(*norm.weight), bias(*norm.bias);
   Coefficients result;
   for (std::vector<float>* numbers : {&result.center, &result.scale, &result.shift}) {
     numbers->resize(images * channels);
   }
-  const int64_t size = channels / groups;
+  const int64_t size = channels / norm.groups;
   for (int64_t first = 0; first < images * channels; first += size) {
     double mean = 0, variance = 0;
     for (int64_t c = first; c < first + size; ++c) {
@@ -167,59 +162,79 @@ Coefficients coefficients_of(
     for (int64_t c = first; c < first + size; ++c) {
       variance += variances[c] + (means[c] - mean) * (means[c] - mean);
     }
-    const float rstd = static_cast<float>(1.0 / std::sqrt(variance / size + eps));
+    const float rstd = static_cast<float>(1.0 / std::sqrt(variance / size + norm.eps));
     const float center = static_cast<float>(mean);
     for (int64_t c = first; c < first + size; ++c) {
-      const float scale = weight[c % channels] * rstd;
+      const float scale = weight.data()[c % channels] * rstd;
       result.center[c] = center;
       result.scale[c] = scale;
-      // Less what the rounding of the mean was off by.
-      result.shift[c] = bias[c % channels] - static_cast<float>(mean - center) * scale;
+      // Corrected by the error of the rounded mean.
+      result.shift[c] = bias.data()[c % channels] - static_cast<float>(mean - center) * scale;
     }
   }
   return result;
 }
 
-// The mean and the variance of each image's channels, from those of its pieces.
-void join_pieces(
-    const double* means, const double* squares, int64_t images, int64_t pieces, int64_t channels, int64_t pixels,
-    int64_t pixels_per_piece, double* mean, double* variance) {
-  torch::stable::parallel_for(0, images, std::max<int64_t>(1, 16384 / (pieces * channels)), [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      double *m = mean + image * channels, *v = variance + image * channels;
-      std::fill_n(m, channels, 0.0);
-      std::fill_n(v, channels, 0.0);
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t at = (image * pieces + piece) * channels, seen = piece * pixels_per_piece;
-        const double added = std::min(pixels_per_piece, pixels - seen), part = added / (seen + added);
+// The moments of each image's channels, piece by piece: means, and sums of the squared differences from them.
+class PieceMoments {
+ public:
+  PieceMoments(int64_t images, int64_t pieces, int64_t channels)
+      : images_(images), pieces_(pieces), channels_(channels), numbers_(2 * images * pieces * channels) {}
+
+  double* means() { return numbers_.data(); }
+  double* squares() { return numbers_.data() + numbers_.size() / 2; }
+
+  // Writes the mean and the variance of each image's channels, of shape (2, N, C). The last piece of an image may have
+  // fewer pixels than the others.
+  void join_into(const Tensor& result, int64_t pixels, int64_t pixels_per_piece) {
+    const int64_t pieces = pieces_, channels = channels_;
+    const double *means = this->means(), *squares = this->squares();
+    double* mean = static_cast<double*>(result.mutable_data_ptr());
+    double* variance = mean + images_ * channels;
+    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, pieces * channels));
+    torch::stable::parallel_for(0, images_, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) {
+        double *m = mean + image * channels, *v = variance + image * channels;
+        std::fill_n(m, channels, 0.0);
+        std::fill_n(v, channels, 0.0);
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t at = (image * pieces + piece) * channels, seen = piece * pixels_per_piece;
+          const double added = std::min(pixels_per_piece, pixels - seen), part = added / (seen + added);
+          for (int64_t c = 0; c < channels; ++c) {
+            const double difference = means[at + c] - m[c];
+            m[c] += difference * part;
+            v[c] += squares[at + c] + difference * difference * seen * part;
+          }
+        }
         for (int64_t c = 0; c < channels; ++c) {
-          const double difference = means[at + c] - m[c];
-          m[c] += difference * part;
-          v[c] += squares[at + c] + difference * difference * seen * part;
+          v[c] /= pixels;
         }
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        v[c] /= pixels;
-      }
-    }
-  });
-}
+    });
+  }
+
+ private:
+  int64_t images_, pieces_, channels_;
+  std::vector<double> numbers_;
+};
 
 // ---- the convolution -------------------------------------------------------------------------------
 
+// Cuts the work into tasks.
 template <typename T>
-void divide(Work<T>& work, int64_t kernel) {
+void divide(Work<T>& work, int64_t kernel_size) {
+  const bool is_pointwise = kernel_size == 1;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t row_squares = kernel == 1 ? 1 : squares_in_row(work.width);
-  const int64_t row_bytes = 4 * work.words() * row_squares * (kernel == 1 ? 1 : positions);
-  work.rows = kernel == 1 ? work.height * work.width : ceil_div(work.height, 2);
-  int64_t pieces = kernel == 1
-      ? ceil_div(work.rows, std::max(few_rows, task_bytes / (row_bytes + work.out_channels * static_cast<int64_t>(sizeof(T)))))
-      : ceil_div(work.rows * row_bytes, task_bytes);
-  // Enough for all threads, evenly, but none that fills less than a tile.
+  const int64_t row_squares = is_pointwise ? 1 : squares_in_row(work.width);
+  const int64_t row_bytes = 4 * work.words() * row_squares * (is_pointwise ? 1 : positions);
+  work.rows = is_pointwise ? work.height * work.width : ceil_div(work.height, 2);
+  const int64_t result_bytes = work.out_channels * static_cast<int64_t>(sizeof(T));
+  int64_t pieces = is_pointwise ? ceil_div(work.rows, std::max(few_rows, task_bytes / (row_bytes + result_bytes)))
+                                : ceil_div(work.rows * row_bytes, task_bytes);
+  // As many as keep all threads equally busy, but none smaller than a tile.
   const int64_t most = std::max<int64_t>(1, work.rows * row_squares / tile_rows);
   const int64_t columns = ceil_div(work.out_channels, panel_columns);
-  const int64_t cost = work.rows * row_squares * work.in_channels * work.out_channels * (kernel == 1 ? 1 : positions);
+  const int64_t cost = work.rows * row_squares * work.in_channels * work.out_channels * (is_pointwise ? 1 : positions);
   const int64_t worthwhile = std::max<int64_t>(1, work.images * cost / multiplications_per_task);
   const int64_t wanted = std::min(threads, worthwhile);
   while (pieces < most && (work.images * pieces) % wanted != 0 && pieces < 4 * wanted) {
@@ -240,10 +255,10 @@ template <typename T>
 using Function = void(const Work<T>&, const Task&, float*);
 
 template <typename T>
-Function<T>* function_for(int64_t kernel) {
+Function<T>* function_for(int64_t kernel_size) {
 #if BITFAST_X86
   if constexpr (sizeof(T) == 4) {
-    return kernel == 1 ? &avx512::pointwise<T> : &avx512::winograd;
+    return kernel_size == 1 ? &avx512::pointwise<T> : &avx512::winograd;
   } else {
     return avx512_bf16::pointwise<T>;
   }
@@ -253,15 +268,15 @@ Function<T>* function_for(int64_t kernel) {
 }
 
 template <typename T>
-void run(const Work<T>& work, int64_t kernel, const Tensor& like) {
+void run_tasks(const Work<T>& work, int64_t kernel_size, const Tensor& like) {
   const int64_t tasks = work.tasks(), workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   if (tasks == 0) {
     return;
   }
-  const int64_t words = ceil_div(scratch_words(work, kernel), chunk_words) * chunk_words + 16 * chunk_words;
+  const int64_t words = ceil_div(scratch_words(work, kernel_size), chunk_words) * chunk_words + 16 * chunk_words;
   Tensor scratch = torch::stable::new_empty(like, {workers * words}, ScalarType::Float);
   float* memory = static_cast<float*>(scratch.mutable_data_ptr());
-  Function<T>* function = function_for<T>(kernel);
+  Function<T>* function = function_for<T>(kernel_size);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t number = worker * tasks / workers; number < (worker + 1) * tasks / workers; ++number) {
@@ -271,79 +286,74 @@ void run(const Work<T>& work, int64_t kernel, const Tensor& like) {
   });
 }
 
-struct Norm {
-  std::optional<Tensor> moments, weight, bias;
-  int64_t groups;
-  double eps;
-  std::string activation;
-};
-
-void check_moments(const Tensor& moments, const Tensor& x) {
-  STD_TORCH_CHECK(
-      moments.dim() == 3 && moments.size(0) == 2 && moments.size(1) == x.size(0) && moments.size(2) == x.size(1) &&
-          moments.scalar_type() == ScalarType::Double && moments.is_contiguous(),
-      "moments must be float64, contiguous, of shape (2, N, C)");
-}
-
 bool is_dense_channels_last(const Tensor& x) {
   return x.numel() == 0 || is_channels_last(x) || (x.is_contiguous() && (x.size(1) == 1 || x.size(2) * x.size(3) == 1));
 }
 
-void convolve(
-    const Tensor& x, const Norm& norm, const Tensor& packed, int64_t kernel, int64_t stride, Tensor& result, bool adds,
-    std::optional<Tensor> result_moments) {
-  const int64_t images = x.size(0), in = x.size(1);
-  STD_TORCH_CHECK(is_dense_channels_last(x) && is_dense_channels_last(result), "x and the result must be channels_last");
+// Filters as the operators take them.
+struct Filters {
+  const Tensor& packed;
+  int64_t kernel_size, stride;
+};
+
+template <typename T>
+Work<T> work_of(const Tensor& x, const Filters& filters, const Tensor& result) {
+  Work<T> work{};
+  work.images = x.size(0);
+  work.in_channels = x.size(1);
+  work.out_channels = result.size(1);
+  work.in_height = x.size(2);
+  work.in_width = x.size(3);
+  work.height = result.size(2);
+  work.width = result.size(3);
+  work.stride = filters.stride;
+  const Tensor& packed = filters.packed;
+  const int64_t panels = ceil_div(work.out_channels, panel_columns) * (filters.kernel_size == 1 ? 1 : positions);
+  STD_TORCH_CHECK(
+      packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+          packed.numel() * static_cast<int64_t>(sizeof(T)) == panels * work.panel_words() * 4,
+      "the weight was packed for another convolution");
+  work.x = static_cast<const T*>(x.const_data_ptr());
+  work.weight = static_cast<const float*>(packed.const_data_ptr());
+  work.result = static_cast<T*>(result.mutable_data_ptr());
+  divide(work, filters.kernel_size);
+  return work;
+}
+
+// Writes the convolution to the result, or adds it to what the result holds. Returns the moments of the result, of
+// no images if nobody wants them.
+Tensor convolve(
+    const Tensor& x, const Norm& norm, const Filters& filters, const Tensor& result, bool adds, bool wants_moments) {
+  STD_TORCH_CHECK(
+      is_dense_channels_last(x) && is_dense_channels_last(result), "x and the result must be channels_last");
   const std::string problem = problem_with(x.scalar_type() == ScalarType::BFloat16);
   STD_TORCH_CHECK(problem.empty(), "norm_convolution cannot run here: ", problem);
+  const int64_t images = wants_moments ? x.size(0) : 0;
+  Tensor moments = torch::stable::new_empty(result, {2, images, result.size(1)}, ScalarType::Double);
   dispatch_kernel_dtype("norm_convolution", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Work<T> work{};
-    work.images = images;
-    work.in_channels = in;
-    work.out_channels = result.size(1);
-    work.in_height = x.size(2);
-    work.in_width = x.size(3);
-    work.height = result.size(2);
-    work.width = result.size(3);
-    work.stride = stride;
-    const int64_t panels = ceil_div(work.out_channels, panel_columns) * (kernel == 1 ? 1 : positions);
-    STD_TORCH_CHECK(
-        packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
-            packed.numel() * static_cast<int64_t>(sizeof(T)) == panels * work.panel_words() * 4,
-        "the weight was packed for another convolution");
+    Work<T> work = work_of<T>(x, filters, result);
     work.activation = activation_named(norm.activation);
-    work.x = static_cast<const T*>(x.const_data_ptr());
-    work.weight = static_cast<const float*>(packed.const_data_ptr());
-    work.result = static_cast<T*>(result.mutable_data_ptr());
     work.adds = adds;
     Coefficients coefficients;
     if (norm.weight.has_value()) {
-      check_moments(*norm.moments, x);
-      const FloatData weight(*norm.weight), bias(*norm.bias);
-      const double* means = static_cast<const double*>(norm.moments->const_data_ptr());
-      coefficients = coefficients_of(
-          means, means + images * in, images, in, norm.groups, norm.eps, weight.data(), bias.data());
+      coefficients = coefficients_of(norm, x);
       work.center = coefficients.center.data();
       work.scale = coefficients.scale.data();
       work.shift = coefficients.shift.data();
     }
-    divide(work, kernel);
-    std::vector<double> parts;
-    if (result_moments.has_value()) {
-      parts.resize(2 * images * work.pieces * work.out_channels);
-      work.means = parts.data();
-      work.squares = parts.data() + parts.size() / 2;
+    PieceMoments parts(images, work.pieces, work.out_channels);
+    if (wants_moments) {
+      work.means = parts.means();
+      work.squares = parts.squares();
     }
-    run(work, kernel, x);
-    if (result_moments.has_value()) {
-      double* means = static_cast<double*>(result_moments->mutable_data_ptr());
-      const int64_t rows = kernel == 1 ? work.piece : 2 * work.piece * work.width;
-      join_pieces(
-          work.means, work.squares, images, work.pieces, work.out_channels, work.height * work.width, rows, means,
-          means + images * work.out_channels);
+    run_tasks(work, filters.kernel_size, x);
+    if (wants_moments) {
+      const int64_t pixels_per_piece = filters.kernel_size == 1 ? work.piece : 2 * work.piece * work.width;
+      parts.join_into(moments, work.height * work.width, pixels_per_piece);
     }
   });
+  return moments;
 }
 
 // The mean and the variance of each image's channels, of shape (2, N, C).
@@ -353,12 +363,10 @@ Tensor channel_moments(const Tensor& x) {
   STD_TORCH_CHECK(problem.empty(), "channel_moments cannot run here: ", problem);
   const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   Tensor moments = torch::stable::new_empty(x, {2, images, channels}, ScalarType::Double);
-  double* means = static_cast<double*>(moments.mutable_data_ptr());
   // Pieces of 64 KiB or so, which a core reads twice.
   const int64_t piece = std::clamp<int64_t>(16384 / std::max<int64_t>(1, channels), 1, std::max<int64_t>(1, pixels));
   const int64_t pieces = ceil_div(pixels, piece);
-  std::vector<double> parts(2 * images * pieces * channels);
-  double *part_means = parts.data(), *part_squares = parts.data() + parts.size() / 2;
+  PieceMoments parts(images, pieces, channels);
 #if BITFAST_X86
   dispatch_kernel_dtype("channel_moments", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -368,13 +376,12 @@ Tensor channel_moments(const Tensor& x) {
         const int64_t first = number % pieces * piece;
         avx512::moments_of_pixels<T>(
             source + (number / pieces * pixels + first) * channels, std::min(piece, pixels - first), channels, channels,
-            part_means + number * channels, part_squares + number * channels);
+            parts.means() + number * channels, parts.squares() + number * channels);
       }
     });
   });
 #endif
-  join_pieces(
-      part_means, part_squares, images, pieces, channels, pixels, piece, means, means + images * channels);
+  parts.join_into(moments, pixels, piece);
   return moments;
 }
 
@@ -385,13 +392,12 @@ Norm norm_of(
   if (!weight.has_value()) {
     return norm;
   }
-  STD_TORCH_CHECK(
-      num_groups >= 1 && x.size(1) % num_groups == 0, "num_groups must divide the ", x.size(1),
-      " channels of x, got ", num_groups);
+  check_num_groups(x, num_groups);
   STD_TORCH_CHECK(bias.has_value(), "a norm has a weight and a bias");
   for (const std::optional<Tensor>* parameter : {&weight, &bias}) {
     STD_TORCH_CHECK(
-        (*parameter)->dim() == 1 && (*parameter)->size(0) == x.size(1), "the norm's weight and bias must have shape (C,)");
+        (*parameter)->dim() == 1 && (*parameter)->size(0) == x.size(1),
+        "the norm's weight and bias must have shape (C,)");
   }
   if (!moments.has_value()) {
     norm.moments = channel_moments(x);
@@ -399,13 +405,8 @@ Norm norm_of(
   return norm;
 }
 
-Tensor empty_moments(const Tensor& result, bool wants_moments) {
-  return torch::stable::new_empty(
-      result, {2, wants_moments ? result.size(0) : 0, result.size(1)}, ScalarType::Double);
-}
-
 void check_convolution(const Tensor& x, int64_t kernel_size, int64_t stride) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (N, C, H, W), got ", x.dim(), " dimensions");
+  check_feature_maps(x);
   STD_TORCH_CHECK(
       (kernel_size == 1 && stride >= 1) ||
           (kernel_size == 3 && stride == 1 && x.scalar_type() == ScalarType::Float),
@@ -413,53 +414,28 @@ void check_convolution(const Tensor& x, int64_t kernel_size, int64_t stride) {
 }
 
 std::tuple<Tensor, Tensor> norm_convolution(
-    const Tensor& x,
-    const std::optional<Tensor>& moments,
-    const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias,
-    int64_t num_groups,
-    double eps,
-    const std::string& activation,
-    const Tensor& packed,
-    int64_t out_channels,
-    int64_t kernel_size,
-    int64_t stride,
-    bool wants_moments) {
+    const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias, int64_t num_groups, double eps, const std::string& activation,
+    const Tensor& packed, int64_t out_channels, int64_t kernel_size, int64_t stride, bool wants_moments) {
   check_convolution(x, kernel_size, stride);
-  const std::array<int64_t, 4> size{
-      x.size(0), out_channels, ceil_div(x.size(2), stride), ceil_div(x.size(3), stride)};
-  Tensor result = torch::stable::empty(
-      {size.data(), size.size()}, x.scalar_type(), std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  Tensor result_moments = empty_moments(result, wants_moments);
-  convolve(
-      x, norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation), packed, kernel_size, stride, result,
-      false, wants_moments ? std::optional<Tensor>(result_moments) : std::nullopt);
-  return {result, result_moments};
+  const int64_t height = ceil_div(x.size(2), stride), width = ceil_div(x.size(3), stride);
+  const Tensor result =
+      empty_4d({x.size(0), out_channels, height, width}, x.scalar_type(), x.device(), MemoryFormat::ChannelsLast);
+  const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation);
+  return {result, convolve(x, norm, {packed, kernel_size, stride}, result, false, wants_moments)};
 }
 
 Tensor norm_convolution_add(
-    const Tensor& x,
-    const std::optional<Tensor>& moments,
-    const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias,
-    int64_t num_groups,
-    double eps,
-    const std::string& activation,
-    const Tensor& packed,
-    Tensor total,
-    int64_t kernel_size,
-    int64_t stride,
-    bool wants_moments) {
+    const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias, int64_t num_groups, double eps, const std::string& activation,
+    const Tensor& packed, const Tensor& total, int64_t kernel_size, int64_t stride, bool wants_moments) {
   check_convolution(x, kernel_size, stride);
   STD_TORCH_CHECK(
       total.dim() == 4 && total.scalar_type() == x.scalar_type() && total.size(0) == x.size(0) &&
           total.size(2) == ceil_div(x.size(2), stride) && total.size(3) == ceil_div(x.size(3), stride),
       "total must have the dtype and the shape of the convolution");
-  Tensor total_moments = empty_moments(total, wants_moments);
-  convolve(
-      x, norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation), packed, kernel_size, stride, total,
-      true, wants_moments ? std::optional<Tensor>(total_moments) : std::nullopt);
-  return total_moments;
+  const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation);
+  return convolve(x, norm, {packed, kernel_size, stride}, total, true, wants_moments);
 }
 
 Tensor pack_norm_convolution(const Tensor& weight, bool as_bfloat16) {

@@ -1,10 +1,12 @@
-// What the loops of norm_convolution work on, and how the work is divided.
+// What the loops of norm_convolution work on, and how the work is divided;
+// shared by norm_convolution.cpp and the loops.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "activation.h"
+#include "ceil_div.h"
 
 namespace bitfast::norm_convolution {
 
@@ -13,10 +15,6 @@ namespace bitfast::norm_convolution {
 constexpr int64_t tile_rows = 14, panel_columns = 32;
 // Words of 4 bytes, each one float32 or two bfloat16 channels, that a row of a packed tile has before the next.
 constexpr int64_t chunk_words = 16;
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Words per row of the packed input and per column of the packed weight: whole chunks.
 inline int64_t words_of(int64_t channels, int64_t element_bytes) {
@@ -45,7 +43,7 @@ struct Work {
   const float *center, *scale, *shift;  // for each image and input channel; null: x is taken as it is
   const float* weight;                  // packed
   T* result;
-  bool adds;               // to what the result holds
+  bool adds;                // to what the result holds
   double *means, *squares;  // for each image, piece and output channel, or null
   int64_t rows;    // in an image
   int64_t piece;   // rows; the last piece may have fewer
@@ -94,8 +92,8 @@ inline int64_t position_words(int64_t squares, int64_t words) {
 
 // The words that a task needs for itself: the packed input, the products of a panel, the normalized rows.
 template <typename T>
-int64_t scratch_words(const Work<T>& work, int64_t kernel) {
-  if (kernel == 1) {
+int64_t scratch_words(const Work<T>& work, int64_t kernel_size) {
+  if (kernel_size == 1) {
     return work.piece * work.words();
   }
   const int64_t across = squares_in_row(work.width), squares = work.piece * across;

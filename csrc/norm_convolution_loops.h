@@ -1,4 +1,5 @@
-// The loops of norm_convolution. Included once per instruction set with 16 lanes, inside its namespace.
+// The loops of norm_convolution: packing, products, moments of the result.
+// Included once per instruction set with 16 lanes, inside its namespace.
 #include "vectors.h"
 #include "activation_vectors.h"
 #include "moments.h"
@@ -47,7 +48,7 @@ BITFAST_INLINE void multiply_chunks(const float* a, const float* panel, int64_t 
   }
 }
 
-// The same, summed in pieces: the longer a sum, the more its rounding costs.
+// multiply_chunks, summed in pieces: the longer a sum, the more its rounding costs.
 template <typename T, int rows>
 BITFAST_INLINE void multiply(const float* a, const float* panel, int64_t words, Vector (&result)[rows][2]) {
   const int64_t first = std::min(words, summed_words);
@@ -59,7 +60,7 @@ BITFAST_INLINE void multiply(const float* a, const float* panel, int64_t words, 
   }
 }
 
-// Calls function with `rows` as a constant of the compiler's.
+// Calls function with `rows` as a compile-time constant.
 template <int most = tile_rows, typename Function>
 BITFAST_INLINE void with_rows(int64_t rows, const Function& function) {
   if constexpr (most == 1) {
@@ -156,7 +157,7 @@ BITFAST_INLINE void pack_chunk(
   }
 }
 
-// Calls function(activation, normalizes) with both as constants of the compiler's.
+// Calls function(activation, normalizes) with both as compile-time constants.
 template <typename T, typename Function>
 void dispatch_normalization(const Work<T>& work, const Function& function) {
   if (work.center == nullptr) {
@@ -269,7 +270,8 @@ void pack_pixels(const Work<T>& work, const Task& task, const Tiles& tiles, floa
       float* target = packed + t * tiles.size * work.words();
       int64_t c = 0;
       for (; c + channels <= work.in_channels; c += channels, target += rows * chunk_words) {
-        pack_chunk<T, activation, normalizes>(work, task.image, sources, rows, c, All{}, target, rows * work.in_channels);
+        pack_chunk<T, activation, normalizes>(
+            work, task.image, sources, rows, c, All{}, target, rows * work.in_channels);
       }
       if (c < work.in_channels) {
         pack_chunk<T, activation, normalizes>(work, task.image, sources, rows, c, work.in_channels - c, target, 0);

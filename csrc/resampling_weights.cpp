@@ -1,17 +1,13 @@
-// The tables of Pillow's filters, in the operations and the order of src/libImaging/Resample.c and Geometry.c
-// of https://python-pillow.org, so that they round alike.
+// The tables of Pillow's filters, computed by the same operations in the same order as in src/libImaging/Resample.c
+// and Geometry.c of https://python-pillow.org, so that all roundings are the same.
 #include "resampling_weights.h"
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
-// A product and a sum are rounded one after the other there.
-#ifdef __clang__
-#pragma clang fp contract(off)
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
+#include "ceil_div.h"
+#include "no_fp_contraction.h"
 
 namespace bitfast::resize_normalize {
 namespace {
@@ -59,7 +55,7 @@ double hamming(double x) {
     return 0.0;
   }
   x = x * pi;
-  return std::sin(x) / x * (0.54f + 0.46f * std::cos(x));  // these two are single there, and do not add up to 1
+  return std::sin(x) / x * (0.54f + 0.46f * std::cos(x));  // Pillow's constants: single precision, and not 1 in sum
 }
 
 using Kernel = double (*)(double);
@@ -91,56 +87,56 @@ void quantize(double weight, int32_t& result) {
 }
 
 template <typename Weight>
-void fill_copies(int64_t in_size, int64_t out_size, int64_t first, Axis<Weight>& axis) {
+void fill_copies(const Line& line, Axis<Weight>& axis) {
   axis.copies = true;
   quantize(1.0, axis.weights.emplace_back());
   axis.weights.resize(axis.count, axis.weights[0]);
-  if (in_size == out_size) {
+  if (line.in_size == line.out_size) {
     for (int64_t i = 0; i < axis.count; ++i) {
-      axis.starts[i] = static_cast<int32_t>(first + i);
+      axis.starts[i] = static_cast<int32_t>(line.first + i);
     }
     return;
   }
-  // Positions advance by repeated addition there.
-  const double scale = static_cast<double>(in_size) / out_size;
+  // Repeated addition, and not a product, since Pillow's positions round so.
+  const double scale = static_cast<double>(line.in_size) / line.out_size;
   double position = scale * 0.5;
-  for (int64_t i = 0; i < first + axis.count; ++i, position += scale) {
-    if (i >= first) {
-      axis.starts[i - first] = static_cast<int32_t>(std::min(static_cast<int64_t>(position), in_size - 1));
+  for (int64_t i = 0; i < line.first + axis.count; ++i, position += scale) {
+    if (i >= line.first) {
+      axis.starts[i - line.first] = static_cast<int32_t>(std::min(static_cast<int64_t>(position), line.in_size - 1));
     }
   }
 }
 
 template <typename Weight>
-void fill_sums(int64_t in_size, int64_t out_size, int64_t first, Filter filter, Axis<Weight>& axis) {
+void fill_sums(const Line& line, Filter filter, Axis<Weight>& axis) {
   const auto [kernel, reach] = kernel_of(filter);
-  const double scale = static_cast<double>(in_size) / out_size;
+  const double scale = static_cast<double>(line.in_size) / line.out_size;
   const double filter_scale = std::max(scale, 1.0);
   const double support = reach * filter_scale;
   const double per_input = 1.0 / filter_scale;
   const auto inputs = [&](int64_t i) {
-    const double center = (first + i + 0.5) * scale;
+    const double center = (line.first + i + 0.5) * scale;
     const int64_t begin = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
-    const int64_t end = std::min(static_cast<int64_t>(center + support + 0.5), in_size);
+    const int64_t end = std::min(static_cast<int64_t>(center + support + 0.5), line.in_size);
     return std::make_pair(begin, end);
   };
   for (int64_t i = 0; i < axis.count; ++i) {
     const auto [begin, end] = inputs(i);
     axis.taps = std::max(axis.taps, end - begin);
   }
-  axis.stride = (axis.taps + padding - 1) / padding * padding;
+  axis.stride = ceil_div(axis.taps, padding) * padding;
   axis.weights.resize(axis.count * axis.stride);
   std::vector<double> weights(axis.taps);
   for (int64_t i = 0; i < axis.count; ++i) {
     const auto [begin, end] = inputs(i);
-    const double center = (first + i + 0.5) * scale;
+    const double center = (line.first + i + 0.5) * scale;
     double total = 0;
     for (int64_t t = 0; t < end - begin; ++t) {
       weights[t] = kernel((t + begin - center + 0.5) * per_input);
       total += weights[t];
     }
     // Near the end of the line there are fewer taps; those in front get no weight, so that all exist.
-    const int64_t start = std::min(begin, in_size - axis.taps);
+    const int64_t start = std::min(begin, line.in_size - axis.taps);
     axis.starts[i] = static_cast<int32_t>(start);
     for (int64_t t = 0; t < end - begin; ++t) {
       quantize(total != 0.0 ? weights[t] / total : weights[t], axis.weights[i * axis.stride + begin - start + t]);
@@ -151,19 +147,19 @@ void fill_sums(int64_t in_size, int64_t out_size, int64_t first, Filter filter, 
 }  // namespace
 
 template <typename Weight>
-Axis<Weight> make_axis(int64_t in_size, int64_t out_size, int64_t first, int64_t count, Filter filter) {
+Axis<Weight> make_axis(const Line& line, Filter filter) {
   Axis<Weight> axis;
-  axis.count = count;
-  axis.starts.resize(count);
-  if (in_size == out_size || filter == Filter::nearest) {
-    fill_copies(in_size, out_size, first, axis);
+  axis.count = line.count;
+  axis.starts.resize(line.count);
+  if (line.in_size == line.out_size || filter == Filter::nearest) {
+    fill_copies(line, axis);
   } else {
-    fill_sums(in_size, out_size, first, filter, axis);
+    fill_sums(line, filter, axis);
   }
   return axis;
 }
 
-template Axis<int32_t> make_axis(int64_t, int64_t, int64_t, int64_t, Filter);
-template Axis<double> make_axis(int64_t, int64_t, int64_t, int64_t, Filter);
+template Axis<int32_t> make_axis(const Line&, Filter);
+template Axis<double> make_axis(const Line&, Filter);
 
 }  // namespace bitfast::resize_normalize

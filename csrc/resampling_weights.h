@@ -1,7 +1,9 @@
-// What each pixel of a resampled line is made of: the tables of Pillow's filters.
+// What each pixel of a resampled line is made of: the tables of Pillow's filters,
+// for the CPU kernels and, as the operator resampling_tables, for those of other devices.
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 namespace bitfast::resize_normalize {
@@ -12,7 +14,17 @@ constexpr int precision_bits = 32 - 8 - 2;
 // Pillow's numbers.
 enum class Filter { nearest, lanczos, bilinear, bicubic, box, hamming };
 
-// Some adjacent outputs of a line that is resampled: output i is the sum of weights[i * stride + t] times
+// Outputs `first` to `first + count` of a line of `in_size` pixels that gets `out_size`.
+struct Line {
+  int64_t in_size, out_size, first, count;
+
+  bool operator<(const Line& other) const {
+    return std::tie(in_size, out_size, first, count) <
+        std::tie(other.in_size, other.out_size, other.first, other.count);
+  }
+};
+
+// What the outputs of a line are made of: output i is the sum of weights[i * stride + t] times
 // input starts[i] + t, over t < taps. All of these inputs exist. Weights from `taps` to `stride` are zero.
 template <typename Weight>
 struct Axis {
@@ -26,9 +38,8 @@ struct Axis {
   int64_t end_of_inputs() const { return starts.back() + taps; }
 };
 
-// Describes outputs `first` to `first + count` of a line of `in_size` pixels that gets `out_size`; at least
-// one output. Weight is int32_t for 8-bit pixels, double for floating ones.
+// The axis of a line with at least one output. Weight is int32_t for 8-bit pixels, double for floating ones.
 template <typename Weight>
-Axis<Weight> make_axis(int64_t in_size, int64_t out_size, int64_t first, int64_t count, Filter filter);
+Axis<Weight> make_axis(const Line& line, Filter filter);
 
 }  // namespace bitfast::resize_normalize

@@ -1,11 +1,11 @@
-// resize_normalize on the CPU. bitfast/ops/resize_normalize.py says what each operator takes and returns.
+// resize_normalize: the schemas, and the operators on the CPU, which divide the work and call the loops.
+// bitfast/ops/resize_normalize.py says what each takes and returns.
 #include "errors.h"
 
 #include "resize_normalize.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
@@ -21,25 +21,18 @@
 #include "kernel_dtypes.h"
 #include "memory_format.h"
 
-// Pillow rounds each product of floating pixels before it is added.
-#ifdef __clang__
-#pragma clang fp contract(off)
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
+#include "no_fp_contraction.h"
 
 #define BITFAST_LOOPS "resize_normalize_loops.h"
-#define BITFAST_NAMES using namespace bitfast::resize_normalize;
+#define BITFAST_OP resize_normalize
 #include "each_instruction_set.h"
 
 namespace bitfast::resize_normalize {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-// A band of fewer rows would share too many of the rows it is made of with its neighbours.
+// Neighbouring bands resample some rows twice; with fewer rows than this in a band, too many.
 constexpr int64_t rows_per_band = 16;
-// So that a thread that is held up leaves its bands to others.
+// More than one, so that others take over the bands of a thread that is held up.
 constexpr int64_t bands_per_thread = 2;
 
 // What is asked for, as bitfast/ops/resize_normalize.py describes it.
@@ -51,13 +44,6 @@ struct Request {
 };
 
 // ---- geometry ---------------------------------------------------------------------------------------
-
-// Outputs `first` to `first + count` of a line of `in_size` pixels that gets `out_size`.
-using Line = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-
-int64_t count_of(const Line& line) {
-  return std::get<3>(line);
-}
 
 // The part of a window that lies in a line of `size` pixels, and where that part begins in the window.
 std::pair<Line, int64_t> line_within(int64_t in_size, int64_t size, int64_t offset, int64_t window) {
@@ -90,7 +76,7 @@ void check_filter(int64_t resample) {
   STD_TORCH_CHECK(0 <= resample && resample <= 5, "resample must be one of Pillow's filters, 0 to 5, got ", resample);
 }
 
-void check(const Request& request) {
+void check_request(const Request& request) {
   const auto& [images, sizes, crop, offsets, resample, first_axes] = request;
   const size_t count = images.size();
   STD_TORCH_CHECK(
@@ -106,7 +92,8 @@ void check(const Request& request) {
         image.dim() == 3 && image.numel() > 0 && image.size(2) == images[0].size(2) &&
             image.scalar_type() == images[0].scalar_type(),
         "images must have shape (H, W, C), none of them 0, and one dtype and C");
-    STD_TORCH_CHECK(image.size(0) <= INT32_MAX && image.size(1) <= INT32_MAX, "images must have sides up to ", INT32_MAX);
+    STD_TORCH_CHECK(
+        image.size(0) <= INT32_MAX && image.size(1) <= INT32_MAX, "images must have sides up to ", INT32_MAX);
   }
 }
 
@@ -122,13 +109,13 @@ void in_parallel(int64_t count, const Function& function) {
   });
 }
 
-// Each different line's axis.
+// The axis of each line, once for all images that have the same line.
 template <typename Weight>
 std::map<Line, Axis<Weight>> axes_of(const Geometry& geometry, Filter filter) {
   std::map<Line, Axis<Weight>> axes;
   for (const auto* lines : {&geometry.rows, &geometry.columns}) {
     for (const Line& line : *lines) {
-      if (count_of(line) > 0) {
+      if (line.count > 0) {
         axes.try_emplace(line);
       }
     }
@@ -138,8 +125,7 @@ std::map<Line, Axis<Weight>> axes_of(const Geometry& geometry, Filter filter) {
     items.push_back(&item);
   }
   in_parallel(items.size(), [&](int64_t i) {
-    const auto [in_size, out_size, first, count] = items[i]->first;
-    items[i]->second = make_axis<Weight>(in_size, out_size, first, count, filter);
+    items[i]->second = make_axis<Weight>(items[i]->first, filter);
   });
   return axes;
 }
@@ -147,9 +133,16 @@ std::map<Line, Axis<Weight>> axes_of(const Geometry& geometry, Filter filter) {
 // ---- windows ----------------------------------------------------------------------------------------
 
 template <typename Pixel>
-Image<Pixel> image_of(const Tensor& image) {
-  return {static_cast<const Pixel*>(image.const_data_ptr()), image.size(0), image.size(1), image.size(2),
-          image.stride(0), image.stride(1), image.stride(2)};
+Image<Pixel> image_of(const Tensor& tensor) {
+  Image<Pixel> image;
+  image.data = static_cast<const Pixel*>(tensor.const_data_ptr());
+  image.height = tensor.size(0);
+  image.width = tensor.size(1);
+  image.channels = tensor.size(2);
+  image.row_stride = tensor.stride(0);
+  image.pixel_stride = tensor.stride(1);
+  image.channel_stride = tensor.stride(2);
+  return image;
 }
 
 // The products that an image takes, about.
@@ -200,8 +193,14 @@ void fill(const std::vector<Plan<Pixel>>& plans, const Element* values, const Te
   auto* resize = choose(BITFAST_EACH(resize_rows<Pixel, Element>));
   in_parallel(bands.size(), [&](int64_t i) {
     const auto [image, first, last] = bands[i];
-    const Window<Element> window{data + image * result.stride(0), height, result.size(3), result.stride(2),
-                                 result.stride(3), result.stride(1), values};
+    Window<Element> window;
+    window.data = data + image * result.stride(0);
+    window.height = height;
+    window.width = result.size(3);
+    window.row_stride = result.stride(2);
+    window.pixel_stride = result.stride(3);
+    window.channel_stride = result.stride(1);
+    window.values = values;
     resize(plans[image], window, first, last);
   });
 }
@@ -215,20 +214,25 @@ void with_plans(const Request& request, const Function& function) {
   const std::map<Line, Axis<Weight>> axes = axes_of<Weight>(geometry, static_cast<Filter>(request.resample));
   std::vector<Plan<Pixel>> plans;
   for (size_t i = 0; i < images.size(); ++i) {
-    const bool is_empty = count_of(geometry.rows[i]) == 0 || count_of(geometry.columns[i]) == 0;
-    plans.push_back(
-        {image_of<Pixel>(images[i]), is_empty ? nullptr : &axes.at(geometry.rows[i]),
-         is_empty ? nullptr : &axes.at(geometry.columns[i]), geometry.top[i], geometry.left[i], request.first_axes[i] == 0});
+    const Line &rows = geometry.rows[i], &columns = geometry.columns[i];
+    const bool is_empty = rows.count == 0 || columns.count == 0;
+    Plan<Pixel> plan;
+    plan.image = image_of<Pixel>(images[i]);
+    plan.rows = is_empty ? nullptr : &axes.at(rows);
+    plan.columns = is_empty ? nullptr : &axes.at(columns);
+    plan.top = geometry.top[i];
+    plan.left = geometry.left[i];
+    plan.height_first = request.first_axes[i] == 0;
+    plans.push_back(plan);
   }
   function(plans);
 }
 
 Tensor empty_batch(const Request& request, ScalarType dtype, bool channels_last) {
-  const auto& [images, sizes, crop, offsets, resample, first_axes] = request;
-  const std::array<int64_t, 4> size{static_cast<int64_t>(images.size()), images[0].size(2), crop[0], crop[1]};
-  return torch::stable::empty(
-      {size.data(), size.size()}, dtype, std::nullopt, images[0].device(), std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor& first = request.images[0];
+  return empty_4d(
+      {static_cast<int64_t>(request.images.size()), first.size(2), request.crop[0], request.crop[1]}, dtype,
+      first.device(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 Tensor resize_bytes(const Request& request, const Tensor& values, bool channels_last) {
@@ -264,16 +268,11 @@ Tensor resize_floats(const Request& request, bool channels_last) {
 // ---- operators --------------------------------------------------------------------------------------
 
 Tensor resize_normalize_pixels(
-    const std::vector<Tensor>& images,
-    const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& crop,
-    const std::vector<int64_t>& offsets,
-    int64_t resample,
-    const std::optional<Tensor>& values,
-    bool channels_last,
+    const std::vector<Tensor>& images, const std::vector<int64_t>& sizes, const std::vector<int64_t>& crop,
+    const std::vector<int64_t>& offsets, int64_t resample, const std::optional<Tensor>& values, bool channels_last,
     const std::vector<int64_t>& first_axes) {
   const Request request{images, sizes, crop, offsets, resample, first_axes};
-  check(request);
+  check_request(request);
   STD_TORCH_CHECK(
       images[0].scalar_type() == (values ? ScalarType::Byte : ScalarType::Float),
       "images must be uint8 with values, float32 without");
@@ -286,16 +285,20 @@ Tensor resize_normalize_pixels(
 std::tuple<Tensor, Tensor, Tensor> resampling_tables(const std::vector<int64_t>& lines, int64_t resample) {
   STD_TORCH_CHECK(lines.size() % 4 == 0, "lines must hold four numbers each");
   check_filter(resample);
+  const auto line_at = [&](size_t i) {
+    const int64_t* numbers = lines.data() + 4 * i;
+    return Line{numbers[0], numbers[1], numbers[2], numbers[3]};
+  };
   std::vector<Axis<int32_t>> axes(lines.size() / 4);
-  for (size_t i = 0; i < lines.size(); i += 4) {
+  for (size_t i = 0; i < axes.size(); ++i) {
+    const Line line = line_at(i);
     STD_TORCH_CHECK(
-        0 < lines[i] && lines[i] <= INT32_MAX && 0 <= lines[i + 2] && 0 < lines[i + 3] &&
-            lines[i + 2] + lines[i + 3] <= lines[i + 1] && lines[i + 1] <= INT32_MAX,
+        0 < line.in_size && line.in_size <= INT32_MAX && 0 <= line.first && 0 < line.count &&
+            line.first + line.count <= line.out_size && line.out_size <= INT32_MAX,
         "a line must be (in_size, out_size, first, count) with outputs that exist");
   }
   in_parallel(axes.size(), [&](int64_t i) {
-    const int64_t* line = lines.data() + 4 * i;
-    axes[i] = make_axis<int32_t>(line[0], line[1], line[2], line[3], static_cast<Filter>(resample));
+    axes[i] = make_axis<int32_t>(line_at(i), static_cast<Filter>(resample));
   });
   int64_t starts = 0, weights = 0;
   for (const auto& axis : axes) {

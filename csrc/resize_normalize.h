@@ -1,4 +1,5 @@
-// What the loops of resize_normalize work on.
+// What the loops of resize_normalize work on;
+// shared by resize_normalize.cpp and the loops.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +8,10 @@
 
 namespace bitfast::resize_normalize {
 
-// Pixels are worked on as four channels side by side, whatever an image has of them; images of more are
-// worked on four at a time.
-constexpr int64_t group = 4;
-// How many rows are resampled at once, which share the reading of weights.
+// Pixels are worked on as four channels side by side, however many an image has; an image of more is worked on four
+// channels after the other.
+constexpr int64_t channels_at_once = 4;
+// Rows that are resampled at once, so that weights are read once for all of them.
 constexpr int64_t rows_at_once = 4;
 
 template <typename Pixel>

@@ -1,12 +1,13 @@
-// The loops of resize_normalize, for one instruction set; see each_instruction_set.h.
+// The loops of resize_normalize: resampling along rows and columns, and what becomes of bytes.
+// Included once per instruction set, inside its namespace.
 //
-// A row is worked on as `group` channels per pixel, one pixel after the other, whatever lies in memory. One
-// axis is resampled after the other; of what comes out of the first, only the rows that the second reads at
+// A row is worked on as `channels_at_once` channels per pixel, one pixel after the other, however it lies in memory.
+// One axis is resampled after the other; of what comes out of the first, only the rows that the second reads at
 // a time are kept.
 
 #include "vectors.h"
 
-constexpr int64_t pixels_per_vector = lanes / group;
+constexpr int64_t pixels_per_vector = lanes / channels_at_once;
 static_assert(pixels_per_vector <= 4, "weights are padded to a multiple of 4");
 
 // Vectors reach this many pixels past the end of a row, which therefore has room there.
@@ -93,23 +94,23 @@ BITFAST_INLINE void store_bytes(uint8_t* target, Wide sums) {
 }
 
 // ---- resampling along rows --------------------------------------------------------------------------
-// `begin` is the input that the rows begin with.
+// `begin` is the index of the pixel that the rows begin with.
 
 template <int Rows>
 BITFAST_INLINE void resample_width(
     const Axis<int32_t>& axis, int64_t begin, const uint8_t* const* rows, uint8_t* const* results) {
   for (int64_t i = 0; i < axis.count; ++i) {
     const int32_t* weights = axis.weights.data() + i * axis.stride;
-    const int64_t first = (axis.starts[i] - begin) * group;
+    const int64_t first = (axis.starts[i] - begin) * channels_at_once;
     Integers sums[Rows] = {};
     for (int64_t t = 0; t < axis.taps; t += pixels_per_vector) {
       const Integers weight = load_weights<Integers>(weights + t);
       for (int r = 0; r < Rows; ++r) {
-        sums[r] += load_bytes<Integers>(rows[r] + first + t * group) * weight;
+        sums[r] += load_bytes<Integers>(rows[r] + first + t * channels_at_once) * weight;
       }
     }
     for (int r = 0; r < Rows; ++r) {
-      store_bytes(results[r] + i * group, sum_of_pixels(sums[r]));
+      store_bytes(results[r] + i * channels_at_once, sum_of_pixels(sums[r]));
     }
   }
 }
@@ -119,15 +120,15 @@ BITFAST_INLINE void resample_width(
     const Axis<double>& axis, int64_t begin, const float* const* rows, float* const* results) {
   for (int64_t i = 0; i < axis.count; ++i) {
     const double* weights = axis.weights.data() + i * axis.stride;
-    const int64_t first = (axis.starts[i] - begin) * group;
+    const int64_t first = (axis.starts[i] - begin) * channels_at_once;
     for (int r = 0; r < Rows; ++r) {
-      double sums[group] = {};
+      double sums[channels_at_once] = {};
       for (int64_t t = 0; t < axis.taps; ++t) {
-        for (int64_t c = 0; c < group; ++c) {
-          sums[c] += rows[r][first + t * group + c] * weights[t];
+        for (int64_t c = 0; c < channels_at_once; ++c) {
+          sums[c] += rows[r][first + t * channels_at_once + c] * weights[t];
         }
       }
-      std::copy_n(sums, group, results[r] + i * group);
+      std::copy_n(sums, channels_at_once, results[r] + i * channels_at_once);
     }
   }
 }
@@ -138,7 +139,9 @@ BITFAST_INLINE void resample_width(
   if (axis.copies) {
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t i = 0; i < axis.count; ++i) {
-        std::memcpy(results[r] + i * group, rows[r] + (axis.starts[i] - begin) * group, group * sizeof(Pixel));
+        std::memcpy(
+            results[r] + i * channels_at_once, rows[r] + (axis.starts[i] - begin) * channels_at_once,
+            channels_at_once * sizeof(Pixel));
       }
     }
   } else if (count == rows_at_once) {
@@ -168,7 +171,7 @@ BITFAST_INLINE void resample_height(
     }
   }
 }
-static_assert(4 * lanes <= slack * group, "a step must not reach past the room behind a row");
+static_assert(4 * lanes <= slack * channels_at_once, "a step must not reach past the room behind a row");
 
 BITFAST_INLINE void resample_height(
     const float* const* rows, const double* weights, int64_t taps, int64_t length, float* result) {
@@ -190,7 +193,7 @@ template <typename Pixel>
 class Rows {
  public:
   Rows(int64_t count, int64_t width)
-      : count_(count), stride_((width + slack) * group), memory_(count * stride_) {}
+      : count_(count), stride_((width + slack) * channels_at_once), memory_(count * stride_) {}
 
   Pixel* operator[](int64_t i) { return memory_.data() + i % count_ * stride_; }
 
@@ -209,9 +212,9 @@ struct Source {
 
   // Whether a row's pixels lie in memory as they are worked on, with room behind them.
   bool is_ready(int64_t row) const {
-    const int64_t past = (image.height - 1 - row) * image.row_stride + (image.width - end) * group;
-    return image.pixel_stride == group && (image.channel_stride == 1 || image.channels == 1) &&
-        past >= (slack + 1) * group;
+    const int64_t past = (image.height - 1 - row) * image.row_stride + (image.width - end) * channels_at_once;
+    return image.pixel_stride == channels_at_once && (image.channel_stride == 1 || image.channels == 1) &&
+        past >= (slack + 1) * channels_at_once;
   }
 };
 
@@ -221,10 +224,10 @@ BITFAST_INLINE void spread_three(const uint8_t* source, int64_t count, uint8_t* 
     SixteenBytes bytes;
     std::memcpy(&bytes, source + 3 * i, sizeof bytes);
     bytes = __builtin_shuffle(bytes, SixteenBytes{0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11});
-    std::memcpy(target + group * i, &bytes, sizeof bytes);
+    std::memcpy(target + channels_at_once * i, &bytes, sizeof bytes);
   }
   for (; i < count; ++i) {
-    std::copy_n(source + 3 * i, 3, target + group * i);
+    std::copy_n(source + 3 * i, 3, target + channels_at_once * i);
   }
 }
 
@@ -243,16 +246,16 @@ BITFAST_INLINE void unpack(const Source<Pixel>& source, int64_t row, Pixel* targ
     const int64_t plane = image.channel_stride;
     for (int64_t i = 0; i < count; ++i) {
       const Pixel last = pixels[i + 2 * plane];
-      target[group * i] = pixels[i];
-      target[group * i + 1] = pixels[i + plane];
-      target[group * i + 2] = last;
-      target[group * i + 3] = last;  // nobody's, but it makes wide stores possible
+      target[channels_at_once * i] = pixels[i];
+      target[channels_at_once * i + 1] = pixels[i + plane];
+      target[channels_at_once * i + 2] = last;
+      target[channels_at_once * i + 3] = last;  // unused, but it makes wide stores possible
     }
     return;
   }
   for (int64_t c = 0; c < image.channels; ++c) {
     for (int64_t i = 0; i < count; ++i) {
-      target[group * i + c] = pixels[i * image.pixel_stride + c * image.channel_stride];
+      target[channels_at_once * i + c] = pixels[i * image.pixel_stride + c * image.channel_stride];
     }
   }
 }
@@ -276,7 +279,7 @@ BITFAST_INLINE void write_channel(
       row[x * stride] = zero;
     }
     for (int64_t x = 0; x < count; ++x) {
-      row[(left + x) * stride] = value(pixels[x * group]);
+      row[(left + x) * stride] = value(pixels[x * channels_at_once]);
     }
     for (int64_t x = left + count; x < window.width; ++x) {
       row[x * stride] = zero;
@@ -338,12 +341,13 @@ BITFAST_INLINE void resample_width_first(
     for (int64_t t = 0; t < height.taps; ++t) {
       taps[t] = narrow[start + t];
     }
-    resample_height(taps.data(), height.weights.data() + i * height.stride, height.taps, width.count * group, result[0]);
+    resample_height(
+        taps.data(), height.weights.data() + i * height.stride, height.taps, width.count * channels_at_once, result[0]);
     write(i, result[0]);
   }
 }
 
-// The same along the height, then the width.
+// Calls write(i, row) for rows `first` to `last` of what is resampled along the height, then the width.
 template <typename Pixel, typename Function>
 BITFAST_INLINE void resample_height_first(
     const Plan<Pixel>& plan, const Source<Pixel>& source, int64_t first, int64_t last, const Function& write) {
@@ -367,7 +371,8 @@ BITFAST_INLINE void resample_height_first(
     }
     const Pixel* row = taps[0];
     if (!height.copies) {
-      resample_height(taps.data(), height.weights.data() + i * height.stride, height.taps, span * group, low[0]);
+      resample_height(
+          taps.data(), height.weights.data() + i * height.stride, height.taps, span * channels_at_once, low[0]);
       row = low[0];
     }
     Pixel* target = result[0];
@@ -383,8 +388,8 @@ void resize_rows(const Plan<Pixel>& plan, const Window<Element>& window, int64_t
   const int64_t top = std::clamp(plan.top, first, last);
   const int64_t bottom = std::clamp(plan.top + inside, top, last);
   const Image<Pixel>& image = plan.image;
-  for (int64_t c = 0; c < image.channels; c += group) {
-    const int64_t channels = std::min(group, image.channels - c);
+  for (int64_t c = 0; c < image.channels; c += channels_at_once) {
+    const int64_t channels = std::min(channels_at_once, image.channels - c);
     for (int64_t y = first; y < last; ++y) {
       if (y < top || y >= bottom) {
         write_row<Pixel>(window, y, nullptr, window.width, 0, c, channels);

@@ -1,21 +1,22 @@
-// same_padding: the schemas, and the CPU kernels. bitfast/ops/same_padding.py says what each takes and
-// returns.
+// same_padding: the schemas, and the kernels on the CPU. bitfast/ops/same_padding.py says what each operator takes
+// and returns.
 #include "errors.h"
 
-#include "same_padding.h"
+#include "same_padding_operators.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
+#include <vector>
 
+#include "ceil_div.h"
 #include "instruction_sets.h"
 #include "kernel_dtypes.h"
 
 #define BITFAST_LOOPS "same_padding_loops.h"
-#define BITFAST_NAMES using namespace bitfast::same_padding;
+#define BITFAST_OP same_padding
 #include "each_instruction_set.h"
 
 namespace bitfast::same_padding {
@@ -34,6 +35,17 @@ int64_t rows_per_task(int64_t elements_per_row) {
 #else
 #define BITFAST_FOR_EACH_CPU
 #endif
+
+// How feature maps are divided into planes of rows: one plane per channel where channels are outermost; where they are
+// innermost one per image, whose pixels have `depth` adjacent values, all the channels.
+struct Planes {
+  bool channels_last;
+  int64_t per_image, depth;
+};
+
+Planes planes_of(const Tensor& x) {
+  return is_channels_last(x) ? Planes{true, 1, x.size(1)} : Planes{false, x.size(1), 1};
+}
 
 // ---- pad --------------------------------------------------------------------------------------------
 
@@ -55,49 +67,30 @@ void pad_row(
   std::fill(result + last, result + length, value);
 }
 
-// A batch of planes of rows: one plane per channel where channels are outermost; where they are
-// innermost one per image, whose rows hold all channels of each pixel.
 template <typename T>
 void pad_planes(const Tensor& x, const Padding& padding, T value, const Tensor& result) {
-  const bool channels_last = is_channels_last(x);
-  const Size in = size_of(x);
-  const Size out = size_of(result);
-  const int64_t channels = x.size(1);
-  const int64_t planes_per_image = channels_last ? 1 : channels;
-  const int64_t pixel = channels_last ? channels : 1;
-  const int64_t element_stride = channels_last ? 1 : x.stride(3);
+  const Size in = size_of(x), out = size_of(result);
+  const Planes planes = planes_of(x);
+  const int64_t element_stride = planes.channels_last ? 1 : x.stride(3);
   const T* source = static_cast<const T*>(x.const_data_ptr());
   T* target = static_cast<T*>(result.mutable_data_ptr());
-  const int64_t rows = x.size(0) * planes_per_image * out.height;
-  torch::stable::parallel_for(
-      0, rows, rows_per_task(out.width * pixel), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          T* target_row = target + r * out.width * pixel;
-          const int64_t y = r % out.height - padding.top;
-          if (!inside(y, in.height)) {
-            std::fill(target_row, target_row + out.width * pixel, value);
-            continue;
-          }
-          const int64_t plane = r / out.height;
-          const T* row = source + plane / planes_per_image * x.stride(0) +
-              plane % planes_per_image * x.stride(1) + y * x.stride(2);
-          pad_row(
-              row, element_stride, in.width * pixel, padding.left * pixel, value, target_row,
-              out.width * pixel);
-        }
-      });
-}
-
-Tensor same_pad(const Tensor& x, const std::vector<int64_t>& sides, double value) {
-  check_image_batch(x);
-  const Padding padding = padding_from(sides);
-  const Size size = padded_size(size_of(x), padding);
-  Tensor result = empty_spatial(x, size.height, size.width, x.scalar_type());
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    pad_planes<T>(x, padding, static_cast<T>(static_cast<float>(value)), result);
+  const int64_t row_length = out.width * planes.depth;
+  const int64_t rows = x.size(0) * planes.per_image * out.height;
+  torch::stable::parallel_for(0, rows, rows_per_task(row_length), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* target_row = target + r * row_length;
+      const int64_t y = r % out.height - padding.top;
+      if (!inside(y, in.height)) {
+        std::fill(target_row, target_row + row_length, value);
+        continue;
+      }
+      const int64_t plane = r / out.height;
+      const T* row = source + plane / planes.per_image * x.stride(0) + plane % planes.per_image * x.stride(1) +
+          y * x.stride(2);
+      pad_row(
+          row, element_stride, in.width * planes.depth, padding.left * planes.depth, value, target_row, row_length);
+    }
   });
-  return result;
 }
 
 // ---- max-pool ---------------------------------------------------------------------------------------
@@ -110,15 +103,16 @@ struct Columns {
 Columns inside_columns(const Window& window, int64_t tap_column, int64_t width, int64_t out_width) {
   const int64_t start = tap_column * window.dilation_width - window.left;
   const auto columns_before = [&](int64_t x) {  // how many output columns read left of input column x
-    return x <= start ? 0 : (x - start + window.stride_width - 1) / window.stride_width;
+    return x <= start ? 0 : ceil_div(x - start, window.stride_width);
   };
   const int64_t first = std::min(columns_before(0), out_width);
   return {first, std::clamp(columns_before(width), first, out_width)};
 }
 
-// Lets `count` values compete with the best so far.
+// Replaces the best values so far, and the taps that they came from, by those of `tap` where these beat them.
 template <typename T>
-BITFAST_FOR_EACH_CPU void compete(const T* values, int64_t stride, int64_t count, Tap tap, float* best, Tap* best_tap) {
+BITFAST_FOR_EACH_CPU void update_best(
+    const T* values, int64_t stride, int64_t count, Tap tap, float* best, Tap* best_tap) {
   if (best_tap == nullptr) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(values[i * stride]);
@@ -153,8 +147,8 @@ void pool_row(
       const Columns columns =
           inside(y, in.height) ? inside_columns(window, j, in.width, out_width) : Columns{0, 0};
       const int64_t before = columns.first * depth, after = columns.last * depth;
-      compete(&pad, 0, before, tap, best, tap_at(0));
-      compete(&pad, 0, out_width * depth - after, tap, best + after, tap_at(after));
+      update_best(&pad, 0, before, tap, best, tap_at(0));
+      update_best(&pad, 0, out_width * depth - after, tap, best + after, tap_at(after));
       if (columns.first == columns.last) {
         continue;
       }
@@ -162,11 +156,11 @@ void pool_row(
       const T* values = image + y * row_stride + (columns.first * window.stride_width + start) * pixel_stride;
       const int64_t step = window.stride_width * pixel_stride;
       if (depth == 1) {
-        compete(values, step, columns.last - columns.first, tap, best + before, tap_at(before));
+        update_best(values, step, columns.last - columns.first, tap, best + before, tap_at(before));
         continue;
       }
       for (int64_t c = columns.first; c < columns.last; ++c, values += step) {
-        compete(values, 1, depth, tap, best + c * depth, tap_at(c * depth));
+        update_best(values, 1, depth, tap, best + c * depth, tap_at(c * depth));
       }
     }
   }
@@ -174,16 +168,15 @@ void pool_row(
 
 template <typename T>
 void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& result, Tap* taps) {
-  const bool channels_last = is_channels_last(x);
   const Size in = size_of(x), out = size_of(result);
-  const int64_t planes_per_image = channels_last ? 1 : x.size(1);
-  const int64_t depth = channels_last ? x.size(1) : 1;
+  const Planes planes = planes_of(x);
+  const int64_t depth = planes.depth;
   const int64_t row_length = out.width * depth;
   const T* source = static_cast<const T*>(x.const_data_ptr());
   T* target = static_cast<T*>(result.mutable_data_ptr());
   const int64_t cost = row_length * window.kernel_height * window.kernel_width;
   if constexpr (!std::is_same_v<T, torch::headeronly::Half>) {
-    if (channels_last && taps == nullptr) {
+    if (planes.channels_last && taps == nullptr) {
       const auto pool = choose(BITFAST_EACH(pool_channels<T>));
       return torch::stable::parallel_for(
           0, x.size(0) * out.height, rows_per_task(cost), [&](int64_t begin, int64_t end) {
@@ -196,12 +189,12 @@ void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& res
     }
   }
   torch::stable::parallel_for(
-      0, x.size(0) * planes_per_image * out.height, rows_per_task(cost), [&](int64_t begin, int64_t end) {
+      0, x.size(0) * planes.per_image * out.height, rows_per_task(cost), [&](int64_t begin, int64_t end) {
         std::vector<float> best(row_length);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t plane = r / out.height;
-          const T* image = source + plane / planes_per_image * x.stride(0) +
-              plane % planes_per_image * x.stride(1);
+          const T* image = source + plane / planes.per_image * x.stride(0) +
+              plane % planes.per_image * x.stride(1);
           pool_row(
               image, in, x.stride(2), x.stride(3), depth, window, pad, r % out.height, out.width,
               best.data(), taps == nullptr ? nullptr : taps + r * row_length);
@@ -210,42 +203,19 @@ void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& res
       });
 }
 
-std::tuple<Tensor, Tensor> same_max_pool(
-    const Tensor& x,
-    const std::vector<int64_t>& kernel_size,
-    const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& dilation,
-    const std::vector<int64_t>& sides,
-    double value,
-    bool with_taps) {
-  check_image_batch(x);
-  const Padding padding = padding_from(sides);
-  const Window window = window_from(kernel_size, stride, dilation, padding);
-  const Size size = pooled_size(size_of(x), padding, window);
-  Tensor result = empty_spatial(x, size.height, size.width, x.scalar_type());
-  Tensor taps = with_taps ? empty_spatial(x, size.height, size.width, ScalarType::Short)
-                          : torch::stable::new_empty(x, {0}, ScalarType::Short);
-  Tap* tap_data = with_taps ? static_cast<Tap*>(taps.mutable_data_ptr()) : nullptr;
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T pad = static_cast<T>(static_cast<float>(value));
-    pool_planes<T>(x, window, pad, result, tap_data);
-  });
-  return {result, taps};
-}
-
 // ---- max-pool backward ------------------------------------------------------------------------------
 
-// Adds `count` gradients to those of the input pixels `stride` apart, where the maximum came from `tap`.
+// Adds `count` gradients to the sums of input pixels `stride` apart, where the maximum came from `tap`.
 template <typename T>
-BITFAST_FOR_EACH_CPU void pass_on(const T* grad, const Tap* taps, Tap tap, int64_t count, int64_t stride, float* sum) {
+BITFAST_FOR_EACH_CPU void add_gradients(
+    const T* grad, const Tap* taps, Tap tap, int64_t count, int64_t stride, float* sum) {
   for (int64_t i = 0; i < count; ++i) {
     const float g = static_cast<float>(grad[i]);
     sum[i * stride] += taps[i] == tap ? g : 0.0f;
   }
 }
 
-// Sums up for one row of the input what the windows that reach it pass on.
+// Sums up for one row of the input the gradients of the windows that reach it.
 template <typename T>
 void gather_row(
     const T* grad, const Tap* taps, Size pooled, int64_t depth, const Window& window, int64_t in_row,
@@ -265,12 +235,12 @@ void gather_row(
       if (depth == 1 && columns.first < columns.last) {
         const int64_t to = columns.first * window.stride_width + start;
         const int64_t count = columns.last - columns.first;
-        pass_on(grad + from, taps + from, tap, count, window.stride_width, sum + to);
+        add_gradients(grad + from, taps + from, tap, count, window.stride_width, sum + to);
         continue;
       }
       for (int64_t c = columns.first; c < columns.last; ++c, from += depth) {
         const int64_t to = (c * window.stride_width + start) * depth;
-        pass_on(grad + from, taps + from, tap, depth, 1, sum + to);
+        add_gradients(grad + from, taps + from, tap, depth, 1, sum + to);
       }
     }
   }
@@ -278,17 +248,16 @@ void gather_row(
 
 template <typename T>
 void gather_planes(const Tensor& grad, const Tensor& taps, const Window& window, const Tensor& result) {
-  const bool channels_last = is_channels_last(taps);
   const Size in = size_of(result), pooled = size_of(taps);
-  const int64_t planes_per_image = channels_last ? 1 : result.size(1);
-  const int64_t depth = channels_last ? result.size(1) : 1;
+  const Planes planes = planes_of(taps);
+  const int64_t depth = planes.depth;
   const int64_t row_length = in.width * depth;
   const T* grad_data = static_cast<const T*>(grad.const_data_ptr());
   const Tap* tap_data = static_cast<const Tap*>(taps.const_data_ptr());
   T* target = static_cast<T*>(result.mutable_data_ptr());
   const int64_t cost = row_length * window.kernel_height * window.kernel_width;
   torch::stable::parallel_for(
-      0, result.size(0) * planes_per_image * in.height, rows_per_task(cost),
+      0, result.size(0) * planes.per_image * in.height, rows_per_task(cost),
       [&](int64_t begin, int64_t end) {
         std::vector<float> sum(row_length);
         for (int64_t r = begin; r < end; ++r) {
@@ -301,26 +270,28 @@ void gather_planes(const Tensor& grad, const Tensor& taps, const Window& window,
       });
 }
 
-Tensor same_max_pool_backward(
-    const Tensor& grad,
-    const Tensor& taps,
-    const std::vector<int64_t>& input_size,
-    const std::vector<int64_t>& kernel_size,
-    const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& dilation,
-    const std::vector<int64_t>& sides) {
-  STD_TORCH_CHECK(input_size.size() == 2, "size must be (height, width)");
-  const Size size{input_size[0], input_size[1]};
-  const Padding padding = padding_from(sides);
-  const Window window = window_from(kernel_size, stride, dilation, padding);
-  const Tensor matching = matching_gradient(grad, taps, size, padding, window);
-  Tensor result = empty_spatial(taps, size.height, size.width, grad.scalar_type());
-  dispatch_floating(grad.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    gather_planes<T>(matching, taps, window, result);
-  });
-  return result;
-}
+// ---- operators --------------------------------------------------------------------------------------
+
+struct CpuKernels {
+  struct DeviceGuard {
+    explicit DeviceGuard(const Tensor&) {}
+  };
+
+  template <typename T>
+  static void pad(const Tensor& x, const Padding& padding, T value, const Tensor& result) {
+    pad_planes<T>(x, padding, value, result);
+  }
+
+  template <typename T>
+  static void pool(const Tensor& x, const Window& window, T pad, const Tensor& result, Tap* taps) {
+    pool_planes<T>(x, window, pad, result, taps);
+  }
+
+  template <typename T>
+  static void pool_backward(const Tensor& grad, const Tensor& taps, const Window& window, const Tensor& result) {
+    gather_planes<T>(grad, taps, window, result);
+  }
+};
 
 }  // namespace
 
@@ -335,9 +306,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
-  m.impl("same_pad.native", TORCH_BOX(&same_pad));
-  m.impl("same_max_pool.native", TORCH_BOX(&same_max_pool));
-  m.impl("same_max_pool_backward.native", TORCH_BOX(&same_max_pool_backward));
+  m.impl("same_pad.native", TORCH_BOX(&same_pad<CpuKernels>));
+  m.impl("same_max_pool.native", TORCH_BOX(&same_max_pool<CpuKernels>));
+  m.impl("same_max_pool_backward.native", TORCH_BOX(&same_max_pool_backward<CpuKernels>));
 }
 
 }  // namespace bitfast::same_padding

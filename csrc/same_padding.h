@@ -1,29 +1,22 @@
-// What the CPU and the CUDA kernels of same_padding share: arguments, checked.
+// The arguments of same_padding, checked, and its dtypes:
+// what the operators and their kernels on CPUs and GPUs share.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <vector>
 
+#include "checks.h"
 #include "errors.h"
 #include "memory_format.h"
 #include "same_padding_geometry.h"
 
 namespace bitfast::same_padding {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 inline Size size_of(const Tensor& x) {
   return {x.size(2), x.size(3)};
-}
-
-inline void check_image_batch(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (N, C, H, W), got ", x.dim(), " dimensions");
 }
 
 inline Padding padding_from(const std::vector<int64_t>& padding) {
@@ -33,9 +26,7 @@ inline Padding padding_from(const std::vector<int64_t>& padding) {
 }
 
 inline Window window_from(
-    const std::vector<int64_t>& kernel_size,
-    const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& dilation,
+    const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
     const Padding& padding) {
   for (const auto* pair : {&kernel_size, &stride, &dilation}) {
     STD_TORCH_CHECK(
@@ -49,8 +40,16 @@ inline Window window_from(
   STD_TORCH_CHECK(
       padding.top >= 0 && padding.bottom >= 0 && padding.left >= 0 && padding.right >= 0,
       "the padding of a pool must not be negative");
-  return {
-      kernel_size[0], kernel_size[1], stride[0], stride[1], dilation[0], dilation[1], padding.top, padding.left};
+  Window window;
+  window.kernel_height = kernel_size[0];
+  window.kernel_width = kernel_size[1];
+  window.stride_height = stride[0];
+  window.stride_width = stride[1];
+  window.dilation_height = dilation[0];
+  window.dilation_width = dilation[1];
+  window.top = padding.top;
+  window.left = padding.left;
+  return window;
 }
 
 inline Size padded_size(Size size, const Padding& padding) {
@@ -75,7 +74,7 @@ inline Size pooled_size(Size size, const Padding& padding, const Window& window)
       pooled_length(padded.width, window.kernel_width, window.stride_width, window.dilation_width)};
 }
 
-// Taps that say where the gradient of each pooled pixel goes, and the gradient in their layout.
+// The gradient in the layout of the taps, which say where that of each pooled pixel goes.
 inline Tensor matching_gradient(
     const Tensor& grad, const Tensor& taps, Size size, const Padding& padding, const Window& window) {
   STD_TORCH_CHECK(taps.dim() == 4 && taps.scalar_type() == ScalarType::Short, "taps must be 4-D and int16");
@@ -85,9 +84,7 @@ inline Tensor matching_gradient(
   STD_TORCH_CHECK(
       pooled.height == taps.size(2) && pooled.width == taps.size(3), "taps do not fit the size of x");
   STD_TORCH_CHECK(grad.dim() == 4, "grad must be 4-D");
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    STD_TORCH_CHECK(grad.size(dim) == taps.size(dim), "grad must have the shape of taps");
-  }
+  STD_TORCH_CHECK(have_same_shape(grad, taps), "grad must have the shape of taps");
   return torch::stable::contiguous(grad, memory_format_of(taps));
 }
 

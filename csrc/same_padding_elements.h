@@ -1,5 +1,5 @@
-// What one CUDA thread of same_padding does: compute one element of the result. Host code too, so that
-// the tests can run it where there is no GPU.
+// What one CUDA thread of same_padding does: compute one element of the result. It compiles for the host, too, so
+// that tests/host can run it where there is no GPU.
 #pragma once
 
 #include <cmath>

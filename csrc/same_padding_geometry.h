@@ -1,4 +1,5 @@
-// The geometry of same_padding and its rule for the maximum, free of torch's tensors.
+// The geometry of same_padding and its rule for the maximum.
+// No tensors here, so that code for GPUs and the tests of that code on the host can include it.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>

@@ -1,4 +1,5 @@
-// The loops of same_padding that have vectors of channels. Included once per instruction set.
+// The max-pool of channels_last feature maps, on vectors of channels.
+// Included once per instruction set, inside its namespace.
 #include "vectors.h"
 
 // The taps of a window along one axis that lie inside the input: first, and one past the last.

@@ -1,12 +1,11 @@
-// weight_standardization: the schemas, and the CPU kernels. bitfast/ops/weight_standardization.py says what
-// each takes and returns.
+// weight_standardization: the schemas, and the operators on the CPU, which divide the work and call the loops.
+// bitfast/ops/weight_standardization.py says what each takes and returns.
 #include "errors.h"
 
 #include "weight_standardization.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,25 +13,25 @@
 #include <tuple>
 #include <vector>
 
+#include "ceil_div.h"
+#include "checks.h"
 #include "instruction_sets.h"
 #include "kernel_dtypes.h"
 #include "memory_format.h"
 
 #define BITFAST_LOOPS "weight_standardization_loops.h"
-#define BITFAST_NAMES using namespace bitfast::weight_standardization;
+#define BITFAST_OP weight_standardization
 #include "each_instruction_set.h"
 
 namespace bitfast::weight_standardization {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-// Enough for a thread to start on, and small enough for equal shares.
+// Enough to be worth another thread, and few enough for threads to get equal shares.
 constexpr int64_t elements_per_task = 16384;
 // Where each weight begins in the buffer of several, in elements: ALIGNMENT in the Python file.
 constexpr int64_t alignment = 64;
 
-void check(const Tensor& weight) {
+void check_weight(const Tensor& weight) {
   STD_TORCH_CHECK(
       weight.dim() == 4 && weight.numel() > 0, "weight must have shape (out, in, height, width), none of them 0");
 }
@@ -68,7 +67,7 @@ std::vector<Task> tasks_of(const std::vector<Work>& works) {
 }
 
 template <typename Work>
-void run(const std::vector<Work>& works, void (*step)(const Work&, int64_t, int64_t)) {
+void for_each_task(const std::vector<Work>& works, void (*step)(const Work&, int64_t, int64_t)) {
   const std::vector<Task> tasks = tasks_of(works);
   torch::stable::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -82,7 +81,7 @@ struct Place {
   int64_t values = 0, filters = 0;
 
   Place after(const Tensor& weight) const {
-    return {values + (weight.numel() + alignment - 1) / alignment * alignment, filters + weight.size(0)};
+    return {values + ceil_div(weight.numel(), alignment) * alignment, filters + weight.size(0)};
   }
 };
 
@@ -97,90 +96,94 @@ Place end_of(const std::vector<Tensor>& weights) {
 void check_alike(const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(!weights.empty(), "weights must hold at least one tensor");
   for (const Tensor& weight : weights) {
-    check(weight);
+    check_weight(weight);
     STD_TORCH_CHECK(weight.scalar_type() == weights[0].scalar_type(), "weights must be of one dtype");
   }
 }
 
+// Calls function(T{}, U{}) with the C++ types of two dtypes.
+template <typename Function>
+void dispatch_two_dtypes(ScalarType first, ScalarType second, const Function& function) {
+  dispatch_kernel_dtype("weight_standardization", first, [&](auto zero) {
+    dispatch_kernel_dtype("weight_standardization", second, [&](auto other_zero) { function(zero, other_zero); });
+  });
+}
+
+// Calls work_of(weight, its place) for each weight.
+template <typename Work, typename Function>
+std::vector<Work> works_for(const std::vector<Tensor>& weights, const Function& work_of) {
+  std::vector<Work> works;
+  Place place;
+  for (const Tensor& weight : weights) {
+    works.push_back(work_of(weight, place));
+    place = place.after(weight);
+  }
+  return works;
+}
+
 // Standardizes weights into one result, each where its place says.
 std::tuple<Tensor, Tensor> standardize_into(
-    const std::vector<Tensor>& weights, double eps, bool channels_last, Tensor& result) {
+    const std::vector<Tensor>& weights, double eps, bool channels_last, const Tensor& result) {
   const int64_t filters = end_of(weights).filters;
   Tensor mean = torch::stable::new_empty(weights[0], {filters}, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(weights[0], {filters}, ScalarType::Float);
-  dispatch_kernel_dtype("weight_standardization", weights[0].scalar_type(), [&](auto zero) {
+  dispatch_two_dtypes(weights[0].scalar_type(), result.scalar_type(), [&](auto zero, auto result_zero) {
     using T = decltype(zero);
-    dispatch_kernel_dtype("weight_standardization", result.scalar_type(), [&](auto result_zero) {
-      using Result = decltype(result_zero);
-      std::vector<Forward<T, Result>> works;
-      Place place;
-      for (const Tensor& weight : weights) {
-        works.push_back(
-            {filters_of(weight, channels_last), eps, static_cast<const T*>(weight.const_data_ptr()),
-             static_cast<Result*>(result.mutable_data_ptr()) + place.values,
-             static_cast<float*>(mean.mutable_data_ptr()) + place.filters,
-             static_cast<float*>(rstd.mutable_data_ptr()) + place.filters});
-        place = place.after(weight);
-      }
-      run(works, choose(BITFAST_EACH(standardize<T, Result>)));
+    using Result = decltype(result_zero);
+    using Work = Forward<T, Result>;
+    const auto works = works_for<Work>(weights, [&](const Tensor& weight, const Place& place) {
+      Work work{};
+      work.filters = filters_of(weight, channels_last);
+      work.eps = eps;
+      work.weight = static_cast<const T*>(weight.const_data_ptr());
+      work.result = static_cast<Result*>(result.mutable_data_ptr()) + place.values;
+      work.mean = static_cast<float*>(mean.mutable_data_ptr()) + place.filters;
+      work.rstd = static_cast<float*>(rstd.mutable_data_ptr()) + place.filters;
+      return work;
     });
+    for_each_task(works, choose(BITFAST_EACH(standardize<T, Result>)));
   });
   return {mean, rstd};
 }
 
 // Writes the gradients of weights into one result; `grad` and it hold each weight where its place says.
 void backward_into(
-    const Tensor& grad,
-    const std::vector<Tensor>& weights,
-    const Tensor& mean,
-    const Tensor& rstd,
-    bool channels_last,
-    Tensor& result) {
-  const int64_t filters = end_of(weights).filters;
-  for (const Tensor* statistic : {&mean, &rstd}) {
-    STD_TORCH_CHECK(
-        statistic->scalar_type() == ScalarType::Float && statistic->is_contiguous() && statistic->numel() == filters,
-        "mean and rstd must be float32, contiguous, with one value per filter");
-  }
-  dispatch_kernel_dtype("weight_standardization", weights[0].scalar_type(), [&](auto zero) {
+    const Tensor& grad, const std::vector<Tensor>& weights, const Tensor& mean, const Tensor& rstd, bool channels_last,
+    const Tensor& result) {
+  check_statistics(mean, rstd, end_of(weights).filters, "with one value per filter");
+  dispatch_two_dtypes(weights[0].scalar_type(), grad.scalar_type(), [&](auto zero, auto grad_zero) {
     using T = decltype(zero);
-    dispatch_kernel_dtype("weight_standardization", grad.scalar_type(), [&](auto grad_zero) {
-      using Grad = decltype(grad_zero);
-      std::vector<Backward<T, Grad>> works;
-      Place place;
-      for (const Tensor& weight : weights) {
-        works.push_back(
-            {filters_of(weight, channels_last), static_cast<const Grad*>(grad.const_data_ptr()) + place.values,
-             static_cast<const T*>(weight.const_data_ptr()),
-             static_cast<const float*>(mean.const_data_ptr()) + place.filters,
-             static_cast<const float*>(rstd.const_data_ptr()) + place.filters,
-             static_cast<T*>(result.mutable_data_ptr()) + place.values});
-        place = place.after(weight);
-      }
-      run(works, choose(BITFAST_EACH(standardize_backward<T, Grad>)));
+    using Grad = decltype(grad_zero);
+    using Work = Backward<T, Grad>;
+    const auto works = works_for<Work>(weights, [&](const Tensor& weight, const Place& place) {
+      Work work{};
+      work.filters = filters_of(weight, channels_last);
+      work.grad = static_cast<const Grad*>(grad.const_data_ptr()) + place.values;
+      work.weight = static_cast<const T*>(weight.const_data_ptr());
+      work.mean = static_cast<const float*>(mean.const_data_ptr()) + place.filters;
+      work.rstd = static_cast<const float*>(rstd.const_data_ptr()) + place.filters;
+      work.grad_weight = static_cast<T*>(result.mutable_data_ptr()) + place.values;
+      return work;
     });
+    for_each_task(works, choose(BITFAST_EACH(standardize_backward<T, Grad>)));
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> weight_standardization(
     const Tensor& weight, double eps, std::optional<ScalarType> dtype) {
-  check(weight);
+  check_weight(weight);
   const std::vector<Tensor> weights{dense(weight)};
-  const std::array<int64_t, 4> size{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
-  Tensor result = torch::stable::empty(
-      {size.data(), size.size()}, dtype.value_or(weight.scalar_type()), std::nullopt, weight.device(), std::nullopt,
-      memory_format_of(weight));
+  const Tensor result = empty_4d(
+      {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, dtype.value_or(weight.scalar_type()),
+      weight.device(), memory_format_of(weight));
   auto [mean, rstd] = standardize_into(weights, eps, false, result);
   return {result, mean, rstd};
 }
 
 Tensor weight_standardization_backward(
     const Tensor& grad, const Tensor& weight, const Tensor& mean, const Tensor& rstd) {
-  check(weight);
-  STD_TORCH_CHECK(grad.dim() == 4, "grad must have the shape of weight");
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    STD_TORCH_CHECK(grad.size(dim) == weight.size(dim), "grad must have the shape of weight");
-  }
+  check_weight(weight);
+  STD_TORCH_CHECK(have_same_shape(grad, weight), "grad must have the shape of weight");
   const std::vector<Tensor> weights{dense(weight)};
   Tensor result = torch::stable::empty_like(weights[0]);
   backward_into(torch::stable::contiguous(grad, memory_format_of(weight)), weights, mean, rstd, false, result);

@@ -1,16 +1,15 @@
-// What the loops of weight_standardization work on.
+// What the loops of weight_standardization work on;
+// shared by weight_standardization.cpp and the loops.
 #pragma once
 
 #include <cstdint>
 
 namespace bitfast::weight_standardization {
 
-// The filters of one weight, each of `channels` times `taps` adjacent values; which of the two is innermost
-// the weight and the result (or its gradient) need not agree on. If they do not, the weight has taps
-// innermost, the result channels.
+// The filters of one weight, each of `channels` times `taps` adjacent values.
 struct Filters {
   int64_t count, channels, taps;
-  bool transposes;
+  bool transposes;  // the weight has taps innermost, the result (or its gradient) channels
 
   int64_t size() const { return channels * taps; }
 };

@@ -1,9 +1,10 @@
-// The loops of weight_standardization. Included once per instruction set, inside its namespace.
+// The loops of weight_standardization and its backward pass.
+// Included once per instruction set, inside its namespace.
 #include "vectors.h"
 #include "moments.h"
 
-// (w - mean) / std, rounded about once: the mean and 1/std are given as a float32 and what that was off by, and what
-// the difference loses when it is rounded is added again.
+// (w - mean) / std, rounded about once: the mean and 1/std are each kept as a float32 and the error of that float32,
+// and what the difference loses when it is rounded is added again.
 struct Standardization {
   float center, rstd, rstd_rest, shift;
 

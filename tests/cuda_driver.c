@@ -1,4 +1,5 @@
-/* Stands in for libcuda.so.1: remembers the last launch, answers the questions of Triton's launcher, does nothing. */
+/* Stands in for libcuda.so.1: remembers the last launch, and answers the questions of Triton's launcher.
+   tests/stub_driver.py builds it. */
 
 #include "cuda.h"
 #include <string.h>

@@ -1,4 +1,5 @@
-// Runs what each CUDA thread of same_padding does, one after the other, on the host.
+// Runs what each CUDA thread of same_padding does, one after the other, on the host;
+// tests/test_same_padding_threads.py calls it.
 #include <torch/headeronly/util/BFloat16.h>
 
 #include "same_padding_elements.h"
