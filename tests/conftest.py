@@ -1,10 +1,16 @@
-"""A fresh seed for every test of every run, printed where a test fails."""
+"""One seed for all that the tests draw, and what xdist must know to share the tests out.
+
+BITFAST_TEST_SEED is that seed; ``make test SEED=...`` sets it. By default and in CI it is fixed, so that only a
+change makes a test fail. A nightly run uses ``SEED=random``, which draws a new one and prints it.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,43 +20,73 @@ from tests import interpreter
 interpreter.enable()
 import_torchvision()  # before any test imports transformers, which would fail to
 
-try:
-    from hypothesis import settings
-except ImportError:  # a machine with a GPU may have what tests/gpu needs, and no more
-    pass
-else:
+VARIABLE = "BITFAST_TEST_SEED"
+BASE_SEED = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)  # hypothesis reads its option in the same hook
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "random":
+        wanted = str(random.SystemRandom().randrange(2**31))
+        os.environ[VARIABLE] = wanted  # the processes of xdist inherit the number
+    if wanted and not wanted.isdecimal():
+        raise pytest.UsageError(f'{VARIABLE} must be a number or "random", got {wanted!r}')
+    config.stash[BASE_SEED] = int(wanted or 0)
+    if wanted:
+        config.option.hypothesis_seed = wanted
+    configure_hypothesis(derandomize=not wanted)
+
+
+def configure_hypothesis(derandomize: bool) -> None:
+    try:
+        from hypothesis import settings
+    except ImportError:  # a machine with a GPU may have what tests/gpu needs, and no more
+        return
     # One example may include a first-use compilation; the shapes, not the seconds, are under test.
-    settings.register_profile("bitfast", deadline=None, print_blob=True)
+    settings.register_profile("bitfast", deadline=None, print_blob=True, derandomize=derandomize)
     settings.load_profile("bitfast")
 
 
-LONGEST = (
-    "test_kernel_builds",
-    "test_modeling",
-    "test_modeling_compile",
-    "test_group_norm_act_kernels",
-    "test_instruction_sets",
-    "test_export",
-    "test_gpu_report",
-    "test_in_place",
-    "test_packaging",
-    "test_modeling_triton",
-    "test_documentation",
-    "test_modeling_cpu",
-)
-"""The files that take longest. First, so that of processes which share the files none is left with one."""
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"{VARIABLE}={config.stash[BASE_SEED]}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that share a fixture of their module in one process: some of these take minutes."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        if isinstance(item, pytest.Function) and uses_module_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def uses_module_fixture(item: pytest.Function) -> bool:
+    """Whether the test uses a fixture of its module, besides the seed that every module has."""
+    found = item._fixtureinfo.name2fixturedefs
+    return any(found[name][-1].scope == "module" for name in found if name != "module_seed")
+
+
+def seed_from(request: pytest.FixtureRequest) -> int:
+    """Seed random, numpy and torch for a test or module, whichever others run before it; return the seed."""
+    node = request.node  # whose own nodeid xdist changes
+    name = f"{request.config.stash[BASE_SEED]} {node.parent.nodeid} {node.name}"
+    value = zlib.crc32(name.encode())
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_seed(request: pytest.FixtureRequest) -> int:
+    """Seed what the fixtures of a whole module draw."""
+    return seed_from(request)
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    """Seed torch and random from BITFAST_TEST_SEED, or anew; pytest shows the line when a test fails."""
-    value = int(os.environ.get("BITFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"BITFAST_TEST_SEED={value}")
-    random.seed(value)
-    torch.manual_seed(value)
-    return value
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed the test; where it fails, pytest shows what repeats it."""
+    print(f"{VARIABLE}={request.config.stash[BASE_SEED]}")
+    return seed_from(request)
