@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from bench.torchvision_import import import_torchvision
 from tests import interpreter
+from tests.guarded import poisoned_memory
 
 interpreter.enable()
 import_torchvision()  # before any test imports transformers, which would fail to
@@ -90,3 +92,18 @@ def seed(request: pytest.FixtureRequest) -> int:
     """Seed the test; where it fails, pytest shows what repeats it."""
     print(f"{VARIABLE}={request.config.stash[BASE_SEED]}")
     return seed_from(request)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill what is allocated but not written with NaN."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Let torch.compile find nothing of earlier tests, and leave nothing to later ones."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

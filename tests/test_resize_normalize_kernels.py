@@ -18,7 +18,8 @@ from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.kernels import resize_normalize as kernels
 from bitfast.ops import resize_normalize_triton
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize, values_of_bytes
-from tests.image_layouts import LAYOUTS, poisoned_memory, random_image
+from tests.guarded import poisoned_memory
+from tests.image_layouts import LAYOUTS, random_image
 from tests.interpreter import DEVICE
 from tests.test_resize_normalize_native import memory_between_walls, tensor_at
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from bitfast import extension
 from bitfast.backends import use_backend
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
-from tests.image_layouts import LAYOUTS, poisoned_memory, random_image
+from tests.guarded import poisoned_memory
+from tests.image_layouts import LAYOUTS, random_image
 
 pytestmark = pytest.mark.skipif(
     extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
