@@ -95,6 +95,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
+def no_gradient() -> Iterator[None]:
+    """Record gradients only where the test itself says so."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill what is allocated but not written with NaN."""
     with poisoned_memory():

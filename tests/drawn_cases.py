@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from bitfast.activations import ACTIVATIONS
+from bitfast.ops.resize_normalize import RESAMPLE_NAMES
 from tests.feature_maps import LAYOUTS
 
 MEANS = (0.0, -2.3, 100.0)
@@ -90,3 +92,30 @@ def filter_cases(
         mean=st.sampled_from(MEANS),
         seed=SEEDS,
     )
+
+
+@st.composite
+def resize_arguments(
+    draw: st.DrawFn,
+    shapes: Sequence[tuple[int, int]],
+    channels: int,
+    edges: st.SearchStrategy[int],
+    largest_offset: int,
+) -> dict[str, Any]:
+    """Return arguments of resize_normalize for images of these shapes."""
+    offsets = st.tuples(*[st.integers(-20, largest_offset)] * 2)
+    normalizes = draw(st.booleans())
+    return {
+        "sizes": [draw(st.tuples(edges, edges) | st.just(shape)) for shape in shapes],
+        "crop": draw(st.tuples(edges, edges)),
+        "offsets": draw(st.none() | st.just([draw(offsets) for _ in shapes])),
+        "resample": draw(st.integers(0, len(RESAMPLE_NAMES) - 1)),
+        "rescale_factor": draw(st.sampled_from([None, 1 / 255, (1 / 255, 3.7)])),
+        "mean": [0.1 * c for c in range(channels)] if normalizes else None,
+        "std": [0.3 + c for c in range(channels)] if normalizes else None,
+        "dtype": draw(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+        ),
+        "memory_format": draw(st.sampled_from(LAYOUTS)),
+        "pillow_version": draw(st.sampled_from([(12, 1), (13, 0)])),
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,13 +35,6 @@ NEEDS_PLANS = pytest.mark.skipif(
 def some_images() -> Tensor:
     """Of an odd size."""
     return torch.randn(2, 3, 33, 47)
-
-
-@pytest.fixture(autouse=True)
-def no_gradient() -> Iterator[None]:
-    """For modules that import this: no test of theirs records gradients but those that say so."""
-    with torch.no_grad():
-        yield
 
 
 def model_of(kind: str = "preactivation") -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bitfast
 from tests.model_pairs import pair
+from tests.threads import torch_threads
 
 BOTTLENECK = {"layer_type": "bottleneck"}
 
@@ -214,12 +215,8 @@ def test_another_process_may_change_shared_weights():
             assert child.exitcode == 0
             return model(x).logits
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has none of the others
-    try:
+    with torch_threads(1):  # a forked process has none of the others
         assert_alike(models, run)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", ["bit.norm", "bit.embedder.pooler", "bit.embedder.convolution"])

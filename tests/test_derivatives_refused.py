@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
-from bitfast import extension
 from bitfast.ops.derivatives import FUNCTION_TRANSFORMS
 from bitfast.ops.kept_weights import kept_weights
 from bitfast.ops.norm_convolution import why_not_fused
 from bitfast.ops.resize_normalize import resize_normalize
 from tests.model_pairs import our_model
 from tests.network_plans import plans_of
+from tests.requirements import NEEDS_EXTENSION
 
 OPERATORS = torch.ops.bitfast
 WITHOUT_TENSORS = {
@@ -27,9 +27,7 @@ WITHOUT_TENSORS = {
     "bitfast::resampling_tables.native",  # of integers
 }
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"the extension is not there: {extension.CPU.problem}"
-)
+pytestmark = NEEDS_EXTENSION
 
 
 def test_every_operator_has_decided():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +30,7 @@ from tests.eager_calls import (
 )
 from tests.interpreter import DEVICE
 from tests.launch_ways import choose
+from tests.threads import in_threads
 
 # ---- the same numbers -----------------------------------------------------------------------------
 
@@ -354,13 +353,11 @@ def test_another_thread_computes_the_same():
     expected = gradients_of(added)(*tensors)
     found: list[Tensor] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         with use_backend("triton"):
             found.extend(gradients_of(added)(*tensors))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    in_threads(work, 1)
     assert_same(found, expected)
 
 
@@ -379,7 +376,7 @@ def test_threads_may_share_what_is_kept():
     kept: eager.Bounded[int] = eager.Bounded(most=5)
     wrong: list[int] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for number in range(2000):
             found = kept.get(number % 11)
             if found is None:
@@ -387,10 +384,6 @@ def test_threads_may_share_what_is_kept():
             if found != number % 11:
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
-    assert len(kept) <= 5 + len(threads)
+    assert len(kept) <= 5 + 4

@@ -24,13 +24,12 @@ from tests.network_plans import (
     assert_right,
     called_by,
     model_of,
-    no_gradient,  # noqa: F401
     plans_of,
     some_images,  # noqa: F401
 )
 from tests.weight_changes import convolutions, features
 
-pytestmark = NEEDS_PLANS
+pytestmark = [NEEDS_PLANS, pytest.mark.usefixtures("no_gradient")]
 
 
 def layers(model: Any) -> Any:

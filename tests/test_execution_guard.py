@@ -20,14 +20,13 @@ from tests.network_plans import (
     NEEDS_PLANS,
     assert_right,
     model_of,
-    no_gradient,  # noqa: F401
     plans_of,
     some_images,  # noqa: F401
 )
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, convolutions, features
 
-pytestmark = NEEDS_PLANS
+pytestmark = [NEEDS_PLANS, pytest.mark.usefixtures("no_gradient")]
 
 
 def block(model: Any) -> Any:

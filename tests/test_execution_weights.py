@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import pickle
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast import BitBackbone, BitForImageClassification, BitModel
 from bitfast.backends import use_backend
@@ -23,6 +21,8 @@ from bitfast.execution.weights import form_of, kept_standardized
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
 from bitfast.ops.weight_standardization import weight_standardization
+from tests.operator_calls import calls_of
+from tests.threads import in_threads
 from tests.tiny_models import ours
 from tests.weight_changes import (
     CHANGES,
@@ -51,23 +51,11 @@ def x() -> Tensor:
     return torch.randn(2, 3, 33, 47)
 
 
-class Standardizations(TorchDispatchMode):
-    """Notes how many weights are standardized together each time."""
-
-    def __init__(self) -> None:
-        self.counts: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "::weight_standardization_all." in func.name():
-            self.counts.append(len(args[0]))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def computed() -> Iterator[list[int]]:
     """How many weights each preparation has standardized."""
-    with Standardizations() as standardizations:
-        yield standardizations.counts
+    with calls_of("weight_standardization_all", lambda arguments: len(arguments[0])) as calls:
+        yield calls.noted
 
 
 def kept(model: nn.Module) -> list[Tensor]:
@@ -407,16 +395,12 @@ def test_threads_share_them(model, x):
     model.eval()
     results: list[bool] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         with torch.inference_mode(), use_backend(packed_convolution="reference"):
             for _ in range(5):
                 results.append(torch.equal(features(model, x), expected))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert results == [True] * 20
     assert len(kept(model)) == len(convolutions(model))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import bitfast
 from bitfast.execution.graph import GraphedPlan, Results
 from bitfast.execution.plans import MOST_GRAPHS, Plans
+from tests.threads import in_threads
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, features
 
@@ -163,11 +163,7 @@ def test_threads_take_turns(model, x):
             for _ in range(5):
                 results.append(torch.equal(features(model, batches[number]), expected[number]))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert results == [True] * 20
 
 

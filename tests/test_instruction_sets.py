@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitfast import extension
+from tests.requirements import NEEDS_EXTENSION
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
-)
+pytestmark = NEEDS_EXTENSION
 
 ROOT = Path(__file__).parents[1]
 SETS = ("baseline", "avx2", "avx512")
