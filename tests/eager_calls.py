@@ -30,8 +30,8 @@ def triton() -> Iterator[None]:
         module.forget_calls()
 
 
-def both(function: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any, list[str]]:
-    """Return what a function gives by itself, what it gives under a mode, and the operators seen by that."""
+def alone_and_watched(function: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any, list[str]]:
+    """Return what a function gives alone and what it gives under a mode, and our operators that this sees."""
     itself = function(*tensors)
     with OperatorCalls() as calls:
         watched = function(*tensors)

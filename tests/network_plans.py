@@ -33,7 +33,7 @@ NEEDS_PLANS = pytest.mark.skipif(
 
 @pytest.fixture(name="x")
 def some_images() -> Tensor:
-    """Of an odd size."""
+    """Two, of odd sizes."""
     return torch.randn(2, 3, 33, 47)
 
 
@@ -48,7 +48,7 @@ def model_of(kind: str = "preactivation") -> Any:
 
 
 def as_written(model: Any, x: Tensor) -> Tensor:
-    """The modules called one by one, where no plan can be."""
+    """What the modules compute, called one by one without a plan."""
     with use_backend("reference"):
         return model.norm(model.encoder(model.embedder(x))[0])
 
@@ -57,7 +57,7 @@ def assert_right(model: Any, x: Tensor, before: Tensor | None = None) -> Tensor:
     """Hold the next pass, and the one after it, to a fresh copy and to the modules; return its result.
 
     Args:
-        before: What the result must not be any more.
+        before: An earlier result, which must no longer come out.
     """
     results = []
     for run in (features, features, lambda m, x: features(copy.deepcopy(m), x)):

@@ -167,7 +167,7 @@ def test_derivatives_of_what_has_none(name, mode):
 
 
 @pytest.mark.parametrize("name", UNDERIVED)
-def test_they_run_where_none_is_asked_for(name):
+def test_ops_without_derivatives_run_where_none_is_asked_for(name):
     if "normalizing" in name and (reason := why_not_fused(torch.float32)) is not None:
         pytest.skip(reason)
     with torch.no_grad():

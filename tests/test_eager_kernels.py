@@ -18,8 +18,8 @@ from tests.eager_calls import (
     LAYOUTS,
     Watched,
     added,
+    alone_and_watched,
     assert_same,
-    both,
     filters,
     flat,
     gradients_of,
@@ -48,10 +48,10 @@ DTYPES = [
 def test_norms_and_their_gradients(name, layout, dtype, parameter_dtype, way, monkeypatch):
     choose(monkeypatch, way)
     tensors = inputs(layout, dtype, parameter_dtype)
-    itself, watched, seen = both(FORMS[name], *tensors)
+    itself, watched, seen = alone_and_watched(FORMS[name], *tensors)
     assert_same(itself, watched)
     assert seen == [f"{name}.triton"]
-    itself, watched, seen = both(gradients_of(FORMS[name]), *tensors)
+    itself, watched, seen = alone_and_watched(gradients_of(FORMS[name]), *tensors)
     assert_same(itself, watched)
     assert seen == [f"{name}.triton", "group_norm_act_backward.triton"]
 
@@ -61,7 +61,7 @@ def test_norms_and_their_gradients(name, layout, dtype, parameter_dtype, way, mo
 def test_without_gradients(guard, name):
     tensors = [t.requires_grad_() for t in inputs()]
     with guard():
-        itself, watched, _ = both(FORMS[name], *tensors)
+        itself, watched, _ = alone_and_watched(FORMS[name], *tensors)
         assert_same(itself, watched)
         assert not any(r.requires_grad for r in flat(itself))
         assert all(r.is_inference() == torch.is_inference_mode_enabled() for r in flat(itself))
@@ -84,10 +84,10 @@ ODD = {
 def test_odd_tensors(name, odd, place):
     tensors = inputs()
     tensors[place] = ODD[odd](tensors[place])
-    itself, watched, _ = both(gradients_of(FORMS[name]), *tensors)
+    itself, watched, _ = alone_and_watched(gradients_of(FORMS[name]), *tensors)
     assert_same(itself, watched)
     with torch.no_grad():
-        itself, watched, _ = both(FORMS[name], *tensors)
+        itself, watched, _ = alone_and_watched(FORMS[name], *tensors)
     assert_same(itself, watched)
 
 
@@ -95,7 +95,7 @@ def test_odd_tensors(name, odd, place):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORMS)
 def test_odd_shapes(name, layout, shape):
-    itself, watched, _ = both(gradients_of(FORMS[name]), *inputs(layout, shape=shape))
+    itself, watched, _ = alone_and_watched(gradients_of(FORMS[name]), *inputs(layout, shape=shape))
     assert_same(itself, watched)
 
 
@@ -103,7 +103,7 @@ def test_odd_shapes(name, layout, shape):
 def test_autocast(name):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         for dtype in (torch.float32, torch.bfloat16):
-            itself, watched, _ = both(gradients_of(FORMS[name]), *inputs(dtype=dtype))
+            itself, watched, _ = alone_and_watched(gradients_of(FORMS[name]), *inputs(dtype=dtype))
             assert_same(itself, watched)
             results = itself[: 2 if name == "add_group_norm_act" else 1]
             assert results[-1].dtype == torch.bfloat16
@@ -135,7 +135,7 @@ def test_odd_gradients(name, change):
         )
         return [g for g in found if g is not None]
 
-    itself, watched, _ = both(run, *tensors)
+    itself, watched, _ = alone_and_watched(run, *tensors)
     assert_same(itself, watched)
 
 
@@ -147,7 +147,7 @@ def test_one_output_of_two(used):
         found = torch.autograd.grad(result.sin().sum(), leaves, allow_unused=True)
         return [torch.zeros(1) if g is None else g for g in found]
 
-    itself, watched, _ = both(run, *inputs())
+    itself, watched, _ = alone_and_watched(run, *inputs())
     assert_same(itself, watched)
 
 
@@ -164,7 +164,7 @@ def test_second_derivatives(name):
         second = torch.autograd.grad(again, leaves, allow_unused=True)
         return [g for g in (*first, *second) if g is not None]
 
-    itself, watched, _ = both(run, *inputs())
+    itself, watched, _ = alone_and_watched(run, *inputs())
     for a, b in zip(itself, watched, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -315,7 +315,7 @@ def test_parameters_and_their_data_may_change():
     parameter = nn.Parameter(weight)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         parameter.data = weight.to(dtype)
-        itself, watched, _ = both(lambda: norm(x, x, parameter, bias))
+        itself, watched, _ = alone_and_watched(lambda: norm(x, x, parameter, bias))
         assert_same(itself, watched)
 
 
@@ -332,7 +332,7 @@ def test_saved_tensors_go_through_hooks():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: kept[place].clone()):
             return gradients_of(norm)(*tensors)
 
-    itself, watched, _ = both(run, *tensors)
+    itself, watched, _ = alone_and_watched(run, *tensors)
     assert_same(itself, watched)
     assert kept
 
@@ -344,7 +344,7 @@ def test_checkpointing():
         result = torch.utils.checkpoint.checkpoint(norm, x, x, weight, bias, use_reentrant=False)
         return [result, *torch.autograd.grad(result.sin().sum(), (x, weight, bias))]
 
-    itself, watched, _ = both(run)
+    itself, watched, _ = alone_and_watched(run)
     assert_same(itself, watched)
 
 

@@ -181,7 +181,7 @@ def free_and_set_data(module: nn.Module) -> None:
 
 
 def prune_channels(model: Any) -> None:
-    """As those do who do not tell the modules their new numbers of channels."""
+    """Without telling the modules their new numbers of channels."""
     norm, before, after = block(model).norm2, block(model).conv1, block(model).conv2
     before.weight = nn.Parameter(before.weight[:6].clone())
     norm.weight, norm.bias = (nn.Parameter(p[:6].clone()) for p in (norm.weight, norm.bias))

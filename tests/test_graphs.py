@@ -70,7 +70,7 @@ def record(model: Any, x: Tensor, **options: Any) -> None:
     assert met
 
 
-def test_results_are_those_of_the_plan_and_nobody_s_memory(model, x, recordings):
+def test_results_are_those_of_the_plan_in_memory_of_their_own(model, x, recordings):
     expected = model(x, output_hidden_states=True)
     record(model, x, output_hidden_states=True)
     first = model(x, output_hidden_states=True)
@@ -140,7 +140,7 @@ def test_copies_and_released_models_have_none(model, x, recordings):
     assert (len(recordings), recordings[0].replays) == (1, replays)
 
 
-def test_only_so_many_are_kept(model, recordings):
+def test_the_number_of_graphs_is_bounded(model, recordings):
     batches = [torch.randn(n, 3, 17, 18) for n in range(1, MOST_GRAPHS + 3)]
     for x in batches:
         record(model, x)
@@ -167,7 +167,9 @@ def test_threads_take_turns(model, x):
     assert results == [True] * 20
 
 
-def test_within_somebody_else_s_graph_the_plan_runs_plainly(model, x, recordings, monkeypatch):
+def test_during_the_capture_of_another_graph_the_plan_runs_plainly(
+    model, x, recordings, monkeypatch
+):
     record(model, x)
     expected, replays = features(model, x), recordings[0].replays
     # There is no device whose state could be asked.

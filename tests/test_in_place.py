@@ -182,8 +182,8 @@ def operators(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
 @NEEDS_PLANS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer_type", ["preactivation", "bottleneck"])
-def test_it_runs_what_bitfast_runs(layer_type, dtype):
-    """So that it cannot be the same numbers at the old speed."""
+def test_accelerated_models_call_the_operators_of_bitfasts_own(layer_type, dtype):
+    """Otherwise the numbers could be right at the old speed."""
     images = torch.randn(2, 3, 64, 50)
     fuses("cpu", dtype)  # what this CPU can do is asked once, by operators as well
     expected = operators(our_model("BitModel", layer_type=layer_type).eval(), images, dtype)
@@ -254,7 +254,7 @@ def test_a_training_step_of_timm_shows():
 
 
 @pytest.mark.parametrize("name", ["BitForImageClassification", "BitBackbone", "ResNetV2"])
-def test_it_compiles_to_one_graph(name, fresh_compiler):
+def test_accelerated_models_compile_to_one_graph(name, fresh_compiler):
     model, plain = pair(name, torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for number, (batch, *size) in enumerate([(2, 33, 47), (3, 64, 50), (4, 40, 70)]):
@@ -368,14 +368,16 @@ def test_a_hook_may_change_what_a_module_returns():
         model = ALL[name].model(torch.float64)
         images = ALL[name].images(torch.float64)
 
-        def shade(module: nn.Module, inputs: Any, output: Any) -> Any:
+        def distort(module: nn.Module, inputs: Any, output: Any) -> Any:
             """Not to be undone by a norm."""
             if isinstance(output, Tensor):
                 return output * torch.linspace(1, 2, output.shape[-1], dtype=output.dtype)
-            return type(output)(**{key: shade(module, (), value) for key, value in output.items()})
+            return type(output)(
+                **{key: distort(module, (), value) for key, value in output.items()}
+            )
 
         plain = results(model, images)
-        model.get_submodule(path).register_forward_hook(shade)
+        model.get_submodule(path).register_forward_hook(distort)
         expected = results(model, images)
         assert not torch.equal(plain[0], expected[0])
         bitfast.accelerate(model)
@@ -396,7 +398,7 @@ def test_a_saved_model_is_one_of_transformers(tmp_path):
 
 
 def anatomy(model: nn.Module) -> list[Any]:
-    """Everything that makes up a model's modules, but the numbers."""
+    """What makes up a model's modules, except for the numbers."""
     return [
         (name, type(module), list(module.__dict__), list(module._modules), module.training)
         for name, module in model.named_modules()
@@ -404,7 +406,7 @@ def anatomy(model: nn.Module) -> list[Any]:
 
 
 @EACH
-def test_restore_undoes_it_exactly(name):
+def test_restore_undoes_accelerate_exactly(name):
     model = ALL[name].model()
     images = ALL[name].images()
     modules = dict(model.named_modules())

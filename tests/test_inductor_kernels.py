@@ -32,6 +32,6 @@ def test_every_visible_kernel_is_built_for_every_chip(builds):
     }
 
 
-def test_all_of_them_compile(builds):
+def test_all_kernels_compile(builds):
     problems = [b for b in builds if b["problem"] is not None]
     assert not problems, problems[0]

@@ -301,7 +301,7 @@ def test_convolution_takes_the_arguments_of_torch_and_transformers(arguments, op
 
 
 def test_a_convolution_that_is_changed_afterwards_does_as_it_is_told():
-    """As who makes a network denser does: strides become dilations."""
+    """Networks are made denser this way: strides become dilations."""
     ours = WeightStandardizedConv2d(16, 16, 3, 2, None, eps=1e-8).eval()
     twin = theirs.WeightStandardizedConv2d(16, 16, 3, 2, None, eps=1e-8).eval()
     twin.load_state_dict(ours.state_dict())

@@ -115,7 +115,7 @@ NORMALIZING = ("norm_convolution", "norm_convolution_add_")
 
 @pytest.mark.parametrize("kind", ["preactivation", "bottleneck"])
 def test_blocks_normalize_as_they_convolve(kind, x, way):
-    """So that the other tests do not pass only because nothing is fused."""
+    """Otherwise the other tests could pass because nothing is fused."""
     model = model_of(kind)
     blocks = [block for stage in model.encoder.stages for block in stage.layers]
 
@@ -279,8 +279,8 @@ def tensors_of(model: nn.Module) -> list[list[Tensor]]:
     return [list({id(t): t for t in by_form.values()}.values()) for by_form in kept]
 
 
-def test_they_cost_one_copy_of_the_weights(way):
-    """But where oneDNN wants another layout for another size of images."""
+def test_packed_weights_cost_one_copy_of_the_weights(way):
+    """Except where oneDNN wants another layout for another size of images."""
     model = ours("BitModel", embedding_size=64, hidden_sizes=[128, 256], num_groups=32).eval()
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))

@@ -90,7 +90,7 @@ def pack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def plain(x: Tensor, norm: Norm | None, weight: Tensor, stride: int, standardizes: bool) -> Tensor:
-    """The same in the dtype of x, one op of torch's after the other."""
+    """Norm, activation and convolution as three ops of torch, in the dtype of x."""
     weight = weight.to(x.dtype)
     if standardizes:
         weight = reference.weight_standardization_forward(weight, EPS, x.dtype)[0]
@@ -123,7 +123,7 @@ def assert_are_moments(moments: Tensor | None, x: Tensor) -> None:
 def draw(
     shape, out, kernel, stride, dtype, groups, activation, mean, knows_moments, standardizes
 ) -> Triples:
-    """Of the functions for layers, or of the operators with the weight as it is; 0 groups: no norm."""
+    """Call the functions that layers call, or the operators with the weight as it is; 0 groups: no norm."""
     x, last = images(*shape, dtype=dtype, mean=mean), (kernel, stride, True)
     norm = norm_of(x, groups, activation) if groups else None
     weight = nn.Parameter(filters(out, shape[1], kernel, dtype))

@@ -146,7 +146,7 @@ def test_what_is_packed_alike_is_kept_once(packings):
     assert len(tensors_of(weight)) == 1
 
 
-def test_only_so_many_shapes_are_remembered(packings):
+def test_the_number_of_remembered_shapes_is_bounded(packings):
     weight = nn.Parameter(torch.randn(4, 4, 1, 1))
     for size in range(1, MOST_FORMS + 20):
         packed_convolution(images(1, 4, size, 3), weight, EPS, PLAIN)

@@ -49,7 +49,7 @@ def test_a_model_is_one_graph_with_its_norms_and_one_weight_preparation(seen):
     assert launches(seen["model"]).count("parameter_gradients_kernel") == 7
 
 
-def test_inductor_launches_them_itself(seen):
+def test_inductor_launches_the_kernels_itself(seen):
     program = "\n".join(seen["inductor"])
     assert program.count("async_compile.triton('moments_kernel'") == 2
     assert program.count("async_compile.triton('apply_kernel'") == 2

@@ -146,7 +146,7 @@ def weights_of(
 
 
 def is_laid_out(x: Tensor, channels_last: bool) -> bool:
-    """Say whether x has the layout, in the strides by which convolutions recognise it too."""
+    """Whether x has the layout, in the strides by which convolutions recognise it too."""
     expected = torch.empty(
         x.shape, memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
