@@ -13,14 +13,14 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(INSTALLED)
 	$(BIN)/bitfast demo
 
-# The tests of what is done to models of transformers run with its versions 4.56 and 5. Tests that share a fixture
-# of their file stay in one process and come first; the others go to whichever is free (tests/conftest.py).
+# The tests of what is done to models of transformers run with its versions 4.56 and 5. Processes take
+# test after test, and files whose tests share a fixture as a whole (tests/conftest.py).
 # Threads that wait must not spin, or the processes would keep each other from working.
 # The random numbers are the same in every run. A nightly run uses SEED=random: new ones, whose seed is printed;
 # SEED=<that number> draws them again.
 JOBS ?= 2
 SEED ?=
-PYTEST := -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := -m pytest -n $(JOBS)
 test: export OMP_WAIT_POLICY = passive
 test: export BITFAST_TEST_SEED = $(SEED)
 test: $(INSTALLED) $(NEXT)/installed

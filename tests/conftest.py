@@ -1,4 +1,4 @@
-"""One seed for all that the tests draw, and what xdist must know to share the tests out.
+"""One seed for all that the tests draw, how several processes share the tests, and what many of them use.
 
 BITFAST_TEST_SEED is that seed; ``make test SEED=...`` sets it. By default and in CI it is fixed, so that only a
 change makes a test fail. A nightly run uses ``SEED=random``, which draws a new one and prints it.
@@ -6,10 +6,13 @@ change makes a test fail. A nightly run uses ``SEED=random``, which draws a new 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ interpreter.enable()
 import_torchvision()  # before any test imports transformers, which would fail to
 
 VARIABLE = "BITFAST_TEST_SEED"
+FIXED_SEED = 0
 BASE_SEED = pytest.StashKey[int]()
 
 
@@ -34,10 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[VARIABLE] = wanted  # the processes of xdist inherit the number
     if wanted and not wanted.isdecimal():
         raise pytest.UsageError(f'{VARIABLE} must be a number or "random", got {wanted!r}')
-    config.stash[BASE_SEED] = int(wanted or 0)
-    if wanted:
-        config.option.hypothesis_seed = wanted
-    configure_hypothesis(derandomize=not wanted)
+    seed = int(wanted or FIXED_SEED)
+    config.stash[BASE_SEED] = seed
+    if seed != FIXED_SEED:
+        config.option.hypothesis_seed = seed
+    configure_hypothesis(derandomize=seed == FIXED_SEED)
 
 
 def configure_hypothesis(derandomize: bool) -> None:
@@ -54,26 +59,30 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"{VARIABLE}={config.stash[BASE_SEED]}"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests that share a fixture of their module in one process: some of these take minutes."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if isinstance(item, pytest.Function) and uses_module_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)  # a machine with a GPU may have no xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process the next test, but all tests of a file together where they share a fixture.
+
+    Some of these fixtures take minutes. xdist starts with what has most tests, so these files come first.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return file if shares_fixtures(config.rootpath / file) else nodeid
+
+    return Scheduling(config, log)
 
 
-def uses_module_fixture(item: pytest.Function) -> bool:
-    """Whether the test uses a fixture of its module, besides the seed that every module has."""
-    found = item._fixtureinfo.name2fixturedefs
-    return any(found[name][-1].scope == "module" for name in found if name != "module_seed")
+@functools.cache
+def shares_fixtures(path: Path) -> bool:
+    return 'fixture(scope="module")' in path.read_text()
 
 
 def seed_from(request: pytest.FixtureRequest) -> int:
     """Seed random, numpy and torch for a test or module, whichever others run before it; return the seed."""
-    node = request.node  # whose own nodeid xdist changes
-    name = f"{request.config.stash[BASE_SEED]} {node.parent.nodeid} {node.name}"
+    name = f"{request.config.stash[BASE_SEED]} {request.node.nodeid}"
     value = zlib.crc32(name.encode())
     random.seed(value)
     np.random.seed(value)
