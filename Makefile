@@ -13,11 +13,16 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(INSTALLED)
 	$(BIN)/bitfast demo
 
-# The tests of what is done to models of transformers run with its versions 4.56 and 5. Each process takes whole files;
-# threads that wait must not spin, or the processes would keep each other from working.
+# The tests of what is done to models of transformers run with its versions 4.56 and 5. Processes take
+# test after test, and files whose tests share a fixture as a whole (tests/conftest.py).
+# Threads that wait must not spin, or the processes would keep each other from working.
+# The random numbers are the same in every run. A nightly run uses SEED=random: new ones, whose seed is printed;
+# SEED=<that number> draws them again.
 JOBS ?= 2
-PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SEED ?=
+PYTEST := -m pytest -n $(JOBS)
 test: export OMP_WAIT_POLICY = passive
+test: export BITFAST_TEST_SEED = $(SEED)
 test: $(INSTALLED) $(NEXT)/installed
 	$(BIN)/python $(PYTEST)
 	$(NEXT)/bin/python $(PYTEST) $(TESTS_OF_NEXT)

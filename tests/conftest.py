@@ -1,56 +1,125 @@
-"""A fresh seed for every test of every run, printed where a test fails."""
+"""One seed for all that the tests draw, how several processes share the tests, and what many of them use.
+
+BITFAST_TEST_SEED is that seed; ``make test SEED=...`` sets it. By default and in CI it is fixed, so that only a
+change makes a test fail. A nightly run uses ``SEED=random``, which draws a new one and prints it.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bench.torchvision_import import import_torchvision
 from tests import interpreter
+from tests.guarded import poisoned_memory
 
 interpreter.enable()
 import_torchvision()  # before any test imports transformers, which would fail to
 
-try:
-    from hypothesis import settings
-except ImportError:  # a machine with a GPU may have what tests/gpu needs, and no more
-    pass
-else:
+VARIABLE = "BITFAST_TEST_SEED"
+FIXED_SEED = 0
+BASE_SEED = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)  # hypothesis reads its option in the same hook
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "random":
+        wanted = str(random.SystemRandom().randrange(2**31))
+        os.environ[VARIABLE] = wanted  # the processes of xdist inherit the number
+    if wanted and not wanted.isdecimal():
+        raise pytest.UsageError(f'{VARIABLE} must be a number or "random", got {wanted!r}')
+    seed = int(wanted or FIXED_SEED)
+    config.stash[BASE_SEED] = seed
+    if seed != FIXED_SEED:
+        config.option.hypothesis_seed = seed
+    configure_hypothesis(derandomize=seed == FIXED_SEED)
+
+
+def configure_hypothesis(derandomize: bool) -> None:
+    try:
+        from hypothesis import settings
+    except ImportError:  # a machine with a GPU may have what tests/gpu needs, and no more
+        return
     # One example may include a first-use compilation; the shapes, not the seconds, are under test.
-    settings.register_profile("bitfast", deadline=None, print_blob=True)
+    settings.register_profile("bitfast", deadline=None, print_blob=True, derandomize=derandomize)
     settings.load_profile("bitfast")
 
 
-LONGEST = (
-    "test_kernel_builds",
-    "test_modeling",
-    "test_modeling_compile",
-    "test_group_norm_act_kernels",
-    "test_instruction_sets",
-    "test_export",
-    "test_gpu_report",
-    "test_in_place",
-    "test_packaging",
-    "test_modeling_triton",
-    "test_documentation",
-    "test_modeling_cpu",
-)
-"""The files that take longest. First, so that of processes which share the files none is left with one."""
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"{VARIABLE}={config.stash[BASE_SEED]}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+@pytest.hookimpl(optionalhook=True)  # a machine with a GPU may have no xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process the next test, but all tests of a file together where they share a fixture.
+
+    Some of these fixtures take minutes. xdist starts with what has most tests, so these files come first.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return file if shares_fixtures(config.rootpath / file) else nodeid
+
+    return Scheduling(config, log)
+
+
+@functools.cache
+def shares_fixtures(path: Path) -> bool:
+    return 'fixture(scope="module")' in path.read_text()
+
+
+def seed_from(request: pytest.FixtureRequest) -> int:
+    """Seed random, numpy and torch for a test or module, whichever others run before it; return the seed."""
+    name = f"{request.config.stash[BASE_SEED]} {request.node.nodeid}"
+    value = zlib.crc32(name.encode())
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_seed(request: pytest.FixtureRequest) -> int:
+    """Seed what the fixtures of a whole module draw."""
+    return seed_from(request)
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    """Seed torch and random from BITFAST_TEST_SEED, or anew; pytest shows the line when a test fails."""
-    value = int(os.environ.get("BITFAST_TEST_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"BITFAST_TEST_SEED={value}")
-    random.seed(value)
-    torch.manual_seed(value)
-    return value
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed the test; where it fails, pytest shows what repeats it."""
+    print(f"{VARIABLE}={request.config.stash[BASE_SEED]}")
+    return seed_from(request)
+
+
+@pytest.fixture
+def no_gradient() -> Iterator[None]:
+    """Record gradients only where the test itself says so."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill what is allocated but not written with NaN."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Let torch.compile find nothing of earlier tests, and leave nothing to later ones."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast.backends import use_backend
 from bitfast.ops import group_norm_act_triton, weight_standardization_triton
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.interpreter import DEVICE
+from tests.operator_calls import OperatorCalls
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SHAPE, GROUPS = (2, 8, 5, 3), 4
@@ -30,27 +30,13 @@ def triton() -> Iterator[None]:
         module.forget_calls()
 
 
-class Operators(TorchDispatchMode):
-    """Names the operators of ours that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.namespace == "bitfast":
-            self.names.append(str(function).removeprefix("bitfast."))
-        return function(*args, **(kwargs or {}))
-
-
-def both(function: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any, list[str]]:
-    """Return what a function gives by itself, what it gives under a mode, and the operators seen by that."""
+def alone_and_watched(function: Callable[..., Any], *tensors: Tensor) -> tuple[Any, Any, list[str]]:
+    """Return what a function gives alone and what it gives under a mode, and our operators that this sees."""
     itself = function(*tensors)
-    with Operators() as seen:
+    with OperatorCalls() as calls:
         watched = function(*tensors)
-    return itself, watched, seen.names
+    ours = [n.removeprefix("bitfast.") for n in calls.noted if n.startswith("bitfast.")]
+    return itself, watched, ours
 
 
 def flat(results: Any) -> list[Tensor]:

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors are full of NaN, or of 255, until they are written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills new memory then
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Guarded:

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 LAYOUTS = ("HWC", "CHW", "sliced", "four bytes per pixel", "one pixel")
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are full of NaN, or of 255, until they are written."""
-    torch.use_deterministic_algorithms(True)  # torch fills new memory then
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def random_image(

@@ -43,7 +43,7 @@ class Generated(NamedTuple):
         return f"{self.function.__name__} {json.dumps(constants)}"
 
     def problem_on(self, architecture: int) -> str | None:
-        """Compile for a chip; say what is wrong, None if nothing is."""
+        """Compile for a chip; return what went wrong, or None."""
         source = ASTSource(
             self.function,
             self.meta["signature"],

@@ -25,7 +25,7 @@ DEVICES = {
 
 
 def choose(monkeypatch: Any, way: str) -> None:
-    """Work in this way, also in calls whose like was planned before; :func:`forget_calls` at the end."""
+    """Let all calls work in this way, planned before or not; :func:`forget_calls` at the end."""
     forget_calls()
     for name, value in WAYS[way].items():
         monkeypatch.setattr(kernels, name, value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bitfast.modeling
 from bitfast.configuration import BitConfig
 from tests.tolerances import relative_error
+from tests.weight_changes import move_weights
 
 CLASSES = ["BitModel", "BitForImageClassification", "BitBackbone"]
 LAYER_TYPES = ["preactivation", "bottleneck"]
@@ -54,15 +55,6 @@ def pair(name: str, **settings: Any) -> tuple[Any, Any]:
     move_weights(theirs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
-
-
-@torch.no_grad()
-def move_weights(model: nn.Module) -> None:
-    """Replace the ones and zeros that GroupNorm starts with, which would hide mistakes."""
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.weight.copy_(1 + 0.2 * torch.randn_like(module.weight))
-            module.bias.copy_(0.2 * torch.randn_like(module.bias))
 
 
 def flatten(value: Any) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,15 +33,8 @@ NEEDS_PLANS = pytest.mark.skipif(
 
 @pytest.fixture(name="x")
 def some_images() -> Tensor:
-    """Of an odd size."""
+    """Two, of odd sizes."""
     return torch.randn(2, 3, 33, 47)
-
-
-@pytest.fixture(autouse=True)
-def no_gradient() -> Iterator[None]:
-    """For modules that import this: no test of theirs records gradients but those that say so."""
-    with torch.no_grad():
-        yield
 
 
 def model_of(kind: str = "preactivation") -> Any:
@@ -56,7 +48,7 @@ def model_of(kind: str = "preactivation") -> Any:
 
 
 def as_written(model: Any, x: Tensor) -> Tensor:
-    """The modules called one by one, where no plan can be."""
+    """What the modules compute, called one by one without a plan."""
     with use_backend("reference"):
         return model.norm(model.encoder(model.embedder(x))[0])
 
@@ -65,7 +57,7 @@ def assert_right(model: Any, x: Tensor, before: Tensor | None = None) -> Tensor:
     """Hold the next pass, and the one after it, to a fresh copy and to the modules; return its result.
 
     Args:
-        before: What the result must not be any more.
+        before: An earlier result, which must no longer come out.
     """
     results = []
     for run in (features, features, lambda m, x: features(copy.deepcopy(m), x)):

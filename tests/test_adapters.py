@@ -76,7 +76,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def assert_same(actual: nn.Module, expected: nn.Module) -> None:
-    """Twice, as what is kept of the weights serves from the second time on."""
+    """Run twice: what is kept of the weights serves from the second time on."""
     for _ in range(2):
         x = images()
         assert_close(logits(actual, x), logits(expected, x), 1e-5)

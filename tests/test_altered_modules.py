@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import bitfast
 from tests.model_pairs import pair
+from tests.threads import torch_threads
 
 BOTTLENECK = {"layer_type": "bottleneck"}
 
 
-def three(dtype: torch.dtype = torch.float32, **settings: Any) -> list[Any]:
+def three_equal_models(dtype: torch.dtype = torch.float32, **settings: Any) -> list[Any]:
     """Equal models in evaluation: transformers', ours, and an accelerated one."""
     ours, theirs = pair("BitForImageClassification", **settings)
     models = [theirs, ours, copy.deepcopy(theirs)]
@@ -94,7 +95,7 @@ ALTERATIONS: dict[str, tuple[Callable[[Any], None], dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", ALTERATIONS)
 def test_what_is_set_by_hand_counts(name, dtype, gradients):
     alter, settings, size = ALTERATIONS[name]
-    models = three(dtype, **settings)
+    models = three_equal_models(dtype, **settings)
     x = torch.randn(2, 3, size, size, dtype=dtype)
 
     def run(model: Any) -> Tensor:
@@ -121,7 +122,7 @@ def put_another(model: Any) -> None:
 @pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_hook_may_change_weights_in_the_middle_of_a_pass(dtype, mode, edit):
-    models = three(dtype)
+    models = three_equal_models(dtype)
     x = torch.randn(2, 3, 64, 64, dtype=dtype)
 
     def run(model: Any) -> Tensor:
@@ -145,16 +146,16 @@ def test_drop_prob_is_what_transformers_calls_it():
         return model.train()(x).logits
 
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    assert_alike(three(torch.float64, drop_path_rate=0.9), run)
+    assert_alike(three_equal_models(torch.float64, drop_path_rate=0.9), run)
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_weights_that_are_no_parameters(accelerated, tmp_path):
-    """As in FSDP of the first kind, in replicas of DataParallel, and where they were made buffers."""
+    """FSDP (version 1) and the replicas of DataParallel hold such weights; so does who makes them buffers."""
     from torch import distributed
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    theirs, *others = three()
+    theirs, *others = three_equal_models()
     x = torch.randn(2, 3, 64, 64)
     expected = theirs(x).logits
     model = others[accelerated]
@@ -176,7 +177,7 @@ def test_weights_that_are_no_parameters(accelerated, tmp_path):
 
 
 def test_weights_are_loaded_by_swapping():
-    models = three()
+    models = three_equal_models()
     x = torch.randn(2, 3, 64, 64)
 
     def run(model: Any) -> Tensor:
@@ -201,7 +202,7 @@ def change(model: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the child process is a fork")
 def test_another_process_may_change_shared_weights():
-    models = three()
+    models = three_equal_models()
     x = torch.randn(1, 3, 32, 32)
 
     def run(model: Any) -> Tensor:
@@ -214,12 +215,8 @@ def test_another_process_may_change_shared_weights():
             assert child.exitcode == 0
             return model(x).logits
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has none of the others
-    try:
+    with torch_threads(1):  # a forked process has none of the others
         assert_alike(models, run)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("path", ["bit.norm", "bit.embedder.pooler", "bit.embedder.convolution"])
@@ -227,4 +224,4 @@ def test_modules_take_images_without_a_batch(path):
     shapes = {"bit.norm": (2, 64, 5), "bit.embedder.pooler": (8, 9, 9)}
     x = torch.randn(shapes.get(path, (3, 17, 15)))
     for settings in ({}, {"global_padding": "same", "embedding_dynamic_padding": True}):
-        assert_alike(three(**settings), lambda model: model.get_submodule(path)(x))
+        assert_alike(three_equal_models(**settings), lambda model: model.get_submodule(path)(x))

@@ -46,7 +46,7 @@ def photograph() -> Image.Image:
     return Image.fromarray(np.random.randint(0, 256, (61, 50, 3), dtype=np.uint8))
 
 
-def given(auto_class: str, folder: Path) -> Any:
+def from_auto_class(auto_class: str, folder: Path) -> Any:
     """What an auto class makes of a checkpoint."""
     if auto_class == "AutoBackbone" and MAJOR == 5:
         # There transformers asks the Hub even for a folder, and fails without it.
@@ -57,11 +57,11 @@ def given(auto_class: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("auto_class", AUTO)
 def test_an_auto_class_gives_bitfasts_class_until_undone(auto_class, folder):
-    before = type(given(auto_class, folder))
+    before = type(from_auto_class(auto_class, folder))
     assert before.__module__.startswith("transformers.")
     registration = bitfast.register_with_transformers()
     try:
-        ours = given(auto_class, folder)
+        ours = from_auto_class(auto_class, folder)
         assert type(ours) is getattr(classes, AUTO[auto_class])
         assert ours.config.hidden_sizes == TINY["hidden_sizes"]
         for config in (transformers.BitConfig(**TINY), bitfast.BitConfig(**TINY)):
@@ -69,7 +69,7 @@ def test_an_auto_class_gives_bitfasts_class_until_undone(auto_class, folder):
             assert type(built) is type(ours)
     finally:
         registration.undo()
-    assert type(given(auto_class, folder)) is before
+    assert type(from_auto_class(auto_class, folder)) is before
     registration.undo()  # once more does no harm
 
 
@@ -186,11 +186,11 @@ def test_a_model_builds_its_backbone_of_bitfast():
 def test_registering_twice_is_as_good_as_once(folder):
     with bitfast.register_with_transformers():
         with bitfast.register_with_transformers():
-            assert isinstance(given("AutoModel", folder), classes.BitModel)
-        assert isinstance(given("AutoModel", folder), classes.BitModel)
+            assert isinstance(from_auto_class("AutoModel", folder), classes.BitModel)
+        assert isinstance(from_auto_class("AutoModel", folder), classes.BitModel)
         made = transformers.AutoImageProcessor.from_pretrained(folder)
         assert isinstance(made, PROCESSORS)
-    assert not isinstance(given("AutoModel", folder), classes.BitModel)
+    assert not isinstance(from_auto_class("AutoModel", folder), classes.BitModel)
     made = transformers.AutoImageProcessor.from_pretrained(folder)
     assert not isinstance(made, PROCESSORS)
 
@@ -214,7 +214,7 @@ def test_somebody_elses_registration_comes_back():
 def test_an_error_inside_the_block_undoes_it(folder):
     with pytest.raises(RuntimeError, match="stop"), bitfast.register_with_transformers():
         raise RuntimeError("stop")
-    assert not isinstance(given("AutoModel", folder), classes.BitModel)
+    assert not isinstance(from_auto_class("AutoModel", folder), classes.BitModel)
 
 
 @pytest.mark.parametrize("statement", ["import bitfast", "import bitfast; bitfast.accelerate"])
@@ -236,5 +236,5 @@ def test_auto_classes_of_another_kind_are_refused_before_anything_changes(monkey
     with pytest.raises(ImportError, match="AutoBackbone keeps no registered classes"):
         bitfast.register_with_transformers()
     mapping._extra_content = content
-    assert not isinstance(given("AutoModel", folder), classes.BitModel)
+    assert not isinstance(from_auto_class("AutoModel", folder), classes.BitModel)
     monkeypatch.undo()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,8 @@ from bitfast.backends import (
 )
 from bitfast.ops import common
 from bitfast.ops.group_norm_act import group_norm_act
+from tests.other_process import without_interpreter
+from tests.threads import in_threads
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,11 +77,7 @@ def test_a_named_op_wins_over_the_general_demand() -> None:
 def test_a_demand_concerns_one_thread() -> None:
     seen: list[str | None] = []
     with use_backend("reference"):
-        thread = threading.Thread(
-            target=lambda: seen.append(backends.requested_backend("same_padding"))
-        )
-        thread.start()
-        thread.join()
+        in_threads(lambda _: seen.append(backends.requested_backend("same_padding")), 1)
     assert seen == [None]
 
 
@@ -215,22 +211,20 @@ def test_kernels_on_demand_are_no_default() -> None:
                     select_backend(op, "cpu", torch.float64)
 
 
-def test_asking_for_triton_can_be_traced(monkeypatch) -> None:
+def test_asking_for_triton_can_be_traced(monkeypatch, fresh_compiler) -> None:
     """Neither question can be traced into; both have constant answers."""
     monkeypatch.setattr(backends, "_kernels", dict(backends._kernels))
     for device, reason in (("cpu", common.why_no_triton), ("meta", common.why_no_interpreter)):
         register_kernel("group_norm_act", "triton", device, common.TRITON_DTYPES, reason)
-    torch._dynamo.reset()
     x, ones = torch.randn(2, 4, 3, 3), torch.ones(4)
     compiled = torch.compile(group_norm_act, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, ones, ones, 2), group_norm_act(x, ones, ones, 2))
 
 
 def test_the_commands_say_why_triton_does_not_serve_the_cpu() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.run(
         [sys.executable, "-m", "bitfast", "env"],
-        env=environment, capture_output=True, text=True, check=True, cwd=ROOT,
+        env=without_interpreter(), capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     line = next(
         line for line in process.stdout.splitlines()

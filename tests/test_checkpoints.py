@@ -34,27 +34,20 @@ from tests.tiny_models import (
 def test_both_directions_bit_for_bit(
     name: str, layer_type: str, saving: dict[str, Any], tmp_path: Path
 ) -> None:
-    loading = {key: saving[key] for key in ("variant",) if key in saving}
     settings = {"layer_type": layer_type, "kept": {"a": [1]}}
 
-    model = ours(name, **settings)
-    model.save_pretrained(tmp_path / "ours", **saving)
-    loaded, info = their_class(name).from_pretrained(
-        tmp_path / "ours", output_loading_info=True, **loading
-    )
-    assert not any(info.values())
-    assert_same_weights(model, loaded)
-    assert loaded.config.kept == {"a": [1]}
-    assert loaded.config.architectures == [name]
+    def saved_and_loaded(model: nn.Module, by: Any, folder: Path) -> Any:
+        model.save_pretrained(folder, **saving)
+        loading = {key: saving[key] for key in ("variant",) if key in saving}
+        loaded, info = by.from_pretrained(folder, output_loading_info=True, **loading)
+        assert not any(info.values())
+        assert_same_weights(model, loaded)
+        assert loaded.config.kept == {"a": [1]}
+        return loaded
 
-    model = theirs(name, **settings)
-    model.save_pretrained(tmp_path / "theirs", **saving)
-    loaded, info = our_class(name).from_pretrained(
-        tmp_path / "theirs", output_loading_info=True, **loading
-    )
-    assert not any(info.values())
-    assert_same_weights(model, loaded)
-    assert loaded.config.kept == {"a": [1]}
+    loaded = saved_and_loaded(ours(name, **settings), their_class(name), tmp_path / "ours")
+    assert loaded.config.architectures == [name]
+    loaded = saved_and_loaded(theirs(name, **settings), our_class(name), tmp_path / "theirs")
     assert loaded.name_or_path == str(tmp_path / "theirs")
     assert not loaded.training
     assert all(parameter.requires_grad for parameter in loaded.parameters())

@@ -192,7 +192,7 @@ def test_memory_that_cannot_be_measured(
 
 
 def test_memory_is_the_other_process_own(tmp_path: Path) -> None:
-    """Not the peak of this one, which a process inherits from the one that starts it."""
+    """A process inherits the peak of the one that starts it, which must not be shown."""
     BitForImageClassification(SMALL).save_pretrained(tmp_path)
     pixel_values = torch.rand(1, 3, 32, 32)
     before = comparison.peak_memory("bitfast", tmp_path, pixel_values)

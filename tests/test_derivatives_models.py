@@ -73,7 +73,7 @@ def training(request):
 
 
 @pytest.mark.parametrize("way", [*REVERSE, *FORWARD, *TRANSFORMS])
-def test_of_classifiers(way, layer_type, accelerated, training):
+def test_derivatives_of_classifiers(way, layer_type, accelerated, training):
     run = {**REVERSE, **FORWARD, **TRANSFORMS}[way]
     ours, theirs = (
         m.double().train(training) for m in models(accelerated=accelerated, layer_type=layer_type)
@@ -108,7 +108,7 @@ def test_matrices_of_derivatives(way, layer_type, accelerated):
 
 @pytest.mark.parametrize("settings", [DYNAMIC, {"hidden_act": "gelu"}], ids=str)
 @pytest.mark.parametrize("name", CLASSES)
-def test_of_other_models(name, settings, layer_type, accelerated):
+def test_derivatives_of_other_models(name, settings, layer_type, accelerated):
     settings = {**settings, "layer_type": layer_type}
     ours, theirs = (m.double().eval() for m in models(name, accelerated=accelerated, **settings))
     x = images()
@@ -119,7 +119,7 @@ def test_of_other_models(name, settings, layer_type, accelerated):
 @pytest.mark.parametrize(
     "way", ["R1 penalty", "gradient penalty", "gradients in batches", "jvp of features", "vmap"]
 )
-def test_in_float32(way, layer_type, accelerated, training):
+def test_derivatives_in_float32(way, layer_type, accelerated, training):
     """There the kernels run.
 
     No way is among them whose result is one small number: its terms may cancel, and then the rounding of any
@@ -168,7 +168,7 @@ def test_with_other_ways_of_saving_activations(penalty, wrap, layer_type):
     assert_close(actual, expected, BOUND)
 
 
-def test_of_timm_networks_after_accelerate():
+def test_derivatives_of_timm_networks_after_accelerate():
     pytest.importorskip("timm", reason="timm is not installed")
     model = TIMM["ResNetV2"].model(torch.float64)
     ours = copy.deepcopy(model)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
-from bitfast import extension
 from bitfast.ops.derivatives import FUNCTION_TRANSFORMS
 from bitfast.ops.kept_weights import kept_weights
 from bitfast.ops.norm_convolution import why_not_fused
 from bitfast.ops.resize_normalize import resize_normalize
 from tests.model_pairs import our_model
 from tests.network_plans import plans_of
+from tests.requirements import NEEDS_EXTENSION
 
 OPERATORS = torch.ops.bitfast
 WITHOUT_TENSORS = {
@@ -27,9 +27,7 @@ WITHOUT_TENSORS = {
     "bitfast::resampling_tables.native",  # of integers
 }
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"the extension is not there: {extension.CPU.problem}"
-)
+pytestmark = NEEDS_EXTENSION
 
 
 def test_every_operator_has_decided():
@@ -169,7 +167,7 @@ def test_derivatives_of_what_has_none(name, mode):
 
 
 @pytest.mark.parametrize("name", UNDERIVED)
-def test_they_run_where_none_is_asked_for(name):
+def test_ops_without_derivatives_run_where_none_is_asked_for(name):
     if "normalizing" in name and (reason := why_not_fused(torch.float32)) is not None:
         pytest.skip(reason)
     with torch.no_grad():

@@ -144,8 +144,8 @@ def test_each_digit_is_split_alike() -> None:
         assert int((labels[held_out] == digit).sum()) == round(0.25 * count)
 
 
-def test_a_sheet_returns_what_was_written(tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+def test_a_sheet_returns_what_was_written(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     for count in (1, sheet.COLUMNS, sheet.COLUMNS + 1):
         pixels = rng.integers(0, 256, (count, 3, 5), dtype=np.uint8)
         sheet.write_sheet(tmp_path, [Image.fromarray(p) for p in pixels], list(range(count)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,8 @@ from tests.eager_calls import (
     LAYOUTS,
     Watched,
     added,
+    alone_and_watched,
     assert_same,
-    both,
     filters,
     flat,
     gradients_of,
@@ -32,6 +30,7 @@ from tests.eager_calls import (
 )
 from tests.interpreter import DEVICE
 from tests.launch_ways import choose
+from tests.threads import in_threads
 
 # ---- the same numbers -----------------------------------------------------------------------------
 
@@ -49,10 +48,10 @@ DTYPES = [
 def test_norms_and_their_gradients(name, layout, dtype, parameter_dtype, way, monkeypatch):
     choose(monkeypatch, way)
     tensors = inputs(layout, dtype, parameter_dtype)
-    itself, watched, seen = both(FORMS[name], *tensors)
+    itself, watched, seen = alone_and_watched(FORMS[name], *tensors)
     assert_same(itself, watched)
     assert seen == [f"{name}.triton"]
-    itself, watched, seen = both(gradients_of(FORMS[name]), *tensors)
+    itself, watched, seen = alone_and_watched(gradients_of(FORMS[name]), *tensors)
     assert_same(itself, watched)
     assert seen == [f"{name}.triton", "group_norm_act_backward.triton"]
 
@@ -62,7 +61,7 @@ def test_norms_and_their_gradients(name, layout, dtype, parameter_dtype, way, mo
 def test_without_gradients(guard, name):
     tensors = [t.requires_grad_() for t in inputs()]
     with guard():
-        itself, watched, _ = both(FORMS[name], *tensors)
+        itself, watched, _ = alone_and_watched(FORMS[name], *tensors)
         assert_same(itself, watched)
         assert not any(r.requires_grad for r in flat(itself))
         assert all(r.is_inference() == torch.is_inference_mode_enabled() for r in flat(itself))
@@ -85,10 +84,10 @@ ODD = {
 def test_odd_tensors(name, odd, place):
     tensors = inputs()
     tensors[place] = ODD[odd](tensors[place])
-    itself, watched, _ = both(gradients_of(FORMS[name]), *tensors)
+    itself, watched, _ = alone_and_watched(gradients_of(FORMS[name]), *tensors)
     assert_same(itself, watched)
     with torch.no_grad():
-        itself, watched, _ = both(FORMS[name], *tensors)
+        itself, watched, _ = alone_and_watched(FORMS[name], *tensors)
     assert_same(itself, watched)
 
 
@@ -96,7 +95,7 @@ def test_odd_tensors(name, odd, place):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORMS)
 def test_odd_shapes(name, layout, shape):
-    itself, watched, _ = both(gradients_of(FORMS[name]), *inputs(layout, shape=shape))
+    itself, watched, _ = alone_and_watched(gradients_of(FORMS[name]), *inputs(layout, shape=shape))
     assert_same(itself, watched)
 
 
@@ -104,7 +103,7 @@ def test_odd_shapes(name, layout, shape):
 def test_autocast(name):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         for dtype in (torch.float32, torch.bfloat16):
-            itself, watched, _ = both(gradients_of(FORMS[name]), *inputs(dtype=dtype))
+            itself, watched, _ = alone_and_watched(gradients_of(FORMS[name]), *inputs(dtype=dtype))
             assert_same(itself, watched)
             results = itself[: 2 if name == "add_group_norm_act" else 1]
             assert results[-1].dtype == torch.bfloat16
@@ -136,7 +135,7 @@ def test_odd_gradients(name, change):
         )
         return [g for g in found if g is not None]
 
-    itself, watched, _ = both(run, *tensors)
+    itself, watched, _ = alone_and_watched(run, *tensors)
     assert_same(itself, watched)
 
 
@@ -148,7 +147,7 @@ def test_one_output_of_two(used):
         found = torch.autograd.grad(result.sin().sum(), leaves, allow_unused=True)
         return [torch.zeros(1) if g is None else g for g in found]
 
-    itself, watched, _ = both(run, *inputs())
+    itself, watched, _ = alone_and_watched(run, *inputs())
     assert_same(itself, watched)
 
 
@@ -165,7 +164,7 @@ def test_second_derivatives(name):
         second = torch.autograd.grad(again, leaves, allow_unused=True)
         return [g for g in (*first, *second) if g is not None]
 
-    itself, watched, _ = both(run, *inputs())
+    itself, watched, _ = alone_and_watched(run, *inputs())
     for a, b in zip(itself, watched, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -316,7 +315,7 @@ def test_parameters_and_their_data_may_change():
     parameter = nn.Parameter(weight)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         parameter.data = weight.to(dtype)
-        itself, watched, _ = both(lambda: norm(x, x, parameter, bias))
+        itself, watched, _ = alone_and_watched(lambda: norm(x, x, parameter, bias))
         assert_same(itself, watched)
 
 
@@ -333,7 +332,7 @@ def test_saved_tensors_go_through_hooks():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: kept[place].clone()):
             return gradients_of(norm)(*tensors)
 
-    itself, watched, _ = both(run, *tensors)
+    itself, watched, _ = alone_and_watched(run, *tensors)
     assert_same(itself, watched)
     assert kept
 
@@ -345,7 +344,7 @@ def test_checkpointing():
         result = torch.utils.checkpoint.checkpoint(norm, x, x, weight, bias, use_reentrant=False)
         return [result, *torch.autograd.grad(result.sin().sum(), (x, weight, bias))]
 
-    itself, watched, _ = both(run)
+    itself, watched, _ = alone_and_watched(run)
     assert_same(itself, watched)
 
 
@@ -354,13 +353,11 @@ def test_another_thread_computes_the_same():
     expected = gradients_of(added)(*tensors)
     found: list[Tensor] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         with use_backend("triton"):
             found.extend(gradients_of(added)(*tensors))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    in_threads(work, 1)
     assert_same(found, expected)
 
 
@@ -379,7 +376,7 @@ def test_threads_may_share_what_is_kept():
     kept: eager.Bounded[int] = eager.Bounded(most=5)
     wrong: list[int] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for number in range(2000):
             found = kept.get(number % 11)
             if found is None:
@@ -387,10 +384,6 @@ def test_threads_may_share_what_is_kept():
             if found != number % 11:
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
-    assert len(kept) <= 5 + len(threads)
+    assert len(kept) <= 5 + 4

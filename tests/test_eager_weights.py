@@ -9,8 +9,8 @@ from torch import Tensor
 from bitfast.ops.weight_standardization import weight_standardization_all
 from tests.eager_calls import (
     Watched,
+    alone_and_watched,
     assert_same,
-    both,
     filters,
     gradients_of,
     shifted,
@@ -28,16 +28,16 @@ def test_all_weights(channels_last, result_dtype):
         return weight_standardization_all(weights, 1e-6, result_dtype, channels_last)
 
     with torch.no_grad():
-        itself, watched, seen = both(forward, *filters())
+        itself, watched, seen = alone_and_watched(forward, *filters())
     assert_same(itself, watched)
     assert seen == ["weight_standardization_all.triton"]
-    itself, watched, _ = both(gradients_of(forward), *filters())
+    itself, watched, _ = alone_and_watched(gradients_of(forward), *filters())
     assert_same(itself, watched)
 
 
 def test_all_weights_under_autocast():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        itself, watched, _ = both(
+        itself, watched, _ = alone_and_watched(
             gradients_of(lambda *w: weight_standardization_all(w)), *filters()
         )
     assert_same(itself, watched)
@@ -52,7 +52,7 @@ def test_some_weights_of_all(used):
         loss = sum(results[number].sin().sum() for number in used)
         return list(torch.autograd.grad(loss, leaves))
 
-    itself, watched, _ = both(run, *filters())
+    itself, watched, _ = alone_and_watched(run, *filters())
     for a, b in zip(itself, watched, strict=True):
         assert torch.equal(a, b)
 
@@ -64,7 +64,7 @@ def test_second_derivatives_of_all_weights():
         first = torch.autograd.grad(loss, leaves[:2], create_graph=True)
         return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:2])]
 
-    itself, watched, _ = both(run, *filters())
+    itself, watched, _ = alone_and_watched(run, *filters())
     for a, b in zip(itself, watched, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -93,7 +93,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_odd_weights(name):
     weights = WEIGHTS[name]()
-    itself, watched, _ = both(lambda: weight_standardization_all(weights))
+    itself, watched, _ = alone_and_watched(lambda: weight_standardization_all(weights))
     for a, b in zip(itself, watched, strict=True):
         assert torch.equal(a, b)
         assert a.stride() == b.stride()

@@ -24,13 +24,12 @@ from tests.network_plans import (
     assert_right,
     called_by,
     model_of,
-    no_gradient,  # noqa: F401
     plans_of,
     some_images,  # noqa: F401
 )
 from tests.weight_changes import convolutions, features
 
-pytestmark = NEEDS_PLANS
+pytestmark = [NEEDS_PLANS, pytest.mark.usefixtures("no_gradient")]
 
 
 def layers(model: Any) -> Any:
@@ -45,21 +44,21 @@ def last_block(model: Any) -> Any:
     return model.encoder.stages[1].layers[0]
 
 
-def bent(x: Tensor) -> Tensor:
-    """Something else: norms would undo a mere factor, and standardized filters a sum."""
+def distorted(x: Tensor) -> Tensor:
+    """Other values: norms would undo a mere factor, and standardized filters a sum."""
     return x + x.square().clamp(max=9)
 
 
 # ---- others in their place --------------------------------------------------------------------------
 
 
-class Bent(nn.Module):
+class Distorted(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return bent(self.module(*inputs))
+        return distorted(self.module(*inputs))
 
 
 PATHS = [
@@ -108,7 +107,7 @@ def test_a_module_is_replaced_and_put_back(kind, path, way, x):
     model = model_of(kind)
     module = model.get_submodule(path)
     before = features(model, x)
-    put(model, path, Bent(module), way)
+    put(model, path, Distorted(module), way)
     after = assert_right(model, x, before)
     put(model, path, module, way)
     torch.testing.assert_close(assert_right(model, x, after), before)
@@ -154,28 +153,28 @@ def set_class(path: str, cls: type[nn.Module]) -> Callable[[Any], None]:
     """Return what makes a module one of a subclass that bends what it returns."""
 
     def change(model: Any) -> None:
-        members = {"forward": lambda self, x: bent(cls.forward(self, x))}
+        members = {"forward": lambda self, x: distorted(cls.forward(self, x))}
         model.get_submodule(path).__class__ = type("Mine", (cls,), members)
 
     return change
 
 
-def bend(module: Any) -> None:
-    module.forward = lambda x: bent(type(module).forward(module, x))
+def distort(module: Any) -> None:
+    module.forward = lambda x: distorted(type(module).forward(module, x))
 
 
-def bend_for_another_attribute(model: Any) -> None:
+def distort_instead_of_another_attribute(model: Any) -> None:
     """The module has as many attributes as before."""
     last_block(model).note = 1
     features(model, torch.randn(2, 3, 33, 35))
     del last_block(model).note
-    bend(last_block(model))
+    distort(last_block(model))
 
 
 def hook_in_a_new_dictionary(model: Any) -> None:
-    """As those do who remove all hooks of a module at once."""
+    """Code that removes all hooks of a module at once does it this way."""
     last_block(model)._forward_hooks = OrderedDict()
-    last_block(model).register_forward_hook(lambda module, inputs, output: bent(output))
+    last_block(model).register_forward_hook(lambda module, inputs, output: distorted(output))
 
 
 def dilate(model: Any, padding: Any) -> None:
@@ -216,7 +215,7 @@ BLOCK = "encoder.stages.0.layers.1"
 STEM = "embedder"
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "an item of a Sequential": lambda m: layers(m).__setitem__(1, Bent(layers(m)[1])),
+    "an item of a Sequential": lambda m: layers(m).__setitem__(1, Distorted(layers(m)[1])),
     "exchanged blocks": exchange_blocks,
     "names in another order": reorder_names,
     "a popped block": lambda m: layers(m).pop(1),
@@ -240,15 +239,15 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "the class of the pool": set_class(f"{STEM}.pooler", MaxPool2d),
     "the class of the pool's pad": set_class(f"{STEM}.pooler.pad", DynamicPad2d),
     "the class of the stem's pad": set_class(f"{STEM}.pad", nn.ConstantPad2d),
-    "the forward of a block": lambda m: bend(layers(m)[1]),
-    "the forward of a stage": lambda m: bend(m.encoder.stages[0]),
-    "the forward of the stem": lambda m: bend(m.embedder),
-    "the forward of a convolution": lambda m: bend(layers(m)[1].conv3),
-    "the forward of a pad": lambda m: bend(m.embedder.convolution.pad),
-    "the forward of a norm": lambda m: bend(layers(m)[1].norm1),
-    "the forward of an activation": lambda m: bend(layers(m)[1].norm1.activation),
-    "the forward of the last norm": lambda m: bend(m.norm),
-    "a forward for another attribute": bend_for_another_attribute,
+    "the forward of a block": lambda m: distort(layers(m)[1]),
+    "the forward of a stage": lambda m: distort(m.encoder.stages[0]),
+    "the forward of the stem": lambda m: distort(m.embedder),
+    "the forward of a convolution": lambda m: distort(layers(m)[1].conv3),
+    "the forward of a pad": lambda m: distort(m.embedder.convolution.pad),
+    "the forward of a norm": lambda m: distort(layers(m)[1].norm1),
+    "the forward of an activation": lambda m: distort(layers(m)[1].norm1.activation),
+    "the forward of the last norm": lambda m: distort(m.norm),
+    "a forward for another attribute": distort_instead_of_another_attribute,
     "hooks in a new dictionary": hook_in_a_new_dictionary,
     "eps of a convolution": lambda m: setattr(block(m).conv2, "eps", 1.0),
     "eps of a norm": lambda m: setattr(block(m).norm2, "eps", 1.0),
@@ -308,7 +307,7 @@ def test_a_change(name, x):
 
 @pytest.mark.parametrize("kind", ["gelu", "bottleneck gelu"])
 def test_how_a_gelu_is_computed(kind, x):
-    """By which a result moves by a thousandth or so."""
+    """Another way moves the result by about a thousandth."""
     model = model_of(kind)
     before = features(model, x)
     for module in model.modules():
@@ -343,7 +342,7 @@ def test_a_compiled_call_in_the_place_of_none_is_made(x):
 
     def call(x: Tensor) -> Tensor:
         calls.append(x)
-        return bent(compiled.forward(x))
+        return distorted(compiled.forward(x))
 
     compiled._compiled_call_impl = call
     assert not torch.equal(features(model, x), before)
@@ -392,8 +391,8 @@ def test_hooks_that_change_what_they_see(path, x):
     before = features(model, x)
     module = model.get_submodule(path)
     for register in (
-        lambda: module.register_forward_hook(lambda module, inputs, output: bent(output)),
-        lambda: module.register_forward_pre_hook(lambda module, inputs: (bent(inputs[0]),)),
+        lambda: module.register_forward_hook(lambda module, inputs, output: distorted(output)),
+        lambda: module.register_forward_pre_hook(lambda module, inputs: (distorted(inputs[0]),)),
     ):
         handle = register()
         after = assert_right(model, x)
@@ -406,7 +405,7 @@ def test_hooks_that_are_cleared(x):
     model = model_of()
     before = features(model, x)
     module = last_block(model)
-    module.register_forward_hook(lambda module, inputs, output: bent(output))
+    module.register_forward_hook(lambda module, inputs, output: distorted(output))
     assert_right(model, x, before)
     module._forward_hooks.clear()
     assert torch.equal(assert_right(model, x), before)

@@ -20,14 +20,13 @@ from tests.network_plans import (
     NEEDS_PLANS,
     assert_right,
     model_of,
-    no_gradient,  # noqa: F401
     plans_of,
     some_images,  # noqa: F401
 )
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, convolutions, features
 
-pytestmark = NEEDS_PLANS
+pytestmark = [NEEDS_PLANS, pytest.mark.usefixtures("no_gradient")]
 
 
 def block(model: Any) -> Any:
@@ -182,7 +181,7 @@ def free_and_set_data(module: nn.Module) -> None:
 
 
 def prune_channels(model: Any) -> None:
-    """As those do who do not tell the modules their new numbers of channels."""
+    """Without telling the modules their new numbers of channels."""
     norm, before, after = block(model).norm2, block(model).conv1, block(model).conv2
     before.weight = nn.Parameter(before.weight[:6].clone())
     norm.weight, norm.bias = (nn.Parameter(p[:6].clone()) for p in (norm.weight, norm.bias))

@@ -93,7 +93,7 @@ def paths(kind: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["preactivation", "dynamic pool", "gelu", "drop path"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", way))
-def test_somebody_who_has_to_do_with_a_module_is_served_there(kind, way):
+def test_only_the_part_around_a_watched_module_is_called(kind, way):
     for path in paths(kind):
         model = model_of(kind)
         module = model.get_submodule(path)
@@ -113,7 +113,7 @@ def test_somebody_who_has_to_do_with_a_module_is_served_there(kind, way):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", way))
-def test_somebody_who_has_to_do_with_the_encoder_has_it_called(way):
+def test_a_watched_encoder_is_called(way):
     model = model_of()
     if way == "wrap":
         model.encoder = Wrapper(model.encoder)

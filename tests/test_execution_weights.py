@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import pickle
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast import BitBackbone, BitForImageClassification, BitModel
 from bitfast.backends import use_backend
@@ -23,6 +21,8 @@ from bitfast.execution.weights import form_of, kept_standardized
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
 from bitfast.ops.weight_standardization import weight_standardization
+from tests.operator_calls import calls_of
+from tests.threads import in_threads
 from tests.tiny_models import ours
 from tests.weight_changes import (
     CHANGES,
@@ -51,23 +51,11 @@ def x() -> Tensor:
     return torch.randn(2, 3, 33, 47)
 
 
-class Standardizations(TorchDispatchMode):
-    """Notes how many weights are standardized together each time."""
-
-    def __init__(self) -> None:
-        self.counts: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "::weight_standardization_all." in func.name():
-            self.counts.append(len(args[0]))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
-def computed() -> Iterator[list[int]]:
+def standardized_counts() -> Iterator[list[int]]:
     """How many weights each preparation has standardized."""
-    with Standardizations() as standardizations:
-        yield standardizations.counts
+    with calls_of("weight_standardization_all", lambda arguments: len(arguments[0])) as calls:
+        yield calls.noted
 
 
 def kept(model: nn.Module) -> list[Tensor]:
@@ -86,17 +74,17 @@ def fresh(model: BitModel, x: Tensor) -> Tensor:
         return features(copy.deepcopy(model), x)
 
 
-def test_kept_weights_are_used_again(model, x, computed):
+def test_kept_weights_are_used_again(model, x, standardized_counts):
     with torch.no_grad():
         first, second = features(model, x), features(model, x)
-    assert computed == [len(convolutions(model))]
+    assert standardized_counts == [len(convolutions(model))]
     assert torch.equal(first, second)
     with torch.no_grad():
         by_layer = copy.deepcopy(model)
         for layer in convolutions(by_layer):
             layer.register_forward_pre_hook(lambda *_: None)  # leaves it to the layer
         assert torch.equal(features(by_layer, x), first)
-    assert len(computed) == 1
+    assert len(standardized_counts) == 1
 
 
 # ---- what makes them stale ------------------------------------------------------------------------
@@ -149,7 +137,7 @@ def test_moving_an_outer_module_counts_too(x):
 
 
 @pytest.mark.parametrize("switch", [lambda model: model.train(), lambda model: model.eval()])
-def test_switching_between_training_and_evaluation_frees_them(model, x, switch):
+def test_switching_between_training_and_evaluation_frees_kept_weights(model, x, switch):
     with torch.no_grad():
         features(model, x)
     assert kept(model)
@@ -160,12 +148,12 @@ def test_switching_between_training_and_evaluation_frees_them(model, x, switch):
 @pytest.mark.parametrize(
     "modes", [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad)]
 )
-def test_no_grad_and_inference_mode_share_them(model, x, modes, computed):
+def test_no_grad_and_inference_mode_share_kept_weights(model, x, modes, standardized_counts):
     results = []
     for mode in modes:
         with mode():
             results.append(features(model, x).clone())
-    assert len(computed) == 1
+    assert len(standardized_counts) == 1
     assert torch.equal(*results)
     # What inference mode has left behind must serve autograd, which saves the weights.
     for layer in convolutions(model):
@@ -173,10 +161,10 @@ def test_no_grad_and_inference_mode_share_them(model, x, modes, computed):
     x.requires_grad_()
     features(model, x).sum().backward()
     assert x.grad is not None
-    assert len(computed) == 1
+    assert len(standardized_counts) == 1
 
 
-def test_autocast_and_backends_are_told_apart(model, x, computed):
+def test_autocast_and_backends_are_told_apart(model, x, standardized_counts):
     with torch.no_grad():
         plain = features(model, x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -185,11 +173,11 @@ def test_autocast_and_backends_are_told_apart(model, x, computed):
         with use_backend(weight_standardization="triton"):
             torch.testing.assert_close(features(model, x), plain, rtol=1e-4, atol=1e-5)
         assert torch.equal(features(model, x), plain)
-    assert computed == [len(convolutions(model))] * 3
+    assert standardized_counts == [len(convolutions(model))] * 3
     assert len(kept(model)) == 3 * len(convolutions(model))
 
 
-def test_only_so_many_are_kept_of_one_weight():
+def test_the_number_of_tensors_kept_of_one_weight_is_bounded():
     layer = WeightStandardizedConv2d(3, 4, 3)
     with torch.no_grad():
         for eps in range(1, MOST_TENSORS + 3):
@@ -214,7 +202,7 @@ def test_a_step_between_two_evaluations_is_seen(model, x):
         assert torch.equal(after, fresh(model, x))
 
 
-def test_the_optimizer_of_another_model_changes_nothing(model, x, computed):
+def test_the_optimizer_of_another_model_changes_nothing(model, x, standardized_counts):
     other = ours("BitModel")
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     for _ in range(3):
@@ -222,7 +210,7 @@ def test_the_optimizer_of_another_model_changes_nothing(model, x, computed):
             features(model, x)
         features(other, x).sum().backward()
         optimizer.step()
-    assert len(computed) == 1
+    assert len(standardized_counts) == 1
 
 
 def test_each_kind_of_weight_is_asked_how_it_is_to_be_computed():
@@ -269,7 +257,7 @@ def test_copies_start_without_any(model, x, copied):
     assert set(twin.state_dict()) == set(model.state_dict())
 
 
-def test_they_are_no_part_of_the_state(model, x):
+def test_kept_weights_are_no_part_of_the_state(model, x):
     names = set(model.state_dict()), {n for n, _ in model.named_parameters()}, set(model._buffers)
     with torch.no_grad():
         features(model, x)
@@ -278,18 +266,18 @@ def test_they_are_no_part_of_the_state(model, x):
     )  # fmt: skip
 
 
-def test_tied_weights_are_standardized_once_and_share_their_gradient(model, x, computed):
+def test_tied_weights_are_standardized_once_and_share_their_gradient(model, x, standardized_counts):
     tie_two_weights(model)
     count = len({id(layer.weight) for layer in convolutions(model)})
     assert count == len(convolutions(model)) - 1
     with torch.no_grad():
         expected = features(model, x)
-    assert computed == [count]
+    assert standardized_counts == [count]
     with use_backend(weight_standardization="triton"):
         result = features(model, x)
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         result.square().sum().backward()
-    assert computed == [count, count]
+    assert standardized_counts == [count, count]
     shared = alike(model)[0].weight
     actual = shared.grad.clone()
     model.zero_grad()
@@ -297,23 +285,23 @@ def test_tied_weights_are_standardized_once_and_share_their_gradient(model, x, c
     torch.testing.assert_close(actual, shared.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_training_standardizes_all_weights_together_where_that_pays(model, x, computed):
+def test_training_standardizes_all_weights_together_where_that_pays(model, x, standardized_counts):
     model.train()
     features(model, x).sum().backward()
-    assert computed == []  # plain PyTorch gains nothing from it
+    assert standardized_counts == []  # plain PyTorch gains nothing from it
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     with use_backend(weight_standardization="triton"):
         features(model, x).sum().backward()
-        assert computed == [len(convolutions(model))]
+        assert standardized_counts == [len(convolutions(model))]
         features(model, x)
-        assert len(computed) == 2  # and anew in each forward pass
+        assert len(standardized_counts) == 2  # and anew in each forward pass
     assert not kept(model)
     for actual, parameter in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, actual, rtol=1e-3, atol=1e-3)
 
 
-def test_frozen_weights_are_kept_while_others_are_trained(model, x, computed):
+def test_frozen_weights_are_kept_while_others_are_trained(model, x, standardized_counts):
     trained = convolutions(model)[-1]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -322,20 +310,20 @@ def test_frozen_weights_are_kept_while_others_are_trained(model, x, computed):
         for _ in range(2):
             features(model, x).square().sum().backward()
     frozen = len(convolutions(model)) - 1
-    assert computed == [1, frozen, 1]
+    assert standardized_counts == [1, frozen, 1]
     assert trained.weight.grad is not None
 
 
-def test_a_backbone_prepares_only_what_it_computes(x, computed):
+def test_a_backbone_prepares_only_what_it_computes(x, standardized_counts):
     model: BitBackbone = ours("BitBackbone", out_features=["stage1"]).eval()
     with torch.no_grad():
         model(x)
         model(x)
         needed = convolutions(model.bit.embedder) + convolutions(model.bit.encoder.stages[0])
-        assert computed == [len(needed)]
+        assert standardized_counts == [len(needed)]
         model(x, output_hidden_states=True)
         model(x)
-    assert computed == [len(needed), len(convolutions(model)) - len(needed)]
+    assert standardized_counts == [len(needed), len(convolutions(model)) - len(needed)]
 
 
 def test_layers_whose_weight_comes_later_are_left_to_themselves(model, x):
@@ -401,22 +389,18 @@ class Features(nn.Module):
         return features(self.model, x)
 
 
-def test_threads_share_them(model, x):
+def test_threads_share_kept_weights(model, x):
     with torch.no_grad():
         expected = features(model, x)
     model.eval()
     results: list[bool] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         with torch.inference_mode(), use_backend(packed_convolution="reference"):
             for _ in range(5):
                 results.append(torch.equal(features(model, x), expected))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert results == [True] * 20
     assert len(kept(model)) == len(convolutions(model))
 

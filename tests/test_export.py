@@ -28,6 +28,7 @@ from tests.model_pairs import (
     our_model,
     their_model,
 )
+from tests.requirements import NEEDS_EXTENSION
 from tests.tolerances import Triples, assert_draws_within_contract
 
 ONE_STAGE = {"depths": [1], "hidden_sizes": [16]}
@@ -38,10 +39,6 @@ DYNAMIC = {
 }
 STANDARDIZATION = "bitfast.weight_standardization"
 NORMS = ("bitfast.group_norm_act", "bitfast.add_group_norm_act")
-
-needs_extension = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"the extension: {extension.CPU.problem}"
-)
 
 
 def evaluated(name: str, **settings: Any) -> Any:
@@ -102,7 +99,7 @@ def assert_runs_like(
 # ---- operators --------------------------------------------------------------------------------
 
 
-@needs_extension
+@NEEDS_EXTENSION
 @pytest.mark.parametrize(
     ("layer_type", "dtype", "backend"),
     [
@@ -128,7 +125,7 @@ def test_a_program_calls_the_ops_of_the_backend(layer_type, dtype, backend):
     assert_runs_like(model, dtype, runner(program))
 
 
-@needs_extension
+@NEEDS_EXTENSION
 @pytest.mark.parametrize(
     ("name", "layer_type"),
     [
@@ -168,7 +165,7 @@ def test_an_exportable_model_has_the_same_numbers(layer_type, dtype):
     assert_runs_like(model, dtype, runner(program))
 
 
-@needs_extension
+@NEEDS_EXTENSION
 def test_a_program_may_be_channels_last():
     model = evaluated("BitForImageClassification", **SAME)
     twin = exportable(model).to(memory_format=torch.channels_last)
@@ -265,7 +262,7 @@ class Both(nn.Module):
         return self.whole(pixel_values)[0], self.exportable(pixel_values)[0]
 
 
-@needs_extension
+@NEEDS_EXTENSION
 def test_programs_run_in_a_process_without_bitfast(tmp_path):
     model = evaluated("BitForImageClassification", return_dict=False)
     with torch.no_grad():
@@ -280,7 +277,7 @@ def test_programs_run_in_a_process_without_bitfast(tmp_path):
             assert_as_exact(actual, plain * 2, exact * 2)
 
 
-@needs_extension
+@NEEDS_EXTENSION
 def test_a_process_without_bitfast_cannot_load_what_returns_its_classes(tmp_path):
     torch.export.save(exported(evaluated("BitModel")), tmp_path / "classes.pt2")
     finished = run_fresh(tmp_path, [drawn(SIZES[0])], ["classes.pt2"])
@@ -340,7 +337,7 @@ def test_an_onnx_file_of_an_exportable_model_bears_filters_far_from_zero(tmp_pat
         assert_as_exact(run_onnx(session, images), results(model, images), exact)
 
 
-@needs_extension
+@NEEDS_EXTENSION
 def test_onnx_without_the_reference_names_the_op_that_it_lacks(tmp_path):
     with pytest.raises(torch.onnx.errors.OnnxExporterError) as raised:
         onnx_session(evaluated("BitModel"), nullcontext(), tmp_path)

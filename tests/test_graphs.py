@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import bitfast
 from bitfast.execution.graph import GraphedPlan, Results
 from bitfast.execution.plans import MOST_GRAPHS, Plans
+from tests.threads import in_threads
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, features
 
@@ -70,7 +70,7 @@ def record(model: Any, x: Tensor, **options: Any) -> None:
     assert met
 
 
-def test_results_are_those_of_the_plan_and_nobody_s_memory(model, x, recordings):
+def test_results_are_those_of_the_plan_in_memory_of_their_own(model, x, recordings):
     expected = model(x, output_hidden_states=True)
     record(model, x, output_hidden_states=True)
     first = model(x, output_hidden_states=True)
@@ -140,7 +140,7 @@ def test_copies_and_released_models_have_none(model, x, recordings):
     assert (len(recordings), recordings[0].replays) == (1, replays)
 
 
-def test_only_so_many_are_kept(model, recordings):
+def test_the_number_of_graphs_is_bounded(model, recordings):
     batches = [torch.randn(n, 3, 17, 18) for n in range(1, MOST_GRAPHS + 3)]
     for x in batches:
         record(model, x)
@@ -163,15 +163,13 @@ def test_threads_take_turns(model, x):
             for _ in range(5):
                 results.append(torch.equal(features(model, batches[number]), expected[number]))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert results == [True] * 20
 
 
-def test_within_somebody_else_s_graph_the_plan_runs_plainly(model, x, recordings, monkeypatch):
+def test_during_the_capture_of_another_graph_the_plan_runs_plainly(
+    model, x, recordings, monkeypatch
+):
     record(model, x)
     expected, replays = features(model, x), recordings[0].replays
     # There is no device whose state could be asked.

@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.ops.group_norm_act import group_norm_act
+from tests.drawn_cases import norm_cases
+from tests.feature_maps import DTYPES, LAYOUTS
+from tests.plain_ops import plain_norm
 from tests.tolerances import Triples, assert_draws_within_contract
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = sorted(ACTIVATIONS)
 
 
@@ -45,47 +45,27 @@ def oracle(
     return ACTIVATIONS[activation](scaled)
 
 
-def plain(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, activation: str
-) -> torch.Tensor:
-    """What transformers runs: torch's GroupNorm, then the activation, on a contiguous tensor."""
-    # Not F.group_norm, which refuses to normalize a single pixel; both call this.
-    normalized = torch.group_norm(
-        x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), 1e-5
-    )
-    return ACTIVATIONS[activation](normalized)
-
-
 def check(count: int, draw: Callable[[], tuple[Tensor, Tensor, Tensor]], *settings: Any) -> None:
     """Hold the op to the contract, over several draws of x, weight and bias together."""
 
     def results() -> Triples:
         arguments = (*draw(), *settings)
         actual = group_norm_act(*arguments[:4], activation=arguments[4])
-        return {"result": (actual, plain(*arguments), oracle(*arguments))}
+        return {"result": (actual, plain_norm(*arguments), oracle(*arguments))}
 
     assert_draws_within_contract(results, count)
 
 
 @settings(max_examples=60)
-@given(
-    batch=st.integers(0, 3),
-    groups=st.integers(1, 5),
-    per_group=st.integers(1, 5),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    activation=st.sampled_from(NAMES),
-    mean=st.sampled_from([0.0, -2.3, 100.0]),
-    seed=st.integers(0, 2**31 - 1),
-)
-def test_matches_the_oracle(
-    batch, groups, per_group, height, width, dtype, layout, activation, mean, seed
-):
-    torch.manual_seed(seed)
-    shape = (batch, groups * per_group, height, width)
-    check(8, lambda: make(shape, dtype, layout, mean), groups, activation)
+@given(case=norm_cases(DTYPES, most_channels_per_group=5, largest_side=9))
+def test_matches_the_oracle(case):
+    torch.manual_seed(case.seed)
+    check(
+        8,
+        lambda: make(case.shape, case.dtype, case.layout, case.mean),
+        case.groups,
+        case.activation,
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -151,7 +131,7 @@ def test_gradients_are_within_the_contract(op, dtype, layout):
 
         actual = gradients(ours, dtype)
         assert actual[0].is_contiguous(memory_format=layout)
-        baseline = gradients(lambda *t: plain(*t, 4, "gelu"), dtype)
+        baseline = gradients(lambda *t: plain_norm(*t, 4, "gelu"), dtype)
         exact = gradients(lambda *t: oracle(*t, 4, "gelu"), torch.float64)
         names = (f"gradient of {name}" for name in ("x", "weight", "bias"))
         return dict(zip(names, zip(actual, baseline, exact, strict=True), strict=True))

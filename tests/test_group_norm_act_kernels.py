@@ -14,18 +14,19 @@ from bitfast.activations import ACTIVATIONS
 from bitfast.backends import use_backend
 from bitfast.kernels import group_norm_act as kernels
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
-from tests.feature_maps import away_from_kinks
+from tests.feature_maps import DTYPES, LAYOUTS, away_from_kinks
 from tests.guarded import Guarded
 from tests.interpreter import DEVICE
 from tests.launch_ways import WAYS, choose, forget_calls
+from tests.plain_ops import exact_norm, plain_norm
 from tests.tolerances import assert_draws_within_contract
 
 hypothesis = pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from tests.drawn_cases import norm_cases  # noqa: E402
+
 NAMES = sorted(ACTIVATIONS)
 
 
@@ -51,22 +52,6 @@ def make(
     weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
     parameter_dtype = parameter_dtype or dtype
     return x, residual, weight.to(DEVICE, parameter_dtype), bias.to(DEVICE, parameter_dtype)
-
-
-def oracle(x: Tensor, weight: Tensor, bias: Tensor, groups: int, activation: str) -> Tensor:
-    """GroupNorm and activation in float64."""
-    normalized = torch.group_norm(
-        x.double().contiguous(), groups, weight.double(), bias.double(), 1e-5
-    )
-    return ACTIVATIONS[activation](normalized)
-
-
-def plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, activation: str) -> Tensor:
-    """What transformers runs, in the dtype of x."""
-    normalized = torch.group_norm(
-        x.contiguous(), groups, weight.to(x.dtype), bias.to(x.dtype), 1e-5
-    )
-    return ACTIVATIONS[activation](normalized)
 
 
 # ---- forward and backward, in every way of working ------------------------------------------------
@@ -125,7 +110,7 @@ class Draw:
         total = x if residual is None else x + residual
         assert residual is None or torch.equal(outputs["total"], total)
         arguments = (total, self.weight, self.bias, self.groups, self.activation)
-        self.results["result"] = outputs["result"], plain(*arguments), oracle(*arguments)
+        self.results["result"] = outputs["result"], plain_norm(*arguments), exact_norm(*arguments)
         return total, [outputs["mean"], outputs["rstd"]]
 
     def backward(
@@ -150,7 +135,10 @@ class Draw:
             return [results[0] + extra, *results[1:]]
 
         for name, baseline, exact in zip(
-            names, gradients(plain, total.dtype), gradients(oracle, torch.float64), strict=True
+            names,
+            gradients(plain_norm, total.dtype),
+            gradients(exact_norm, torch.float64),
+            strict=True,
         ):
             self.results[name] = written[name].tensor, baseline, exact
 
@@ -199,29 +187,16 @@ def test_every_activation(activation, layout, mean):
 
 @settings(max_examples=40)
 @given(
-    batch=st.integers(0, 3),
-    groups=st.integers(1, 5),
-    per_group=st.integers(1, 9),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    activation=st.sampled_from(NAMES),
-    mean=st.sampled_from([0.0, -2.3, 100.0]),
+    case=norm_cases(DTYPES, most_channels_per_group=9, largest_side=9),
     with_residual=st.booleans(),
     way=st.sampled_from(sorted(WAYS)),
-    seed=st.integers(0, 2**31 - 1),
 )
-def test_drawn_shapes(
-    batch, groups, per_group, height, width, dtype, layout, activation, mean, with_residual, way, seed
-):  # fmt: skip
-    torch.manual_seed(seed)
+def test_drawn_shapes(case, with_residual, way):
+    torch.manual_seed(case.seed)
     with pytest.MonkeyPatch.context() as monkeypatch:
         choose(monkeypatch, way)
         check(
-            4,
-            (batch, groups * per_group, height, width),
-            groups, dtype, layout, activation, mean, with_residual,
+            4, case.shape, case.groups, case.dtype, case.layout, case.activation, case.mean, with_residual
         )  # fmt: skip
 
 
@@ -257,10 +232,10 @@ def test_not_a_number_and_infinity_go_through_as_in_torch(activation, way):
     with use_backend("triton"):
         actual = group_norm_act(x, weight, bias, 2, activation=activation)
         _, added = add_group_norm_act(x, residual, weight, bias, 2, activation=activation)
-    expected = plain(x, weight, bias, 2, activation)
+    expected = plain_norm(x, weight, bias, 2, activation)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert expected.isnan().any()
-    expected = plain(x + residual, weight, bias, 2, activation)
+    expected = plain_norm(x + residual, weight, bias, 2, activation)
     assert torch.equal(added.isnan(), expected.isnan())
 
 
@@ -291,7 +266,7 @@ def test_parameters_of_another_dtype(dtype, layout):
             actual = group_norm_act(*inputs, 4, activation="gelu")
         actual.float().sum().backward()
         assert [t.grad.dtype for t in inputs] == [dtype, torch.float32, torch.float32]
-        return {"result": (actual.detach(), plain(*arguments), oracle(*arguments))}
+        return {"result": (actual.detach(), plain_norm(*arguments), exact_norm(*arguments))}
 
     assert_draws_within_contract(draw, 1)
 

@@ -10,39 +10,28 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitfast import extension
 from bitfast.activations import ACTIVATIONS
 from bitfast.backends import use_backend
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
-from tests.feature_maps import away_from_kinks
+from tests.drawn_cases import norm_cases
+from tests.feature_maps import LAYOUTS, away_from_kinks
 from tests.guarded import Guarded
+from tests.plain_ops import channel_moments, plain_norm
+from tests.requirements import NEEDS_EXTENSION
+from tests.threads import torch_threads
 from tests.tolerances import Triples, assert_draws_within_contract
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
-)
+pytestmark = [NEEDS_EXTENSION, pytest.mark.usefixtures("poisoned")]
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = sorted(ACTIVATIONS)
 operators = torch.ops.bitfast
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fill what is allocated but not written with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(params=[1, 2, 7])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def draw(
@@ -75,17 +64,15 @@ def draw(
     for tensor in (total, result, gradients[0]):
         assert tensor.is_contiguous(memory_format=layout) or shape[0] == 0
 
-    def plain(dtype: torch.dtype) -> list[Tensor]:
-        # NCHW: torch's own channels_last kernel cancels where the mean is large.
+    def outputs(dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).contiguous().requires_grad_() for t in (total, weight, bias)]
-        normalized = torch.group_norm(leaves[0], groups, leaves[1], leaves[2], 1e-5)
-        output = ACTIVATIONS[activation](normalized)
+        output = plain_norm(*leaves, groups, activation)
         found = torch.autograd.grad(output, leaves, grad.to(dtype))
         added = 0 if extra is None else extra.to(dtype)
         return [output.detach(), found[0] + added, *found[1:]]
 
     names = ("result", "grad_x", "grad_weight", "grad_bias")
-    columns = zip((result, *gradients), plain(dtype), plain(torch.float64), strict=True)
+    columns = zip((result, *gradients), outputs(dtype), outputs(torch.float64), strict=True)
     return dict(zip(names, columns, strict=True))
 
 
@@ -100,29 +87,19 @@ def test_every_activation(activation, layout, mean):
     check(4, (2, 48, 9, 7), 16, torch.float32, layout, activation, mean, False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
-    batch=st.integers(0, 3),
-    groups=st.integers(1, 5),
-    per_group=st.integers(1, 40),
-    height=st.integers(1, 12),
-    width=st.integers(1, 12),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    activation=st.sampled_from(NAMES),
-    mean=st.sampled_from([0.0, -2.3, 100.0]),
+    case=norm_cases(DTYPES, most_channels_per_group=40, largest_side=12),
     with_residual=st.booleans(),
-    seed=st.integers(0, 2**31 - 1),
 )
-def test_drawn_shapes(
-    batch, groups, per_group, height, width, dtype, layout, activation, mean, with_residual, seed
-):
+def test_drawn_shapes(case, with_residual):
     # Of a few values that happen to be close, the mean's rounding, saved for the backward pass in float32,
     # decides: here and in plain PyTorch alike.
-    assume(per_group * height * width == 1 or per_group * height * width >= 8)
-    torch.manual_seed(seed)
-    shape = (batch, groups * per_group, height, width)
-    check(4, shape, groups, dtype, layout, activation, mean, with_residual)
+    assume(case.group_size == 1 or case.group_size >= 8)
+    torch.manual_seed(case.seed)
+    check(
+        4, case.shape, case.groups, case.dtype, case.layout, case.activation, case.mean, with_residual
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["x", "x+residual"])
@@ -170,65 +147,33 @@ def test_writes_all_of_its_memory_and_nothing_beside(shape, layout, dtype):
         assert torch.equal(memory.tensor, expected)
 
 
-def moments_of(x: Tensor) -> Tensor:
-    """The mean and the variance of each image's channels, as norm_convolution returns them."""
-    exact = x.double()
-    return torch.stack([exact.mean((2, 3)), exact.var((2, 3), correction=0)])
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
-    batch=st.integers(0, 3),
-    groups=st.integers(1, 5),
-    per_group=st.integers(1, 20),
-    height=st.integers(1, 12),
-    width=st.integers(1, 12),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    activation=st.sampled_from(NAMES),
-    mean=st.sampled_from([0.0, -2.3, 100.0]),
+    case=norm_cases(DTYPES, most_channels_per_group=20, largest_side=12),
     knows_moments=st.booleans(),
-    seed=st.integers(0, 2**31 - 1),
 )
-def test_a_shortcut_before_the_activation_and_moments_that_are_known(
-    batch,
-    groups,
-    per_group,
-    height,
-    width,
-    dtype,
-    layout,
-    activation,
-    mean,
-    knows_moments,
-    seed,
-):
-    torch.manual_seed(seed)
-    channels = groups * per_group
+def test_a_shortcut_before_the_activation_and_moments_that_are_known(case, knows_moments):
+    torch.manual_seed(case.seed)
 
-    def one() -> Triples:
-        shape = (batch, channels, height, width)
+    def draw() -> Triples:
         x, shortcut = (
-            (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=layout)
-            for offset in (mean, 0)
+            (torch.randn(case.shape) + offset).to(case.dtype).contiguous(memory_format=case.layout)
+            for offset in (case.mean, 0)
         )
-        weight, bias = torch.rand(channels) + 0.5, torch.randn(channels)
+        weight, bias = torch.rand(case.channels) + 0.5, torch.randn(case.channels)
 
-        def plain(dtype: torch.dtype) -> Tensor:
-            tensors = (t.to(dtype) for t in (x.contiguous(), shortcut, weight, bias))
-            x_, shortcut_, weight_, bias_ = tensors
-            return ACTIVATIONS[activation](
-                torch.group_norm(x_, groups, weight_, bias_, 1e-5) + shortcut_
-            )
+        def output(dtype: torch.dtype) -> Tensor:
+            normalized = plain_norm(x.to(dtype), weight, bias, case.groups, "none")
+            return ACTIVATIONS[case.activation](normalized + shortcut.to(dtype))
 
-        moments = moments_of(x) if knows_moments else None
+        moments = channel_moments(x) if knows_moments else None
         result = torch.empty_like(x)
         operators.group_norm_act_into.native(
-            x, moments, weight, bias, groups, 1e-5, activation, shortcut, result
+            x, moments, weight, bias, case.groups, 1e-5, case.activation, shortcut, result
         )
-        return {"result": (result, plain(dtype), plain(torch.float64))}
+        return {"result": (result, output(case.dtype), output(torch.float64))}
 
-    assert_draws_within_contract(one, 4)
+    assert_draws_within_contract(draw, 4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -241,12 +186,12 @@ def test_not_a_number_and_infinity_go_through_as_in_torch(activation, layout):
         actual = group_norm_act(x, weight, bias, 2, activation=activation)
         _, added = add_group_norm_act(x, residual, weight, bias, 2, activation=activation)
 
-    def plain(x: Tensor) -> Tensor:
-        return ACTIVATIONS[activation](torch.group_norm(x.contiguous(), 2, weight, bias, 1e-5))
-
-    assert torch.equal(actual.isnan(), plain(x).isnan())
+    expected, expected_added = (
+        plain_norm(values, weight, bias, 2, activation) for values in (x, x + residual)
+    )
+    assert torch.equal(actual.isnan(), expected.isnan())
     assert actual.isnan().any()
-    assert torch.equal(added.isnan(), plain(x + residual).isnan())
+    assert torch.equal(added.isnan(), expected_added.isnan())
 
 
 @pytest.mark.parametrize(
@@ -336,7 +281,7 @@ def test_opcheck(dtype, layout):
     )
     x, residual = x.detach(), residual.detach()
     memory = torch.empty_like(x)
-    for moments, shortcut in ((None, None), (moments_of(x), residual)):
+    for moments, shortcut in ((None, None), (channel_moments(x), residual)):
         inputs = (x, moments, weight.detach(), bias.detach(), 2, 1e-5, "gelu", shortcut)
         torch.library.opcheck(operators.group_norm_act_.native, inputs)
         torch.library.opcheck(operators.group_norm_act_into.native, (*inputs, memory))

@@ -43,8 +43,13 @@ PHOTOGRAPHS = (
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def photograph(name: str) -> Image.Image:
-    return Image.open(Path(skimage.__file__).parent / "data" / name)
+def photograph(name: str, kind: str = "PIL") -> Any:
+    """Return one as Pillow opens it, or in RGB as an array (H, W, 3) or a tensor (3, H, W)."""
+    image = Image.open(Path(skimage.__file__).parent / "data" / name)
+    if kind == "PIL":
+        return image
+    array = np.array(image.convert("RGB"))
+    return array if kind == "numpy" else torch.from_numpy(array).permute(2, 0, 1)
 
 
 def assert_same(images: Any, init: dict[str, Any] | None = None, **call: Any) -> None:
@@ -66,14 +71,10 @@ def assert_same(images: Any, init: dict[str, Any] | None = None, **call: Any) ->
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize("kind", ["PIL", "numpy", "torch"])
 def test_photographs(name: str, kind: str) -> None:
-    image = photograph(name)
+    image = photograph(name, kind)
+    assert_same(image, return_tensors="pt")
     if kind == "PIL":
-        assert_same(image, return_tensors="pt")
         assert_same([image], size=256, crop_size=(192, 257), resample=2, return_tensors="np")
-        return
-    array = np.array(image.convert("RGB"))
-    images = array if kind == "numpy" else torch.from_numpy(array).permute(2, 0, 1)
-    assert_same(images, return_tensors="pt")
 
 
 def test_a_batch_of_photographs_of_different_sizes_and_modes() -> None:

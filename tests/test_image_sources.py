@@ -129,8 +129,8 @@ def test_the_fast_one_reads_what_stands_for_images(folder: Path, site: str) -> N
 
 
 @pytest.mark.parametrize("as_list", [True, False])
-def test_the_slow_one_takes_images_only(as_list: bool, folder: Path) -> None:
-    """As theirs does; the error names what reads them."""
+def test_the_slow_processor_takes_images_only(as_list: bool, folder: Path) -> None:
+    """As in transformers; the error names the method that reads paths."""
     path = str(folder / "gray.png")
     for processor in (BitImageProcessor(), TheirSlow()):
         with pytest.raises(ValueError, match=r"(?i)must be|invalid image type") as caught:

@@ -10,13 +10,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitfast
 from bench.precision import far_from_zero
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.norm_convolution import fuses
-from bitfast.ops.packed_convolution import packs, why_not_packed
 from tests import foreign_models
 from tests.foreign_models import ALL, TIMM
 from tests.model_pairs import (
@@ -29,7 +27,8 @@ from tests.model_pairs import (
     our_model,
     their_model,
 )
-from tests.network_plans import plans_of
+from tests.network_plans import NEEDS_PLANS, plans_of
+from tests.operator_calls import OperatorCalls
 from tests.tolerances import assert_draws_within_contract, relative_error
 from tests.weight_changes import CHANGES, train_a_step
 
@@ -173,32 +172,18 @@ def test_gradient_checkpointing_of_timm_is_kept(monkeypatch):
 # ---- speed ----------------------------------------------------------------------------------------
 
 
-class Operators(TorchDispatchMode):
-    """Notes which operators of bitfast are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("bitfast", "mkldnn"):
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def operators(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> list[str]:
-    with torch.no_grad(), Operators() as called:
+    """The operators that a model calls, of bitfast and of oneDNN."""
+    with torch.no_grad(), OperatorCalls() as calls:
         model.to(dtype)(images.to(dtype))
-    return called.names
+    return [name for name in calls.noted if name.startswith(("bitfast.", "mkldnn."))]
 
 
-@pytest.mark.skipif(
-    not packs("cpu", torch.float32), reason=f"not packed here: {why_not_packed(torch.float32)}"
-)
+@NEEDS_PLANS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer_type", ["preactivation", "bottleneck"])
-def test_it_runs_what_bitfast_runs(layer_type, dtype):
-    """So that it cannot be the same numbers at the old speed."""
+def test_accelerated_models_call_the_operators_of_bitfasts_own(layer_type, dtype):
+    """Otherwise the numbers could be right at the old speed."""
     images = torch.randn(2, 3, 64, 50)
     fuses("cpu", dtype)  # what this CPU can do is asked once, by operators as well
     expected = operators(our_model("BitModel", layer_type=layer_type).eval(), images, dtype)
@@ -269,8 +254,7 @@ def test_a_training_step_of_timm_shows():
 
 
 @pytest.mark.parametrize("name", ["BitForImageClassification", "BitBackbone", "ResNetV2"])
-def test_it_compiles_to_one_graph(name):
-    torch._dynamo.reset()
+def test_accelerated_models_compile_to_one_graph(name, fresh_compiler):
     model, plain = pair(name, torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for number, (batch, *size) in enumerate([(2, 33, 47), (3, 64, 50), (4, 40, 70)]):
@@ -279,7 +263,6 @@ def test_it_compiles_to_one_graph(name):
         with torch.no_grad(), torch.compiler.set_stance(stance):
             actual = compiled(images)
         assert_close(flatten(actual), results(plain, images))
-    torch._dynamo.reset()
 
 
 # ---- what is kept ---------------------------------------------------------------------------------
@@ -385,14 +368,16 @@ def test_a_hook_may_change_what_a_module_returns():
         model = ALL[name].model(torch.float64)
         images = ALL[name].images(torch.float64)
 
-        def shade(module: nn.Module, inputs: Any, output: Any) -> Any:
+        def distort(module: nn.Module, inputs: Any, output: Any) -> Any:
             """Not to be undone by a norm."""
             if isinstance(output, Tensor):
                 return output * torch.linspace(1, 2, output.shape[-1], dtype=output.dtype)
-            return type(output)(**{key: shade(module, (), value) for key, value in output.items()})
+            return type(output)(
+                **{key: distort(module, (), value) for key, value in output.items()}
+            )
 
         plain = results(model, images)
-        model.get_submodule(path).register_forward_hook(shade)
+        model.get_submodule(path).register_forward_hook(distort)
         expected = results(model, images)
         assert not torch.equal(plain[0], expected[0])
         bitfast.accelerate(model)
@@ -413,7 +398,7 @@ def test_a_saved_model_is_one_of_transformers(tmp_path):
 
 
 def anatomy(model: nn.Module) -> list[Any]:
-    """Everything that makes up a model's modules, but the numbers."""
+    """What makes up a model's modules, except for the numbers."""
     return [
         (name, type(module), list(module.__dict__), list(module._modules), module.training)
         for name, module in model.named_modules()
@@ -421,7 +406,7 @@ def anatomy(model: nn.Module) -> list[Any]:
 
 
 @EACH
-def test_restore_undoes_it_exactly(name):
+def test_restore_undoes_accelerate_exactly(name):
     model = ALL[name].model()
     images = ALL[name].images()
     modules = dict(model.named_modules())

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import bitfast
@@ -27,6 +27,14 @@ RELEASED = [
         name for name in timm.list_models("vit_*_r*_s*") if "resnet" not in name
     ),  # which is another one
 ]
+
+
+def accelerate_to_the_same(model: nn.Module, images: Tensor) -> bitfast.AccelerationReport:
+    """Accelerate a model, and hold it to the numbers that it gave before."""
+    expected = results(model, images)
+    report = bitfast.accelerate(model)
+    assert_close(results(model, images), expected)
+    return report
 
 
 def kinds(report: bitfast.AccelerationReport) -> Counter[str]:
@@ -184,9 +192,7 @@ def test_what_a_fused_op_cannot_do_is_called(alter):
     model = their_model("BitModel").double().eval()
     alter(model)
     images = torch.randn(2, 3, 64, 50, dtype=torch.float64)
-    expected = results(model, images)
-    assert bitfast.accelerate(model).left == {}
-    assert_close(results(model, images), expected)
+    assert accelerate_to_the_same(model, images).left == {}
 
 
 @pytest.mark.parametrize("alter", LEFT, ids=lambda alter: alter.__name__)
@@ -232,11 +238,9 @@ def test_a_subclass_with_its_own_forward_keeps_it():
 
     model = Louder(their_model("BitModel").config).double().eval()
     images = torch.randn(2, 3, 64, 50, dtype=torch.float64)
-    expected = results(model, images)
-    report = bitfast.accelerate(model)
+    report = accelerate_to_the_same(model, images)
     assert "subclass" in report.left[""]
     assert kinds(report)["BitStage"] == 4
-    assert_close(results(model, images), expected)
 
 
 def test_other_resnets_of_timm_are_replaced_as_far_as_they_are_alike():
@@ -245,26 +249,22 @@ def test_other_resnets_of_timm_are_replaced_as_far_as_they_are_alike():
 
     model = timm_resnet(stem_type="deep", avg_down=True, conv_layer=StdConv2d).double().eval()
     images = torch.randn(2, 3, 64, 50, dtype=torch.float64)
-    expected = results(model, images)
-    report = bitfast.accelerate(model)
+    report = accelerate_to_the_same(model, images)
     assert set(report.left.values()) == {
         "its downsample is left as it is",
         "its first block is left as it is",
         "all its stages are left as they are",
     }
     assert kinds(report)["BitPreActivationBottleneckLayer"] == 1
-    assert_close(results(model, images), expected)
 
 
 def test_a_pool_that_pads_otherwise_is_left():
     """timm pads the stem's pool with minus infinity, which counts where values are negative."""
     model = timm_resnet(hybrid=True, act_layer="gelu").double().eval()
     images = torch.randn(2, 3, 66, 50, dtype=torch.float64)
-    expected = results(model, images)
-    report = bitfast.accelerate(model)
+    report = accelerate_to_the_same(model, images)
     assert "has not gone through a ReLU" in report.left["stem.pool"]
     assert kinds(report)["TimmBottleneckLayer"] == 5
-    assert_close(results(model, images), expected)
 
 
 # ---- errors ---------------------------------------------------------------------------------------

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.kernel_variants import ARCHITECTURES
 from bitfast.kernels import group_norm_act_backward, group_norm_act_forward
+from tests.other_process import printed_by
 
 VISIBLE = {
     name
@@ -24,17 +20,7 @@ VISIBLE = {
 
 @pytest.fixture(scope="module")
 def builds() -> list[dict[str, Any]]:
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.inductor_kernels"],
-        cwd=Path(__file__).parents[1],
-        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    return printed_by("tests.inductor_kernels")
 
 
 def test_every_visible_kernel_is_built_for_every_chip(builds):
@@ -46,6 +32,6 @@ def test_every_visible_kernel_is_built_for_every_chip(builds):
     }
 
 
-def test_all_of_them_compile(builds):
+def test_all_kernels_compile(builds):
     problems = [b for b in builds if b["problem"] is not None]
     assert not problems, problems[0]

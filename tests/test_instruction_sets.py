@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitfast import extension
+from tests.requirements import NEEDS_EXTENSION
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
-)
+pytestmark = NEEDS_EXTENSION
 
 ROOT = Path(__file__).parents[1]
 SETS = ("baseline", "avx2", "avx512")
@@ -29,12 +27,12 @@ def run(arguments: list[str], capability: str) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
-def test_one_of_them_is_chosen():
+def test_a_known_instruction_set_is_chosen():
     assert torch.ops.bitfast.instruction_set() in SETS
 
 
 @pytest.mark.parametrize("name", DEMANDS)
-def test_the_kernels_are_right_on_lower_ones(name):
+def test_the_kernels_are_right_on_lower_instruction_sets(name):
     if SETS.index(torch.ops.bitfast.instruction_set()) <= SETS.index(name):
         pytest.skip(f"this process runs on {torch.ops.bitfast.instruction_set()} already")
     capability = DEMANDS[name]

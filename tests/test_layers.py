@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bit import modeling_bit as theirs
 
 from bitfast.blocks import round_to_multiple
@@ -26,6 +25,7 @@ from tests.model_pairs import (
     pair,
     their_model,
 )
+from tests.operator_calls import OperatorCalls
 from tests.weight_changes import convolutions
 
 # ---- single layers ------------------------------------------------------------------------------
@@ -174,19 +174,9 @@ def test_a_backbone_computes_no_stage_that_nobody_asked_for(choice, computed):
     per_stage = [len(convolutions(stage)) for stage in model.bit.encoder.stages]
     images = torch.randn(1, 3, 32, 32)
     for stages, options in ((computed, {}), (len(per_stage), {"output_hidden_states": True})):
-        with Convolutions() as seen:
+        with OperatorCalls() as calls:
             model(images, **options)
-        assert seen.count == 1 + sum(per_stage[:stages])
-
-
-class Convolutions(TorchDispatchMode):
-    """Counts what torch convolves."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten.convolution.default
-        return func(*args, **(kwargs or {}))
+        assert calls.noted.count("aten.convolution.default") == 1 + sum(per_stage[:stages])
 
 
 def test_a_backbone_computes_what_somebody_watches():
@@ -311,7 +301,7 @@ def test_convolution_takes_the_arguments_of_torch_and_transformers(arguments, op
 
 
 def test_a_convolution_that_is_changed_afterwards_does_as_it_is_told():
-    """As who makes a network denser does: strides become dilations."""
+    """Networks are made denser this way: strides become dilations."""
     ours = WeightStandardizedConv2d(16, 16, 3, 2, None, eps=1e-8).eval()
     twin = theirs.WeightStandardizedConv2d(16, 16, 3, 2, None, eps=1e-8).eval()
     twin.load_state_dict(ours.state_dict())

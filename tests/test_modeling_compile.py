@@ -37,11 +37,7 @@ SIZES = [(2, 33, 47), (3, 64, 50), (5, 40, 70), (4, 31, 32)]
 """The first is compiled for itself, the second for all; the others must not be compiled for."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def on_every_size(compiled: Any, model: nn.Module, bound: float, **settings: Any) -> None:

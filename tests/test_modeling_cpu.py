@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import threading
 from collections.abc import Iterator
 from operator import is_
 from typing import Any
@@ -17,6 +16,7 @@ from bitfast.backends import use_backend
 from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
 from bitfast.ops.norm_convolution import fuses, why_not_fused
 from tests.network_plans import NEEDS_PLANS, called_by, names_of, plans_of
+from tests.threads import in_threads
 from tests.tiny_models import ours
 from tests.weight_changes import CHANGES, convolutions, edit_in_place, features
 
@@ -115,7 +115,7 @@ NORMALIZING = ("norm_convolution", "norm_convolution_add_")
 
 @pytest.mark.parametrize("kind", ["preactivation", "bottleneck"])
 def test_blocks_normalize_as_they_convolve(kind, x, way):
-    """So that the other tests do not pass only because nothing is fused."""
+    """Otherwise the other tests could pass because nothing is fused."""
     model = model_of(kind)
     blocks = [block for stage in model.encoder.stages for block in stage.layers]
 
@@ -279,8 +279,8 @@ def tensors_of(model: nn.Module) -> list[list[Tensor]]:
     return [list({id(t): t for t in by_form.values()}.values()) for by_form in kept]
 
 
-def test_they_cost_one_copy_of_the_weights(way):
-    """But where oneDNN wants another layout for another size of images."""
+def test_packed_weights_cost_one_copy_of_the_weights(way):
+    """Except where oneDNN wants another layout for another size of images."""
     model = ours("BitModel", embedding_size=64, hidden_sizes=[128, 256], num_groups=32).eval()
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
@@ -305,32 +305,16 @@ def test_threads_share_a_model():
     model = sliced(model_of())
     batches = [torch.randn(1 + n, 3, 33 + 8 * n, 47) for n in range(4)]
     wanted = [expected(model, images) for images in batches]
-    errors: list[BaseException] = []
 
     def work(number: int) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(4):
-                    assert_close(outputs(model, batches[number]), wanted[number])
-        except BaseException as error:
-            errors.append(error)
+        with torch.no_grad():
+            for _ in range(4):
+                assert_close(outputs(model, batches[number]), wanted[number])
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
+    in_threads(work, len(batches))
 
 
 # ---- compilers ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", ["preactivation", "bottleneck"])

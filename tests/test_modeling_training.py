@@ -26,6 +26,7 @@ from tests.model_pairs import (
     our_model,
     pair,
 )
+from tests.threads import torch_threads
 from tests.tolerances import relative_error
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -179,10 +180,8 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 @pytest.fixture(params=[1, 2])
 def threads(request):
     """Run with so many threads: PyTorch's convolutions are others with one than with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 @pytest.mark.usefixtures("threads")

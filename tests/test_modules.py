@@ -206,13 +206,13 @@ PATHS = [
 ]
 
 
-def shade(value: Any) -> Any:
+def distort(value: Any) -> Any:
     """Change an output in a way that no norm undoes."""
     if isinstance(value, Tensor):
         return value * torch.linspace(1, 2, value.shape[-1], dtype=value.dtype)
     if isinstance(value, dict):
-        return type(value)(**{key: shade(v) for key, v in value.items()})
-    return tuple(map(shade, value))
+        return type(value)(**{key: distort(v) for key, v in value.items()})
+    return tuple(map(distort, value))
 
 
 class Wrapper(nn.Module):
@@ -221,17 +221,17 @@ class Wrapper(nn.Module):
         self.inner = inner
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        return shade(self.inner(*arguments, **options))
+        return distort(self.inner(*arguments, **options))
 
 
 def hook_it(model: nn.Module, path: str) -> None:
-    model.get_submodule(path).register_forward_hook(lambda module, inputs, output: shade(output))
+    model.get_submodule(path).register_forward_hook(lambda module, inputs, output: distort(output))
 
 
 def replace_its_forward(model: nn.Module, path: str) -> None:
     module = model.get_submodule(path)
     forward = module.forward
-    module.forward = lambda *a, **o: shade(forward(*a, **o))  # type: ignore[method-assign]
+    module.forward = lambda *a, **o: distort(forward(*a, **o))  # type: ignore[method-assign]
 
 
 def wrap_it(model: nn.Module, path: str) -> None:

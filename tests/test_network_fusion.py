@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast.backends import use_backend
 from bitfast.blocks import BitPreActivationBottleneckLayer
 from bitfast.layers import GroupNormActivation
 from bitfast.network import BitStage
+from tests.operator_calls import OperatorCalls, calls_of
 from tests.tiny_models import ours
 
 DEPTHS = {"depths": [2, 1, 2], "hidden_sizes": [16, 16, 32]}
@@ -37,23 +37,16 @@ def x() -> Tensor:
     return torch.randn(2, 3, 40, 36)
 
 
-class Sums(TorchDispatchMode):
-    """Notes the channels of every sum that is added together with a norm."""
-
-    def __init__(self) -> None:
-        self.channels: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "::add_group_norm_act." in func.name():
-            self.channels.append(args[0].shape[1])
-        return func(*args, **(kwargs or {}))
+def sums() -> OperatorCalls:
+    """Note the channels of every sum that is added together with a norm."""
+    return calls_of("add_group_norm_act", lambda arguments: arguments[0].shape[1])
 
 
 @pytest.fixture
 def fused() -> Iterator[list[int]]:
     """The channels of every sum that was added together with a norm."""
-    with Sums() as sums:
-        yield sums.channels
+    with sums() as calls:
+        yield calls.noted
 
 
 def blocks(model: nn.Module) -> list[BitPreActivationBottleneckLayer]:
@@ -179,10 +172,10 @@ def test_a_block_that_was_compiled_by_itself_is_called(model, x):
     blocks(model)[1].compile(backend=backend)
     with torch.no_grad():
         actual = model(x).last_hidden_state
-        with Sums() as sums:  # under which torch compiles nothing
+        with sums() as calls:  # under which torch compiles nothing
             model(x)
     assert calls
-    assert sums.channels == [16, 32, 32]
+    assert calls.noted == [16, 32, 32]
     assert torch.equal(actual, unfused(model, x)[0])
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
@@ -29,6 +28,9 @@ from bitfast.ops.norm_convolution import (
     why_not_fused,
 )
 from tests.guarded import Guarded
+from tests.operator_calls import calls_of
+from tests.plain_ops import channel_moments
+from tests.threads import torch_threads
 from tests.tolerances import Triples, assert_draws_within_contract
 
 operators = torch.ops.bitfast
@@ -42,6 +44,8 @@ SIZE = torch.Size((9, 9))
 POINTWISE: Geometry = (1, 1), (0, 0), (1, 1)
 PADDED: Geometry = (1, 1), (1, 1), (1, 1)
 
+pytestmark = pytest.mark.usefixtures("no_gradient")
+
 
 def needs_kernels(dtype: torch.dtype) -> None:
     if not fuses("cpu", dtype):
@@ -54,39 +58,13 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def no_gradient() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fill what is allocated but not written with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-class Packings(TorchDispatchMode):
-    """Notes the dtypes for which weights are packed."""
-
-    def __init__(self) -> None:
-        self.dtypes: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "::pack_norm_convolution." in func.name():
-            self.dtypes.append(torch.bfloat16 if args[1] else torch.float32)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def packings() -> Iterator[list[torch.dtype]]:
     """The dtypes for which weights were packed."""
     needs_kernels(torch.float32)
-    with Packings() as packings:
-        yield packings.dtypes
+    dtypes = {True: torch.bfloat16, False: torch.float32}
+    with calls_of("pack_norm_convolution", lambda arguments: dtypes[arguments[1]]) as calls:
+        yield calls.noted
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Tensor:
@@ -112,7 +90,7 @@ def pack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def plain(x: Tensor, norm: Norm | None, weight: Tensor, stride: int, standardizes: bool) -> Tensor:
-    """The same in the dtype of x, one op of torch's after the other."""
+    """Norm, activation and convolution as three ops of torch, in the dtype of x."""
     weight = weight.to(x.dtype)
     if standardizes:
         weight = reference.weight_standardization_forward(weight, EPS, x.dtype)[0]
@@ -124,12 +102,6 @@ def plain(x: Tensor, norm: Norm | None, weight: Tensor, stride: int, standardize
     return F.conv2d(x, weight, None, stride, weight.shape[2] // 2)
 
 
-def moments_of(x: Tensor) -> Tensor:
-    exact = x.double()
-    mean = exact.mean((2, 3), keepdim=True)
-    return torch.stack([mean[..., 0, 0], (exact - mean).square().mean((2, 3))])
-
-
 def assert_are_moments(moments: Tensor | None, x: Tensor) -> None:
     """Hold them to float64's, within four times what the roundings of float32 sums should add up to.
 
@@ -137,7 +109,7 @@ def assert_are_moments(moments: Tensor | None, x: Tensor) -> None:
     them, which itself is off by the rounding of one tile's sum, and their squares.
     """
     assert moments is not None
-    rounding, exact, values = 2.0**-24, moments_of(x), x.double()
+    rounding, exact, values = 2.0**-24, channel_moments(x), x.double()
     assert (moments.dtype, moments.shape) == (torch.float64, exact.shape)
     spread = values.amax((2, 3)) - values.amin((2, 3))
     spread += 32 * rounding * values.abs().amax((2, 3))
@@ -151,11 +123,11 @@ def assert_are_moments(moments: Tensor | None, x: Tensor) -> None:
 def draw(
     shape, out, kernel, stride, dtype, groups, activation, mean, knows_moments, standardizes
 ) -> Triples:
-    """Of the functions for layers, or of the operators with the weight as it is; 0 groups: no norm."""
+    """Call the functions that layers call, or the operators with the weight as it is; 0 groups: no norm."""
     x, last = images(*shape, dtype=dtype, mean=mean), (kernel, stride, True)
     norm = norm_of(x, groups, activation) if groups else None
     weight = nn.Parameter(filters(out, shape[1], kernel, dtype))
-    given = (x, moments_of(x) if knows_moments else None)
+    given = (x, channel_moments(x) if knows_moments else None)
     expected = plain(x, norm, weight, stride, standardizes)
     exact = plain(x.double(), norm, weight, stride, standardizes)
     total = copy(before := images(*exact.shape, dtype=dtype))
@@ -220,7 +192,7 @@ def test_moments_that_are_given_and_those_that_nobody_wants(dtype):
         weight = nn.Parameter(filters(24, 40, kernel))
         results = [
             norm_convolution(x, moments, norm, weight, EPS, stride, False)[0]
-            for moments in (None, computed, moments_of(x), computed + 1)
+            for moments in (None, computed, channel_moments(x), computed + 1)
         ]
         assert torch.equal(results[0], results[1])
         close = 4 * torch.finfo(dtype).eps * float(results[0].abs().max())
@@ -241,7 +213,7 @@ def test_writes_the_total_and_nothing_else(out, shape, dtype, poisoned):
     for kernel, stride in KERNELS[dtype]:
         x, packed = images(*shape, dtype=dtype), pack(filters(out, shape[1], kernel), dtype)
         norm, last = norm_of(x, 1, "relu"), (kernel, stride, True)
-        given = (moments_of(x), *norm, packed)
+        given = (channel_moments(x), *norm, packed)
         inputs = (x, given[0], *norm[:2], packed)
         before = [copy(tensor) for tensor in inputs]
         result, moments = operators.norm_convolution.native(x, *given, out, *last)
@@ -261,21 +233,21 @@ def test_writes_the_total_and_nothing_else(out, shape, dtype, poisoned):
 @pytest.mark.parametrize(
     ("shape", "out"), [((1, 256, 30, 30), 64), ((1, 64, 30, 29), 64), ((2, 320, 7, 7), 160)]
 )
-def test_the_division_of_the_work_changes_no_bit(shape, out, dtype, request):
+def test_the_division_of_the_work_changes_no_bit(shape, out, dtype):
     """Images are cut into pieces; where these are few, the output channels into blocks."""
-    before, x = torch.get_num_threads(), images(*shape, dtype=dtype, mean=1.0)
-    request.addfinalizer(lambda: torch.set_num_threads(before))
-    norm, moments = norm_of(x, 32, "relu"), moments_of(x)
+    x = images(*shape, dtype=dtype, mean=1.0)
+    norm, moments = norm_of(x, 32, "relu"), channel_moments(x)
     for kernel, stride in KERNELS[dtype]:
         weight = filters(out, shape[1], kernel)
         given, last = (x, moments, *norm, pack(weight, dtype)), (kernel, stride, True)
         results = []
         for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            result, found = operators.norm_convolution.native(*given, out, *last)
+            with torch_threads(threads):
+                result, found = operators.norm_convolution.native(*given, out, *last)
+                total = copy(result)
+                found_total = operators.norm_convolution_add_.native(*given, total, *last)
             assert_are_moments(found, result)
-            total = copy(result)
-            assert_are_moments(operators.norm_convolution_add_.native(*given, total, *last), total)
+            assert_are_moments(found_total, total)
             results.append(torch.stack([result, total]))
         assert all(torch.equal(other, results[0]) for other in results)
         close = 1e-4 if dtype == torch.float32 else 5e-2
@@ -389,7 +361,7 @@ def test_which_dtypes_and_convolutions_fit():
 def test_the_operators_check_what_they_are_given():
     needs_kernels(torch.float32)
     x, ones, packed = images(2, 16, 6, 5), torch.ones(16), pack(filters(8, 16, 1))
-    moments, total, packed_3x3 = moments_of(x), images(2, 8, 6, 5), pack(filters(8, 16, 3))
+    moments, total, packed_3x3 = channel_moments(x), images(2, 8, 6, 5), pack(filters(8, 16, 3))
     good = {"x": x, "moments": moments, "weight": ones, "bias": ones, "groups": 4, "eps": 1e-5}
     good |= {"activation": "relu", "packed": packed, "total": total, "kernel": 1, "stride": 1}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -428,7 +400,7 @@ def test_the_operators_check_what_they_are_given():
 def test_opcheck(has_norm, dtype):
     kernel, stride = KERNELS[dtype][-1]
     x, weight = images(2, 16, 5, 4, dtype=dtype), filters(8, 16, kernel, dtype)
-    given = (x, moments_of(x), *norm_of(x, 2, "gelu")) if has_norm else (x, None, *NO_NORM)
+    given = (x, channel_moments(x), *norm_of(x, 2, "gelu")) if has_norm else (x, None, *NO_NORM)
     total, packed = torch.zeros_like(plain(x, None, weight, stride, False)), pack(weight, dtype)
     for operator, rest in (
         (operators.norm_convolution.native, (packed, 8, kernel)),
@@ -464,4 +436,4 @@ def test_moments_where_the_first_pixels_are_unlike_the_others(dtype):
     x.flatten(2)[..., :14] = 0
     x, packed = x.to(dtype), pack(torch.ones(1, 1, 1, 1), dtype)
     result, moments = operators.norm_convolution.native(x, None, *NO_NORM, packed, 1, 1, 1, True)
-    torch.testing.assert_close(moments[1], moments_of(result)[1], rtol=2e-5, atol=0)
+    torch.testing.assert_close(moments[1], channel_moments(result)[1], rtol=2e-5, atol=0)

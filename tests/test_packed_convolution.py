@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,11 +24,14 @@ from bitfast.ops.packed_convolution import (
     run_packed_add,
     why_not_packed,
 )
+from tests.threads import in_threads
 from tests.tolerances import Triples, assert_draws_within_contract
 
 EPS = 1e-8
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = ((1, 1), (0, 0), (1, 1))
+
+pytestmark = pytest.mark.usefixtures("no_gradient")
 
 
 def needs_packing(dtype: torch.dtype) -> None:
@@ -51,12 +52,6 @@ def packings(monkeypatch: Any) -> list[torch.Size]:
 
     monkeypatch.setattr(module, "_pack", count)
     return shapes
-
-
-@pytest.fixture(autouse=True)
-def no_gradient() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -151,7 +146,7 @@ def test_what_is_packed_alike_is_kept_once(packings):
     assert len(tensors_of(weight)) == 1
 
 
-def test_only_so_many_shapes_are_remembered(packings):
+def test_the_number_of_remembered_shapes_is_bounded(packings):
     weight = nn.Parameter(torch.randn(4, 4, 1, 1))
     for size in range(1, MOST_FORMS + 20):
         packed_convolution(images(1, 4, size, 3), weight, EPS, PLAIN)
@@ -212,23 +207,14 @@ def test_threads_may_pack_at_the_same_time(packings):
     weight = nn.Parameter(torch.randn(64, 2048, 1, 1))
     inputs = [images(1 + n % 2, 2048, 7 + 7 * (n % 3), 7) for n in range(6)]
     expected = [plain(x, weight, PLAIN) for x in inputs]
-    errors: list[BaseException] = []
 
     def work(number: int) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(10):
-                    result = packed_convolution(inputs[number], weight, EPS, PLAIN)
-                    torch.testing.assert_close(result, expected[number], rtol=1e-4, atol=1e-3)
-        except BaseException as error:
-            errors.append(error)
+        with torch.no_grad():
+            for _ in range(10):
+                result = packed_convolution(inputs[number], weight, EPS, PLAIN)
+                torch.testing.assert_close(result, expected[number], rtol=1e-4, atol=1e-3)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
+    in_threads(work, len(inputs))
 
 
 # ---- where it cannot be ---------------------------------------------------------------------------

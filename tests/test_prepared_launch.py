@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +12,7 @@ from torch import Tensor
 from bitfast.kernels import group_norm_act, weight_standardization
 from bitfast.kernels.launch import Launch, are_aligned, prepare
 from tests.interpreter import DEVICE
+from tests.other_process import printed_by
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter runs where no GPU is")
 STREAM = 0 if DEVICE == "cpu" else torch.cuda.current_stream().cuda_stream
@@ -122,17 +118,7 @@ def seen() -> dict[str, list[dict[str, Any]]]:
         pytest.skip("this torch may load the real driver; tests/gpu looks at what it does")
     if shutil.which("cc") is None:
         pytest.skip("no C compiler for the stand-in of the driver")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.stub_driver"],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])["seen"]
+    return printed_by("tests.stub_driver")["seen"]
 
 
 WAYS = ("split", "whole", "misaligned", "weights")

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from bitfast import extension
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.kernels import resize_normalize as kernels
 from bitfast.ops import resize_normalize_triton
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize, values_of_bytes
-from tests.image_layouts import LAYOUTS, poisoned_memory, random_image
+from tests.drawn_cases import resize_arguments
+from tests.guarded import poisoned_memory
+from tests.image_layouts import LAYOUTS, random_image
 from tests.interpreter import DEVICE
+from tests.requirements import NEEDS_EXTENSION
 from tests.test_resize_normalize_native import memory_between_walls, tensor_at
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
-)
+pytestmark = NEEDS_EXTENSION
 
 # The interpreter takes about a millisecond per tap.
 edges = st.integers(1, 12) | st.integers(1, 40)
@@ -68,21 +68,7 @@ def test_equals_the_reference(data: st.DataObject) -> None:
         )
         for shape in shapes
     ]  # fmt: skip
-    offset = st.integers(-20, 45)
-    normalized = data.draw(st.booleans())
-    sizes = [data.draw(st.tuples(edges, edges) | st.just(shape)) for shape in shapes]
-    arguments: dict[str, Any] = {
-        "sizes": sizes,
-        "crop": data.draw(st.tuples(edges, edges)),
-        "offsets": data.draw(st.none() | st.just([data.draw(st.tuples(offset, offset)) for _ in images])),
-        "resample": data.draw(st.integers(0, len(RESAMPLE_NAMES) - 1)),
-        "rescale_factor": data.draw(st.sampled_from([None, 1 / 255, (1 / 255, 3.7)])),
-        "mean": [0.1 * c for c in range(channels)] if normalized else None,
-        "std": [0.3 + c for c in range(channels)] if normalized else None,
-        "dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])),
-        "memory_format": data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last])),
-        "pillow_version": data.draw(st.sampled_from([(12, 1), (13, 0)])),
-    }  # fmt: skip
+    arguments = data.draw(resize_arguments(shapes, channels, edges, largest_offset=45))
     with use_backend("reference"):
         expected = resize_normalize(images, **arguments)
     with use_backend("triton"), poisoned_memory():

@@ -14,27 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitfast import extension
 from bitfast.backends import use_backend
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
-from tests.image_layouts import LAYOUTS, poisoned_memory, random_image
+from tests.drawn_cases import resize_arguments
+from tests.guarded import poisoned_memory
+from tests.image_layouts import LAYOUTS, random_image
+from tests.requirements import NEEDS_EXTENSION
+from tests.threads import torch_threads
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
-)
+pytestmark = NEEDS_EXTENSION
 
 edges = st.integers(1, 30) | st.integers(1, 120)
 seeds = st.integers(0, 2**32 - 1)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @settings(max_examples=400)
@@ -49,25 +40,10 @@ def test_equals_the_reference(data: st.DataObject) -> None:
         )
         for shape in shapes
     ]
-    offset = st.integers(-20, 120)
-    normalized = data.draw(st.booleans())
-    arguments: dict[str, Any] = {
-        "sizes": [data.draw(st.tuples(edges, edges)) for _ in images],
-        "crop": data.draw(st.tuples(edges, edges)),
-        "offsets": data.draw(st.none() | st.just([data.draw(st.tuples(offset, offset)) for _ in images])),
-        "resample": data.draw(st.integers(0, len(RESAMPLE_NAMES) - 1)),
-        "rescale_factor": data.draw(st.sampled_from([None, 1 / 255, (1 / 255, 3.7)])),
-        "mean": [0.1 * c for c in range(channels)] if normalized else None,
-        "std": [0.3 + c for c in range(channels)] if normalized else None,
-        "dtype": data.draw(
-            st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
-        ),
-        "memory_format": data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last])),
-        "pillow_version": data.draw(st.sampled_from([(12, 1), (13, 0)])),
-    }  # fmt: skip
+    arguments = data.draw(resize_arguments(shapes, channels, edges, largest_offset=120))
     with use_backend("reference"):
         expected = resize_normalize(images, **arguments)
-    with use_backend("native"), threads(data.draw(st.integers(1, 3))), poisoned_memory():
+    with use_backend("native"), torch_threads(data.draw(st.integers(1, 3))), poisoned_memory():
         result = resize_normalize(images, **arguments)
     assert result.dtype == expected.dtype
     assert result.is_contiguous(memory_format=arguments["memory_format"])
@@ -123,10 +99,10 @@ def test_nothing_outside_an_image_is_read(layout: str, dtype: torch.dtype, seed:
 def test_threads_share_one_large_image() -> None:
     image = random_image(0, (700, 900, 3), "HWC")
     arguments: dict[str, Any] = {"sizes": [(300, 400)], "crop": (280, 390)}
-    with threads(1):
+    with torch_threads(1):
         expected = resize_normalize([image], **arguments)
     for count in (2, 3, 8):
-        with threads(count):
+        with torch_threads(count):
             assert torch.equal(resize_normalize([image], **arguments), expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from bitfast import extension
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.ops.same_padding import max_pool_for, pad_for, same_max_pool, same_pad, same_padding
+from tests.drawn_cases import SEEDS
 from tests.feature_maps import DTYPES, LAYOUTS, make
 from tests.tolerances import Triples, assert_draws_within_contract
 from tests.versions import TRACER_KEEPS_LAYOUTS
@@ -30,6 +32,19 @@ def test_the_extension_is_here() -> None:
 def windows() -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
     pair = st.tuples(st.integers(1, 4), st.integers(1, 4))
     return st.tuples(pair, pair, st.tuples(st.integers(1, 3), st.integers(1, 3)))
+
+
+def given_maps(**others: st.SearchStrategy[Any]) -> Callable[..., Any]:
+    """Draw a window, and the shape, dtype, layout and seed of a feature map that it moves over."""
+    sides = st.integers(1, 9)
+    return given(
+        window=windows(),
+        shape=st.tuples(st.integers(0, 3), st.integers(1, 5), sides, sides),
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(LAYOUTS),
+        seed=SEEDS,
+        **others,
+    )
 
 
 def padded_by_hand(x: Tensor, sides: list[int], value: float) -> Tensor:
@@ -76,14 +91,7 @@ def test_the_rule_is_tensorflows(size: int, kernel: int, stride: int, dilation: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=80)
-@given(
-    window=windows(),
-    shape=st.tuples(*(st.integers(0, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    value=st.sampled_from([0.0, -1.5, math.inf, -math.inf, math.nan]),
-    seed=st.integers(0, 2**31 - 1),
-)
+@given_maps(value=st.sampled_from([0.0, -1.5, math.inf, -math.inf, math.nan]))
 def test_pad(backend, window, shape, dtype, layout, value, seed) -> None:
     x = make(shape, dtype, layout, seed)
     sides = same_padding(shape[2:], *window)
@@ -108,14 +116,9 @@ def format_of(x: Tensor) -> torch.memory_format:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=80)
-@given(
-    window=windows(),
-    shape=st.tuples(*(st.integers(0, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))),
+@given_maps(
     sides=st.one_of(st.just("same"), st.lists(st.integers(0, 3), min_size=4, max_size=4)),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
     value=st.sampled_from([0.0, -1.5, math.inf, -math.inf]),
-    seed=st.integers(0, 2**31 - 1),
 )
 def test_pool(backend, window, shape, sides, dtype, layout, value, seed) -> None:
     x = make(shape, dtype, layout, seed)
@@ -211,14 +214,7 @@ def operators(name: str, backend: str) -> Any:
 
 
 @settings(max_examples=60)
-@given(
-    window=windows(),
-    shape=st.tuples(*(st.integers(0, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    value=st.sampled_from([0.0, 0.25, -math.inf]),
-    seed=st.integers(0, 2**31 - 1),
-)
+@given_maps(value=st.sampled_from([0.0, 0.25, -math.inf]))
 def test_native_taps_and_gradients_equal_the_reference(
     window, shape, dtype, layout, value, seed
 ) -> None:

@@ -32,12 +32,12 @@ def test_an_unlucky_draw_is_forgiven(our_worst, plain_worst, capsys):
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_mistakes_in_a_part_of_the_draws_are_not(every):
+def test_mistakes_in_a_part_of_the_draws_are_not_forgiven(every):
     draw = drawing(lambda n: 5 if n % every == every - 1 else 1)
     with pytest.raises(AssertionError, match="result: largest error"):
         assert_draws_within_contract(draw, 5)
 
 
-def test_what_is_wrong_everywhere_by_a_little_is_not():
+def test_a_small_error_in_every_draw_is_not_forgiven():
     with pytest.raises(AssertionError, match="error"):
         assert_draws_within_contract(drawing(lambda _: 3), 4)

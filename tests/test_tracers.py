@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -24,6 +23,7 @@ from bitfast.ops.norm_convolution import why_not_fused
 from bitfast.ops.packed_convolution import _why_not_packed
 from tests.foreign_models import timm_resnet
 from tests.model_pairs import CLASSES, RELATIVE_FLOAT64, assert_close, flatten, pair
+from tests.operator_calls import OperatorCalls
 from tests.test_modules import SETTINGS
 
 FEW = ["preactivation", "DPT"]
@@ -172,15 +172,6 @@ def test_flops_of_the_convolutions_that_are_operators(kernel_size):
         assert counter.get_total_flops() == expected
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_mode_sees_each_convolution_and_no_question_to_the_machine():
     ours, _ = pair("BitModel")
     ours.eval()
@@ -189,12 +180,12 @@ def test_a_mode_sees_each_convolution_and_no_question_to_the_machine():
         expected = ours(x).pooler_output
         why_not_fused.cache_clear()
         _why_not_packed.cache_clear()
-        with Recorder() as recorder:
+        with OperatorCalls() as calls:
             actual = ours(x).pooler_output
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     count = sum(isinstance(module, nn.Conv2d) for module in ours.modules())
-    assert sum("convolution" in name for name in recorder.names) == count
-    assert not any("mkldnn" in name or "problem" in name for name in recorder.names)
+    assert sum("convolution" in name for name in calls.noted) == count
+    assert not any("mkldnn" in name or "problem" in name for name in calls.noted)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -212,5 +203,5 @@ def test_numbers_are_the_same_as_in_an_unwatched_pass():
     ours, theirs = pair("BitForImageClassification")
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     ours, theirs = ours.double().eval(), theirs.double().eval()
-    with torch.no_grad(), Recorder():
+    with torch.no_grad(), OperatorCalls():
         assert_close(ours(x), theirs(x), RELATIVE_FLOAT64)

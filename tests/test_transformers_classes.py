@@ -38,7 +38,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_they_are_what_transformers_asks_for(name):
+def test_the_classes_are_subclasses_of_transformers_own(name):
     cls = getattr(classes, name)
     assert issubclass(cls, transformers.PreTrainedModel)
     assert issubclass(cls, modeling_bit.BitPreTrainedModel)

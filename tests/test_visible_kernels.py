@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.other_process import printed_by
 
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, list[str]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.visible_kernels"],
-        cwd=Path(__file__).parents[1],
-        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    return printed_by("tests.visible_kernels")
 
 
 def launches(calls: list[str]) -> list[str]:
@@ -63,7 +49,7 @@ def test_a_model_is_one_graph_with_its_norms_and_one_weight_preparation(seen):
     assert launches(seen["model"]).count("parameter_gradients_kernel") == 7
 
 
-def test_inductor_launches_them_itself(seen):
+def test_inductor_launches_the_kernels_itself(seen):
     program = "\n".join(seen["inductor"])
     assert program.count("async_compile.triton('moments_kernel'") == 2
     assert program.count("async_compile.triton('apply_kernel'") == 2

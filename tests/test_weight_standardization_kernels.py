@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.backends import use_backend
@@ -20,15 +19,16 @@ from bitfast.ops.weight_standardization import (
     weight_standardization_all,
 )
 from bitfast.ops.weight_standardization_triton import forget_calls
+from tests.feature_maps import DTYPES, LAYOUTS
 from tests.interpreter import DEVICE
+from tests.plain_ops import exact_standardization, plain_standardization
 from tests.tolerances import Triples, assert_draws_within_contract
 
 hypothesis = pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis")
 from hypothesis import assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from tests.drawn_cases import filter_cases  # noqa: E402
 
 SHAPES = {
     0: (40, 64, 1, 1),
@@ -53,21 +53,14 @@ def make(
     return weight.to(DEVICE, dtype).contiguous(memory_format=layout)
 
 
-def oracle(weight: Tensor, eps: float = 1e-8) -> Tensor:
-    flat = weight.double().flatten(1)
-    centered = flat - flat.mean(1, keepdim=True)
-    return (centered / (centered.square().mean(1, keepdim=True) + eps).sqrt()).view(weight.shape)
-
-
-def plain(weight: Tensor, eps: float = 1e-8) -> Tensor:
-    """What transformers runs: batch_norm over the filters."""
-    flat = weight.reshape(1, weight.shape[0], -1)
-    return F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=eps).view(weight.shape)
-
-
 def gradient(function: Any, weight: Tensor, grad: Tensor) -> Tensor:
     weight = weight.detach().clone().requires_grad_()
     return torch.autograd.grad(function(weight), weight, grad.to(weight.dtype))[0]
+
+
+def plain_and_exact_gradient(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    plain = gradient(plain_standardization, weight, grad)
+    return plain, gradient(exact_standardization, weight.double(), grad)
 
 
 # ---- one weight -----------------------------------------------------------------------------------
@@ -89,49 +82,40 @@ def test_every_kind(kind, dtype):
         grad_weight = torch.full_like(weight, float("nan"))
         kernels.backward_launch(grad, weight, mean, rstd, turned, grad_weight=grad_weight).run()
         return {
-            "result": (result, plain(weight), oracle(weight)),
-            "gradient": (
-                grad_weight, gradient(plain, weight, grad), gradient(oracle, weight.double(), grad)
-            ),
-        }  # fmt: skip
+            "result": (result, plain_standardization(weight), exact_standardization(weight)),
+            "gradient": (grad_weight, *plain_and_exact_gradient(weight, grad)),
+        }
 
     assert_draws_within_contract(draw, 2)
 
 
 @settings(max_examples=60)
-@given(
-    out=st.integers(1, 9),
-    channels=st.integers(1, 40),
-    height=st.integers(1, 7),
-    width=st.integers(1, 7),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    mean=st.sampled_from([0.0, -2.3, 100.0]),
-    seed=st.integers(0, 2**31 - 1),
-)
-def test_drawn_shapes(out, channels, height, width, dtype, layout, mean, seed):
+@given(case=filter_cases(DTYPES, most_filters=9, most_channels=40, largest_side=7))
+def test_drawn_shapes(case):
     # Of a few values some draws have next to no variance, and the largest error is that of the unluckiest.
-    assume(channels * height * width == 1 or channels * height * width >= 8)
-    torch.manual_seed(seed)
+    assume(case.filter_size == 1 or case.filter_size >= 8)
+    torch.manual_seed(case.seed)
 
     def draw() -> Triples:
-        weight = make((out, channels, height, width), dtype, layout, mean)
-        grad = torch.randn(weight.shape).to(weight).contiguous(memory_format=layout)
+        weight = make(case.shape, case.dtype, case.layout, case.mean)
+        grad = torch.randn(weight.shape).to(weight).contiguous(memory_format=case.layout)
         weight.requires_grad_()
         with use_backend("triton"):
             result = weight_standardization(weight)
             result.backward(grad)
-        assert result.is_contiguous(memory_format=layout)
-        assert weight.grad.is_contiguous(memory_format=layout)
+        assert result.is_contiguous(memory_format=case.layout)
+        assert weight.grad.is_contiguous(memory_format=case.layout)
         result, weight, grad_weight = result.detach(), weight.detach(), weight.grad
-        if channels * height * width == 1:  # batch_norm refuses these; the result is zero
+        if case.filter_size == 1:  # batch_norm refuses these; the result is zero
             assert not result.any()
             return {}
-        baseline = gradient(plain, weight.contiguous(), grad)
-        exact = gradient(oracle, weight.double(), grad)
         return {
-            "result": (result, plain(weight.contiguous()), oracle(weight)),
-            "gradient": (grad_weight, baseline, exact),
+            "result": (
+                result,
+                plain_standardization(weight.contiguous()),
+                exact_standardization(weight),
+            ),
+            "gradient": (grad_weight, *plain_and_exact_gradient(weight.contiguous(), grad)),
         }
 
     assert_draws_within_contract(draw, 4)
@@ -162,7 +146,7 @@ def weights_of(
 
 
 def is_laid_out(x: Tensor, channels_last: bool) -> bool:
-    """Say whether x has the layout, in the strides by which convolutions recognise it too."""
+    """Whether x has the layout, in the strides by which convolutions recognise it too."""
     expected = torch.empty(
         x.shape, memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
@@ -208,8 +192,8 @@ def test_all_weights_are_within_the_contract():
         return {
             f"{tuple(weight.shape)}": (
                 result.contiguous(),
-                plain(weight.contiguous()),
-                oracle(weight),
+                plain_standardization(weight.contiguous()),
+                exact_standardization(weight),
             )
             for weight, result in zip(weights, results, strict=True)
         }
@@ -296,7 +280,7 @@ def test_mixed_dtypes_and_a_weight_given_twice():
         results = weight_standardization_all(weights)
     assert [r.dtype for r in results] == [w.dtype for w in weights]
     for weight, result in zip(weights, results, strict=True):
-        torch.testing.assert_close(result, oracle(weight).to(weight.dtype))
+        torch.testing.assert_close(result, exact_standardization(weight).to(weight.dtype))
 
 
 def test_weights_on_two_devices():
@@ -305,7 +289,7 @@ def test_weights_on_two_devices():
     results = weight_standardization_all(weights)
     assert [r.device for r in results] == [w.device for w in weights]
     for number in (0, 2):
-        torch.testing.assert_close(results[number], plain(weights[number]))
+        torch.testing.assert_close(results[number], plain_standardization(weights[number]))
 
 
 @settings(max_examples=100)
@@ -340,7 +324,7 @@ def test_the_reference_of_all_weights(channels_last):
     ]
     results = weight_standardization_all(weights, channels_last=channels_last)
     for weight, result in zip(weights, results, strict=True):
-        torch.testing.assert_close(result, oracle(weight))
+        torch.testing.assert_close(result, exact_standardization(weight))
         assert is_laid_out(result, channels_last)
     contract = torch.ops.bitfast.weight_standardization_all.reference
 

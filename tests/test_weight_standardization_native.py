@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from bitfast import extension
 from bitfast.backends import use_backend
 from bitfast.ops.weight_standardization import (
     pack,
@@ -20,13 +15,15 @@ from bitfast.ops.weight_standardization import (
     weight_standardization,
     weight_standardization_all,
 )
+from tests.drawn_cases import filter_cases
+from tests.feature_maps import LAYOUTS
+from tests.plain_ops import plain_standardization
+from tests.requirements import NEEDS_EXTENSION
+from tests.threads import torch_threads
 from tests.tolerances import Triples, assert_draws_within_contract
 
-pytestmark = pytest.mark.skipif(
-    extension.CPU.problem is not None, reason=f"no extension: {extension.CPU.problem}"
-)
+pytestmark = [NEEDS_EXTENSION, pytest.mark.usefixtures("poisoned")]
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = (
     (64, 3, 7, 7),
@@ -39,56 +36,33 @@ SHAPES = (
 operators = torch.ops.bitfast
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fill what is allocated but not written with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def plain(weight: Tensor, eps: float = 1e-8) -> Tensor:
-    """What transformers runs."""
-    flat = weight.reshape(1, weight.shape[0], -1)
-    result = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=eps)
-    return result.reshape(weight.shape)
-
-
 def weights_of(dtype: torch.dtype, layout: torch.memory_format, mean: float = 0.0) -> list[Tensor]:
     return [
         (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout) for shape in SHAPES
     ]
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    out=st.integers(1, 40),
-    channels=st.integers(1, 40),
-    height=st.integers(1, 4),
-    width=st.integers(1, 4),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(LAYOUTS),
-    mean=st.sampled_from([0.0, -2.3, 100.0]),
-    seed=st.integers(0, 2**31 - 1),
-)
-def test_drawn_shapes(out, channels, height, width, dtype, layout, mean, seed):
+@settings(max_examples=100)
+@given(case=filter_cases(DTYPES, most_filters=40, most_channels=40, largest_side=4))
+def test_drawn_shapes(case):
     # Of a few values some draws have next to no variance, and the largest error is that of the unluckiest.
-    assume(channels * height * width == 1 or channels * height * width >= 8)
-    torch.manual_seed(seed)
-    shape = (out, channels, height, width)
+    assume(case.filter_size == 1 or case.filter_size >= 8)
+    torch.manual_seed(case.seed)
 
     def draw() -> Triples:
-        weight = (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout)
-        grad = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
-        result, mean_, rstd = operators.weight_standardization.native(weight, 1e-4, None)
-        gradient = operators.weight_standardization_backward.native(grad, weight, mean_, rstd)
+        weight, grad = (
+            (torch.randn(case.shape) + mean).to(case.dtype).contiguous(memory_format=case.layout)
+            for mean in (case.mean, 0)
+        )
+        result, mean, rstd = operators.weight_standardization.native(weight, 1e-4, None)
+        gradient = operators.weight_standardization_backward.native(grad, weight, mean, rstd)
 
-        def run(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        def outputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             leaf = weight.detach().to(dtype).requires_grad_()
-            output = plain(leaf, 1e-4) if leaf[0].numel() > 1 else leaf * 0
+            output = plain_standardization(leaf, 1e-4) if case.filter_size > 1 else leaf * 0
             return output.detach(), torch.autograd.grad(output, leaf, grad.to(dtype))[0]
 
-        columns = zip((result, gradient), run(dtype), run(torch.float64), strict=True)
+        columns = zip((result, gradient), outputs(case.dtype), outputs(torch.float64), strict=True)
         return dict(zip(("result", "gradient"), columns, strict=True))
 
     assert_draws_within_contract(draw, 4)
@@ -124,15 +98,11 @@ def test_all_weights_equal_each_alone(layout, channels_last, dtype, result_dtype
 
 def test_all_weights_do_not_depend_on_the_number_of_threads():
     weights = weights_of(torch.float32, torch.contiguous_format)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 7):
+        with torch_threads(count):
             packed = operators.weight_standardization_all.native(weights, 1e-8, None, True)[0]
-            results.append(unpack(packed, weights, True))
-    finally:
-        torch.set_num_threads(before)
+        results.append(unpack(packed, weights, True))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 

@@ -19,6 +19,15 @@ def features(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).last_hidden_state
 
 
+@torch.no_grad()
+def move_weights(model: nn.Module) -> None:
+    """Replace the ones and zeros that GroupNorm starts with, which would hide mistakes."""
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.weight.copy_(1 + 0.2 * torch.randn_like(module.weight))
+            module.bias.copy_(0.2 * torch.randn_like(module.bias))
+
+
 def edit_in_place(model: BitModel) -> None:
     with torch.no_grad():
         convolutions(model)[1].weight.mul_(torch.rand_like(convolutions(model)[1].weight))

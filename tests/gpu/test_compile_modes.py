@@ -12,12 +12,12 @@ from torch import Tensor
 from bitfast.backends import use_backend
 from bitfast.modeling import BitBackbone, BitForImageClassification, BitModel
 from tests.gpu.test_group_norm_act import needs_cuda
-from tests.gpu.test_models import exact_float32, fresh_compiler, images, make
+from tests.gpu.test_models import exact_float32, images, make
 from tests.model_pairs import flatten
 from tests.tolerances import Triples, assert_draws_within_contract
 
-FIXTURES = (exact_float32, fresh_compiler)
-"""Float32 without TF32, on the Triton kernels; a compiler that has seen nothing."""
+FIXTURES = (exact_float32,)
+"""Float32 without TF32, on the Triton kernels."""
 
 MODES = pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 CALLS = 4

@@ -18,6 +18,7 @@ from bitfast.backends import use_backend
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.feature_maps import DTYPES, LAYOUTS
 from tests.interpreter import DEVICE
+from tests.plain_ops import plain_norm
 from tests.tolerances import assert_within_contract, relative_error
 
 ON_GPU = DEVICE == "cuda"
@@ -54,12 +55,6 @@ def parameters(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight.to(dtype), torch.randn(channels, device=DEVICE).to(dtype)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, activation: str) -> Tensor:
-    """What transformers runs, in the dtype of x; of float64 tensors the oracle."""
-    # Not F.group_norm, which refuses to normalize a single pixel.
-    return ACTIVATIONS[activation](torch.group_norm(x.contiguous(), groups, weight, bias, 1e-5))
-
-
 def doubles(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.double() for tensor in tensors)
 
@@ -87,8 +82,8 @@ def test_forward(activation, dtype, layout):
             weight, bias = parameters(shape[1], dtype)
             actual = group_norm_act(x, weight, bias, groups, activation=activation)
             assert actual.stride() == x.stride()
-            baseline = plain(x, weight, bias, groups, activation)
-            oracle = plain(*doubles(x, weight, bias), groups, activation)
+            baseline = plain_norm(x, weight, bias, groups, activation)
+            oracle = plain_norm(*doubles(x, weight, bias), groups, activation)
             assert_within_contract(actual, baseline, oracle, f"{shape} mean {mean}")
 
 
@@ -99,8 +94,8 @@ def test_with_a_residual(activation, dtype, layout):
         weight, bias = parameters(shape[1], dtype)
         total, actual = add_group_norm_act(x, residual, weight, bias, groups, activation=activation)
         assert torch.equal(total, x + residual)
-        baseline = plain(total, weight, bias, groups, activation)
-        oracle = plain(*doubles(total, weight, bias), groups, activation)
+        baseline = plain_norm(total, weight, bias, groups, activation)
+        oracle = plain_norm(*doubles(total, weight, bias), groups, activation)
         assert_within_contract(actual, baseline, oracle, str(shape))
 
 
@@ -109,7 +104,7 @@ def test_a_mean_of_a_hundred_deviations(layout):
     x = draw((2, 64, 14, 14), layout=layout, mean=100.0)
     weight, bias = parameters(64, torch.float32)
     actual = group_norm_act(x, weight, bias, 32, activation="none")
-    oracle = plain(*doubles(x, weight, bias), 32, "none")
+    oracle = plain_norm(*doubles(x, weight, bias), 32, "none")
     assert (actual - oracle).abs().max() < 1e-3
 
 
@@ -124,7 +119,7 @@ def test_gradients(activation, dtype, layout):
     for shape, groups in (s for s in shapes_for(activation) if s in (SMALL[0], *LARGE[:2])):
         x, grad = draw(shape, dtype, layout), draw(shape, dtype, layout)
         weight, bias = parameters(shape[1], dtype)
-        grad = off_the_kink(grad, plain(*doubles(x, weight, bias), groups, "none"))
+        grad = off_the_kink(grad, plain_norm(*doubles(x, weight, bias), groups, "none"))
 
         def gradients(function, *inputs, activation=activation, grad=grad, groups=groups):
             inputs = [t.detach().clone().requires_grad_() for t in inputs]
@@ -132,8 +127,8 @@ def test_gradients(activation, dtype, layout):
             return torch.autograd.grad(result, inputs, grad.to(result.dtype))
 
         actual = gradients(group_norm_act, x, weight, bias)
-        baseline = gradients(plain, x, weight, bias)
-        oracle = gradients(plain, *doubles(x, weight, bias))
+        baseline = gradients(plain_norm, x, weight, bias)
+        oracle = gradients(plain_norm, *doubles(x, weight, bias))
         for name, a, p, o in zip(("x", "weight", "bias"), actual, baseline, oracle, strict=True):
             assert_within_contract(a, p, o, f"{shape}: gradient of {name}")
 
@@ -145,13 +140,13 @@ def test_gradients_with_a_residual(dtype, layout):
     x, residual, grad, grad_total = (draw(shape, dtype, layout) for _ in range(4))
     weight, bias = parameters(shape[1], dtype)
     total = (x + residual).double()
-    grad = off_the_kink(grad, plain(total, *doubles(weight, bias), groups, "none"))
+    grad = off_the_kink(grad, plain_norm(total, *doubles(weight, bias), groups, "none"))
 
     def straight_through(x, residual, *others):
         """The norm of the sum as it is rounded to the dtype at hand, also in the oracle."""
         total = x + residual
         rounded = total + (total.to(dtype).to(x.dtype) - total).detach()
-        return rounded, plain(rounded, *others, "relu")
+        return rounded, plain_norm(rounded, *others, "relu")
 
     def gradients(function, *inputs):
         inputs = [t.detach().clone().requires_grad_() for t in inputs]
@@ -192,7 +187,7 @@ def test_what_is_not_finite_goes_where_it_goes_in_torch(value, activation, layou
     x[1, 3, 2, 1] = value
     weight, bias = parameters(8, torch.float32)
     actual = group_norm_act(x, weight, bias, 4, activation=activation)
-    expected = plain(x, weight, bias, 4, activation)
+    expected = plain_norm(x, weight, bias, 4, activation)
     assert torch.isnan(expected[1, 2:4]).all()
     assert torch.equal(actual.isnan(), expected.isnan())
     torch.testing.assert_close(actual, expected, equal_nan=True)
@@ -205,7 +200,7 @@ def test_parameters_that_are_not_finite(value):
     # (torch makes NaN of an infinite weight, by adding two infinities where there need be but one.)
     weight[1], bias[6] = math.nan, value
     actual = group_norm_act(x, weight, bias, 4)
-    torch.testing.assert_close(actual, plain(x, weight, bias, 4, "relu"), equal_nan=True)
+    torch.testing.assert_close(actual, plain_norm(x, weight, bias, 4, "relu"), equal_nan=True)
 
 
 # ---- offsets --------------------------------------------------------------------------------------
@@ -242,8 +237,10 @@ def test_offsets_past_two_billion(batch, layout):
     for channels in (slice(0, 2), slice(62, 64)):  # the first group and the last
         part = x[-1:, channels].contiguous()
         settings = (weight[channels], bias[channels])
-        oracle = plain(*doubles(part, *settings), 1, "relu")
-        assert_within_contract(actual[-1:, channels], plain(part, *settings, 1, "relu"), oracle)
+        oracle = plain_norm(*doubles(part, *settings), 1, "relu")
+        assert_within_contract(
+            actual[-1:, channels], plain_norm(part, *settings, 1, "relu"), oracle
+        )
     if batch > 1:
         alone = group_norm_act(x[-1:], weight, bias, 32)
         assert_same_but_for_rounding(actual[-1:], alone)
@@ -269,7 +266,7 @@ def test_gradients_past_two_billion(batch, layout):
 
     actual = gradient(x)
     part = x[-1:, 62:].detach().double().contiguous().requires_grad_()
-    result = plain(part, weight[62:].detach().double(), bias[62:].detach().double(), 1, "none")
+    result = plain_norm(part, weight[62:].detach().double(), bias[62:].detach().double(), 1, "none")
     (oracle,) = torch.autograd.grad(result, part, result.detach().to(torch.bfloat16).double())
     # The incoming gradient was rounded once, some of it to the other side; the result once more.
     assert relative_error(actual[-1:, 62:], oracle) < 2 * torch.finfo(torch.bfloat16).eps

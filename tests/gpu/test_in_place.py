@@ -22,7 +22,7 @@ EACH = pytest.mark.parametrize("name", ALL)
 
 @pytest.fixture(autouse=True)
 def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32's error would hide all others."""
+    """Switch TF32 off, whose error would hide all others."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 

@@ -20,7 +20,9 @@ from bitfast.configuration import BitConfig
 from bitfast.modeling import BitForImageClassification, BitModel
 from tests.gpu.test_group_norm_act import ON_GPU, needs_cuda
 from tests.interpreter import DEVICE
+from tests.threads import in_threads
 from tests.tolerances import relative_error
+from tests.weight_changes import move_weights
 
 SMALL: dict[str, Any] = (
     {"embedding_size": 32, "hidden_sizes": [64, 128, 96], "depths": [2, 2, 1], "num_groups": 8}
@@ -48,16 +50,8 @@ def exact_float32() -> Iterator[None]:
 def make(kind: Callable[..., Any], **settings: Any) -> Any:
     """Return a model on the device, in training, with norms that are not at their defaults."""
     model = kind(BitConfig(**{**SMALL, "num_labels": LABELS, **settings})).to(DEVICE)
-    move_norms(model)
+    move_weights(model)
     return model
-
-
-@torch.no_grad()
-def move_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.weight.copy_(1 + 0.2 * torch.randn_like(module.weight))
-            module.bias.copy_(0.2 * torch.randn_like(module.bias))
 
 
 def images(batch: int, size: int = SIZE, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -209,13 +203,6 @@ def test_graphs_after_a_change_of_the_weights():
 COMPILER = "inductor" if ON_GPU else "aot_eager"
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_evaluation_has_one_graph_for_all_batches():
     model = make(BitForImageClassification).eval()
@@ -281,29 +268,20 @@ def test_two_threads_on_two_streams(are_kept):
     rounds = 20 if ON_GPU else 1  # on the CPU with the reference: the interpreter has no threads
     barrier = threading.Barrier(2)
     results: list[list[Tensor]] = [[], []]
-    problems: list[BaseException] = []
 
     def run(number: int) -> None:
-        try:
-            with ExitStack() as stack:
-                if ON_GPU:
-                    stack.enter_context(on_triton())  # each thread chooses for itself
-                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-                barrier.wait(60)
-                results[number] += [features(model, inputs[number]) for _ in range(rounds)]
-                if ON_GPU:
-                    torch.cuda.current_stream().synchronize()
-        except BaseException as error:
-            problems.append(error)
+        with ExitStack() as stack:
+            if ON_GPU:
+                stack.enter_context(on_triton())  # each thread chooses for itself
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+            barrier.wait(60)
+            results[number] += [features(model, inputs[number]) for _ in range(rounds)]
+            if ON_GPU:
+                torch.cuda.current_stream().synchronize()
 
     if ON_GPU:
         torch.cuda.synchronize()
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    in_threads(run, 2)
     for number in range(2):
         assert len(results[number]) == rounds
         for result in results[number]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +15,8 @@ from bitfast.kernels.launch import Launch, prepare
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.weight_standardization import weight_standardization_all
 from tests.gpu.test_group_norm_act import needs_cuda
+from tests.operator_calls import OperatorCalls
+from tests.threads import in_threads
 
 pytestmark = needs_cuda
 
@@ -163,14 +164,8 @@ def step(shape: tuple[int, int, int, int]) -> Callable[[], list[Tensor]]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_eager_calls_give_the_bits_of_the_operators(way):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
-
     run = step(WAYS[way])
-    with Watching():
+    with OperatorCalls():
         expected = run()
     assert all(map(torch.equal, run(), expected))
     side = torch.cuda.Stream()
@@ -231,11 +226,7 @@ def test_threads_with_streams_of_their_own():
                 if not all(map(torch.equal, actual, expected)):
                     wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.backends import use_backend
@@ -17,6 +16,7 @@ from bitfast.ops.weight_standardization import weight_standardization, weight_st
 from tests.feature_maps import DTYPES, LAYOUTS
 from tests.gpu.test_group_norm_act import ON_GPU, need_memory, needs_cuda
 from tests.interpreter import DEVICE
+from tests.plain_ops import plain_standardization
 from tests.tolerances import assert_within_contract, relative_error
 from tests.weight_changes import convolutions
 
@@ -41,13 +41,6 @@ def draw(
     return weight.to(dtype).contiguous(memory_format=layout)
 
 
-def plain(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What transformers runs, in the dtype of the weight; of float64 weights the oracle."""
-    flat = weight.reshape(1, weight.shape[0], -1)
-    result = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-8)
-    return result.reshape(weight.shape).to(dtype or weight.dtype)
-
-
 def shapes_of_r50x1() -> list[torch.Size]:
     small = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 2}
     with torch.device("meta"):
@@ -66,8 +59,10 @@ def test_one_weight(dtype, mean, layout):
         weight = draw(shape, dtype, layout, mean)
         actual = weight_standardization(weight)
         assert actual.stride() == weight.stride()
-        oracle = plain(weight.double())
-        assert_within_contract(actual, plain(weight.contiguous()), oracle, str(shape))
+        oracle = plain_standardization(weight.double())
+        assert_within_contract(
+            actual, plain_standardization(weight.contiguous()), oracle, str(shape)
+        )
 
 
 @pytest.mark.parametrize("to_channels_last", [False, True])
@@ -80,8 +75,10 @@ def test_all_weights_together(dtype, result, to_channels_last):
         layout = torch.channels_last if to_channels_last else torch.contiguous_format
         if to_channels_last or weight.is_contiguous():
             assert a.is_contiguous(memory_format=layout)
-        baseline = plain(weight.contiguous(), result)
-        assert_within_contract(a, baseline, plain(weight.double()), str(tuple(weight.shape)))
+        baseline = plain_standardization(weight.contiguous()).to(result)
+        assert_within_contract(
+            a, baseline, plain_standardization(weight.double()), str(tuple(weight.shape))
+        )
 
 
 def test_the_weights_of_a_model_take_one_launch(monkeypatch):
@@ -99,8 +96,10 @@ def test_the_weights_of_a_model_take_one_launch(monkeypatch):
     actual = weight_standardization_all(weights, dtype=torch.bfloat16, channels_last=True)
     assert len(launches) == 1
     for weight, a in zip(weights, actual, strict=True):
-        baseline = plain(weight, torch.bfloat16)
-        assert_within_contract(a, baseline, plain(weight.double()), str(tuple(weight.shape)))
+        baseline = plain_standardization(weight).bfloat16()
+        assert_within_contract(
+            a, baseline, plain_standardization(weight.double()), str(tuple(weight.shape))
+        )
 
 
 def gradients(function, weights: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
@@ -124,7 +123,7 @@ def test_gradients(dtype, together, layout):
         return [weight_standardization(weight) for weight in weights]
 
     def theirs(weights: list[Tensor]) -> list[Tensor]:
-        return [plain(weight) for weight in weights]
+        return [plain_standardization(weight) for weight in weights]
 
     actual = gradients(ours, weights, grads)
     baseline = gradients(theirs, weights, grads)
@@ -150,7 +149,7 @@ def test_what_is_not_finite_stays_in_its_filter(value):
     weight = draw((5, 16, 3, 3))
     weight[2, 1, 0, 1] = value
     for actual in (weight_standardization(weight), weight_standardization_all([weight])[0]):
-        torch.testing.assert_close(actual, plain(weight), equal_nan=True)
+        torch.testing.assert_close(actual, plain_standardization(weight), equal_nan=True)
         assert actual[2].isnan().all()
 
 
@@ -168,7 +167,9 @@ def huge_weight() -> Tensor:
 
 def assert_last_filters(results: Tensor, weight: Tensor) -> None:
     last = weight[-4:].contiguous()
-    assert_within_contract(results[-4:], plain(last), plain(last.double()))
+    assert_within_contract(
+        results[-4:], plain_standardization(last), plain_standardization(last.double())
+    )
     assert relative_error(results[-4:], weight_standardization(last)) < 2**-9
 
 
@@ -184,7 +185,9 @@ def test_a_buffer_of_more_than_two_billion_elements(to_channels_last):
     weight, small = huge_weight(), draw((8, 16, 3, 3), torch.bfloat16)
     results = weight_standardization_all([weight, small], channels_last=to_channels_last)
     assert_last_filters(results[0], weight)
-    assert_within_contract(results[1], plain(small), plain(small.double()))
+    assert_within_contract(
+        results[1], plain_standardization(small), plain_standardization(small.double())
+    )
 
 
 def test_gradients_past_two_billion_elements():
@@ -194,8 +197,10 @@ def test_gradients_past_two_billion_elements():
     grad[-4:] = torch.randn(grad[-4:].shape, device=DEVICE).bfloat16()
     (actual,) = torch.autograd.grad(weight_standardization(weight), weight, grad)
     last = [weight[-4:].detach()], [grad[-4:]]
-    (baseline,) = gradients(lambda weights: [plain(weights[0])], *last)
-    (oracle,) = gradients(lambda weights: [plain(weights[0])], [last[0][0].double()], last[1])
+    (baseline,) = gradients(lambda weights: [plain_standardization(weights[0])], *last)
+    (oracle,) = gradients(
+        lambda weights: [plain_standardization(weights[0])], [last[0][0].double()], last[1]
+    )
     assert_within_contract(actual[-4:], baseline, oracle)
 
 
