@@ -16,7 +16,7 @@ from bitfast.ops.common import autocast_dtype
 from bitfast.ops.group_norm_act import group_norm_act
 from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.norm_convolution import Norm
-from bitfast.ops.packed_convolution import can_pack, packed_convolution
+from bitfast.ops.packed_convolution import can_use_packed_weight, packed_convolution
 from bitfast.ops.same_padding import pad_for, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.torch_state import is_concrete
@@ -151,7 +151,7 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
             x = self.pad(x)
         if self._infers(x):
             x = x.to(autocast_dtype(x) or x.dtype)
-            if self.keeps_weight() and can_pack(x, self.weight):
+            if self.keeps_weight() and can_use_packed_weight(x, self.weight):
                 return packed_convolution(x, self.weight, self.eps, self.geometry)
         return self._conv_forward(x, self.filters(), self.bias)
 

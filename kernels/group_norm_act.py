@@ -108,7 +108,7 @@ def plan(
     def programs(block_groups: int) -> int:
         return batch * ceil_div(groups, block_groups) * parts
 
-    def fits(block_groups: int) -> bool:
+    def fits_in_registers(block_groups: int) -> bool:
         return parts == 1 and all_pixels * block_groups * padded <= registers
 
     block_groups, most = 1, next_power_of_two(groups) if parts == 1 else 1
@@ -117,7 +117,7 @@ def plan(
         block_groups = min(row, most)
         while block_groups > sector and programs(block_groups) < device.multiprocessors:
             block_groups //= 2
-        if not fits(block_groups) and (fits(half_row) or exceeds_cache):
+        if not fits_in_registers(block_groups) and (fits_in_registers(half_row) or exceeds_cache):
             block_groups = min(block_groups, half_row)
     else:
         while block_groups < most and 2 * block_groups * padded * all_pixels <= SMALLEST_TILE:
@@ -125,7 +125,7 @@ def plan(
 
     block_channels = block_groups * padded
     items = programs(block_groups)
-    one_tile = fits(block_groups)
+    one_tile = fits_in_registers(block_groups)
     at_work = min(cache // (pixels * block_channels * itemsize * tensors), items)
     streams = parts == 1 and exceeds_cache and at_work >= device.multiprocessors // 2
     is_whole = one_tile or streams

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bitfast
 from bench.precision import far_from_zero
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
-from bitfast.ops.norm_convolution import fuses
-from bitfast.ops.packed_convolution import packs, why_not_packed
+from bitfast.ops.norm_convolution import uses_norm_convolution
+from bitfast.ops.packed_convolution import uses_packed_weights, why_not_packed
 from tests import foreign_models
 from tests.foreign_models import ALL, TIMM
 from tests.model_pairs import (
@@ -193,14 +193,15 @@ def operators(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
 
 
 @pytest.mark.skipif(
-    not packs("cpu", torch.float32), reason=f"not packed here: {why_not_packed(torch.float32)}"
+    not uses_packed_weights("cpu", torch.float32),
+    reason=f"not packed here: {why_not_packed(torch.float32)}",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer_type", ["preactivation", "bottleneck"])
 def test_it_runs_what_bitfast_runs(layer_type, dtype):
     """So that it cannot be the same numbers at the old speed."""
     images = torch.randn(2, 3, 64, 50)
-    fuses("cpu", dtype)  # what this CPU can do is asked once, by operators as well
+    uses_norm_convolution("cpu", dtype)  # what this CPU can do is asked once, by operators as well
     expected = operators(our_model("BitModel", layer_type=layer_type).eval(), images, dtype)
     assert expected
     model = their_model("BitModel", layer_type=layer_type).eval()

@@ -30,8 +30,18 @@ from bitfast.execution.steps import (
     shrinks,
 )
 from bitfast.layers import WeightStandardizedConv2d
-from bitfast.ops.norm_convolution import NO_NORM, fits, fuses, packed_for
-from bitfast.ops.packed_convolution import packed_weight, packs, run_packed, run_packed_add
+from bitfast.ops.norm_convolution import (
+    NO_NORM,
+    has_norm_convolution_kernel,
+    packed_for,
+    uses_norm_convolution,
+)
+from bitfast.ops.packed_convolution import (
+    add_convolve_packed_,
+    convolve_packed,
+    packed_weight,
+    uses_packed_weights,
+)
 
 IMAGES_IN_SLICES = True
 
@@ -46,7 +56,7 @@ def serves(device_type: str, dtype: torch.dtype) -> bool:
     return (
         device_type == "cpu"
         and select_backend("group_norm_act", device_type, dtype) == "native"
-        and packs(device_type, dtype)
+        and uses_packed_weights(device_type, dtype)
     )
 
 
@@ -74,7 +84,7 @@ class _Lowering:
         self.setting = setting
         self.dtype = setting.compute_dtype
         self.casts = setting.dtype != setting.compute_dtype
-        self.fuses = fuses("cpu", self.dtype)
+        self.uses_norm_convolution = uses_norm_convolution("cpu", self.dtype)
         self.is_uneven = False
         self.made_new: set[int] = set()
         """Normalized values that were not written over what they were made of."""
@@ -82,12 +92,12 @@ class _Lowering:
         """A place whose tensor, of that shape, nobody needs: the next norm may be written there."""
 
     def lower(self, block: Block) -> None:
-        fused = self.fuses and self.fuses_block(block)
+        fused = self.uses_norm_convolution and self.can_fuse_norms(block)
         for step in block:
             source = self.build.shapes[step.source]
             self.is_uneven = self.build.find_shape(step)
             if isinstance(step, Convolve):
-                if fused and self.fits(step.convolution, source) and not self.is_uneven:
+                if fused and self.has_fused_kernel(step.convolution, source) and not self.is_uneven:
                     self.norm_convolution(step, block)
                 else:
                     self.packed_convolution(step, fused)
@@ -103,7 +113,7 @@ class _Lowering:
 
     # ---- choices --------------------------------------------------------------------------------------
 
-    def fuses_block(self, block: Block) -> bool:
+    def can_fuse_norms(self, block: Block) -> bool:
         """Whether the convolutions of a residual block can normalize what they read."""
         last = block[-1]
         is_preactivated = isinstance(last, Convolve) and last.shortcut is not None
@@ -113,15 +123,15 @@ class _Lowering:
         x = self.build.shapes[block[0].source]
         return (
             not shrinks(middle)
-            and all(self.fits(convolution, x) for convolution in (*outer, final))
+            and all(self.has_fused_kernel(convolution, x) for convolution in (*outer, final))
             and (isinstance(last, Join) or final.geometry == POINTWISE)
         )
 
-    def fits(self, convolution: WeightStandardizedConv2d, x: Shape) -> bool:
+    def has_fused_kernel(self, convolution: WeightStandardizedConv2d, x: Shape) -> bool:
         """Whether there is a kernel that normalizes x, of this shape, as it convolves it."""
         # "same" padding of 1x1 filters is none, whatever the stride.
         is_padded_by_itself = convolution.pad is not None and convolution.kernel_size != (1, 1)
-        return not is_padded_by_itself and fits(
+        return not is_padded_by_itself and has_norm_convolution_kernel(
             convolution.weight, convolution.geometry, self.dtype, torch.Size(x[2:])
         )
 
@@ -222,7 +232,7 @@ class _Lowering:
 
             def call(places: Places) -> None:
                 x = places[source] if is_plain else read(places)
-                places[result] = run_packed(x, packed, geometry)
+                places[result] = convolve_packed(x, packed, geometry)
 
             build.emit("packed_convolution", call)
             return
@@ -232,18 +242,20 @@ class _Lowering:
             build.bury(step)
 
             def call_add(places: Places) -> None:
-                run_packed_add(places[source], packed, places[total], geometry)
+                add_convolve_packed_(places[source], packed, places[total], geometry)
 
             build.emit("packed_convolution_add_", call_add)
             return
         shortcut = build.place(step.shortcut)
-        adds_with_norm = step.then is not None and not self.fuses and not self.is_uneven
+        adds_with_norm = (
+            step.then is not None and not self.uses_norm_convolution and not self.is_uneven
+        )
         build.bury(step)
         result = build.new(step.result)
         if not adds_with_norm:
 
             def call_and_add(places: Places) -> None:
-                branch = run_packed(read(places), packed, geometry)
+                branch = convolve_packed(read(places), packed, geometry)
                 places[result] = branch + places[shortcut]
 
             build.emit("packed_convolution, add", call_and_add)
@@ -253,7 +265,7 @@ class _Lowering:
         op, norm = torch.ops.bitfast.add_group_norm_act.native._op, step.then.op_parameters()
 
         def call_and_normalize(places: Places) -> None:
-            branch = run_packed(read(places), packed, geometry)
+            branch = convolve_packed(read(places), packed, geometry)
             places[result], places[following], *_ = op(branch, places[shortcut], *norm)
 
         build.emit("packed_convolution, add_group_norm_act", call_and_normalize)

@@ -23,7 +23,7 @@ from bitfast.execution.shapes import Shape, shapes_of
 from bitfast.execution.steps import Block, Call, Convolve, Join, Step, Steps
 from bitfast.execution.weights import standardized_weights
 from bitfast.memory import keep_freed_memory
-from bitfast.ops.norm_convolution import fuses
+from bitfast.ops.norm_convolution import uses_norm_convolution
 
 SLICE_BYTES = 7 * 2**20
 """Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
@@ -320,7 +320,7 @@ class _Planner:
 
 
 def _slice_bytes(setting: Setting) -> int:
-    is_fused = fuses(setting.device.type, setting.compute_dtype)
+    is_fused = uses_norm_convolution(setting.device.type, setting.compute_dtype)
     return FUSED_SLICE_BYTES if is_fused else SLICE_BYTES
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitfast.backends import requested_backends, select_backend
 from bitfast.ops.common import autocast_dtype
-from bitfast.ops.packed_convolution import packs
+from bitfast.ops.packed_convolution import uses_packed_weights
 from bitfast.torch_state import is_concrete, is_dispatch_watched
 from bitfast.watching import is_every_module_watched
 
@@ -88,7 +88,7 @@ def runs_channels_last(x: Tensor) -> bool:
         return False
     backend = select_backend("group_norm_act", x.device.type, x.dtype)
     return backend == "triton" or (
-        backend == "native" and packs(x.device.type, autocast_dtype(x) or x.dtype)
+        backend == "native" and uses_packed_weights(x.device.type, autocast_dtype(x) or x.dtype)
     )
 
 

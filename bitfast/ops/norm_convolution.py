@@ -24,7 +24,7 @@ from bitfast.ops.common import NATIVE_CPU_DTYPES, complete_operator
 from bitfast.ops.derivatives import refuse_derivatives, run_underived
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.kept_weights import Geometry, kept_weights
-from bitfast.ops.packed_convolution import packs
+from bitfast.ops.packed_convolution import uses_packed_weights
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.torch_state import unseen
 
@@ -77,12 +77,14 @@ def norm_convolution(
     """Convolve the normalized, activated x with the standardized weight, of which a packed copy is kept.
 
     Args:
-        x: Shape (N, in, H, W), channels_last, for which :func:`fuses` is true of dtype and device.
+        x: Shape (N, in, H, W), channels_last, of a device and a dtype for which :func:`uses_norm_convolution`
+            is true.
         moments: The mean and the (biased) variance of each image's channels: float64, shape (2, N, in). None:
             they are computed.
         norm: None: x is convolved as it is.
-        weight: Shape (out, in, height, width), not standardized, for which :func:`fits` is true. 3x3 filters
-            are padded with one zero on each side, after the norm.
+        weight: Shape (out, in, height, width), not standardized, for which
+            :func:`has_norm_convolution_kernel` is true. 3x3 filters are padded with one zero on each side,
+            after the norm.
         weight_eps: As in ``weight_standardization``.
         stride: In both axes.
         wants_moments: Also return the moments of the result.
@@ -130,19 +132,21 @@ NO_NORM = (None, None, 1, 0.0, "none")
 """What the kernels are told where x is convolved as it is."""
 
 
-def fuses(device_type: str, dtype: torch.dtype) -> bool:
+def uses_norm_convolution(device_type: str, dtype: torch.dtype) -> bool:
     """Say whether the functions above can serve such tensors, where no gradient is recorded.
 
     They stand for three ops; they are not used where other backends of these are demanded.
     """
     return (
         select_backend(OP, device_type, dtype) == "native"
-        and packs(device_type, dtype)
+        and uses_packed_weights(device_type, dtype)
         and select_backend(GROUP_NORM_ACT, device_type, dtype) == "native"
     )
 
 
-def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size) -> bool:
+def has_norm_convolution_kernel(
+    weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size
+) -> bool:
     """Say whether there is a kernel for a convolution with such a parameter of inputs of this dtype.
 
     Args:
@@ -165,7 +169,7 @@ def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Siz
 
 
 @lru_cache
-def why_not_fused(dtype: torch.dtype) -> str | None:
+def why_no_norm_convolution(dtype: torch.dtype) -> str | None:
     """Say why no kernel of this dtype can run, or should, on this machine; None if one can."""
     if dtype not in NATIVE_CPU_DTYPES:
         return f"the kernels are for float32 and bfloat16, not {dtype}"
@@ -223,8 +227,13 @@ def _fake_add(x: Tensor, *rest: Any) -> Tensor:
 
 
 register_kernel(
-    OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: why_not_fused(torch.float32), unsuitable=why_not_fused
-)  # fmt: skip
+    OP,
+    "native",
+    "cpu",
+    NATIVE_CPU_DTYPES,
+    lambda: why_no_norm_convolution(torch.float32),
+    unsuitable=why_no_norm_convolution,
+)
 if extension.CPU.problem is None:
     complete_operator(OP, "native", SIGNATURE, _fake)
     complete_operator(f"{OP}_add_", "native", ADD_SIGNATURE, _fake_add)
@@ -234,9 +243,9 @@ if extension.CPU.problem is None:
 __all__ = [
     "Norm",
     "add_norm_convolution_",
-    "fits",
-    "fuses",
+    "has_norm_convolution_kernel",
     "norm_convolution",
     "packed_for",
-    "why_not_fused",
+    "uses_norm_convolution",
+    "why_no_norm_convolution",
 ]

@@ -34,7 +34,7 @@ def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry
     """Convolve x with the standardized weight, of which a packed copy is kept.
 
     Args:
-        x: Shape (N, in, H, W), for which :func:`can_pack` is true.
+        x: Shape (N, in, H, W), for which :func:`can_use_packed_weight` is true.
         weight: Shape (out, in, height, width), not standardized.
         eps: As in ``weight_standardization``.
         geometry: Stride, padding and dilation.
@@ -47,7 +47,7 @@ def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry
     return _convolve(x, weight, eps, *geometry)
 
 
-def can_pack(x: Tensor, weight: Tensor) -> bool:
+def can_use_packed_weight(x: Tensor, weight: Tensor) -> bool:
     """Say whether :func:`packed_convolution` can serve: x is channels_last on a CPU, weight a parameter.
 
     And no gradient is recorded. Weights that are computed anew for each call are not worth packing, nor is
@@ -59,12 +59,12 @@ def can_pack(x: Tensor, weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and weight.dtype in NATIVE_CPU_DTYPES
         and (torch.compiler.is_compiling() or not weight.is_inference())
-        and packs(x.device.type, x.dtype)
+        and uses_packed_weights(x.device.type, x.dtype)
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
-def packs(device_type: str, dtype: torch.dtype) -> bool:
+def uses_packed_weights(device_type: str, dtype: torch.dtype) -> bool:
     """Say whether convolutions of such tensors run with packed weights where no gradient is recorded.
 
     They do not where somebody looks at each operator, and would not know a packed convolution.
@@ -120,8 +120,8 @@ def _try_out(dtype: torch.dtype) -> str | None:
     try:
         packed = _pack(weight, x.shape, geometry)
         total = torch.zeros_like(x)
-        run_packed_add(x, packed, total, geometry)
-        results = run_packed(x, packed, geometry), total
+        add_convolve_packed_(x, packed, total, geometry)
+        results = convolve_packed(x, packed, geometry), total
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this torch's packed convolutions cannot be used: {error}"
     expected = F.conv2d(x.float(), weight.float(), padding=1)
@@ -177,7 +177,7 @@ def _pack(weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     )
 
 
-def run_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
+def convolve_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
     """Convolve x with a packed weight, in inference; channels_last."""
     stride, padding, dilation = geometry
     return torch.ops.mkldnn._convolution_pointwise.default._op(
@@ -185,7 +185,7 @@ def run_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
     )
 
 
-def run_packed_add(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry) -> None:
+def add_convolve_packed_(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry) -> None:
     """Add the same to ``total`` in place."""
     stride, padding, dilation = geometry
     torch.ops.mkldnn._convolution_pointwise_.binary._op(
@@ -206,7 +206,7 @@ def _convolve(
     x: Tensor, weight: Tensor, eps: float, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     geometry = _geometry(stride, padding, dilation)
-    return run_packed(x, packed_weight(weight, eps, geometry, x.dtype, x.shape), geometry)
+    return convolve_packed(x, packed_weight(weight, eps, geometry, x.dtype, x.shape), geometry)
 
 
 def _fake(
@@ -230,11 +230,11 @@ register_kernel(
 )  # fmt: skip
 
 __all__ = [
-    "can_pack",
+    "add_convolve_packed_",
+    "can_use_packed_weight",
+    "convolve_packed",
     "packed_convolution",
     "packed_weight",
-    "packs",
-    "run_packed",
-    "run_packed_add",
+    "uses_packed_weights",
     "why_not_packed",
 ]
