@@ -161,7 +161,7 @@ def tiny_launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Ca
         x, None, weight, bias, 1e-5, "relu", True,
         total=None, result=result, mean=statistics[0], rstd=statistics[1],
     )  # fmt: skip
-    return launch.run
+    return launch.launch
 
 
 PARTS = {"environment": environment, "ceilings": ceilings, "dispatch": dispatch}

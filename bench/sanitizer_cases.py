@@ -63,13 +63,13 @@ seen = Seen()
 
 def watch_launches() -> None:
     """Record every launch that the ops make."""
-    run = Launch.run
+    run = Launch.launch
 
     def recorded(self: Launch, kernel: Any = None) -> None:
         seen.record(self)
         run(self, kernel)
 
-    Launch.run = recorded  # type: ignore[method-assign]
+    Launch.launch = recorded  # type: ignore[method-assign]
 
 
 def compare(actual: Tensor, expected: Tensor, what: str) -> None:

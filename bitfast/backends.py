@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitfast.torch_state import runs_in_plain_pytorch
+from bitfast.torch_state import must_use_plain_pytorch
 
 BACKENDS = ("triton", "native", "reference")
 """Every backend name, in order of preference."""
@@ -113,7 +113,7 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
         reason = why_unavailable(op, requested, device_type, dtype)
         if reason is not None:
             raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}")
-    if runs_in_plain_pytorch():
+    if must_use_plain_pytorch():
         return "reference"
     if requested is not None:
         return requested

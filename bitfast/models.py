@@ -163,14 +163,14 @@ class Model(ForwardPass, Shared):
             return None
         last = len(self.encoder.stages)
         wanted = tuple(range(last + 1)) if output_hidden_states else ()
-        computed = self.run(pixel_values, Request(last, wanted, is_normed=True))
+        computed = self.compute(pixel_values, Request(last, wanted, is_normed=True))
         if computed is None:
             return None
         hidden_states, normalized = computed
         return tuple(hidden_states) if output_hidden_states else None, normalized
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return the modules that :meth:`run` runs."""
+        """Return the modules that :meth:`compute` runs."""
         return self.embedder, list(self.encoder.stages)
 
     def stages_in_order(self) -> Sequence[nn.Module]:
@@ -234,7 +234,7 @@ class Classifier(Shared):
             output_hidden_states, return_dict
         )
         bit, hidden_states, computed = self.bit, None, None
-        if is_run_by_others(bit) and not output_hidden_states:
+        if may_bypass_base_model(bit) and not output_hidden_states:
             computed = bit.features(pixel_values, output_hidden_states)
         if computed is not None:
             pooled = bit.pooler(computed[1])
@@ -313,8 +313,10 @@ class Backbone(Shared):
         last = len(self.stage_names) - 1 if output_hidden_states else max(chosen, default=0)
         computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
         outputs = None
-        if is_run_by_others(self.bit) and self.bit.is_known():
-            outputs = self.bit.run(pixel_values, Request(last, tuple(computed), is_normed=False))
+        if may_bypass_base_model(self.bit) and self.bit.is_known():
+            outputs = self.bit.compute(
+                pixel_values, Request(last, tuple(computed), is_normed=False)
+            )
         if outputs is None:
             features = self.bit(pixel_values, output_hidden_states=True, return_dict=True)
             outputs, computed = (features.hidden_states, None), range(len(self.stage_names))
@@ -326,7 +328,7 @@ class Backbone(Shared):
         return output if return_dict else output.to_tuple()
 
 
-def is_run_by_others(bit: nn.Module) -> bool:
+def may_bypass_base_model(bit: nn.Module) -> bool:
     """Whether a model with a head may have its base model's stages run without calling the base model."""
     return (
         is_plain(bit, Model)

@@ -44,7 +44,7 @@ def is_batched(x: Tensor) -> bool:
     )
 
 
-def runs_in_plain_pytorch() -> bool:
+def must_use_plain_pytorch() -> bool:
     """Say whether operators of our own would be lost on who transforms or traces the call.
 
     ``torch.jit.trace`` does record them, but its programs are to run where there is no bitfast.
@@ -57,7 +57,7 @@ def is_concrete(x: object) -> bool:
 
     ``torch.compile`` and ``torch.export`` do trace, but follow such decisions.
     """
-    return not isinstance(x, Proxy) and not runs_in_plain_pytorch()
+    return not isinstance(x, Proxy) and not must_use_plain_pytorch()
 
 
 def is_dispatch_watched() -> bool:
@@ -99,6 +99,6 @@ __all__ = [
     "is_dispatch_watched",
     "is_in_forward_mode",
     "is_transformed",
-    "runs_in_plain_pytorch",
+    "must_use_plain_pytorch",
     "unseen",
 ]

@@ -56,7 +56,7 @@ class Launch:
     reads: int
     writes: int
 
-    def run(self, kernel: Any = None) -> None:
+    def launch(self, kernel: Any = None) -> None:
         """Launch on the current stream of the current device; ``kernel`` may stand in for the own one."""
         kernel = self.kernel if kernel is None else kernel
         kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps)
@@ -262,10 +262,10 @@ class _DirectLaunch(PreparedLaunch):
             (enter is not None and getattr(enter, "calls", True))
             or (leave is not None and getattr(leave, "calls", True))
         ):
-            return self._run_watched(stream, addresses)
+            return self._launch_with_hooks(stream, addresses)
         self._function(*self._before, stream, *self._between, *addresses, *self._rest)
 
-    def _run_watched(self, stream: int, addresses: tuple[int, ...]) -> None:
+    def _launch_with_hooks(self, stream: int, addresses: tuple[int, ...]) -> None:
         """Launch in Triton's own way, which calls the hooks that a profiler has set."""
         if len(addresses) != self._count:
             raise TypeError(
@@ -283,7 +283,7 @@ class _DirectLaunchOfTuple(_DirectLaunch):
             (enter is not None and getattr(enter, "calls", True))
             or (leave is not None and getattr(leave, "calls", True))
         ):
-            return self._run_watched(stream, addresses)
+            return self._launch_with_hooks(stream, addresses)
         self._function(*self._before, stream, *self._between, (*addresses, *self._rest))
 
 

@@ -62,7 +62,7 @@ def one_after_the_other(model: Any, x: Tensor) -> list[Tensor]:
     steps = model.plans.steps(model)
     x = x.contiguous(memory_format=torch.channels_last)
     weights = standardized_weights(steps.convolutions(), True)
-    outputs, result = op_by_op.run(steps, x, weights, range(len(steps.outputs)))
+    outputs, result = op_by_op.compute(steps, x, weights, range(len(steps.outputs)))
     return [*outputs, result]
 
 

@@ -51,7 +51,7 @@ def test_other_tensors_get_the_numbers_of_an_ordinary_launch(offset):
         (launch,), prepared_tensors = forward(seed, offset)
         prepared(STREAM, *addresses_of(launch))
         (launch,), ordinary_tensors = forward(seed, offset)
-        launch.run()
+        launch.launch()
         assert all(map(torch.equal, prepared_tensors, ordinary_tensors))
 
 
@@ -71,7 +71,7 @@ def test_meta_tensors_are_enough_to_prepare():
     prepared(STREAM, weight.data_ptr(), *(result.data_ptr() for result in results))
     weight_standardization.forward_launch(
         weight, 1e-8, True, **dict(zip(("result", "mean", "rstd"), expected, strict=True))
-    ).run()
+    ).launch()
     assert all(map(torch.equal, results, expected))
 
 

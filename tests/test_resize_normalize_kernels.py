@@ -114,7 +114,7 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
     segments_a, programs_a, segments_b, programs_b = (t.to(DEVICE) for t in plan[:4])
     kernels.first_pass_launch(
         programs_a, segments_a, starts, weights, intermediate=inside, channels=3
-    ).run()
+    ).launch()
     assert (between[:64] == 77).all()
     assert (between[-64:] == 77).all()
     shape = (2, 3, *window)
@@ -125,7 +125,7 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
     kernels.second_pass_launch(
         programs_b, segments_b, starts, weights, values,
         intermediate=inside, result=result, channels_last=channels_last,
-    ).run()  # fmt: skip
+    ).launch()  # fmt: skip
     assert memory[:64].isnan().all()
     assert memory[-64:].isnan().all()
     for i, image in enumerate(images):

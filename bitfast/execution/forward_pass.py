@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bitfast.execution import op_by_op
-from bitfast.execution.operator import run_as_operator
+from bitfast.execution.operator import compute_as_operator
 from bitfast.execution.plan import Request
 from bitfast.execution.plans import Plans
-from bitfast.execution.setting import planned_setting, runs_channels_last
+from bitfast.execution.setting import planned_setting, prefers_channels_last
 from bitfast.execution.steps import Steps
 from bitfast.execution.weights import standardized_weights
 from bitfast.layers import WeightStandardizedConv2d
@@ -60,7 +60,9 @@ class ForwardPass(nn.Module):
         if isinstance(stem, BitEmbeddings):
             stem.check(pixel_values)
 
-    def run(self, pixel_values: Tensor, request: Request) -> tuple[Sequence[Tensor], Tensor] | None:
+    def compute(
+        self, pixel_values: Tensor, request: Request
+    ) -> tuple[Sequence[Tensor], Tensor] | None:
         """Compute what is asked for.
 
         Args:
@@ -72,13 +74,13 @@ class ForwardPass(nn.Module):
             in the layout that the network runs in. None if the modules have to be called as they are: somebody
             has to do with those around the stages, or follows each of them.
         """
-        computed = self.run_unrestored(pixel_values, request)
+        computed = self.compute_in_own_layout(pixel_values, request)
         if computed is None or torch.is_grad_enabled() or not computed[0]:
             return computed
         outputs, result = computed
         return list(map(self.layout_of_outputs(pixel_values), outputs)), result
 
-    def run_unrestored(
+    def compute_in_own_layout(
         self, pixel_values: Tensor, request: Request
     ) -> tuple[Sequence[Tensor], Tensor] | None:
         """Compute the same, all in the layout that the network runs in where no gradients are recorded."""
@@ -88,13 +90,13 @@ class ForwardPass(nn.Module):
         if setting is not None:
             plan = self.plans.find(self, pixel_values, setting, request)
             if plan is not None:
-                return plan.run(pixel_values)
+                return plan.execute(pixel_values)
         if not is_concrete(pixel_values):
             return None
         self.check(pixel_values)
-        channels_last = runs_channels_last(pixel_values)
+        channels_last = prefers_channels_last(pixel_values)
         if is_compiled_inference(self) and all(map(runs_as_written, self.containers())):
-            computed = run_as_operator(self, pixel_values, request, channels_last)
+            computed = compute_as_operator(self, pixel_values, request, channels_last)
             if computed is not None:
                 return computed
         steps = self.plans.steps(self)
@@ -102,9 +104,9 @@ class ForwardPass(nn.Module):
             return None
         cuts = request.wanted if torch.is_grad_enabled() else ()
         steps = steps.up_to(request.last, cuts, request.is_normed)
-        return self._run_op_by_op(steps, pixel_values, request.wanted, channels_last)
+        return self._compute_op_by_op(steps, pixel_values, request.wanted, channels_last)
 
-    def _run_op_by_op(
+    def _compute_op_by_op(
         self, steps: Steps, images: Tensor, wanted: Sequence[int], channels_last: bool
     ) -> tuple[list[Tensor], Tensor]:
         # Where gradients are recorded, the network goes on from what is returned, so that there are gradients
@@ -113,7 +115,7 @@ class ForwardPass(nn.Module):
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         weights = standardized_weights(steps.convolutions(), channels_last)
-        return op_by_op.run(steps, images, weights, wanted, replaced)
+        return op_by_op.compute(steps, images, weights, wanted, replaced)
 
     def layout_of_outputs(self, pixel_values: Tensor) -> Any:
         """Return what brings feature maps into the layout that plain convolutions would give them.

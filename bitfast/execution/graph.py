@@ -93,7 +93,7 @@ class GraphedPlan:
             finally:
                 _here.records = False
 
-    def run(self, images: Tensor) -> Results:
+    def execute(self, images: Tensor) -> Results:
         """Compute the network; return the wanted outputs and the result, in new memory."""
         with self._lock, self._recording.after_others():
             self._images.copy_(images)

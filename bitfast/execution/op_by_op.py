@@ -36,7 +36,7 @@ from bitfast.torch_state import is_concrete
 Layout = Callable[[Tensor], Tensor]
 
 
-def run(
+def compute(
     steps: Steps,
     images: Tensor,
     weights: Weights,
@@ -63,7 +63,7 @@ def run(
     values: dict[int, Tensor] = {source: images}
     sequence = steps.all()
     for step, dead in zip(sequence, last_reads(sequence, {steps.result}), strict=True):
-        _run_step(step, values, weights)
+        _compute_step(step, values, weights)
         for value in dead:
             values.pop(value, None)
         times = wanted_values.count(step.result)  # what a stage without blocks returns is its input
@@ -83,7 +83,7 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     return other
 
 
-def _run_step(step: Step, values: dict[int, Tensor], weights: Weights) -> None:
+def _compute_step(step: Step, values: dict[int, Tensor], weights: Weights) -> None:
     if isinstance(step, Convolve):
         _convolve(step, values, weights)
     elif isinstance(step, Normalize):
@@ -155,4 +155,4 @@ def _call(step: Call, x: Tensor) -> Tensor:
     return checkpoint(step.module, x, **step.options)
 
 
-__all__ = ["run"]
+__all__ = ["compute"]

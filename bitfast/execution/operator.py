@@ -27,7 +27,7 @@ SIGNATURE = (
 the result if that is none of them."""
 
 
-def run_as_operator(
+def compute_as_operator(
     network: Any, images: Tensor, request: Request, channels_last: bool
 ) -> tuple[list[Tensor], Tensor] | None:
     """Compute what is asked for of a network while a compiler traces, in inference.
@@ -86,7 +86,7 @@ def _demanded(demands: str) -> AbstractContextManager[Any]:
 # ---- the operator ---------------------------------------------------------------------------------
 
 
-class _Run(nn.Module):
+class _NetworkCall(nn.Module):
     """Lets ``functional_call`` run a network with other parameters."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -94,7 +94,7 @@ class _Run(nn.Module):
         self.network: Any = network
 
     def forward(self, images: Tensor, request: Request) -> Any:
-        return self.network.run_unrestored(images, request)
+        return self.network.compute_in_own_layout(images, request)
 
 
 def _implementation(
@@ -112,11 +112,13 @@ def _implementation(
     request = Request(last, tuple(wanted), is_normed)
     with torch.no_grad(), _autocast(images.device.type, autocast), _demanded(demands):
         if plans.are_parameters(parameters):
-            computed = plans.network.run_unrestored(images, request)
+            computed = plans.network.compute_in_own_layout(images, request)
         else:
             names = [f"network.{name}" for name, _ in plans.network.named_parameters()]
             given = dict(zip(names, parameters, strict=True))
-            computed = torch.func.functional_call(_Run(plans.network), given, (images, request))
+            computed = torch.func.functional_call(
+                _NetworkCall(plans.network), given, (images, request)
+            )
     outputs, result = computed
     results = outputs if any(result is output for output in outputs) else [*outputs, result]
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -163,4 +165,4 @@ LIBRARY.impl(
 )
 torch.library.register_fake("bitfast::network.planned", _fake, lib=LIBRARY)
 
-__all__ = ["run_as_operator"]
+__all__ = ["compute_as_operator"]

@@ -129,21 +129,21 @@ class Plan:
     def graphed(self, images: Tensor, recorder: Recorder) -> GraphedPlan:
         """Return what runs the plan as a CUDA graph."""
         if self._graph is None:
-            self._graph = GraphedPlan(self.run, images, recorder)
+            self._graph = GraphedPlan(self.execute, images, recorder)
         return self._graph
 
-    def run(self, images: Tensor) -> Results:
+    def execute(self, images: Tensor) -> Results:
         """Compute the network; return the wanted outputs and the result, channels_last."""
         if self._device is not None and torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                return self._run(images)
-        return self._run(images)
+                return self._execute(images)
+        return self._execute(images)
 
-    def _run(self, images: Tensor) -> Results:
+    def _execute(self, images: Tensor) -> Results:
         x = images.contiguous(memory_format=torch.channels_last)
         outputs: list[Tensor] = []
         for part in self.parts:
-            more, x = part.run(x)
+            more, x = part.execute(x)
             outputs += more
         if self._repeated is not None:
             outputs = [outputs[number] for number in self._repeated]
@@ -156,7 +156,7 @@ class Plan:
 class Part(Protocol):
     """Some blocks of a network."""
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the wanted outputs among the values of the blocks, and the last of these."""
 
 
@@ -166,8 +166,8 @@ class _Programmed:
     def __init__(self, program: Program, is_last_wanted: bool) -> None:
         self.program, self._wanted = program, None if is_last_wanted else -1
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        results = self.program.run(x)
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        results = self.program.execute(x)
         return results[: self._wanted], results[-1]
 
 
@@ -184,12 +184,12 @@ class _Sliced:
         self.size, self.program, self.remainder = size, program, remainder
         self._wanted = None if is_last_wanted else -1
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         slices = []
         for images in x.split(self.size):
             is_whole = self.remainder is None or images.shape[0] == self.size
             program = self.program if is_whole else self.remainder
-            slices.append(program.run(images))  # type: ignore[union-attr]
+            slices.append(program.execute(images))  # type: ignore[union-attr]
         results = [torch.cat(parts) for parts in zip(*slices, strict=True)]
         return results[: self._wanted], results[-1]
 
@@ -200,7 +200,7 @@ class _Called:
     def __init__(self, module: nn.Module, is_wanted: bool) -> None:
         self.module, self._is_wanted = module, is_wanted
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         x = self.module(x)
         return [x] if self._is_wanted else [], x
 
@@ -212,17 +212,17 @@ class _Adaptive:
         self._planner, self._blocks = planner, blocks
         self._programs: dict[Shape, _Programmed] = {}
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         setting = self._planner.setting
         is_usual = type(x) is Tensor and x.dim() == 4 and x.device == setting.device
         if not is_usual or x.dtype != setting.compute_dtype:
-            return self._planner.run_op_by_op(self._blocks, x)
+            return self._planner.compute_op_by_op(self._blocks, x)
         shape = tuple(x.shape)
         part = self._programs.get(shape)
         if part is None:
             part = self._planner.programmed(self._blocks, shape)
             self._programs[shape] = part
-        return part.run(x.contiguous(memory_format=torch.channels_last))
+        return part.execute(x.contiguous(memory_format=torch.channels_last))
 
 
 class _Planner:
@@ -282,12 +282,12 @@ class _Planner:
     def is_wanted(self, value: int) -> bool:
         return value in self.wanted
 
-    def run_op_by_op(self, blocks: Sequence[Block], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def compute_op_by_op(self, blocks: Sequence[Block], x: Tensor) -> tuple[list[Tensor], Tensor]:
         steps = self.steps._replace(stem=(), stages=(tuple(blocks),), norm=())
         steps = steps._replace(result=blocks[-1][-1].result)
         wanted = [self.steps.outputs.index(v) for v in self.kept(blocks) if self.is_wanted(v)]
         weights = standardized_weights(steps.convolutions(), channels_last=False)
-        return op_by_op.run(steps, x, weights, wanted, source=blocks[0][0].source)
+        return op_by_op.compute(steps, x, weights, wanted, source=blocks[0][0].source)
 
     # ---- slices ----------------------------------------------------------------------------------------
 

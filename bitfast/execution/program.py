@@ -38,7 +38,7 @@ class Program(NamedTuple):
     places: int
     outputs: tuple[int, ...]
 
-    def run(self, x: Tensor) -> list[Tensor]:
+    def execute(self, x: Tensor) -> list[Tensor]:
         """Return the outputs for an input."""
         places: Places = [None] * self.places
         places[INPUT] = x

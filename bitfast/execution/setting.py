@@ -78,7 +78,7 @@ def _cudnn_switches() -> tuple[bool, ...]:
     )
 
 
-def runs_channels_last(x: Tensor) -> bool:
+def prefers_channels_last(x: Tensor) -> bool:
     """Whether a network on such images should run channels_last, whatever their own layout.
 
     It should where the norms run in Triton, and on the CPU where they run in C++ and the convolutions in
@@ -92,4 +92,4 @@ def runs_channels_last(x: Tensor) -> bool:
     )
 
 
-__all__ = ["Setting", "planned_setting", "runs_channels_last"]
+__all__ = ["Setting", "planned_setting", "prefers_channels_last"]

@@ -27,11 +27,11 @@ def network(module: nn.Module, runner: type[nn.Module], **attributes: Any) -> Ch
         attributes: More that the runner needs to find in the module.
     """
     attributes["plans"] = Plans(module)
-    return Change(run_by(type(module), runner), attributes)  # type: ignore[arg-type]
+    return Change(subclass_run_by(type(module), runner), attributes)  # type: ignore[arg-type]
 
 
 @lru_cache
-def run_by(cls: type[nn.Module], runner: type[nn.Module]) -> type[nn.Module]:
+def subclass_run_by(cls: type[nn.Module], runner: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of ``cls``, of its name, whose forward pass is the runner's."""
     members = {
         "__module__": cls.__module__,
@@ -50,8 +50,8 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _new(cls: type[nn.Module], runner: type[nn.Module]) -> nn.Module:
-    made = run_by(cls, runner)  # type: ignore[arg-type]
+    made = subclass_run_by(cls, runner)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
-__all__ = ["Recipes", "network", "run_by"]
+__all__ = ["Recipes", "network", "subclass_run_by"]

@@ -121,7 +121,7 @@ class TimmNetwork(ForwardPass):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the normalized output of the last stage."""
-        computed = self.run(x, Request(len(self.stages), (), is_normed=True))
+        computed = self.compute(x, Request(len(self.stages), (), is_normed=True))
         if computed is None:
             return super().forward_features(x)  # type: ignore[misc]
         return self.layout_of_outputs(x)(computed[1])
@@ -171,7 +171,7 @@ class TimmFeatures(ForwardPass):
         names = list(self._modules)[len(self.before) :]
         stages = names[len(self.rest_of_stem) :]
         wanted = [n for n, name in enumerate(stages, start=1) if name in self.return_layers]
-        computed = self.run(x, Request(len(stages), tuple(wanted), is_normed=False))
+        computed = self.compute(x, Request(len(stages), tuple(wanted), is_normed=False))
         if computed is not None:
             for number, output in zip(wanted, computed[0], strict=True):
                 keep(stages[number - 1], output)

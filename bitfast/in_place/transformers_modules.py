@@ -60,7 +60,7 @@ class TransformersNetwork(ForwardPass):
         if self.is_known():
             last = len(self.encoder.stages)
             wanted = tuple(range(last + 1)) if output_hidden_states else ()
-            computed = self.run(pixel_values, Request(last, wanted, is_normed=True))
+            computed = self.compute(pixel_values, Request(last, wanted, is_normed=True))
         if computed is None:
             return super().forward(
                 pixel_values,

@@ -158,18 +158,18 @@ def _is_interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def run_launches(launches: Sequence[Any], x: Tensor) -> None:
+def launch_kernels(launches: Sequence[Any], x: Tensor) -> None:
     """Run launches of ``bitfast.kernels`` one after the other, on the device of x.
 
     While a compiler traces (see :func:`show_launches`), they are recorded instead.
     """
     if isinstance(x, FunctionalTensor):
         for launch in launches:
-            launch.run(torch.library.wrap_triton(launch.kernel))
+            launch.launch(torch.library.wrap_triton(launch.kernel))
         return
     with torch.cuda.device_of(x):
         for launch in launches:
-            launch.run()
+            launch.launch()
 
 
 def show_launches(name: str, implementation: Callable[..., Any]) -> None:

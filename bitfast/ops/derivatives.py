@@ -42,7 +42,7 @@ def connect_derivatives(
 
     Args:
         setup_context, backward: As in ``torch.library.register_autograd``. The backward is right to any order:
-            see :func:`wants_numbers_only`.
+            see :func:`can_use_backward_kernel`.
         composite: Takes and returns what the operator does.
     """
     made = _KernelOfAutograd()
@@ -63,7 +63,7 @@ def connect_derivatives(
     LIBRARY.impl(f"{name}.{backend}", composite, FUNCTION_TRANSFORMS)
 
 
-def wants_numbers_only(*gradients: Tensor | None) -> bool:
+def can_use_backward_kernel(*gradients: Tensor | None) -> bool:
     """Say whether a backward pass that was handed these gradients may compute in kernels.
 
     It may unless what it returns is to be differentiated again (``create_graph=True``), in forward mode, or
@@ -102,7 +102,7 @@ def differentiable_gradients(
 def refuse_derivatives(name: str, backend: str) -> None:
     """Let ``bitfast::<name>.<backend>`` raise where a derivative of it is asked for.
 
-    The question costs some 6 us a call; :func:`run_underived` does without.
+    The question costs some 6 us a call; :func:`call_without_autograd` does without.
     """
     operator = getattr(getattr(torch.ops.bitfast, name), backend)
 
@@ -132,7 +132,7 @@ def refusing_derivatives(
     return check_and_run
 
 
-def run_underived(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
+def call_without_autograd(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
     """Call an operator that refuses derivatives where no gradient is recorded, and nothing transformed."""
     if torch.compiler.is_compiling():
         return operator(*arguments)
@@ -169,10 +169,10 @@ def _has_tangent(argument: Any) -> bool:
 
 
 __all__ = [
+    "call_without_autograd",
+    "can_use_backward_kernel",
     "connect_derivatives",
     "differentiable_gradients",
     "refuse_derivatives",
     "refusing_derivatives",
-    "run_underived",
-    "wants_numbers_only",
 ]

@@ -24,10 +24,10 @@ from bitfast.ops.common import (
     show_launches,
 )
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     connect_derivatives,
     refuse_derivatives,
-    run_underived,
-    wants_numbers_only,
 )
 from bitfast.ops.eager import may_launch
 from bitfast.ops.group_norm_act_contract import (
@@ -89,7 +89,7 @@ def group_norm_act(
         elif backend == "native" and _is_plain_inference(x):
             result = torch.empty_like(x)
             into = torch.ops.bitfast.group_norm_act_into.native
-            run_underived(into, x, None, *arguments[1:], None, result)
+            call_without_autograd(into, x, None, *arguments[1:], None, result)
         else:
             result = getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
     return result.to(autocast_dtype(x) or x.dtype)
@@ -190,8 +190,8 @@ def _connect_gradients(backend: str) -> None:
     ) -> Sequence[Tensor | None]:
         if grad is None:
             return grad_total, None, None
-        if wants_numbers_only(grad, grad_total):
-            return run_underived(
+        if can_use_backward_kernel(grad, grad_total):
+            return call_without_autograd(
                 backward_op, grad, grad_total, *ctx.saved_tensors, ctx.num_groups, ctx.activation
             )
         return differentiable_norm_gradients(

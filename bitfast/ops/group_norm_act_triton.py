@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bitfast.backends import requested_backend, select_backend
 from bitfast.memory_format import memory_format_of
-from bitfast.ops.common import run_launches
-from bitfast.ops.derivatives import run_underived, wants_numbers_only
+from bitfast.ops.common import launch_kernels
+from bitfast.ops.derivatives import call_without_autograd, can_use_backward_kernel
 from bitfast.ops.eager import PLAIN_TYPES, Bounded, current_stream, is_unusual, is_unwatched, on
 from bitfast.ops.group_norm_act_contract import (
     ADD_OP,
@@ -60,7 +60,7 @@ def add_forward(
         mean=mean,
         rstd=rstd,
     )
-    run_launches(launches, x)
+    launch_kernels(launches, x)
     return total, result, mean, rstd
 
 
@@ -103,7 +103,7 @@ def backward(
         grad_weight=grads[1],
         grad_bias=grads[2],
     )
-    run_launches(launches, x)
+    launch_kernels(launches, x)
     return grads
 
 
@@ -261,7 +261,7 @@ class Call:
             return grad_total, None, None
         if not torch.is_grad_enabled() and self._takes(saved, grad, grad_total):
             return self._launch_backward(saved, grad, grad_total)
-        if not wants_numbers_only(grad, grad_total):
+        if not can_use_backward_kernel(grad, grad_total):
             return differentiable_norm_gradients(
                 saved[:3], self.num_groups, self.eps, self.activation, grad, grad_total
             )
@@ -272,7 +272,7 @@ class Call:
         )
         operator = torch.ops.bitfast.group_norm_act_backward.triton
         settings = (self.num_groups, self.activation)
-        return run_underived(operator, grad, grad_total, *inputs, mean, rstd, *settings)
+        return call_without_autograd(operator, grad, grad_total, *inputs, mean, rstd, *settings)
 
     def _takes(self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None) -> bool:
         """Say whether the tensors are such as the kernels are prepared for, and nobody watches."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bitfast import extension
 from bitfast.backends import register_kernel, select_backend
 from bitfast.ops.common import NATIVE_CPU_DTYPES, complete_operator
-from bitfast.ops.derivatives import refuse_derivatives, run_underived
+from bitfast.ops.derivatives import call_without_autograd, refuse_derivatives
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.packed_convolution import uses_packed_weights
@@ -94,7 +94,7 @@ def norm_convolution(
         or None.
     """
     packed = packed_filters(x, weight, weight_eps)
-    result, result_moments = run_underived(
+    result, result_moments = call_without_autograd(
         torch.ops.bitfast.norm_convolution.native,
         x, moments, *(norm or NO_NORM), packed, weight.shape[0], weight.shape[2], stride, wants_moments,
     )  # fmt: skip
@@ -121,7 +121,7 @@ def add_norm_convolution_(
             f"{OP}: total must have the {weight.shape[0]} channels that weight gives, got {tuple(total.shape)}"
         )
     packed = packed_filters(x, weight, weight_eps)
-    result = run_underived(
+    result = call_without_autograd(
         torch.ops.bitfast.norm_convolution_add_.native,
         x, moments, *(norm or NO_NORM), packed, total, weight.shape[2], stride, wants_moments,
     )  # fmt: skip

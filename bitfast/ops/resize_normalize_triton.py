@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitfast import extension
 from bitfast.kernels.kept import is_capturing
-from bitfast.ops.common import run_launches, why_no_interpreter, why_no_triton
+from bitfast.ops.common import launch_kernels, why_no_interpreter, why_no_triton
 from bitfast.ops.resize_normalize import Request
 from bitfast.ops.staging import upload
 
@@ -89,7 +89,7 @@ def forward(request: Request) -> Tensor:
             intermediate=intermediate, result=result, channels_last=request.channels_last,
         )
     )  # fmt: skip
-    run_launches(launches, intermediate)
+    launch_kernels(launches, intermediate)
     return result
 
 

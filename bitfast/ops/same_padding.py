@@ -17,10 +17,10 @@ from bitfast.backends import register_kernel, requested_backend, select_backend
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import check_nchw, check_pair, complete_operator, define_operator
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     connect_derivatives,
     refuse_derivatives,
-    run_underived,
-    wants_numbers_only,
 )
 from bitfast.reference import Ints
 
@@ -342,7 +342,7 @@ def _connect_gradients(backend: str) -> None:
     refuse_derivatives("same_max_pool_backward", backend)
 
     def backward_of_pad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = pad if wants_numbers_only(grad) else reference.same_pad_forward
+        run = pad if can_use_backward_kernel(grad) else reference.same_pad_forward
         return run(grad, [-side for side in ctx.padding], 0.0), None, None
 
     def backward_of_pool(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -350,8 +350,8 @@ def _connect_gradients(backend: str) -> None:
             raise RuntimeError("same_max_pool has no gradient unless it ran with with_taps=True")
         arguments = (grad, *ctx.saved_tensors, ctx.size, *ctx.window, ctx.padding)
         # Which pixel was the largest does not change with the gradient: that is all there is to differentiate.
-        if wants_numbers_only(grad):
-            grad_x = run_underived(pool_backward, *arguments)
+        if can_use_backward_kernel(grad):
+            grad_x = call_without_autograd(pool_backward, *arguments)
         else:
             grad_x = reference.same_max_pool_backward(*arguments)
         return grad_x, *(None,) * 6

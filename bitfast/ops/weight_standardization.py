@@ -25,11 +25,11 @@ from bitfast.ops.common import (
     show_launches,
 )
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     connect_derivatives,
     differentiable_gradients,
     refuse_derivatives,
-    run_underived,
-    wants_numbers_only,
 )
 from bitfast.ops.eager import may_launch
 from bitfast.ops.weight_buffer import ALIGNMENT, pack, starts_of, unpack
@@ -187,8 +187,8 @@ def _connect_gradients(backend: str) -> None:
     refuse_derivatives(f"{OP}_backward", backend)
 
     def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if wants_numbers_only(grad):
-            return run_underived(backward_op, grad, *ctx.saved_tensors), None, None
+        if can_use_backward_kernel(grad):
+            return call_without_autograd(backward_op, grad, *ctx.saved_tensors), None, None
 
         def composite(weight: Tensor) -> Tensor:
             return reference.weight_standardization_forward(weight, ctx.eps, ctx.dtype)[0]
@@ -222,8 +222,10 @@ def _connect_all_gradients(backend: str) -> None:
 
     def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Sequence[Tensor | None] | None, ...]:
         *weights, mean, rstd = ctx.saved_tensors
-        if wants_numbers_only(grad):
-            packed = run_underived(backward_op, grad, weights, mean, rstd, ctx.channels_last)
+        if can_use_backward_kernel(grad):
+            packed = call_without_autograd(
+                backward_op, grad, weights, mean, rstd, ctx.channels_last
+            )
             return unpack(packed, weights, channels_last=False), None, None, None
 
         def composite(*weights: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor
 from bitfast import reference
 from bitfast.backends import requested_backend, select_backend
 from bitfast.memory_format import memory_format_of
-from bitfast.ops.common import run_launches
+from bitfast.ops.common import launch_kernels
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     differentiable_gradients,
-    run_underived,
-    wants_numbers_only,
 )
 from bitfast.ops.eager import PLAIN_TYPES, Bounded, current_stream, is_unusual, is_unwatched, on
 from bitfast.ops.weight_buffer import pack, starts_of, unpack
@@ -41,7 +41,7 @@ def forward(weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tens
     weight = weight.contiguous(memory_format=memory_format_of(weight))
     result, mean, rstd = fake(weight, eps, dtype)
     launch = kernels.forward_launch(weight, eps, False, result=result, mean=mean, rstd=rstd)
-    run_launches([launch], weight)
+    launch_kernels([launch], weight)
     return result, mean, rstd
 
 
@@ -54,7 +54,7 @@ def backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor
     grad = grad.contiguous(memory_format=memory_format)
     result = torch.empty_like(weight)
     launch = kernels.backward_launch(grad, weight, mean, rstd, False, grad_weight=result)
-    run_launches([launch], weight)
+    launch_kernels([launch], weight)
     return result
 
 
@@ -70,7 +70,7 @@ def all_forward(
     launches = kernels.forward_all_launches(
         weights, starts, eps, channels_last, result=result, mean=mean, rstd=rstd
     )
-    run_launches(launches, weights[0])
+    launch_kernels(launches, weights[0])
     return result, mean, rstd
 
 
@@ -86,7 +86,7 @@ def all_backward(
     launches = kernels.backward_all_launches(
         grad.contiguous(), weights, starts, mean, rstd, channels_last, grad_weight=result
     )
-    run_launches(launches, weights[0])
+    launch_kernels(launches, weights[0])
     return result
 
 
@@ -199,7 +199,7 @@ class AllCall:
         """
         *weights, statistics = saved
         given = [grad for grad in grads if grad is not None]
-        if not wants_numbers_only(*given):
+        if not can_use_backward_kernel(*given):
             return self._differentiable_gradients(weights, grads)
         can_launch = is_unwatched() and not is_unusual(*given, statistics)
         if not can_launch or table is None or set(map(type, given)) - PLAIN_TYPES:
@@ -210,7 +210,7 @@ class AllCall:
             mean, rstd = statistics[: self.rows], statistics[self.statistics :][: self.rows]
             operator = torch.ops.bitfast.weight_standardization_all_backward.triton
             grad = pack(filled, self.channels_last, weights)
-            packed = run_underived(operator, grad, weights, mean, rstd, self.channels_last)
+            packed = call_without_autograd(operator, grad, weights, mean, rstd, self.channels_last)
             return unpack(packed, weights, channels_last=False)
         return self._launch_backward(table, statistics, grads)
 
