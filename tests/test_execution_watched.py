@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from bitfast.execution.steps import (
-    Call,
+    CallModule,
 )
 from bitfast.layers import DropPath
 from bitfast.network import BitEmbeddings, BitEncoder, BitStage
@@ -108,7 +108,7 @@ def test_somebody_who_has_to_do_with_a_module_is_served_there(kind, way):
         found = steps(model)
         # All the other parts are read as before.
         for before, now in zip(steps(model_of(kind)).blocks(), found.blocks(), strict=False):
-            if not isinstance(now[0] if now else None, Call) and len(found.stages[0]) == 2:
+            if not isinstance(now[0] if now else None, CallModule) and len(found.stages[0]) == 2:
                 assert [type(step) for step in before] == [type(step) for step in now]
 
 
@@ -268,7 +268,7 @@ def test_stages_of_another_kind_are_called():
 def test_blocks_that_are_recomputed_are_called_with_their_options():
     model = model_of().train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    found = [step for step in steps(model).all() if isinstance(step, Call)]
+    found = [step for step in steps(model).all() if isinstance(step, CallModule)]
     assert [step.module for step in found] == blocks(model)
     assert [step.options for step in found] == [{"use_reentrant": True}] * 3
     model.eval()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
 from bitfast.execution.graph import is_recorded_by_others
-from bitfast.execution.program import RESERVED, Builder, Places, Program
+from bitfast.execution.program import RESERVED, Places, Program, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape
 from bitfast.execution.steps import (
@@ -30,7 +30,7 @@ from bitfast.execution.steps import (
     Normalize,
     Pool,
     Step,
-    Zeros,
+    ZeroPad,
     normalized,
 )
 from bitfast.execution.weights import kept_standardized, recorded_weights
@@ -64,18 +64,18 @@ def lower(
 ) -> Program:
     """Lower the steps of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
     steps = [step for block in blocks for step in block]
-    lowering = _Lowering(Builder(steps, source, shape, kept, shared, reserved=2), setting)
+    lowering = _Lowering(ProgramBuilder(steps, source, shape, kept, shared, reserved=2), setting)
     lowering.begin(steps)
     for step in steps:
         lowering.lower(step)
-    return lowering.build.program()
+    return lowering.builder.program()
 
 
 class _Lowering:
     """Lowers one step after the other."""
 
-    def __init__(self, builder: Builder, setting: Setting) -> None:
-        self.build = builder
+    def __init__(self, builder: ProgramBuilder, setting: Setting) -> None:
+        self.builder = builder
         self.setting = setting
         self.dtype, self.device = setting.compute_dtype, setting.device
         self.numbers: dict[nn.Module, int] = {}
@@ -97,68 +97,68 @@ class _Lowering:
                 fresh = recorded_weights(convolutions, channels_last=True)
                 places[WEIGHTS] = [fresh[convolution] for convolution in convolutions]
 
-        self.build.emit("begin", call)
+        self.builder.emit("begin", call)
 
     def lower(self, step: Step) -> None:
-        is_uneven = self.build.find_shape(step)
+        is_uneven = self.builder.find_shape(step)
         if isinstance(step, Convolve):
             self.convolve(step, is_uneven)
         elif isinstance(step, Normalize):
             self.normalized(step)
-            self.build.move(step.result, normalized(step.source))
-            self.build.bury(step)
+            self.builder.move(step.result, normalized(step.source))
+            self.builder.free_after(step)
         elif isinstance(step, Join):
             self.join(step)
         elif isinstance(step, Pool):
-            source = self.build.shapes[step.source]
+            source = self.builder.shapes[step.source]
             pool = step.pooler.prepared(source, step.zeros, self.device.type, self.dtype)
             self.apply("same_max_pool", step, pool)
         else:
-            assert isinstance(step, Zeros)
+            assert isinstance(step, ZeroPad)
             sides = (step.zeros,) * 4
             self.apply("zeros", step, lambda x: F.pad(x, sides))
 
     def apply(self, name: str, step: Step, function: Callable[[Tensor], Tensor]) -> None:
         """Emit a call that makes a new tensor of one."""
-        source = self.build.place(step.source)
-        self.build.bury(step)
-        result = self.build.new(step.result)
+        source = self.builder.place(step.source)
+        self.builder.free_after(step)
+        result = self.builder.new(step.result)
 
         def call(places: Places) -> None:
             places[result] = function(places[source])
 
-        self.build.emit(name, call)
+        self.builder.emit(name, call)
 
     # ---- convolutions -------------------------------------------------------------------------------------
 
     def convolve(self, step: Convolve, is_uneven: bool) -> None:
-        build = self.build
-        source = build.place(step.source) if step.norm is None else self.normalized(step)
+        builder = self.builder
+        source = builder.place(step.source) if step.norm is None else self.normalized(step)
         convolve = self.convolution(step)
         if step.shortcut is None:
-            build.bury(step)
-            result = build.new(step.result)
+            builder.free_after(step)
+            result = builder.new(step.result)
 
             def call(places: Places) -> None:
                 places[result] = convolve(places, places[source])
 
-            build.emit("convolution", call)
+            builder.emit("convolution", call)
             return
-        shortcut = build.place(step.shortcut)
-        owns_shortcut = build.may_overwrite(step, step.shortcut)
+        shortcut = builder.place(step.shortcut)
+        owns_shortcut = builder.may_overwrite(step, step.shortcut)
         if step.then is None or is_uneven:
-            build.bury(step)
-            result = build.new(step.result)
+            builder.free_after(step)
+            result = builder.new(step.result)
 
             def call_and_add(places: Places) -> None:
                 branch = convolve(places, places[source])
                 places[result] = branch + places[shortcut]
 
-            build.emit("convolution, add", call_and_add)
+            builder.emit("convolution, add", call_and_add)
             return
-        norm = self.norm(step.then, build.shapes[step.result], True)
-        build.bury(step)
-        result, following = build.new(step.result), build.new(normalized(step.result))
+        norm = self.norm(step.then, builder.shapes[step.result], True)
+        builder.free_after(step)
+        result, following = builder.new(step.result), builder.new(normalized(step.result))
 
         def call_and_normalize(places: Places) -> None:
             branch, total = convolve(places, places[source]), places[shortcut]
@@ -167,14 +167,14 @@ class _Lowering:
             norm(places, branch, total, branch)
             places[result], places[following] = total, branch
 
-        build.emit("convolution, add_group_norm_act", call_and_normalize)
+        builder.emit("convolution, add_group_norm_act", call_and_normalize)
 
     def convolution(self, step: Convolve) -> Callable[[Places, Tensor], Tensor]:
         """Return what convolves a tensor with the weights that stand in their place."""
         convolution, number = step.convolution, self.numbers[step.convolution]
         stride, padding, dilation = convolution.geometry
-        shape = self.build.shapes[step.source]
-        pad = self.build.pad_before(step, self.setting)
+        shape = self.builder.shapes[step.source]
+        pad = self.builder.pad_before(step, self.setting)
         dtype = None if self.setting.dtype == self.dtype or step.source != IMAGES else self.dtype
         direct = _direct_arguments(self.setting, shape)
 
@@ -194,29 +194,29 @@ class _Lowering:
 
     def normalized(self, step: Convolve | Normalize) -> int:
         """Return the place of the normalized source, in the place of the source itself where that is free."""
-        build, value = self.build, normalized(step.source)
+        builder, value = self.builder, normalized(step.source)
         assert step.norm is not None
-        if build.has(value):
-            return build.place(value)
-        source = build.place(step.source)
-        norm = self.norm(step.norm, build.shapes[step.source], False)
-        if build.may_overwrite(step, step.source):
-            place = build.move(value, step.source)
+        if builder.has(value):
+            return builder.place(value)
+        source = builder.place(step.source)
+        norm = self.norm(step.norm, builder.shapes[step.source], False)
+        if builder.may_overwrite(step, step.source):
+            place = builder.move(value, step.source)
 
             def call_in_place(places: Places) -> None:
                 x = places[place]
                 norm(places, x, None, x)
 
-            build.emit("group_norm_act", call_in_place)
+            builder.emit("group_norm_act", call_in_place)
             return place
-        result = build.new(value)
+        result = builder.new(value)
 
         def call(places: Places) -> None:
             x = places[source]
             places[result] = made = torch.empty_like(x)
             norm(places, x, None, made)
 
-        build.emit("group_norm_act", call)
+        builder.emit("group_norm_act", call)
         return result
 
     def norm(self, norm: GroupNormActivation, shape: Shape, adds: bool) -> Norm:
@@ -243,21 +243,21 @@ class _Lowering:
         return launch
 
     def join(self, step: Join) -> None:
-        build = self.build
-        norm = self.norm(step.norm, build.shapes[step.source], False)
+        builder = self.builder
+        norm = self.norm(step.norm, builder.shapes[step.source], False)
         name = activation_name(step.activation)
         assert name is not None
         activate = torch.relu_ if name == "relu" else ACTIVATIONS[name]
-        source, shortcut = build.place(step.source), build.place(step.shortcut)
-        result = build.move(step.result, step.source)
-        build.bury(step)
+        source, shortcut = builder.place(step.source), builder.place(step.shortcut)
+        result = builder.move(step.result, step.source)
+        builder.free_after(step)
 
         def call(places: Places) -> None:
             x = places[source]
             norm(places, x, None, x)
             places[result] = activate(x + places[shortcut])
 
-        build.emit("group_norm_act, add", call)
+        builder.emit("group_norm_act, add", call)
 
 
 def _norm_by_operator(norm: GroupNormActivation, adds: bool) -> Norm:

@@ -87,11 +87,11 @@ class GraphedPlan:
         self._lock = threading.Lock()
         with torch.inference_mode(False), torch.no_grad():
             self._images = images.clone(memory_format=torch.channels_last)
-            _here.records = True
+            _thread_state.is_recording = True
             try:
                 self._recording = recorder(lambda: run(self._images))
             finally:
-                _here.records = False
+                _thread_state.is_recording = False
 
     def execute(self, images: Tensor) -> Results:
         """Compute the network; return the wanted outputs and the result, in new memory."""
@@ -103,18 +103,18 @@ class GraphedPlan:
             return [copies[id(x)] for x in outputs], copies[id(result)]
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     """What this thread is at."""
 
-    records = False
+    is_recording = False
 
 
-_here = _Here()
+_thread_state = _ThreadState()
 
 
 def is_recorded_by_others() -> bool:
     """Whether somebody else records the current stream: a user, or ``torch.compile``."""
-    return is_capturing() and not _here.records
+    return is_capturing() and not _thread_state.is_recording
 
 
 def may_replay() -> bool:

@@ -43,7 +43,7 @@ _held = itemgetter(*HOOKS, "_modules")
 _weight, _bias = itemgetter("weight"), itemgetter("bias")
 
 
-class Structure:
+class StructureGuard:
     """The modules of a network: which they are, that nobody has to do with them, how they are set.
 
     bitfast's own modules announce what is set on them; others are looked at in each pass.
@@ -74,17 +74,17 @@ class Structure:
             and all(self._hooked)
             and self._children == self._children_then
             and self._orders_now() == self._orders_then
-            and self._others.hold()
-            and self._announced_hold()
+            and self._others.holds()
+            and self._announced_holds()
         )
 
     def _orders_now(self) -> list[list[str]]:
         return list(map(list, map(_children, self._sequences)))
 
-    def _announced_hold(self) -> bool:
+    def _announced_holds(self) -> bool:
         generation = kept_weights.generation
         if generation != self._generation:
-            if not self._announcing.hold():
+            if not self._announcing.holds():
                 return False
             self._generation = generation
         return True
@@ -106,7 +106,7 @@ class _States:
         ]
         self._settings_then = [list(map(getter, own)) for getter, own in self._settings]
 
-    def hold(self) -> bool:
+    def holds(self) -> bool:
         """Whether they are and hold what they did."""
         return (
             list(map(type, self._modules)) == self._types
@@ -118,7 +118,7 @@ class _States:
         )
 
 
-class Parameters:
+class ParameterGuard:
     """The parameters that a plan has prepared itself for: the same objects, not changed.
 
     The parameters of norms may change, as they are read in each pass; only others must not take their place.
@@ -163,7 +163,7 @@ class Parameters:
         ):  # else nobody knows what was dropped meanwhile
             self._sources = list(map(kept_weights.source_of, self._weights))
 
-    def hold(self) -> bool:
+    def holds(self) -> bool:
         """Whether they are what they were."""
         try:
             return self._are_there() and self._are_unchanged()
@@ -219,4 +219,4 @@ def outer_modules(network: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Mod
     return found
 
 
-__all__ = ["Parameters", "Structure", "outer_modules"]
+__all__ = ["ParameterGuard", "StructureGuard", "outer_modules"]

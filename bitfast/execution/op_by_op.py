@@ -17,14 +17,14 @@ from bitfast.activations import activation_name
 from bitfast.blocks import add_to_shortcut
 from bitfast.execution.steps import (
     IMAGES,
-    Call,
+    CallModule,
     Convolve,
     Join,
     Normalize,
     Pool,
     Step,
     Steps,
-    Zeros,
+    ZeroPad,
     last_reads,
     normalized,
 )
@@ -93,7 +93,7 @@ def _compute_step(step: Step, values: dict[int, Tensor], weights: Weights) -> No
         values[step.result] = step.activation(add_to_shortcut(branch, values[step.shortcut]))
     elif isinstance(step, Pool):
         values[step.result] = step.pooler.with_zeros(values[step.source], step.zeros)
-    elif isinstance(step, Zeros):
+    elif isinstance(step, ZeroPad):
         values[step.result] = F.pad(values[step.source], (step.zeros,) * 4)
     else:
         values[step.result] = _call(step, values[step.source])
@@ -149,7 +149,7 @@ def _through(drop_path: nn.Module | None, branch: Tensor) -> Tensor:
     return branch if is_idle else drop_path(branch)  # type: ignore[misc]
 
 
-def _call(step: Call, x: Tensor) -> Tensor:
+def _call(step: CallModule, x: Tensor) -> Tensor:
     if step.options is None:
         return step.module(x)
     return checkpoint(step.module, x, **step.options)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from bitfast.backends import why_unavailable
 from bitfast.execution import cpu, cuda, op_by_op
 from bitfast.execution.graph import GraphedPlan, Recorder, Results
-from bitfast.execution.guard import Parameters
+from bitfast.execution.guard import ParameterGuard
 from bitfast.execution.program import Program
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, shapes_of
-from bitfast.execution.steps import Block, Call, Convolve, Join, Step, Steps
+from bitfast.execution.steps import Block, CallModule, Convolve, Join, Step, Steps
 from bitfast.execution.weights import standardized_weights
 from bitfast.memory import keep_freed_memory
 from bitfast.ops.norm_convolution import uses_norm_convolution
@@ -105,7 +105,7 @@ class Plan:
     def __init__(
         self,
         steps: Steps,
-        parameters: Parameters,
+        parameters: ParameterGuard,
         setting: Setting,
         request: Request,
         lowering: Lowering,
@@ -120,11 +120,11 @@ class Plan:
         # What a stage without blocks returns is its input.
         self._repeated = [wanted.index(v) for v in values] if len(wanted) < len(values) else None
         parameters.note_what_is_kept()
-        self.calls_modules = any(isinstance(part, _Called) for part in self.parts)
+        self.calls_modules = any(isinstance(part, _ModulePart) for part in self.parts)
 
     def holds(self) -> bool:
         """Whether the parameters are those that the plan was made for."""
-        return self._parameters.hold()
+        return self._parameters.holds()
 
     def graphed(self, images: Tensor, recorder: Recorder) -> GraphedPlan:
         """Return what runs the plan as a CUDA graph."""
@@ -160,7 +160,7 @@ class Part(Protocol):
         """Return the wanted outputs among the values of the blocks, and the last of these."""
 
 
-class _Programmed:
+class _ProgramPart:
     """Blocks whose input is known beforehand."""
 
     def __init__(self, program: Program, is_last_wanted: bool) -> None:
@@ -171,7 +171,7 @@ class _Programmed:
         return results[: self._wanted], results[-1]
 
 
-class _Sliced:
+class _SlicedPart:
     """Blocks that a few images go through at a time.
 
     Their feature maps are then still in a cache when the next layer reads them, and small enough for the memory
@@ -194,7 +194,7 @@ class _Sliced:
         return results[: self._wanted], results[-1]
 
 
-class _Called:
+class _ModulePart:
     """A module that somebody has to do with."""
 
     def __init__(self, module: nn.Module, is_wanted: bool) -> None:
@@ -205,12 +205,12 @@ class _Called:
         return [x] if self._is_wanted else [], x
 
 
-class _Adaptive:
+class _LatePart:
     """Blocks after such a module, whose output may be anything: lowered when it is there."""
 
     def __init__(self, planner: _Planner, blocks: Sequence[Block]) -> None:
         self._planner, self._blocks = planner, blocks
-        self._programs: dict[Shape, _Programmed] = {}
+        self._programs: dict[Shape, _ProgramPart] = {}
 
     def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         setting = self._planner.setting
@@ -220,7 +220,7 @@ class _Adaptive:
         shape = tuple(x.shape)
         part = self._programs.get(shape)
         if part is None:
-            part = self._planner.programmed(self._blocks, shape)
+            part = self._planner.program_part(self._blocks, shape)
             self._programs[shape] = part
         return part.execute(x.contiguous(memory_format=torch.channels_last))
 
@@ -246,32 +246,34 @@ class _Planner:
         early = self.early_blocks()
         size = self.images_at_a_time(early) if early else self.setting.shape[0]
         if size < self.setting.shape[0]:
-            parts.append(self.sliced(early, size))
+            parts.append(self.sliced_part(early, size))
             shape = self.shape_after(early, tuple(self.setting.shape))
             blocks = blocks[len(early) :]
-        for calls, group in itertools.groupby(blocks, lambda block: isinstance(block[0], Call)):
+        for calls, group in itertools.groupby(
+            blocks, lambda block: isinstance(block[0], CallModule)
+        ):
             members = list(group)
             if calls:
-                parts += [self.called(*block) for block in members]
+                parts += [self.module_part(*block) for block in members]
                 shape = None
             elif shape is None:
-                parts.append(_Adaptive(self, members))
+                parts.append(_LatePart(self, members))
             else:
-                parts.append(self.programmed(members, shape))
+                parts.append(self.program_part(members, shape))
         return parts
 
-    def programmed(self, blocks: Sequence[Block], shape: Shape) -> _Programmed:
+    def program_part(self, blocks: Sequence[Block], shape: Shape) -> _ProgramPart:
         kept = self.kept(blocks)
-        return _Programmed(self.program(blocks, shape, kept), self.is_wanted(kept[-1]))
+        return _ProgramPart(self.program(blocks, shape, kept), self.is_wanted(kept[-1]))
 
     def program(self, blocks: Sequence[Block], shape: Shape, kept: Sequence[int]) -> Program:
         source = blocks[0][0].source
         shared = (source, *self.steps.outputs)  # a hook may hold what a module has returned
         return self.lowering.lower(blocks, source, shape, kept, shared, self.setting)
 
-    def called(self, step: Step) -> _Called:
-        assert isinstance(step, Call)
-        return _Called(step.module, self.is_wanted(step.result))
+    def module_part(self, step: Step) -> _ModulePart:
+        assert isinstance(step, CallModule)
+        return _ModulePart(step.module, self.is_wanted(step.result))
 
     def kept(self, blocks: Sequence[Block]) -> list[int]:
         """Return the wanted values that the blocks make, and the last one that they make."""
@@ -295,7 +297,7 @@ class _Planner:
         """Return the blocks of high resolution, if a batch may be cut before them."""
         early = [self.steps.stem, *itertools.chain(*self.steps.stages[:STAGES_IN_SLICES])]
         may_be_cut = self.lowering.IMAGES_IN_SLICES and self.steps.stages and self.steps.stages[0]
-        if not may_be_cut or any(isinstance(step, Call) for block in early for step in block):
+        if not may_be_cut or any(isinstance(step, CallModule) for block in early for step in block):
             return []  # whoever watches a module sees it called once
         return early
 
@@ -309,14 +311,14 @@ class _Planner:
         steps = [step for block in blocks for step in block]
         return shapes_of(steps, steps[0].source, shape)[steps[-1].result]
 
-    def sliced(self, blocks: Sequence[Block], size: int) -> _Sliced:
+    def sliced_part(self, blocks: Sequence[Block], size: int) -> _SlicedPart:
         count, *rest = self.setting.shape
         kept = self.kept(blocks)
         program = self.program(blocks, (size, *rest), kept)
         remainder = None
         if count % size:
             remainder = self.program(blocks, (count % size, *rest), kept)
-        return _Sliced(size, program, remainder, self.is_wanted(kept[-1]))
+        return _SlicedPart(size, program, remainder, self.is_wanted(kept[-1]))
 
 
 def _slice_bytes(setting: Setting) -> int:
@@ -356,7 +358,7 @@ def make_plan(
     if not all(convolution.keeps_weight() for convolution in steps.convolutions()):
         return None
     steps = steps.up_to(request.last, (), request.is_normed)
-    parameters = Parameters(steps, lowering.NEEDS_ADDRESSES_OF_NORMS)
+    parameters = ParameterGuard(steps, lowering.NEEDS_ADDRESSES_OF_NORMS)
     if not parameters.may_be_kept or _drops_paths(steps):
         return None
     keep_freed_memory()

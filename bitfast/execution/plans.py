@@ -21,7 +21,7 @@ from bitfast.execution.graph import (
     is_recorded_by_others,
     may_replay,
 )
-from bitfast.execution.guard import Structure, outer_modules
+from bitfast.execution.guard import StructureGuard, outer_modules
 from bitfast.execution.plan import Plan, Request, make_plan
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, shapes_of
@@ -41,7 +41,7 @@ class _Reading(NamedTuple):
     """A network as it was read, and the plans that were made of it."""
 
     steps: Steps | None
-    structure: Structure
+    structure: StructureGuard
     recomputations: list[Any]
     plans: OrderedDict[PlanKey, Plan]
     owners: tuple[list[dict[str, Any]], list[str]]
@@ -156,7 +156,7 @@ class Plans:
                 else [*steps.read, *steps.unusual]
             )
             reading = _Reading(
-                steps, Structure(inner, outer), recomputations, OrderedDict(), _owners(network)
+                steps, StructureGuard(inner, outer), recomputations, OrderedDict(), _owners(network)
             )
             self._reading = reading
         return reading

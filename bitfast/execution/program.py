@@ -17,7 +17,7 @@ from bitfast.layers import DynamicPad2d
 Places: TypeAlias = list[Any]
 """What a running program holds; values that are never alive together share a place."""
 
-Run: TypeAlias = Callable[[Places], None]
+Call: TypeAlias = Callable[[Places], None]
 
 INPUT, NOTHING, UNUSED, RESERVED = 0, 1, 2, 3
 """The first places: the program's input, None, what nobody reads, and the first that a lowering may reserve."""
@@ -33,7 +33,7 @@ class Program(NamedTuple):
         outputs: The places of what is returned.
     """
 
-    calls: tuple[Run, ...]
+    calls: tuple[Call, ...]
     names: tuple[str, ...]
     places: int
     outputs: tuple[int, ...]
@@ -49,7 +49,7 @@ class Program(NamedTuple):
         return [places[place] for place in self.outputs]
 
 
-class Builder:
+class ProgramBuilder:
     """Lays out a program: where each value stands, how long, and who may overwrite it.
 
     A call reads its places before it writes to any, so that what a step reads for the last time may be buried
@@ -76,7 +76,7 @@ class Builder:
         self.shapes: dict[int, Shape] = {source: shape}
         self._kept = kept
         self._shared = shared
-        self._calls: list[Run] = []
+        self._calls: list[Call] = []
         self._names: list[str] = []
         self._places: dict[int, int] = {source: INPUT}
         self._moments: dict[int, int] = {}
@@ -84,7 +84,7 @@ class Builder:
         self._size = RESERVED + reserved
         self._dead = dict(zip(map(id, steps), last_reads(steps, set(kept)), strict=True))
 
-    def emit(self, name: str, call: Run) -> None:
+    def emit(self, name: str, call: Call) -> None:
         """Append a call."""
         self._calls.append(call)
         self._names.append(name)
@@ -161,15 +161,15 @@ class Builder:
         """Free a place that was taken."""
         self._free.append(place)
 
-    def dies(self, step: Step, value: int) -> bool:
+    def is_last_read(self, step: Step, value: int) -> bool:
         """Whether nobody reads a value after a step."""
         return value in self._dead[id(step)]
 
     def may_overwrite(self, step: Step, value: int) -> bool:
         """Whether a step may write over a value."""
-        return self.dies(step, value) and value not in self._shared
+        return self.is_last_read(step, value) and value not in self._shared
 
-    def bury(self, step: Step) -> None:
+    def free_after(self, step: Step) -> None:
         """Free the places of what nobody reads after a step."""
         for value in self._dead[id(step)]:
             self.free(value)
@@ -186,4 +186,4 @@ class Builder:
         return Program(tuple(self._calls), tuple(self._names), self._size, outputs)
 
 
-__all__ = ["NOTHING", "RESERVED", "UNUSED", "Builder", "Places", "Program", "Run"]
+__all__ = ["NOTHING", "RESERVED", "UNUSED", "Call", "Places", "Program", "ProgramBuilder"]

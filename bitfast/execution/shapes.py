@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitfast.blocks import check_summands
-from bitfast.execution.steps import Call, Convolve, Join, Pool, Step, Zeros
+from bitfast.execution.steps import CallModule, Convolve, Join, Pool, Step, ZeroPad
 from bitfast.layers import DynamicPad2d, WeightStandardizedConv2d, pair_of
 from bitfast.ops.same_padding import same_padding
 from bitfast.pooling import MaxPool2d
@@ -31,9 +31,9 @@ def shape_after(step: Step, source: Shape) -> Shape:
         return (images, step.convolution.weight.shape[0], *_convolved(step.convolution, size))
     if isinstance(step, Pool):
         return (images, channels, *_pooled(step.pooler, step.zeros, size))
-    if isinstance(step, Zeros):
+    if isinstance(step, ZeroPad):
         return (images, channels, *padded_size(size, (step.zeros,) * 4))
-    if isinstance(step, Call):
+    if isinstance(step, CallModule):
         raise TypeError(
             f"what {type(step.module).__name__} returns is not known before it is called"
         )

@@ -58,7 +58,7 @@ class Normalize(NamedTuple):
     result: int
 
 
-class Zeros(NamedTuple):
+class ZeroPad(NamedTuple):
     """``result`` is the source with so many zeros on all four sides."""
 
     source: int
@@ -86,7 +86,7 @@ class Join(NamedTuple):
     result: int
 
 
-class Call(NamedTuple):
+class CallModule(NamedTuple):
     """``result = module(source)``: somebody else has a say in what is computed.
 
     ``options``: of ``torch.utils.checkpoint.checkpoint``, if the backward pass is to compute it again.
@@ -98,7 +98,7 @@ class Call(NamedTuple):
     options: dict[str, Any] | None = None
 
 
-Step: TypeAlias = Convolve | Normalize | Zeros | Pool | Join | Call
+Step: TypeAlias = Convolve | Normalize | ZeroPad | Pool | Join | CallModule
 Block: TypeAlias = tuple[Step, ...]
 """The steps of a stem, of a residual block, or of the final norm."""
 
@@ -169,14 +169,14 @@ class Steps(NamedTuple):
         has a block."""
         return (
             all(self.stages)
-            and not any(isinstance(step, Call) for step in self.all())
+            and not any(isinstance(step, CallModule) for step in self.all())
             and all(convolution.keeps_weight() for convolution in self.convolutions())
         )
 
     def calls_none_from(self, stage: int) -> bool:
         """Whether everything after so many stages consists of steps that nobody sees."""
         later = [step for blocks in self.stages[stage:] for block in blocks for step in block]
-        return not any(isinstance(step, Call) for step in (*later, *self.norm))
+        return not any(isinstance(step, CallModule) for step in (*later, *self.norm))
 
     def up_to(self, last: int, cuts: Iterable[int], is_normed: bool) -> Steps:
         """Return the steps of the stem and the first stages.
@@ -234,7 +234,7 @@ class _Reader:
         norm: nn.Module,
         containers: Sequence[nn.Module],
     ) -> Steps | None:
-        if not self.reads(*containers):
+        if not self.can_read(*containers):
             return None
         stem_steps, x = self.stem(stem)
         outputs = [x]
@@ -246,7 +246,7 @@ class _Reader:
                 blocks[-1].append(steps)
             outputs.append(x)
         final, result = self.final_norm(norm, x)
-        self.announce_norms(blocks, final)
+        self.note_following_norms(blocks, final)
         return Steps(
             stem_steps,
             tuple(map(tuple, blocks)),
@@ -264,7 +264,7 @@ class _Reader:
 
     # ---- what is as written ----------------------------------------------------------------------
 
-    def reads(self, *modules: nn.Module | None) -> bool:
+    def can_read(self, *modules: nn.Module | None) -> bool:
         """Whether all these modules run as written."""
         for module in modules:
             if module is None:
@@ -275,34 +275,36 @@ class _Reader:
             self.seen.append(module)
         return True
 
-    def reads_convolution(self, convolution: nn.Module) -> bool:
+    def can_read_convolution(self, convolution: nn.Module) -> bool:
         return (
             is_plain(convolution, WeightStandardizedConv2d)
             and (convolution.pad is None or is_plain(convolution.pad, DynamicPad2d))
-            and self.reads(convolution, convolution.pad)
+            and self.can_read(convolution, convolution.pad)
             and convolution.is_simple()
         )
 
-    def reads_norm(self, norm: nn.Module) -> bool:
+    def can_read_norm(self, norm: nn.Module) -> bool:
         return (
             is_plain(norm, GroupNormActivation)
-            and self.reads(norm)
+            and self.can_read(norm)
             and norm.has_scale_and_shift()
-            and self.reads(norm.activation)
+            and self.can_read(norm.activation)
             and norm.fused_activation() is not None
         )
 
-    def reads_drop_path(self, block: ResidualBlock) -> bool:
-        return type(block.drop_path) in block.idle_in_inference and self.reads(block.drop_path)
+    def can_read_drop_path(self, block: ResidualBlock) -> bool:
+        return type(block.drop_path) in block.idle_in_inference and self.can_read(block.drop_path)
 
-    def reads_downsample(self, downsample: BitDownsampleConv | None) -> bool:
+    def can_read_downsample(self, downsample: BitDownsampleConv | None) -> bool:
         if downsample is None:
             return True
-        if type(downsample) is not BitDownsampleConv or not self.reads(downsample, downsample.norm):
+        if type(downsample) is not BitDownsampleConv or not self.can_read(
+            downsample, downsample.norm
+        ):
             return False
         is_normed = type(downsample.norm) is not nn.Identity
-        return self.reads_convolution(downsample.conv) and (
-            not is_normed or self.reads_norm(downsample.norm)
+        return self.can_read_convolution(downsample.conv) and (
+            not is_normed or self.can_read_norm(downsample.norm)
         )
 
     # ---- the stem ----------------------------------------------------------------------------------
@@ -311,21 +313,21 @@ class _Reader:
         """Return the steps of a stem and the value that they make."""
         steps: list[Step] = []
         x = IMAGES
-        if not _says_its_parts(stem) or not self.reads(stem):
+        if not _parts_describe_forward(stem) or not self.can_read(stem):
             return self.call(stem, x)
         zeros = 0
         for part in stem.parts():  # type: ignore[operator]
-            if (more := zeros_of(part)) is not None and self.reads(part):
+            if (more := zeros_of(part)) is not None and self.can_read(part):
                 zeros += more
                 continue
             if zeros and not isinstance(part, MaxPool2d):
-                steps.append(Zeros(x, zeros, x := self.value()))
+                steps.append(ZeroPad(x, zeros, x := self.value()))
                 zeros = 0
-            if self.reads_convolution(part):
+            if self.can_read_convolution(part):
                 steps.append(Convolve(x, None, part, x := self.value()))
-            elif self.reads_norm(part):
+            elif self.can_read_norm(part):
                 steps.append(Normalize(x, part, x := self.value()))
-            elif is_plain(part, MaxPool2d) and self.reads(part, part.pad) and part.is_fused():
+            elif is_plain(part, MaxPool2d) and self.can_read(part, part.pad) and part.is_fused():
                 steps.append(Pool(x, zeros, part, x := self.value()))
                 zeros = 0
             else:
@@ -340,8 +342,8 @@ class _Reader:
         """Return the blocks of a stage, each with options of a checkpoint or None; else the stage itself."""
         if (
             not isinstance(stage, BitStage)
-            or not _says_its_parts(stage)
-            or not self.reads(stage)
+            or not _parts_describe_forward(stage)
+            or not self.can_read(stage)
             or not stage.calls_each_block()
         ):
             return [(stage, None)]
@@ -351,11 +353,11 @@ class _Reader:
 
     def block(self, module: nn.Module, options: dict[str, Any] | None, x: int) -> tuple[Block, int]:
         """Return the steps of a block and the value that they make."""
-        if options is None and self.reads(module):
+        if options is None and self.can_read(module):
             if is_plain(module, BitPreActivationBottleneckLayer):
-                if self.reads_preactivation(module):
+                if self.can_read_preactivation(module):
                     return self.preactivation(module, x)
-            elif is_plain(module, BitBottleneckLayer) and self.reads_bottleneck(module):
+            elif is_plain(module, BitBottleneckLayer) and self.can_read_bottleneck(module):
                 return self.bottleneck(module, x)
         return self.call(module, x, options)
 
@@ -363,15 +365,15 @@ class _Reader:
         self, module: nn.Module, x: int, options: dict[str, Any] | None = None
     ) -> tuple[Block, int]:
         result = self.value()
-        return (Call(x, module, result, options),), result
+        return (CallModule(x, module, result, options),), result
 
-    def reads_preactivation(self, block: BitPreActivationBottleneckLayer) -> bool:
+    def can_read_preactivation(self, block: BitPreActivationBottleneckLayer) -> bool:
         downsample = block.downsample
         return (
-            all(map(self.reads_norm, (block.norm1, block.norm2, block.norm3)))
-            and all(map(self.reads_convolution, (block.conv1, block.conv2, block.conv3)))
-            and self.reads_drop_path(block)
-            and self.reads_downsample(downsample)
+            all(map(self.can_read_norm, (block.norm1, block.norm2, block.norm3)))
+            and all(map(self.can_read_convolution, (block.conv1, block.conv2, block.conv3)))
+            and self.can_read_drop_path(block)
+            and self.can_read_downsample(downsample)
             and (downsample is None or type(downsample.norm) is nn.Identity)
         )
 
@@ -389,14 +391,14 @@ class _Reader:
         ]
         return tuple(steps), result
 
-    def reads_bottleneck(self, block: BitBottleneckLayer) -> bool:
+    def can_read_bottleneck(self, block: BitBottleneckLayer) -> bool:
         return (
-            all(map(self.reads_norm, (block.norm1, block.norm2, block.norm3)))
+            all(map(self.can_read_norm, (block.norm1, block.norm2, block.norm3)))
             and block.norm3.fused_activation() == "none"
-            and all(map(self.reads_convolution, (block.conv1, block.conv2, block.conv3)))
-            and self.reads_drop_path(block)
-            and self.reads_downsample(block.downsample)
-            and self.reads(block.activation)
+            and all(map(self.can_read_convolution, (block.conv1, block.conv2, block.conv3)))
+            and self.can_read_drop_path(block)
+            and self.can_read_downsample(block.downsample)
+            and self.can_read(block.activation)
             and activation_name(block.activation) is not None
         )
 
@@ -423,14 +425,14 @@ class _Reader:
     # ---- the norms between -----------------------------------------------------------------------------
 
     def final_norm(self, norm: nn.Module, x: int) -> tuple[Block, int]:
-        if type(norm) is nn.Identity and self.reads(norm):
+        if type(norm) is nn.Identity and self.can_read(norm):
             return (), x
-        if self.reads_norm(norm):
+        if self.can_read_norm(norm):
             result = self.value()
             return (Normalize(x, norm, result),), result  # type: ignore[arg-type]
         return self.call(norm, x)
 
-    def announce_norms(self, stages: list[list[Block]], final: Block) -> None:
+    def note_following_norms(self, stages: list[list[Block]], final: Block) -> None:
         """Tell the last step of each block which norm reads its result next."""
         places = [(blocks, k) for blocks in stages for k in range(len(blocks))]
         followers = [*(blocks[k] for blocks, k in places[1:]), final]
@@ -453,7 +455,7 @@ def shrinks(convolution: WeightStandardizedConv2d) -> bool:
     )
 
 
-def _says_its_parts(module: nn.Module) -> bool:
+def _parts_describe_forward(module: nn.Module) -> bool:
     """Whether the class that says what the module consists of is the one that says how it runs."""
     definers = [
         next((cls for cls in type(module).__mro__ if name in vars(cls)), None)

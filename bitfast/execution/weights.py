@@ -43,7 +43,7 @@ def recorded_weights(
     together = [
         convolution
         for convolution in convolutions
-        if _is_there(convolution) and standardizes_together(convolution.weight)
+        if _has_plain_weight(convolution) and standardizes_together(convolution.weight)
     ]
     by_eps: dict[float, list[WeightStandardizedConv2d]] = {}
     for convolution in together:
@@ -69,7 +69,7 @@ def standardized_weights(
     # Neither a compiler nor the replay of a graph sees whether parameters change.
     if torch.compiler.is_compiling() or is_capturing():
         return recorded_weights(convolutions, channels_last)
-    plain = [convolution for convolution in convolutions if _is_there(convolution)]
+    plain = [convolution for convolution in convolutions if _has_plain_weight(convolution)]
     recorded: list[WeightStandardizedConv2d] = []
     others: list[WeightStandardizedConv2d] = []
     for convolution in plain:
@@ -117,7 +117,7 @@ def _keep(
     """Standardize the weights of these convolutions, each once, and keep the results."""
     weights = list(dict.fromkeys(convolution.weight for convolution in convolutions))
     sources = [Source.of(weight) for weight in weights]
-    standardized = made_to_be_kept(
+    standardized = make_for_keeping(
         lambda: weight_standardization_all(weights, eps, dtype, channels_last), weights[0].device
     )
     by_weight = dict(zip(weights, standardized, strict=True))
@@ -128,7 +128,7 @@ def _keep(
     return {convolution: by_weight[convolution.weight] for convolution in convolutions}
 
 
-def made_to_be_kept(make: Callable[[], Made], device: torch.device) -> Made:
+def make_for_keeping(make: Callable[[], Made], device: torch.device) -> Made:
     """Return what ``make`` returns, of ordinary tensors that no graph's memory holds, complete for all streams.
 
     No graph may be recorded meanwhile.
@@ -155,7 +155,7 @@ def made_to_be_kept(make: Callable[[], Made], device: torch.device) -> Made:
         return other_thread.submit(make_elsewhere).result()
 
 
-def _is_there(convolution: WeightStandardizedConv2d) -> bool:
+def _has_plain_weight(convolution: WeightStandardizedConv2d) -> bool:
     """Whether the convolution's weight is a plain parameter that has contents."""
     weight = convolution._parameters.get("weight")
     return (
@@ -171,7 +171,7 @@ __all__ = [
     "Weights",
     "form_of",
     "kept_standardized",
-    "made_to_be_kept",
+    "make_for_keeping",
     "recorded_weights",
     "standardized_weights",
 ]
