@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.layers import WeightStandardizedConv2d
 
 
-class ConvolutionOwner(Announcing):
+class ConvolutionOwner(ChangeNotifier):
     """A module that notices when a convolution of its own is wrapped, and when it comes back.
 
     Who wraps one may write to its weight in ways that torch does not count, as PEFT does where it merges an
@@ -20,9 +20,9 @@ class ConvolutionOwner(Announcing):
         super().__setattr__(name, value)
         if before is not value:
             if isinstance(before, WeightStandardizedConv2d):
-                before.lend()
+                before.mark_wrapped()
             if isinstance(value, WeightStandardizedConv2d):
-                value.take_back()
+                value.mark_unwrapped()
 
 
 __all__ = ["ConvolutionOwner"]

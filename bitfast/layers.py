@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfast.activations import MODULES, activation_name
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.inference_tensors import make_ordinary
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.group_norm_act import group_norm_act
@@ -26,7 +26,7 @@ for _op in ("group_norm_act", "same_pad", "weight_standardization"):
     torch.fx.wrap(_op)  # torch.fx takes them whole: they look at shapes and dtypes
 
 
-class DynamicPad2d(Announcing):
+class DynamicPad2d(ChangeNotifier):
     """TensorFlow's "same" zeros for a window, which depend on the size of the input.
 
     Args:
@@ -70,7 +70,7 @@ class DynamicPad2d(Announcing):
         return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
 
 
-class WeightStandardizedConv2d(Announcing, nn.Conv2d):
+class WeightStandardizedConv2d(ChangeNotifier, nn.Conv2d):
     """Convolution whose filters are standardized before use.
 
     Takes the arguments of transformers' class of this name, and so those that ``torch.nn.Conv2d`` has as well.
@@ -95,7 +95,7 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
     pad: nn.Module | None
     standardizes = True
     """Whether the filters are standardized before use; else they were, for good."""
-    is_lent = False
+    is_wrapped = False
     """Whether somebody has wrapped it, who may change its weight unnoticed."""
 
     def __init__(
@@ -149,7 +149,7 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
         """Map (N, in, H, W) to (N, out, H', W')."""
         if self.pad is not None:
             x = self.pad(x)
-        if self._infers(x):
+        if self._may_use_inference_kernels(x):
             x = x.to(autocast_dtype(x) or x.dtype)
             if self.keeps_weight() and can_use_packed_weight(x, self.weight):
                 return packed_convolution(x, self.weight, self.eps, self.geometry)
@@ -159,7 +159,7 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
         """Return what the input is convolved with: the standardized weight."""
         return weight_standardization(self.weight, self.eps)
 
-    def _infers(self, x: Tensor) -> bool:
+    def _may_use_inference_kernels(self, x: Tensor) -> bool:
         """Whether the numbers may differ, by rounding, from those that record gradients.
 
         In training they may not, even where no gradients are recorded: reentrant checkpoints run a block
@@ -171,7 +171,7 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
     def is_simple(self) -> bool:
         """Whether the layer has no bias, groups or reflections, and nobody has wrapped it."""
         return (
-            not self.is_lent
+            not self.is_wrapped
             and self.bias is None
             and self.groups == 1
             and self.padding_mode == "zeros"
@@ -190,16 +190,16 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
             make_ordinary(weight)
         return True
 
-    def lend(self) -> None:
-        """Keep nothing that is computed from the weight until :meth:`take_back`."""
-        self.is_lent = True
+    def mark_wrapped(self) -> None:
+        """Keep nothing that is computed from the weight until :meth:`mark_unwrapped`."""
+        self.is_wrapped = True
 
-    def take_back(self) -> None:
+    def mark_unwrapped(self) -> None:
         """Keep it again, and nothing from before."""
         weight = self._parameters.get("weight")
-        if self.is_lent and weight is not None and not weight.is_inference():
+        if self.is_wrapped and weight is not None and not weight.is_inference():
             torch.autograd.graph.increment_version(weight)
-        self.is_lent = False
+        self.is_wrapped = False
 
     def train(self, mode: bool = True) -> WeightStandardizedConv2d:
         """Switch between training and evaluation, and forget the weight packed for inference."""
@@ -251,7 +251,7 @@ def _zeros(
     return zeros[0], zeros[1]
 
 
-class GroupNormActivation(Announcing, nn.GroupNorm):
+class GroupNormActivation(ChangeNotifier, nn.GroupNorm):
     """GroupNorm, followed by an activation, which is a child of its own.
 
     Args:
@@ -310,7 +310,7 @@ class GroupNormActivation(Announcing, nn.GroupNorm):
         return Norm(self.weight, self.bias, self.num_groups, self.eps, name)
 
 
-class DropPath(Announcing):
+class DropPath(ChangeNotifier):
     """Stochastic depth: in training, zero the whole branch of an image with probability ``drop_prob``.
 
     Huang et al., "Deep Networks with Stochastic Depth", 2016 (https://arxiv.org/abs/1603.09382).

@@ -22,7 +22,7 @@ from bitfast.network import BitEmbeddings, BitEncoder, BitStage, stage_widths
 from bitfast.watching import is_plain, runs_as_written
 
 
-class Shared(nn.Module):
+class ModelBase(nn.Module):
     """What the three have in common: initialisation, gradient checkpointing, options of a call."""
 
     config: Any
@@ -91,7 +91,7 @@ class Shared(nn.Module):
         return output_hidden_states, return_dict
 
 
-class Model(ForwardPass, Shared):
+class Model(ForwardPass, ModelBase):
     """The network without a head: feature map and its spatial mean."""
 
     output_class: ClassVar[Any] = outputs.BaseModelOutputWithPoolingAndNoAttention
@@ -186,7 +186,7 @@ class Model(ForwardPass, Shared):
         return (self.encoder,)
 
 
-class Classifier(Shared):
+class Classifier(ModelBase):
     """The network and a linear classifier on its pooled features."""
 
     output_class: ClassVar[Any] = outputs.ImageClassifierOutputWithNoAttention
@@ -267,7 +267,7 @@ class Classifier(Shared):
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-class Backbone(Shared):
+class Backbone(ModelBase):
     """The feature maps of chosen stages.
 
     Subclasses have ``stage_names`` and ``out_features``.
@@ -338,4 +338,4 @@ def may_bypass_base_model(bit: nn.Module) -> bool:
     )
 
 
-__all__ = ["Backbone", "Classifier", "Model", "Shared"]
+__all__ = ["Backbone", "Classifier", "Model", "ModelBase"]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitfast import outputs
-from bitfast.announcing import Announcing
 from bitfast.blocks import LAYERS, convolution, norm, round_to_multiple
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.configuration import BitConfig
 from bitfast.convolution_owner import ConvolutionOwner
 from bitfast.ops.common import is_autocast_on
@@ -94,7 +94,7 @@ class BitEmbeddings(ConvolutionOwner):
             )
 
 
-class BitStage(Announcing):
+class BitStage(ChangeNotifier):
     """Blocks of one width; the first of them changes the width and the resolution."""
 
     def __init__(

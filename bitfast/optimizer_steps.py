@@ -13,35 +13,35 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-class Keeper(Protocol):
+class ParameterCache(Protocol):
     """Somebody who keeps what was computed from parameters."""
 
     def drop_if_from(self, weights: set[int]) -> None:
         """Forget what was kept if any of it comes from the parameters with these ids."""
 
 
-_watching: weakref.WeakSet[Any] = weakref.WeakSet()
-_watching_lock = threading.Lock()
+_caches: weakref.WeakSet[Any] = weakref.WeakSet()
+_caches_lock = threading.Lock()
 _is_hooked = threading.Event()
 
 
-def is_shared(weight: Tensor) -> bool:
+def is_in_shared_memory(weight: Tensor) -> bool:
     """Say whether other processes may change the weight, which torch does not count here."""
     return weight.device.type == "cpu" and weight.is_shared()
 
 
-def watch_optimizers(keeper: Keeper) -> None:
-    """Let the keeper, while it lives, know of the steps of all optimizers from now on."""
-    with _watching_lock:
+def watch_optimizers(cache: ParameterCache) -> None:
+    """Let the cache, while it lives, know of the steps of all optimizers from now on."""
+    with _caches_lock:
         if not _is_hooked.is_set():
             register_optimizer_step_post_hook(_after_optimizer_step)
             _is_hooked.set()
-        _watching.add(keeper)
+        _caches.add(cache)
 
 
 def _after_optimizer_step(optimizer: Any, *_: Any) -> None:
     stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    with _watching_lock:
-        keepers = list(_watching)
-    for keeper in keepers:
-        keeper.drop_if_from(stepped)
+    with _caches_lock:
+        notified = list(_caches)
+    for cache in notified:
+        cache.drop_if_from(stepped)

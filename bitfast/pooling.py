@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.layers import DynamicPad2d, pair_of
 from bitfast.ops.same_padding import max_pool_for, same_max_pool
 from bitfast.torch_state import is_concrete
@@ -18,7 +18,7 @@ from bitfast.watching import is_plain, runs_as_written
 torch.fx.wrap("same_max_pool")  # torch.fx takes it whole: it looks at shapes and dtypes
 
 
-class MaxPool2d(Announcing, nn.MaxPool2d):
+class MaxPool2d(ChangeNotifier, nn.MaxPool2d):
     """Max-pool whose padding takes part in the maximum.
 
     Args:

@@ -39,7 +39,7 @@ NETWORK_SETTINGS = tuple(
 """What of a configuration describes the network."""
 
 
-class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
+class BitPreTrainedModel(models.ModelBase, modeling_bit.BitPreTrainedModel):
     """What the three models share, on top of ``transformers.PreTrainedModel``.
 
     Args:
@@ -81,7 +81,7 @@ class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
             **kwargs: As in transformers.
         """
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        transformers_model: Any = super(models.Shared, self)
+        transformers_model: Any = super(models.ModelBase, self)
         if hasattr(transformers_model, "_activation_checkpointing_enable"):  # transformers 5
             transformers_model._activation_checkpointing_enable(options, **kwargs)
         else:

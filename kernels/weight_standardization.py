@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import weight_standardization_tiles as kernels
-from .kept import Kept
+from .device_cache import DeviceCache
 from .launch import Launch, ceil_div, prepare
 
 WARPS = 8
@@ -220,7 +220,7 @@ def _new_table(
     )
 
 
-_tables = Kept(_new_table, most=256)
+_tables = DeviceCache(_new_table, most=256)
 
 
 def forward_all_launches(

@@ -173,7 +173,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "reflections": lambda b: setattr(b.conv2, "padding_mode", "reflect"),
     "groups": two_groups,
     "a named padding": lambda b: setattr(b.conv2, "padding", "same"),
-    "a lent convolution": lambda b: b.conv2.lend(),
+    "a lent convolution": lambda b: b.conv2.mark_wrapped(),
     "no scale": lambda b: setattr(b.norm2, "weight", None),
     "no shift": lambda b: setattr(b.norm3, "bias", None),
     "another activation": lambda b: setattr(b.norm1, "activation", nn.Tanh()),

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitfast.kernels.kept import is_capturing
+from bitfast.kernels.device_cache import is_capturing
 
 Results = tuple[list[Tensor], Tensor]
 """The wanted outputs of a plan, and its result."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.execution.steps import Convolve, Join, Normalize, Steps
 from bitfast.layers import DropPath, DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.kept_weights import kept_weights
-from bitfast.optimizer_steps import is_shared
+from bitfast.optimizer_steps import is_in_shared_memory
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -25,11 +25,11 @@ SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
     (
         WeightStandardizedConv2d,
-        attrgetter("stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_lent"),
+        attrgetter("stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_wrapped"),
     ),
     (GroupNormActivation, attrgetter("num_groups", "eps")),
     (GroupNormActivation, methodcaller("has_scale_and_shift")),
-    (Announcing, lambda module: id(module._parameters)),
+    (ChangeNotifier, lambda module: id(module._parameters)),
     (DynamicPad2d, attrgetter("kernel_size", "stride", "dilation", "value")),
     (nn.MaxPool2d, attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
     (nn.ConstantPad2d, attrgetter("padding", "value")),
@@ -63,8 +63,12 @@ class StructureGuard:
         # Where the order of children counts, which two equal dictionaries may differ in.
         self._sequences = [module for module in unique if isinstance(module, SEQUENCES)]
         self._orders_then = self._orders_now()
-        self._others = _States([module for module in unique if not isinstance(module, Announcing)])
-        self._announcing = _States([module for module in unique if isinstance(module, Announcing)])
+        self._others = _States(
+            [module for module in unique if not isinstance(module, ChangeNotifier)]
+        )
+        self._notifiers = _States(
+            [module for module in unique if isinstance(module, ChangeNotifier)]
+        )
         self._generation = kept_weights.generation
 
     def holds(self) -> bool:
@@ -75,16 +79,16 @@ class StructureGuard:
             and self._children == self._children_then
             and self._orders_now() == self._orders_then
             and self._others.holds()
-            and self._announced_holds()
+            and self._notifiers_hold()
         )
 
     def _orders_now(self) -> list[list[str]]:
         return list(map(list, map(_children, self._sequences)))
 
-    def _announced_holds(self) -> bool:
+    def _notifiers_hold(self) -> bool:
         generation = kept_weights.generation
         if generation != self._generation:
-            if not self._announcing.holds():
+            if not self._notifiers.holds():
                 return False
             self._generation = generation
         return True
@@ -143,7 +147,7 @@ class ParameterGuard:
         self._placed = [*self._weights, *((*self._scales, *self._shifts) if with_norms else ())]
         self.may_be_kept = (
             all(
-                type(w) is nn.Parameter and not w.is_inference() and not is_shared(w)
+                type(w) is nn.Parameter and not w.is_inference() and not is_in_shared_memory(w)
                 for w in self._weights
             )
             and all(isinstance(t, Tensor) for t in (*self._scales, *self._shifts))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitfast.backends import requested_backends, select_backend, use_backend
 from bitfast.inference_tensors import make_ordinary
-from bitfast.kernels.kept import is_capturing
+from bitfast.kernels.device_cache import is_capturing
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.kept_weights import Source, kept_weights

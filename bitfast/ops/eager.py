@@ -54,7 +54,7 @@ def is_unwatched() -> bool:
 Value = TypeVar("Value")
 
 
-class Bounded(dict[Hashable, Value], Generic[Value]):
+class BoundedCache(dict[Hashable, Value], Generic[Value]):
     """Keeps values by what the arguments of calls are like; when there are too many, it begins anew.
 
     Threads may share it: of two that make the same value at once, one value is kept.
@@ -73,7 +73,7 @@ class Bounded(dict[Hashable, Value], Generic[Value]):
         return value
 
 
-def is_unusual(*tensors: Tensor) -> bool:
+def has_unusual_memory(*tensors: Tensor) -> bool:
     """Say whether kernels cannot simply read at the address of a tensor.
 
     It has no memory of its own, is to be read with its sign changed, or is not aligned to 16 bytes, which takes
@@ -106,9 +106,9 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 __all__ = [
     "PLAIN_TYPES",
-    "Bounded",
+    "BoundedCache",
     "current_stream",
-    "is_unusual",
+    "has_unusual_memory",
     "is_unwatched",
     "may_launch",
     "on",

@@ -14,7 +14,14 @@ from bitfast.backends import requested_backend, select_backend
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import launch_kernels
 from bitfast.ops.derivatives import call_without_autograd, can_use_backward_kernel
-from bitfast.ops.eager import PLAIN_TYPES, Bounded, current_stream, is_unusual, is_unwatched, on
+from bitfast.ops.eager import (
+    PLAIN_TYPES,
+    BoundedCache,
+    current_stream,
+    has_unusual_memory,
+    is_unwatched,
+    on,
+)
 from bitfast.ops.group_norm_act_contract import (
     ADD_OP,
     OP,
@@ -145,8 +152,8 @@ def launch(
         _calls.keep(key, call)
     if (
         call is None
-        or is_unusual(x, weight, bias)
-        or (residual is not None and is_unusual(residual))
+        or has_unusual_memory(x, weight, bias)
+        or (residual is not None and has_unusual_memory(residual))
     ):
         return None
     if torch.is_grad_enabled() and (
@@ -166,7 +173,7 @@ def launch(
     return total, result
 
 
-class Call:
+class PreparedCall:
     """What calls of like arguments need; see :func:`launch` for the arguments."""
 
     def __init__(
@@ -277,7 +284,7 @@ class Call:
     def _takes(self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None) -> bool:
         """Say whether the tensors are such as the kernels are prepared for, and nobody watches."""
         maps = (saved[0], grad) if grad_total is None else (saved[0], grad, grad_total)
-        if not is_unwatched() or is_unusual(
+        if not is_unwatched() or has_unusual_memory(
             *maps, *saved[1:]
         ):  # with what has no memory of its own
             return False
@@ -312,7 +319,7 @@ class Call:
         return grad_x, grad_weight, grad_bias
 
 
-_calls: Bounded[Call | None] = Bounded(most=1024)
+_calls: BoundedCache[PreparedCall | None] = BoundedCache(most=1024)
 """By what the arguments are like; None where an operator is needed."""
 
 _UNKNOWN: Any = object()
@@ -331,7 +338,7 @@ def _new_call(
     num_groups: int,
     eps: float,
     activation: str,
-) -> Call | None:
+) -> PreparedCall | None:
     """Check the arguments and return what calls of their like need; None if that is an operator."""
     check(OP if residual is None else ADD_OP, x, weight, bias, num_groups, eps, activation)
     if residual is not None:
@@ -346,14 +353,14 @@ def _new_call(
         or not (weight.is_contiguous() and bias.is_contiguous())
     ):
         return None
-    return Call(x, residual is not None, weight, bias, num_groups, eps, activation)
+    return PreparedCall(x, residual is not None, weight, bias, num_groups, eps, activation)
 
 
 class GroupNormAct(torch.autograd.Function):
     """The norm as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, call: PreparedCall, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Return the result."""
         _, result, statistics = call.forward(x, None, weight, bias, keeps_statistics=True)
         ctx.call = call
@@ -372,7 +379,7 @@ class AddGroupNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+        ctx: Any, call: PreparedCall, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the sum and the result."""
         total, result, statistics = call.forward(x, residual, weight, bias, keeps_statistics=True)

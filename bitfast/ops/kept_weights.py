@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitfast.optimizer_steps import is_shared, watch_optimizers
+from bitfast.optimizer_steps import is_in_shared_memory, watch_optimizers
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair]
@@ -105,7 +105,7 @@ class KeptWeights:
             made: What was made.
             same: Whether two tensors hold the same: then other forms of the weight are looked through.
         """
-        if is_shared(weight) or not source.is_current(weight):
+        if is_in_shared_memory(weight) or not source.is_current(weight):
             return made
         watch_optimizers(self)
         with self._lock:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitfast import extension
-from bitfast.kernels.kept import is_capturing
+from bitfast.kernels.device_cache import is_capturing
 from bitfast.ops.common import launch_kernels, why_no_interpreter, why_no_triton
 from bitfast.ops.resize_normalize import Request
 from bitfast.ops.staging import upload

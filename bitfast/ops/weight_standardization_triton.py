@@ -18,7 +18,14 @@ from bitfast.ops.derivatives import (
     can_use_backward_kernel,
     differentiable_gradients,
 )
-from bitfast.ops.eager import PLAIN_TYPES, Bounded, current_stream, is_unusual, is_unwatched, on
+from bitfast.ops.eager import (
+    PLAIN_TYPES,
+    BoundedCache,
+    current_stream,
+    has_unusual_memory,
+    is_unwatched,
+    on,
+)
 from bitfast.ops.weight_buffer import pack, starts_of, unpack
 from bitfast.ops.weight_standardization_contract import (
     OP,
@@ -135,7 +142,7 @@ _FEATURES: Any = attrgetter("shape", "dtype", "device")
 _REQUIRES_GRAD: Any = attrgetter("requires_grad")
 
 
-class AllCall:
+class PreparedCallOfAll:
     """What calls with like weights need; see :func:`launch_all` for the arguments."""
 
     def __init__(
@@ -156,8 +163,8 @@ class AllCall:
         self.rows = rows
         self.results = self._places(weights, channels_last)
         self.gradients = self._places(weights, False)
-        self._forward: Bounded[Callable[..., None]] = Bounded(most=16)
-        self._backward: Bounded[Callable[..., None]] = Bounded(most=16)
+        self._forward: BoundedCache[Callable[..., None]] = BoundedCache(most=16)
+        self._backward: BoundedCache[Callable[..., None]] = BoundedCache(most=16)
 
     def _places(self, weights: Sequence[Tensor], channels_last: bool) -> list[tuple[Any, Any, Any]]:
         """Return shape, strides and offset of each weight in the buffer."""
@@ -201,7 +208,7 @@ class AllCall:
         given = [grad for grad in grads if grad is not None]
         if not can_use_backward_kernel(*given):
             return self._differentiable_gradients(weights, grads)
-        can_launch = is_unwatched() and not is_unusual(*given, statistics)
+        can_launch = is_unwatched() and not has_unusual_memory(*given, statistics)
         if not can_launch or table is None or set(map(type, given)) - PLAIN_TYPES:
             filled = [
                 torch.zeros_like(weight, dtype=self.result_dtype) if grad is None else grad
@@ -262,7 +269,7 @@ class AllCall:
         ]
 
 
-_calls: Bounded[AllCall | None] = Bounded(most=64)
+_calls: BoundedCache[PreparedCallOfAll | None] = BoundedCache(most=64)
 """By what the weights are like; None where operators are needed."""
 
 _UNKNOWN: Any = object()
@@ -275,7 +282,7 @@ def forget_calls() -> None:
 
 def _new_call(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
-) -> AllCall | None:
+) -> PreparedCallOfAll | None:
     """Check the arguments and return what calls of their like need; None if that is operators."""
     for number, weight in enumerate(weights):
         check(f"weights[{number}]", weight, eps, dtype)
@@ -287,14 +294,16 @@ def _new_call(
         or not all(w.is_contiguous(memory_format=memory_format_of(w)) for w in weights)
     ):
         return None
-    return AllCall(weights, eps, dtype, channels_last)
+    return PreparedCallOfAll(weights, eps, dtype, channels_last)
 
 
 class StandardizeAll(torch.autograd.Function):
     """The preparation of all weights as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: AllCall, table: Table, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: PreparedCallOfAll, table: Table, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return the results."""
         results, statistics = call.forward(table)
         ctx.call = call

@@ -9,7 +9,7 @@ from torch import nn
 from bitfast.ops.kept_weights import kept_weights
 
 
-class Announcing(nn.Module):
+class ChangeNotifier(nn.Module):
     """A module that lets those who have read it look again whenever one of its attributes is set or deleted."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -21,4 +21,4 @@ class Announcing(nn.Module):
         kept_weights.note_change()
 
 
-__all__ = ["Announcing"]
+__all__ = ["ChangeNotifier"]

@@ -24,7 +24,7 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class Kept(Generic[Made]):
+class DeviceCache(Generic[Made]):
     """Keeps what a function makes on a device, by its arguments, as long as they are among the latest.
 
     While a CUDA graph is recorded nothing is made, for it would be copied from the host; and what is found then
