@@ -40,7 +40,7 @@ MOST_PARTIALS = 256
 """Partial results per image and group, all of which every program of the second launch reads."""
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """How one call is cut into programs.
 
     Attributes:
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     is_wide: bool
 
 
-def plan(
+def choose_tiling(
     batch: int,
     pixels: int,
     channels: int,
@@ -75,7 +75,7 @@ def plan(
     is_channels_last: bool,
     tensors: int,
     device: Device,
-) -> Plan:
+) -> Tiling:
     """Choose the launch shapes, the same for equal arguments: nothing is tried out at run time.
 
     1. A row of a channels_last tile is 128 bytes, or one group if that is wider. It is halved while there
@@ -143,7 +143,7 @@ def plan(
         splits = min(wanted, max(MOST_PARTIALS // parts, 1), ceil_div(pixels, block_pixels))
         pixels_per_split = ceil_div(ceil_div(pixels, splits), block_pixels) * block_pixels
         splits = ceil_div(pixels, pixels_per_split)
-    return Plan(
+    return Tiling(
         is_whole,
         one_tile,
         items if one_tile else at_work if streams else items * splits,
@@ -174,11 +174,11 @@ def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) 
 # ---- launches -------------------------------------------------------------------------------------
 
 
-def _plan_for(
+def _tiling_for(
     x: Tensor, groups: int, is_channels_last: bool, tensors: int, device: Device | None
-) -> Plan:
+) -> Tiling:
     batch, channels, height, width = x.shape
-    return plan(
+    return choose_tiling(
         batch,
         height * width,
         channels,
@@ -190,7 +190,7 @@ def _plan_for(
     )
 
 
-def _constants(p: Plan, x: Tensor, groups: int, is_channels_last: bool) -> dict[str, int | bool]:
+def _constants(p: Tiling, x: Tensor, groups: int, is_channels_last: bool) -> dict[str, int | bool]:
     return {
         "GROUPS": groups,
         "PER_GROUP": x.shape[1] // groups,
@@ -246,7 +246,7 @@ def forward_launches(
     if batch == 0:
         return []
     groups, pixels = mean.shape[1] if mean is not None else groups, height * width
-    p = _plan_for(x, groups, is_channels_last, 1, device)
+    p = _tiling_for(x, groups, is_channels_last, 1, device)
     constants = _constants(p, x, groups, is_channels_last)
     has_residual = residual is not None
     sum_in_place = has_residual and (total is x or total is residual)
@@ -354,7 +354,7 @@ def backward_launches(
     if batch == 0:
         nothing = _buffers(x, (0, channels), "channel_d", "channel_dh")
         return [_parameter_launch(nothing, grad_weight, grad_bias)]
-    p = _plan_for(x, groups, is_channels_last, 2, device)
+    p = _tiling_for(x, groups, is_channels_last, 2, device)
     constants = {**_constants(p, x, groups, is_channels_last), "ACTIVATION": activation}
     has_grad_total = grad_total is not None
     sums = _buffers(x, (batch * p.splits, channels), "channel_d", "channel_dh")

@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from . import group_norm_act as planning
-from .launch import Launch, PreparedLaunch, prepare
+from .group_norm_act import backward_launches, forward_launches
+from .launch import Launch, PreparedLaunch, device_of, prepare
 
 Forward = Callable[[int, int, int, int, int, int, int, int, int], None]
 """Takes stream, x, residual, weight, bias, total, result, mean, rstd; what is missing is 0."""
@@ -62,10 +62,10 @@ def prepare_forward(
     x, residual = example(), example() if has_residual else None
     total = None if residual is None else x if sum_in_place else example()
     statistic = torch.empty(shape[0], groups, device="meta") if keeps_statistics else None
-    launches = planning.forward_launches(
+    launches = forward_launches(
         x, residual, _parameter(shape, weight_dtype), _parameter(shape, bias_dtype), eps, activation,
         is_channels_last, total=total, result=example(), mean=statistic, rstd=statistic, groups=groups,
-        device=planning.device_of(device),
+        device=device_of(device),
     )  # fmt: skip
     prepared = _prepare_all(launches, device)
     if not prepared:
@@ -146,10 +146,10 @@ def prepare_backward(
 
     weight, bias = _parameter(shape, weight_dtype), _parameter(shape, bias_dtype)
     statistic = torch.empty(shape[0], groups, device="meta")
-    launches = planning.backward_launches(
+    launches = backward_launches(
         example(), example() if has_grad_total else None, example(), weight, bias, statistic, statistic,
         activation, is_channels_last, grad_x=example(), grad_weight=weight, grad_bias=bias,
-        device=planning.device_of(device),
+        device=device_of(device),
     )  # fmt: skip
     *others, last = _prepare_all(launches, device)
     sums = _rounded(launches[-1].arguments["channel_d"].numel())

@@ -67,7 +67,7 @@ class Picture(NamedTuple):
     height_first: bool
 
 
-class Plan(NamedTuple):
+class Tables(NamedTuple):
     """What both launches are driven by, on the host: (images, FIELDS) int64, (programs, 3) int32.
 
     Addresses of the second pass that lie in the buffer between the passes count from its beginning;
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     buffer_size: int
 
 
-def plan(pictures: Sequence[Picture], window: tuple[int, int]) -> Plan:
+def tables_for(pictures: Sequence[Picture], window: tuple[int, int]) -> Tables:
     """Return the tables for a batch whose results are windows of this (height, width)."""
     channels = pictures[0].image.shape[2]
     first, second, buffered = [], [], []
@@ -110,7 +110,7 @@ def plan(pictures: Sequence[Picture], window: tuple[int, int]) -> Plan:
             tiles = _programs(rows, columns * channels)
             first_programs.append((a[6], _numbered(number, tiles)))
             size += rows * columns * channels
-    return Plan(
+    return Tables(
         torch.tensor(first, dtype=torch.int64),
         _longest_first(first_programs),
         torch.tensor(second, dtype=torch.int64),
@@ -181,7 +181,7 @@ def first_pass_launch(
     """Return the launch that resamples each image along its first axis.
 
     Args:
-        programs, segments: The first tables of a :class:`Plan`, on the device.
+        programs, segments: The first tables of a :class:`Tables`, on the device.
         starts, weights: int32, of all axes.
         intermediate: The buffer between the passes, uint8.
         channels: Of every image.
@@ -215,7 +215,7 @@ def second_pass_launch(
     """Return the launch that resamples each image along its second axis and fills the result.
 
     Args:
-        programs, segments: The second tables of a :class:`Plan`, on the device.
+        programs, segments: The second tables of a :class:`Tables`, on the device.
         starts, weights: int32, of all axes.
         values: (256, C): what each byte stands for, in the dtype of the result.
         intermediate: The buffer between the passes, uint8.

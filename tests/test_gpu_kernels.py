@@ -83,15 +83,15 @@ def pairwise_sum(values: Tensor) -> Tensor:
 
 def test_the_order_of_summation_is_as_exact_as_a_pairwise_one() -> None:
     """At full size, against float64: a pairwise sum of everything could not be told from it."""
-    plan = kernels.plan(BATCH, SIZE * SIZE, CHANNELS, GROUPS, 4, True, 2, H100)
-    assert (plan.is_whole, plan.splits) == (False, 1)
+    tiling = kernels.choose_tiling(BATCH, SIZE * SIZE, CHANNELS, GROUPS, 4, True, 2, H100)
+    assert (tiling.is_whole, tiling.splits) == (False, 1)
     errors = []
     for _ in range(4):  # draws of eight sums each
         block = draw()
         passes = block["exact z"] > 0
         terms = torch.where(passes, block["grad"] * block["h"], 0.0)
         exact = (block["grad"].double() * block["exact h"] * passes).sum((0, 1))
-        sums = sum_of_rows(sum_of_range(terms, plan.block_pixels)), pairwise_sum(terms)
+        sums = sum_of_rows(sum_of_range(terms, tiling.block_pixels)), pairwise_sum(terms)
         errors.append([float((s.double() - exact).norm()) / expected_norm(block) for s in sums])
     ours, pairwise = torch.tensor(errors).square().mean(0).sqrt()
     assert ours < 1e-6

@@ -107,11 +107,11 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
         kernels.Picture(image, axes[lines[2 * i]], axes[lines[2 * i + 1]], 0, 0, bool(i))
         for i, image in enumerate(images)
     ]
-    plan = kernels.plan(pictures, window)
-    between = torch.full((plan.buffer_size + 128,), 77, dtype=torch.uint8, device=DEVICE)
+    tables = kernels.tables_for(pictures, window)
+    between = torch.full((tables.buffer_size + 128,), 77, dtype=torch.uint8, device=DEVICE)
     inside = between[64:-64]
-    plan.second_segments[:, 0] += plan.is_buffered * inside.data_ptr()
-    segments_a, programs_a, segments_b, programs_b = (t.to(DEVICE) for t in plan[:4])
+    tables.second_segments[:, 0] += tables.is_buffered * inside.data_ptr()
+    segments_a, programs_a, segments_b, programs_b = (t.to(DEVICE) for t in tables[:4])
     kernels.first_pass_launch(
         programs_a, segments_a, starts, weights, intermediate=inside, channels=3
     ).launch()
@@ -146,9 +146,9 @@ def test_an_axis_that_stays_needs_no_pass() -> None:
     width, height = axes[line], axes[20, 7, 0, 7]
     assert width.is_unchanged
     assert width.first_input == 2
-    plan = kernels.plan([kernels.Picture(image, height, width, 0, 0, False)], (7, 5))
-    assert plan.buffer_size == 0
-    assert plan.first_programs.numel() == 0
+    tables = kernels.tables_for([kernels.Picture(image, height, width, 0, 0, False)], (7, 5))
+    assert tables.buffer_size == 0
+    assert tables.first_programs.numel() == 0
 
 
 def test_the_tables_are_those_of_the_reference(seed: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bench import traffic
 from bench.shapes import MODELS, all_weights_launch, norm_launches, shapes_of
-from bitfast.kernels.group_norm_act import plan
+from bitfast.kernels.group_norm_act import choose_tiling
 from bitfast.kernels.launch import H100
 from bitfast.ops.weight_standardization import ALIGNMENT
 
@@ -63,12 +63,12 @@ def test_weights_kept_for_inference_cost_nothing() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_norms_take_the_planned_launches(batch: int, backward: bool) -> None:
     for norm in NORMS:
-        planned = plan(
+        tiling = choose_tiling(
             batch, norm.pixels, norm.channels, 32, 2, True, tensors=1 + backward, device=H100
         )
         launches = norm_launches(norm, batch, traffic.DTYPES, backward=backward)
         # Backward, one more sums up the gradients of scale and shift.
-        assert len(launches) == (1 if planned.is_whole else 2) + backward, norm
+        assert len(launches) == (1 if tiling.is_whole else 2) + backward, norm
 
 
 def test_one_launch_at_batch_1_where_an_image_fits_in_registers() -> None:

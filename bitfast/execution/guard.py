@@ -25,7 +25,9 @@ SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
     (
         WeightStandardizedConv2d,
-        attrgetter("stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_wrapped"),
+        attrgetter(
+            "stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_wrapped"
+        ),
     ),
     (GroupNormActivation, attrgetter("num_groups", "eps")),
     (GroupNormActivation, methodcaller("has_scale_and_shift")),

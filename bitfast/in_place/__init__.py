@@ -64,9 +64,11 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     _require_module("accelerate", model)
     if any(map(is_changed, model.modules())):
         restore(model)
-    from bitfast.in_place.plan import plan  # when it is needed, not with every import of bitfast
+    from bitfast.in_place.planning import (
+        plan_changes,  # when it is needed, not with every import of bitfast
+    )
 
-    changes, left = plan(model)
+    changes, left = plan_changes(model)
     if not any(change.becomes is WeightStandardizedConv2d for change in changes.values()):
         raise ValueError(_nothing_found(model, left))
     for module, change in changes.items():

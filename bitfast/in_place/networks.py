@@ -20,7 +20,7 @@ Recipes = Mapping[str, Callable[[Any, Planned], Outcome]]
 """By the full name of a class: what plans for a module of it, given the changes planned so far."""
 
 
-def network(module: nn.Module, runner: type[nn.Module], **attributes: Any) -> Change:
+def network_change(module: nn.Module, runner: type[nn.Module], **attributes: Any) -> Change:
     """Return the change of a network that is to run as ``runner`` says, a subclass of ForwardPass.
 
     Args:
@@ -54,4 +54,4 @@ def _new(cls: type[nn.Module], runner: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-__all__ = ["Recipes", "network", "subclass_run_by"]
+__all__ = ["Recipes", "network_change", "subclass_run_by"]

@@ -15,7 +15,7 @@ from bitfast.blocks import BitBottleneckLayer
 from bitfast.execution.forward_pass import ForwardPass, Request
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, UnsuitableError, require
-from bitfast.in_place.networks import Recipes, network
+from bitfast.in_place.networks import Recipes, network_change
 from bitfast.in_place.parts import Outcome, Planned, qualified_name
 from bitfast.layers import DynamicPad2d, GroupNormActivation
 from bitfast.network import BitStage
@@ -206,7 +206,7 @@ def _resnet(module: Any, planned: Planned) -> Outcome:
     changes = _stem_pool(dict(module.stem.named_children()), planned)
     if is_plain(module.stem, nn.Sequential) and "forward" not in module.stem.__dict__:
         changes[module.stem] = Change(TimmStem)
-    return {**changes, module: network(module, TimmNetwork)}
+    return {**changes, module: network_change(module, TimmNetwork)}
 
 
 def _features(module: Any, planned: Planned) -> Outcome:
@@ -232,7 +232,7 @@ def _features(module: Any, planned: Planned) -> Outcome:
         "rest_of_stem": TimmStem(*(module[name] for name in in_stem[count:])),
         "nothing": nn.Identity(),
     }
-    return {**changes, module: network(module, TimmFeatures, **attributes)}
+    return {**changes, module: network_change(module, TimmFeatures, **attributes)}
 
 
 _NONE = Change(nn.Module)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitfast.execution.forward_pass import ForwardPass, Request
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, require
-from bitfast.in_place.networks import Recipes, network
+from bitfast.in_place.networks import Recipes, network_change
 from bitfast.in_place.parts import Outcome, Planned
 from bitfast.layers import DropPath
 from bitfast.network import BitEmbeddings, BitStage
@@ -120,7 +120,7 @@ def _model(module: Any, planned: Planned) -> Outcome:
     require(_is_encoder(module.encoder), f"its encoder is a {type(module.encoder).__name__}")
     require(any(stage in planned for stage in stages), "all its stages are left as they are")
     output_class = vars(sys.modules[MODULE])["BaseModelOutputWithPoolingAndNoAttention"]
-    return {module: network(module, TransformersNetwork, output_class=output_class)}
+    return {module: network_change(module, TransformersNetwork, output_class=output_class)}
 
 
 def _is_encoder(module: nn.Module) -> bool:

@@ -278,7 +278,7 @@ def _check_result(
 # ---- the contract of the kernels ----------------------------------------------------------------
 
 
-class Request(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a backend, as :data:`SIGNATURE` has them."""
 
     images: list[Tensor]
@@ -314,7 +314,7 @@ class Request(NamedTuple):
 
 
 def _fake(*arguments: Any) -> Tensor:
-    return Request(*arguments).empty_result()
+    return Arguments(*arguments).empty_result()
 
 
 def _define(
@@ -375,18 +375,18 @@ def values_of_bytes(
 
 
 def _native(*arguments: Any) -> Tensor:
-    request = Request(*arguments)
-    images = request.images
+    given = Arguments(*arguments)
+    images = given.images
     values = None
     if images[0].dtype == torch.uint8:
-        values = request.values_of_bytes()
+        values = given.values_of_bytes()
     else:
         images = [image.float() for image in images]
     pixels = torch.ops.bitfast.resize_normalize_pixels.native(
-        images, request.sizes, request.crop, request.offsets, request.resample, values,
-        request.channels_last, request.first_axes,
+        images, given.sizes, given.crop, given.offsets, given.resample, values,
+        given.channels_last, given.first_axes,
     )  # fmt: skip
-    return pixels if values is not None else request.rescale_normalize(pixels)
+    return pixels if values is not None else given.rescale_normalize(pixels)
 
 
 def _fake_pixels(
@@ -417,7 +417,7 @@ if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined 
 def _triton(*arguments: Any) -> Tensor:
     from bitfast.ops import resize_normalize_triton
 
-    return resize_normalize_triton.forward(Request(*arguments))
+    return resize_normalize_triton.forward(Arguments(*arguments))
 
 
 def _why_no_triton_on(device_type: str) -> str | None:

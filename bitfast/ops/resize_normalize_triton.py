@@ -11,7 +11,7 @@ from torch import Tensor
 from bitfast import extension
 from bitfast.kernels.device_cache import is_capturing
 from bitfast.ops.common import launch_kernels, why_no_interpreter, why_no_triton
-from bitfast.ops.resize_normalize import Request
+from bitfast.ops.resize_normalize import Arguments
 from bitfast.ops.staging import upload
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ Line = tuple[int, int, int, int]
 """Size before, size after, the first output that is wanted, and how many."""
 
 
-def forward(request: Request) -> Tensor:
+def forward(arguments: Arguments) -> Tensor:
     """Run ``bitfast::resize_normalize.triton``; nothing waits for the device.
 
     Raises:
@@ -48,15 +48,15 @@ def forward(request: Request) -> Tensor:
     """
     from bitfast.kernels import resize_normalize as kernels
 
-    images, crop = request.images, request.crop
+    images, crop = arguments.images, arguments.crop
     device, channels = images[0].device, images[0].shape[2]
     if is_capturing():
         raise RuntimeError(
             "resize_normalize cannot be captured in a CUDA graph: preprocess before the capture"
         )
-    lines, tops, lefts = _lines(request)
+    lines, tops, lefts = _lines(arguments)
     stream = _stream(device)
-    starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), request.resample, device, stream)
+    starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), arguments.resample, device, stream)
     pictures = [
         kernels.Picture(
             image,
@@ -64,18 +64,18 @@ def forward(request: Request) -> Tensor:
             axes.get(lines[2 * i + 1]),
             tops[i],
             lefts[i],
-            request.first_axes[i] == 0,
+            arguments.first_axes[i] == 0,
         )
         for i, image in enumerate(images)
     ]
-    plan = kernels.plan(pictures, (crop[0], crop[1]))
-    intermediate = torch.empty(max(plan.buffer_size, 1), dtype=torch.uint8, device=device)
-    plan.second_segments[:, 0] += plan.is_buffered * intermediate.data_ptr()
-    tables = upload([*plan[:4]], device)
-    values = _on_device(request.values_of_bytes(), device, stream)
-    result = request.empty_result()
+    host_tables = kernels.tables_for(pictures, (crop[0], crop[1]))
+    intermediate = torch.empty(max(host_tables.buffer_size, 1), dtype=torch.uint8, device=device)
+    host_tables.second_segments[:, 0] += host_tables.is_buffered * intermediate.data_ptr()
+    tables = upload([*host_tables[:4]], device)
+    values = _on_device(arguments.values_of_bytes(), device, stream)
+    result = arguments.empty_result()
     launches = []
-    if plan.buffer_size:
+    if host_tables.buffer_size:
         read = sum(image.numel() for image in images)
         launches.append(
             kernels.first_pass_launch(
@@ -86,22 +86,22 @@ def forward(request: Request) -> Tensor:
     launches.append(
         kernels.second_pass_launch(
             tables[3], tables[2], starts, weights, values,
-            intermediate=intermediate, result=result, channels_last=request.channels_last,
+            intermediate=intermediate, result=result, channels_last=arguments.channels_last,
         )
     )  # fmt: skip
     launch_kernels(launches, intermediate)
     return result
 
 
-def _lines(request: Request) -> tuple[list[Line], list[int], list[int]]:
+def _lines(arguments: Arguments) -> tuple[list[Line], list[int], list[int]]:
     """Return the lines of each image, height and width in turns, and where they begin in the window."""
     lines: list[Line] = []
     begins: tuple[list[int], list[int]] = ([], [])
-    for i, image in enumerate(request.images):
+    for i, image in enumerate(arguments.images):
         for axis in (0, 1):
-            size, offset = request.sizes[2 * i + axis], request.offsets[2 * i + axis]
+            size, offset = arguments.sizes[2 * i + axis], arguments.offsets[2 * i + axis]
             first = min(max(offset, 0), size)
-            count = min(max(offset + request.crop[axis], first), size) - first
+            count = min(max(offset + arguments.crop[axis], first), size) - first
             lines.append((image.shape[axis], size, first, count))
             begins[axis].append(first - offset)
     return lines, begins[0], begins[1]

@@ -12,7 +12,7 @@ RECIPES = {**transformers_modules.RECIPES, **timm_modules.RECIPES}
 ENTRIES = {**transformers_modules.ENTRIES, **timm_modules.ENTRIES}
 
 
-def plan(model: nn.Module) -> tuple[dict[nn.Module, Change], dict[nn.Module, str]]:
+def plan_changes(model: nn.Module) -> tuple[dict[nn.Module, Change], dict[nn.Module, str]]:
     """Return the change of each module that can be changed, and why the others cannot."""
     changes: dict[nn.Module, Change] = {}
     left: dict[nn.Module, str] = {}
@@ -50,4 +50,4 @@ def _require_as_written(module: nn.Module, known: type[nn.Module]) -> None:
         raise UnsuitableError(f"it is a {cls.__name__}, a subclass that may compute something else")
 
 
-__all__ = ["plan"]
+__all__ = ["plan_changes"]
