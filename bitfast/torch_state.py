@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,23 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.utils._python_dispatch import _disable_current_modes
 
+Function = TypeVar("Function", bound=Callable[..., object])
 
+
+def constant_when_compiled(function: Function) -> Function:
+    """Let ``torch.compile`` call a function while it traces, and take the result for a constant.
+
+    It does not look into the function, nor guard on what the function reads. This sets what
+    ``torch.compiler.assume_constant_result`` sets; to call that would import the compiler, and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# torch guards on whether a function transform or forward mode is at work, as the next two ask.
+
+
+@constant_when_compiled
 def is_transformed() -> bool:
     """Say whether a function transform (``torch.func``) or forward-mode differentiation is at work.
 
@@ -21,15 +38,10 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or is_in_forward_mode()
 
 
+@constant_when_compiled
 def is_in_forward_mode() -> bool:
     """Say whether tensors may have tangents."""
     return forward_ad._current_level >= 0
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-# torch guards on both of what is asked.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_in_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_batched(x: Tensor) -> bool:
@@ -60,12 +72,10 @@ def is_concrete(x: object) -> bool:
     return not isinstance(x, Proxy) and not must_use_plain_pytorch()
 
 
+@constant_when_compiled
 def is_dispatch_watched() -> bool:
     """Say whether a mode looks at each operator, as one that counts FLOPs does."""
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-is_dispatch_watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -94,6 +104,7 @@ def unseen() -> Iterator[None]:
 
 
 __all__ = [
+    "constant_when_compiled",
     "is_batched",
     "is_concrete",
     "is_dispatch_watched",

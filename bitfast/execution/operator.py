@@ -18,6 +18,7 @@ from bitfast.execution.plan import Request, lowering_for
 from bitfast.execution.plans import plans_named
 from bitfast.ops.common import LIBRARY, autocast_dtype
 from bitfast.ops.derivatives import refusing_derivatives
+from bitfast.torch_state import constant_when_compiled
 
 SIGNATURE = (
     "(Tensor images, Tensor[] parameters, str network, int last, int[] wanted, bool is_normed,"
@@ -63,6 +64,7 @@ def compute_as_operator(
     return outputs[: len(request.wanted)], outputs[-1]
 
 
+@constant_when_compiled
 def _can_be_operator(name: str, device_type: str, dtype: torch.dtype, demands: str) -> bool:
     """Whether a plan serves a network, and nobody has to do with a module of it."""
     plans = plans_named(name)
@@ -71,10 +73,6 @@ def _can_be_operator(name: str, device_type: str, dtype: torch.dtype, demands: s
             return False
     steps = plans.read(plans.network)
     return steps is not None and steps.is_plannable()
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-_can_be_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _demanded(demands: str) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.utils._pytree import tree_leaves
 
 from bitfast.backends import register_kernel
+from bitfast.torch_state import constant_when_compiled
 
 LIBRARY = torch.library.Library("bitfast", "FRAGMENT")
 """Owns every schema that Python defines. An operator is called ``bitfast::<name>.<backend>``: one
@@ -110,6 +111,7 @@ def announce_triton_kernels(op: str) -> None:
     register_kernel(op, "triton", "cpu", TRITON_DTYPES, why_no_interpreter, on_demand=True)
 
 
+@constant_when_compiled
 def why_no_triton() -> str | None:
     """Say why Triton kernels cannot run on this machine's GPU; None when they can."""
     return _why_no_triton()
@@ -134,6 +136,7 @@ def _why_no_triton() -> str | None:
     return None
 
 
+@constant_when_compiled
 def why_no_interpreter() -> str | None:
     """Say why Triton kernels cannot run on CPU tensors; None in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
@@ -143,11 +146,6 @@ def why_no_interpreter() -> str | None:
             "Triton kernels run on GPUs; TRITON_INTERPRET=1 interprets them on the CPU, for tests"
         )
     return None
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
-why_no_interpreter._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_interpreting() -> bool:

@@ -21,7 +21,7 @@ from bitfast.ops.derivatives import refusing_derivatives
 from bitfast.ops.kept_weights import Geometry, Pair, kept_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
-from bitfast.torch_state import is_dispatch_watched, unseen
+from bitfast.torch_state import constant_when_compiled, is_dispatch_watched, unseen
 
 OP = "packed_convolution"
 
@@ -78,25 +78,22 @@ def uses_packed_weights(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
+@constant_when_compiled
 def why_not_packed(dtype: torch.dtype) -> str | None:
     """Say why convolutions of this dtype cannot run with packed weights on this machine; None if they can."""
     return _why_not_packed(dtype)
 
 
+@constant_when_compiled
 def _is_onednn_on() -> bool:
     """Say whether nobody has switched torch's oneDNN off (``torch.backends.mkldnn.flags``)."""
     return torch._C._get_mkldnn_enabled()
 
 
+@constant_when_compiled
 def _is_exporting() -> bool:
     """Say whether ``torch.export`` traces; torch 2.11's own function, when traced, always says yes."""
     return torch.compiler.is_exporting()
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-why_not_packed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_onednn_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
