@@ -138,7 +138,7 @@ def requested_backend(op: str) -> str | None:
 def why_unavailable(
     op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Say why ``backend`` cannot run ``op`` on such a tensor; None when it can.
+    """Return why ``backend`` cannot run ``op`` on such a tensor; None when it can.
 
     ``dtype=None`` asks about the device type alone.
     """

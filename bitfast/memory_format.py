@@ -9,7 +9,7 @@ from bitfast.torch_state import is_batched
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Say whether x is dense with channels innermost.
+    """Whether x is dense with channels innermost.
 
     A tensor that is dense both ways (one channel, or 1x1 spatially) counts as contiguous, and so does one
     of ``vmap``, which does not tell its layout.

@@ -46,12 +46,12 @@ class ModelMembers(nn.Module):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Say whether the model generates text: no."""
+        """Whether the model generates text: no."""
         return False
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
-        """Say whether the attention can be replaced: there is none."""
+        """Whether the attention can be replaced: there is none."""
         return False
 
     @classmethod

@@ -26,7 +26,7 @@ _is_hooked = threading.Event()
 
 
 def is_in_shared_memory(weight: Tensor) -> bool:
-    """Say whether other processes may change the weight, which torch does not count here."""
+    """Whether other processes may change the weight, which torch does not count here."""
     return weight.device.type == "cpu" and weight.is_shared()
 
 

@@ -85,7 +85,7 @@ class MaxPool2d(ChangeNotifier, nn.MaxPool2d):
         return (lambda x: pool(F.pad(x, sides))) if zeros else pool
 
     def is_fused(self) -> bool:
-        """Say whether the padding may be read as part of the pool: nobody watches it, and it is that of BiT."""
+        """Whether the padding may be read as part of the pool: nobody watches it, and it is that of BiT."""
         return (
             self._pads_for_its_window()
             and pair_of(self.padding) == (0, 0)

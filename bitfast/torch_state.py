@@ -31,7 +31,7 @@ def constant_when_compiled(function: Function) -> Function:
 
 @constant_when_compiled
 def is_transformed() -> bool:
-    """Say whether a function transform (``torch.func``) or forward-mode differentiation is at work.
+    """Whether a function transform (``torch.func``) or forward-mode differentiation is at work.
 
     They see what plain PyTorch computes, but nothing of what a kernel does.
     """
@@ -40,12 +40,12 @@ def is_transformed() -> bool:
 
 @constant_when_compiled
 def is_in_forward_mode() -> bool:
-    """Say whether tensors may have tangents."""
+    """Whether tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
 def is_batched(x: Tensor) -> bool:
-    """Say whether x stands for many tensors: within ``vmap``, or where gradients are computed in batches."""
+    """Whether x stands for many tensors: within ``vmap``, or where gradients are computed in batches."""
     if torch.compiler.is_compiling():  # a compiler cannot trace the questions below
         return is_transformed()
     functorch = torch._C._functorch
@@ -57,7 +57,7 @@ def is_batched(x: Tensor) -> bool:
 
 
 def must_use_plain_pytorch() -> bool:
-    """Say whether operators of our own would be lost on who transforms or traces the call.
+    """Whether operators of our own would be lost on who transforms or traces the call.
 
     ``torch.jit.trace`` does record them, but its programs are to run where there is no bitfast.
     """
@@ -65,7 +65,7 @@ def must_use_plain_pytorch() -> bool:
 
 
 def is_concrete(x: object) -> bool:
-    """Say whether x is a tensor whose layout and dtype may decide how to compute: nothing traces the call.
+    """Whether x is a tensor whose layout and dtype may decide how to compute: nothing traces the call.
 
     ``torch.compile`` and ``torch.export`` do trace, but follow such decisions.
     """
@@ -74,7 +74,7 @@ def is_concrete(x: object) -> bool:
 
 @constant_when_compiled
 def is_dispatch_watched() -> bool:
-    """Say whether a mode looks at each operator, as one that counts FLOPs does."""
+    """Whether a mode looks at each operator, as one that counts FLOPs does."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -20,7 +20,7 @@ Made = TypeVar("Made")
 
 
 def is_capturing() -> bool:
-    """Say whether the current stream records a CUDA graph."""
+    """Whether the current stream records a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

@@ -164,7 +164,7 @@ def warps_for(elements: int) -> int:
 
 
 def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) -> bool:
-    """Say whether an offset within one image, masked ones included, may not fit in 32 bits.
+    """Whether an offset within one image, masked ones included, may not fit in 32 bits.
 
     (The offset of the image itself always has 64.)
     """

@@ -76,7 +76,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def are_aligned(*addresses: int) -> bool:
-    """Say whether all addresses are multiples of 16 bytes, which lets Triton compile wide accesses."""
+    """Whether all addresses are multiples of 16 bytes, which lets Triton compile wide accesses."""
     together = 0
     for address in addresses:
         together |= address
@@ -113,7 +113,7 @@ class PreparedLaunch:
         raise NotImplementedError
 
     def takes(self, *addresses: int) -> bool:
-        """Say whether the tensors at these addresses are aligned as the compiled code counts on."""
+        """Whether the tensors at these addresses are aligned as the compiled code counts on."""
         return all(
             not is_counted_on or address % 16 == 0
             for is_counted_on, address in zip(self.aligned, addresses, strict=True)

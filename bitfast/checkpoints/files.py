@@ -76,7 +76,7 @@ def locate_file(
 
 
 def is_weight_file(name_or_path: str | os.PathLike[str]) -> bool:
-    """Say whether this is a file of weights, rather than a folder, a JSON file or a name on the Hub."""
+    """Whether this is a file of weights, rather than a folder, a JSON file or a name on the Hub."""
     path = Path(name_or_path)
     return path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
 

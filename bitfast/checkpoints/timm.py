@@ -67,7 +67,7 @@ SCHEME = Scheme(
 
 
 def is_config(content: Mapping[str, Any]) -> bool:
-    """Say whether a ``config.json`` is timm's: those of transformers have a "model_type"."""
+    """Whether a ``config.json`` is timm's: those of transformers have a "model_type"."""
     return "architecture" in content and "model_type" not in content
 
 

@@ -121,7 +121,7 @@ def cuda() -> dict[str, Any]:
 
 
 def cuda_problem() -> str | None:
-    """Say why torch has no CUDA device; None when it has one."""
+    """Return why torch has no CUDA device; None when it has one."""
     if not torch.backends.cuda.is_built():
         return "this torch was built without CUDA"
     try:

@@ -52,7 +52,7 @@ POINTWISE = (1, 1), (0, 0), (1, 1)
 
 
 def serves(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether networks of feature maps of this dtype are lowered by this module."""
+    """Whether this module lowers networks whose feature maps have this dtype."""
     return (
         device_type == "cpu"
         and select_backend("group_norm_act", device_type, dtype) == "native"
@@ -77,7 +77,7 @@ def lower(
 
 
 class _Lowering:
-    """Lowers one step after the other."""
+    """Lowers steps, one after the other, to calls of a :class:`ProgramBuilder`."""
 
     def __init__(self, builder: ProgramBuilder, setting: Setting) -> None:
         self.builder = builder
@@ -87,9 +87,9 @@ class _Lowering:
         self.uses_norm_convolution = uses_norm_convolution("cpu", self.dtype)
         self.is_uneven = False
         self.made_new: set[int] = set()
-        """Normalized values that were not written over what they were made of."""
+        """Normalized values that have memory of their own, not that of the value they were computed from."""
         self.spare: tuple[int, Shape] | None = None
-        """A place whose tensor, of that shape, nobody needs: the next norm may be written there."""
+        """Place and shape of a tensor that is not needed any more; the next norm may be written there."""
 
     def lower(self, block: Block) -> None:
         fused = self.uses_norm_convolution and self.can_fuse_norms(block)
@@ -128,8 +128,8 @@ class _Lowering:
         )
 
     def has_fused_kernel(self, convolution: WeightStandardizedConv2d, x: Shape) -> bool:
-        """Whether there is a kernel that normalizes x, of this shape, as it convolves it."""
-        # "same" padding of 1x1 filters is none, whatever the stride.
+        """Whether a kernel can normalize an input of shape x and convolve it in one pass."""
+        # For 1x1 filters "same" padding adds nothing, whatever the stride.
         is_padded_by_itself = convolution.pad is not None and convolution.kernel_size != (1, 1)
         return not is_padded_by_itself and has_norm_convolution_kernel(
             convolution.weight, convolution.geometry, self.dtype, torch.Size(x[2:])
@@ -176,7 +176,7 @@ class _Lowering:
         builder.emit("norm_convolution_add_", call_add)
 
     def compute_moments_once(self, step: Convolve, block: Block) -> None:
-        """Compute the moments of what several convolutions read; for a single one its kernel does that."""
+        """Emit a call for the moments of a value with several readers; a single one computes them itself."""
         builder, value = self.builder, step.source
         readers = [
             other for other in block if isinstance(other, Convolve) and other.source == value
@@ -192,7 +192,7 @@ class _Lowering:
         builder.emit("channel_moments", call)
 
     def owned_shortcut(self, step: Convolve) -> int:
-        """Return the place of the result, which holds the shortcut at first."""
+        """Return the place of the result, which holds the shortcut until the convolution is added to it."""
         builder = self.builder
         assert step.shortcut is not None
         if builder.may_overwrite(step, step.shortcut):
@@ -273,7 +273,7 @@ class _Lowering:
     # ---- norms --------------------------------------------------------------------------------------------
 
     def normalized(self, step: Convolve | Normalize) -> int:
-        """Return the place of the normalized source, in the place of the source itself where that is free."""
+        """Return the place of the normalized source; it overwrites the source where nobody else reads that."""
         builder, value = self.builder, normalized(step.source)
         assert step.norm is not None
         if builder.has(value):
@@ -311,7 +311,7 @@ class _Lowering:
         return result
 
     def keep_spare(self, step: Convolve, fused: bool) -> None:
-        """Keep the memory of what a block has normalized first for what the next one normalizes first."""
+        """Keep the memory of a block's first normalized value for the first norm of the next block."""
         builder, value = self.builder, normalized(step.source)
         if fused or value not in self.made_new or not builder.may_overwrite(step, value):
             return

@@ -1,10 +1,10 @@
-"""Lowering to the Triton kernels of a GPU: per pass only addresses change.
+"""Lowering to the Triton kernels of a GPU: from pass to pass only the addresses of tensors change.
 
-Norms are launches that are compiled and planned beforehand; they run in the memory of what they read, and
-store no statistics. A residual is added by the launch of the norm that comes next, onto the shortcut, and the
-norm is written over the branch. Convolutions are torch's.
+The launches of norms are prepared (compiled) beforehand. Norms overwrite what they read where they may, and
+store no statistics. The norm after a residual block also adds the branch to the shortcut, in the memory of
+the shortcut, and writes its result over the branch. Convolutions are torch's.
 
-In Triton's interpreter the same programs run on the CPU, for tests.
+For tests, Triton's interpreter executes these programs on the CPU.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ STREAM, WEIGHTS = RESERVED, RESERVED + 1
 """The places of the stream's handle, and of the standardized weights."""
 
 Norm = Callable[[Places, Tensor, Tensor | None, Tensor], None]
+"""Takes the places, x, a residual or None, and the tensor for the result."""
 
 
 def serves(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether networks of feature maps of this dtype are lowered by this module."""
+    """Whether this module lowers networks whose feature maps have this dtype."""
     is_real = device_type in ("cuda", "cpu")  # "cpu" is Triton's interpreter
     return is_real and select_backend("group_norm_act", device_type, dtype) == "triton"
 
@@ -72,17 +73,17 @@ def lower(
 
 
 class _Lowering:
-    """Lowers one step after the other."""
+    """Lowers steps, one after the other, to calls of a :class:`ProgramBuilder`."""
 
     def __init__(self, builder: ProgramBuilder, setting: Setting) -> None:
         self.builder = builder
         self.setting = setting
         self.dtype, self.device = setting.compute_dtype, setting.device
         self.numbers: dict[nn.Module, int] = {}
-        """Of the convolutions, among the weights."""
+        """The index of each convolution's weight in the list of weights."""
 
     def begin(self, steps: Sequence[Step]) -> None:
-        """Emit what finds the stream and the weights."""
+        """Emit the first call, which puts the stream and the weights into their places."""
         convolutions = [step.convolution for step in steps if isinstance(step, Convolve)]
         self.numbers = {convolution: n for n, convolution in enumerate(convolutions)}
         kept_by_module = kept_standardized(convolutions, channels_last=True)
@@ -93,7 +94,7 @@ class _Lowering:
             places[STREAM] = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
             places[WEIGHTS] = kept
             if is_recorded_by_others():
-                # They replay it without asking whether weights have changed.
+                # The graph is replayed without asking whether weights have changed.
                 fresh = recorded_weights(convolutions, channels_last=True)
                 places[WEIGHTS] = [fresh[convolution] for convolution in convolutions]
 
@@ -119,7 +120,7 @@ class _Lowering:
             self.apply("zeros", step, lambda x: F.pad(x, sides))
 
     def apply(self, name: str, step: Step, function: Callable[[Tensor], Tensor]) -> None:
-        """Emit a call that makes a new tensor of one."""
+        """Emit a call of a function that returns a new tensor."""
         source = self.builder.place(step.source)
         self.builder.free_after(step)
         result = self.builder.new(step.result)
@@ -170,7 +171,7 @@ class _Lowering:
         builder.emit("convolution, add_group_norm_act", call_and_normalize)
 
     def convolution(self, step: Convolve) -> Callable[[Places, Tensor], Tensor]:
-        """Return what convolves a tensor with the weights that stand in their place."""
+        """Return a function of the places and a tensor that pads, casts and convolves the tensor."""
         convolution, number = step.convolution, self.numbers[step.convolution]
         stride, padding, dilation = convolution.geometry
         shape = self.builder.shapes[step.source]
@@ -193,7 +194,7 @@ class _Lowering:
     # ---- norms ----------------------------------------------------------------------------------------------
 
     def normalized(self, step: Convolve | Normalize) -> int:
-        """Return the place of the normalized source, in the place of the source itself where that is free."""
+        """Return the place of the normalized source; it overwrites the source where nobody else reads that."""
         builder, value = self.builder, normalized(step.source)
         assert step.norm is not None
         if builder.has(value):
@@ -220,9 +221,9 @@ class _Lowering:
         return result
 
     def norm(self, norm: GroupNormActivation, shape: Shape, adds: bool) -> Norm:
-        """Return what normalizes x into a result, which may be x.
+        """Return a function that normalizes x into a result, which may be x itself.
 
-        With ``adds`` it is given a second tensor, to which x is added in place before.
+        With ``adds`` it first adds x to a second tensor, in place, and normalizes that sum.
         """
         from bitfast.kernels.group_norm_act_prepared import prepare_forward
 
@@ -261,7 +262,7 @@ class _Lowering:
 
 
 def _norm_by_operator(norm: GroupNormActivation, adds: bool) -> Norm:
-    """Return the same for parameters that begin where no wide access can: the op finds a kernel for them."""
+    """Return a :data:`Norm` that calls the op, for parameters not aligned as prepared launches need."""
     parameters = norm.op_parameters()
 
     def run(places: Places, x: Tensor, residual: Tensor | None, result: Tensor) -> None:
@@ -279,9 +280,9 @@ def _norm_by_operator(norm: GroupNormActivation, adds: bool) -> Norm:
 
 
 def _direct_arguments(setting: Setting, shape: Shape) -> tuple[bool, bool, bool] | None:
-    """Return what cuDNN's own entry wants to know besides the tensors; None if torch should choose.
+    """Return the flags of ``torch.cudnn_convolution``: benchmark, deterministic, TF32; None: use ``conv2d``.
 
-    The entry skips three layers of torch that find out for each call that it is cuDNN's.
+    The direct call skips three layers of torch that choose cuDNN anew in each call.
     """
     if setting.device.type != "cuda" or setting.shape[0] == 0 or min(shape[1:]) < 1:
         return None
@@ -293,7 +294,7 @@ def _direct_arguments(setting: Setting, shape: Shape) -> tuple[bool, bool, bool]
 
 @lru_cache
 def why_not_direct(dtype: torch.dtype) -> str | None:
-    """Say why convolutions of this dtype cannot call cuDNN directly on this machine; None if they can."""
+    """Return why convolutions of this dtype cannot call cuDNN directly on this machine; None if they can."""
     with unseen():
         if not torch.cuda.is_available() or not torch.backends.cudnn.is_available():
             return "this torch has no cuDNN"

@@ -1,6 +1,7 @@
-"""How a network of bitfast's modules runs: by a plan, op by op, or as its modules are written.
+"""The forward pass of a network of bitfast's modules: by a plan, op by op, or by calling its modules.
 
-:class:`~bitfast.BitModel` runs so, and so does a network of somebody else once its modules are bitfast's.
+:class:`~bitfast.BitModel` has this forward pass, and so has a network of another library that
+:func:`bitfast.accelerate` has changed.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from bitfast.watching import runs_as_written
 
 
 class ForwardPass(nn.Module):
-    """What runs the stem, the stages and the norm of a network; a base class of that network's own.
+    """A base class of networks: computes the stem, the stages and the final norm.
 
-    Subclasses say where these are, and have ``plans``.
+    Subclasses say where these modules are, and set ``plans``.
     """
 
     plans: Plans
     norm: nn.Module
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return what maps images to the first feature map, and what follows it one by one."""
+        """Return the stem, which maps images to the first feature map, and the stages in order."""
         raise NotImplementedError
 
     def final_norm(self) -> nn.Module:
-        """Return what normalizes the output of the last stage."""
+        """Return the module that normalizes the output of the last stage."""
         return self.norm
 
     def stages_in_order(self) -> Sequence[nn.Module]:
@@ -47,11 +48,11 @@ class ForwardPass(nn.Module):
         return self.stem_and_stages()[1]
 
     def is_known(self) -> bool:
-        """Whether the modules around the stages are there at all, not something in their place."""
+        """Whether the modules around the stages are those that this class knows, not replaced by others."""
         return True
 
     def containers(self) -> Sequence[nn.Module]:
-        """Return the modules that are called around the stages, if these run as they are written."""
+        """Return the modules that hold the stages and call them, if the modules are called as written."""
         return ()
 
     def check(self, pixel_values: Tensor) -> None:
@@ -63,7 +64,7 @@ class ForwardPass(nn.Module):
     def compute(
         self, pixel_values: Tensor, request: Request
     ) -> tuple[Sequence[Tensor], Tensor] | None:
-        """Compute what is asked for.
+        """Compute the outputs that are asked for.
 
         Args:
             pixel_values: (N, num_channels, H, W).
@@ -71,8 +72,8 @@ class ForwardPass(nn.Module):
 
         Returns:
             The wanted outputs, in order, in the layout that plain convolutions would give them, and the result,
-            in the layout that the network runs in. None if the modules have to be called as they are: somebody
-            has to do with those around the stages, or follows each of them.
+            in the layout that the network computes in. None if the modules have to be called one by one: those
+            around the stages are hooked or wrapped, or a tracer follows each module.
         """
         computed = self.compute_in_own_layout(pixel_values, request)
         if computed is None or torch.is_grad_enabled() or not computed[0]:
@@ -83,7 +84,7 @@ class ForwardPass(nn.Module):
     def compute_in_own_layout(
         self, pixel_values: Tensor, request: Request
     ) -> tuple[Sequence[Tensor], Tensor] | None:
-        """Compute the same, all in the layout that the network runs in where no gradients are recorded."""
+        """Compute what :meth:`compute` does. Without gradients, outputs keep the layout of the computation."""
         if not self.is_known():
             return None
         setting = None if self.training else planned_setting(pixel_values)
@@ -109,8 +110,8 @@ class ForwardPass(nn.Module):
     def _compute_op_by_op(
         self, steps: Steps, images: Tensor, wanted: Sequence[int], channels_last: bool
     ) -> tuple[list[Tensor], Tensor]:
-        # Where gradients are recorded, the network goes on from what is returned, so that there are gradients
-        # with respect to that.
+        # With gradients, later stages must read the very tensors that are returned: callers may ask for
+        # gradients with respect to them.
         replaced = self.layout_of_outputs(images) if torch.is_grad_enabled() and wanted else None
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -118,21 +119,21 @@ class ForwardPass(nn.Module):
         return op_by_op.compute(steps, images, weights, wanted, replaced)
 
     def layout_of_outputs(self, pixel_values: Tensor) -> Any:
-        """Return what brings feature maps into the layout that plain convolutions would give them.
+        """Return a function that brings feature maps into the layout that plain convolutions would give them.
 
-        That is channels_last if the images or the weights of the stem are.
+        That is channels_last if the images or the weights of the stem are channels_last.
         """
         if is_channels_last(pixel_values):
             return in_channels_last
         stem, _ = self.stem_and_stages()
-        # As a rule they are children, and to walk through all modules takes ten times as long.
+        # Convolutions are usually direct children, and a walk through all modules takes ten times as long.
         found = _convolutions(stem._modules.values()) or _convolutions(stem.modules())
         return (
             in_channels_last if any(is_channels_last(c.weight) for c in found) else contiguous_nchw
         )
 
     def train(self, mode: bool = True) -> Any:
-        """Switch between training and evaluation, and forget what was decided and kept for inference."""
+        """Switch between training and evaluation, and forget the plans."""
         self.plans.clear()
         return super().train(mode)
 
@@ -150,7 +151,7 @@ def _convolutions(modules: Iterable[nn.Module | None]) -> list[WeightStandardize
 
 
 def is_compiled_inference(network: nn.Module) -> bool:
-    """Whether a compiler traces the network for inference; a program to be exported keeps its ops."""
+    """Whether ``torch.compile``, not ``torch.export``, traces the network for inference."""
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()

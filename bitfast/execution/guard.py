@@ -1,6 +1,6 @@
-"""Whether a network is still what it was when it was read: asked once a pass, in a few dozen microseconds.
+"""Guards: whether a network has changed since it was read, asked once a pass, in a few dozen microseconds.
 
-Everything that can change is looked at in bulk, by functions that loop in C over all modules.
+Everything that can change is compared in bulk, by functions that loop in C over all modules.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
     (nn.GELU, attrgetter("approximate")),
     (DropPath, attrgetter("training", "drop_prob")),
 )  # fmt: skip
-"""What decides about a module's work, by its class."""
+"""What determines a module's computation, by its class: functions of the module whose results are compared."""
 
 _children = attrgetter("_modules")
 _held = itemgetter(*HOOKS, "_modules")
@@ -46,13 +46,14 @@ _weight, _bias = itemgetter("weight"), itemgetter("bias")
 
 
 class StructureGuard:
-    """The modules of a network: which they are, that nobody has to do with them, how they are set.
+    """Guards the modules of a network: their identity, their hooks, their children and their settings.
 
-    bitfast's own modules announce what is set on them; others are looked at in each pass.
+    bitfast's own modules notify of attributes that are set (:class:`ChangeNotifier`); others are compared in
+    each pass.
 
     Args:
-        modules: Those that were read, and those that were found to be unusual.
-        outer: Those that hold them.
+        modules: Those that were read as steps, and those that could not be.
+        outer: Those that contain them.
     """
 
     def __init__(self, modules: Iterable[nn.Module], outer: Iterable[nn.Module]) -> None:
@@ -62,7 +63,7 @@ class StructureGuard:
         self._hooked = tuple(hook for hook in hooks if hook)
         self._children = [vars(module)["_modules"] for module in unique if module._modules]
         self._children_then = [dict(children) for children in self._children]
-        # Where the order of children counts, which two equal dictionaries may differ in.
+        # In these the order of children matters, which a comparison of dictionaries does not see.
         self._sequences = [module for module in unique if isinstance(module, SEQUENCES)]
         self._orders_then = self._orders_now()
         self._others = _States(
@@ -74,7 +75,7 @@ class StructureGuard:
         self._generation = kept_weights.generation
 
     def holds(self) -> bool:
-        """Whether nothing has changed."""
+        """Whether nothing has changed since."""
         return (
             not any(self._free)
             and all(self._hooked)
@@ -97,7 +98,7 @@ class StructureGuard:
 
 
 class _States:
-    """What some modules are and hold."""
+    """The classes, hooks, children and settings of some modules, as they were at first."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules, self._dicts = tuple(modules), tuple(map(vars, modules))
@@ -113,10 +114,10 @@ class _States:
         self._settings_then = [list(map(getter, own)) for getter, own in self._settings]
 
     def holds(self) -> bool:
-        """Whether they are and hold what they did."""
+        """Whether all of it is still the same."""
         return (
             list(map(type, self._modules)) == self._types
-            # Another dictionary than before is seen as soon as it holds something else than that does.
+            # A dictionary that was replaced by an equal one makes no difference.
             and list(map(_held, self._dicts)) == self._held
             and list(map(contains, self._dicts, repeat("forward"))) == self._forwards
             and list(map(dict.get, self._dicts, repeat("_compiled_call_impl"))) == self._compiled
@@ -125,13 +126,13 @@ class _States:
 
 
 class ParameterGuard:
-    """The parameters that a plan has prepared itself for: the same objects, not changed.
+    """Guards the parameters that a plan was made for: the same objects, unchanged.
 
-    The parameters of norms may change, as they are read in each pass; only others must not take their place.
+    The values of norms' parameters may change, since they are read in each pass; the objects may not.
 
     Args:
         steps: Of the network.
-        with_norms: They must stay at their addresses as well.
+        with_norms: Whether the parameters of norms must stay at their addresses as well.
     """
 
     def __init__(self, steps: Steps, with_norms: bool = False) -> None:
@@ -155,7 +156,7 @@ class ParameterGuard:
             and all(isinstance(t, Tensor) for t in (*self._scales, *self._shifts))
             and _are_together([*self._weights, *self._scales, *self._shifts])
         )
-        """Whether all are plain, on one device, and changes of the weights are counted."""
+        """Whether all are plain parameters on one device, and torch counts the changes of the weights."""
         if self.may_be_kept:
             self._versions = self._versions_now()
             self._addresses = self._addresses_now()
@@ -163,14 +164,13 @@ class ParameterGuard:
         self._sources: list[Any] | None = None
 
     def note_what_is_kept(self) -> None:
-        """Note what is kept of the weights, now that all forms of them were made."""
-        if (
-            kept_weights.generation == self._generation
-        ):  # else nobody knows what was dropped meanwhile
+        """Note which forms of the weights are kept, once the plan has made all that it needs."""
+        # Otherwise something was dropped meanwhile, maybe of these weights.
+        if kept_weights.generation == self._generation:
             self._sources = list(map(kept_weights.source_of, self._weights))
 
     def holds(self) -> bool:
-        """Whether they are what they were."""
+        """Whether they are the same objects, unchanged."""
         try:
             return self._are_there() and self._are_unchanged()
         except KeyError:  # somebody has taken one away
@@ -191,7 +191,7 @@ class ParameterGuard:
         )
 
     def _are_kept(self) -> bool:
-        """Whether nothing that was made of the weights has been dropped since."""
+        """Whether no kept form of the weights has been dropped since."""
         generation = kept_weights.generation
         if generation != self._generation:
             if self._sources is None or None in self._sources:
@@ -213,7 +213,7 @@ def _are_together(tensors: Sequence[Tensor]) -> bool:
 
 
 def outer_modules(network: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the network and what is in it, without its parts and what is in those."""
+    """Return the network and the modules inside it, but not these parts nor what is inside them."""
     inner = set(parts)
     found: list[nn.Module] = []
     waiting = [network]

@@ -1,7 +1,7 @@
 """A network in inference as one operator, for ``torch.compile``.
 
-The compiled program calls it, and it runs the network as it would run without a compiler: by a plan. So there
-is no graph break, sizes may be symbolic, changes of weights and of modules are followed, and nothing is slower.
+The compiled program calls the operator, which executes the network's plan as without a compiler. So there is
+no graph break, sizes may be symbolic, changes of weights and modules are noticed, and nothing is slower.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SIGNATURE = (
     "(Tensor images, Tensor[] parameters, str network, int last, int[] wanted, bool is_normed,"
     " bool channels_last, ScalarType? autocast, str demands) -> Tensor[]"
 )
-"""Takes all parameters, so that a compiler knows what the results depend on. Returns the wanted outputs, and
-the result if that is none of them."""
+"""Takes all parameters, so that the compiler knows what the results depend on. Returns the wanted outputs, and
+the result unless it is one of them."""
 
 
 def compute_as_operator(
     network: Any, images: Tensor, request: Request, channels_last: bool
 ) -> tuple[list[Tensor], Tensor] | None:
-    """Compute what is asked for of a network while a compiler traces, in inference.
+    """Compute a network's outputs by the operator, while a compiler traces, in inference.
 
     Args:
         network: A ``ForwardPass``.
@@ -40,8 +40,8 @@ def compute_as_operator(
         channels_last: The layout of the results.
 
     Returns:
-        The wanted outputs and the result; None if the compiler should see the modules: somebody has to do with
-        one, or no plan serves.
+        The wanted outputs and the result; None if the compiler should trace the modules instead: one of them is
+        hooked, wrapped or replaced, or no plan can be made.
     """
     demands = ",".join([f"{op}={backend}" for op, backend in requested_backends().items()])
     autocast = autocast_dtype(images)
@@ -66,7 +66,7 @@ def compute_as_operator(
 
 @constant_when_compiled
 def _can_be_operator(name: str, device_type: str, dtype: torch.dtype, demands: str) -> bool:
-    """Whether a plan serves a network, and nobody has to do with a module of it."""
+    """Whether a plan can be made for the network, and none of its modules is hooked, wrapped or replaced."""
     plans = plans_named(name)
     with _demanded(demands):
         if lowering_for(device_type, dtype) is None:
@@ -85,7 +85,7 @@ def _demanded(demands: str) -> AbstractContextManager[Any]:
 
 
 class _NetworkCall(nn.Module):
-    """Lets ``functional_call`` run a network with other parameters."""
+    """Lets ``functional_call`` compute a network with other parameters."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def _implementation(
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Let autocast be as it was when the program was traced."""
+    """Return a context in which autocast is as it was when the program was traced."""
     is_on = torch.is_autocast_enabled(device_type)
     if dtype is None:
         return torch.autocast(device_type, enabled=False) if is_on else nullcontext()

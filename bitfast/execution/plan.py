@@ -1,7 +1,7 @@
-"""Plans: how one network runs in one setting, decided once.
+"""Plans: how one network is computed in one setting, decided once.
 
-A plan holds no decision. It runs programs one after the other, and between them the modules that somebody has
-to do with.
+Executing a plan decides nothing. It executes programs one after the other, and between them calls the modules
+that somebody has hooked, wrapped or replaced.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from bitfast.memory import keep_freed_memory
 from bitfast.ops.norm_convolution import uses_norm_convolution
 
 SLICE_BYTES = 7 * 2**20
-"""Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
+"""Bytes of the first stage's output for the images that go through the high-resolution stages together."""
 
 FUSED_SLICE_BYTES = 28 * 2**20
-"""The same where convolutions normalize what they read: less memory passes by, and all that matters is that
-the C library has no map of its own for a feature map, as from 32 MiB on."""
+"""What :data:`SLICE_BYTES` is where convolutions normalize what they read. Less memory passes through the cache
+then; what matters is that feature maps stay below 32 MiB, from which on the C library maps each one anew."""
 
 STAGES_IN_SLICES = 2
-"""Later ones have small feature maps and large weights, which the whole batch should share."""
+"""Stages that a batch goes through in slices. Later ones have small feature maps and large weights, which are
+best read once for the whole batch."""
 
 
 class Lowering(Protocol):
-    """A module that lowers steps for some device."""
+    """What a module that lowers steps for a device has."""
 
     IMAGES_IN_SLICES: bool
-    """Whether a batch goes through the stages of high resolution a few images at a time."""
+    """Whether a batch goes through the high-resolution stages a few images at a time."""
 
     NEEDS_ADDRESSES_OF_NORMS: bool
-    """Whether programs hold the addresses of norms' parameters."""
+    """Whether programs hold addresses of norms' parameters, so that these must not move."""
 
     def serves(self, device_type: str, dtype: torch.dtype) -> bool:
-        """Whether it lowers networks of feature maps of this dtype, in this thread, as torch is set."""
+        """Whether it lowers networks with feature maps of this dtype, in this thread, as torch is set now."""
 
     def lower(
         self,
@@ -60,12 +61,12 @@ class Lowering(Protocol):
         """Lower the steps of some blocks.
 
         Args:
-            blocks: One after the other; none calls a module.
-            source: The value that the program is given, channels_last.
-            shape: Of that.
-            kept: The values that it returns.
-            shared: Values that nothing may overwrite.
-            setting: For which :meth:`serves` is true.
+            blocks: In order; none calls a module.
+            source: The number of the value that the program is given, which is channels_last.
+            shape: The shape of that value.
+            kept: The values that the program returns.
+            shared: Values that must not be overwritten.
+            setting: A setting for which :meth:`serves` is true.
 
         Raises:
             ValueError: a block cannot add its branch to its shortcut, or an image is too small for a window.
@@ -73,16 +74,16 @@ class Lowering(Protocol):
 
 
 LOWERINGS: tuple[Any, ...] = (cuda, cpu)
-"""In the order in which they are asked."""
+"""The lowerings, in order of preference."""
 
 
 class Request(NamedTuple):
-    """What of a network is asked for.
+    """The outputs of a network that are asked for.
 
     Attributes:
         last: How many stages are computed.
         wanted: The stages (0 is the stem) whose outputs are returned, in order.
-        is_normed: The final norm is applied to the last of all stages.
+        is_normed: Whether the final norm is applied to the last of all stages.
     """
 
     last: int
@@ -90,16 +91,16 @@ class Request(NamedTuple):
     is_normed: bool
 
     def suits(self, steps: Steps) -> bool:
-        """Whether nobody would notice if what is not asked for were not called."""
+        """Whether the steps that are not asked for may be left out, since they call no hooked module."""
         return self.is_normed or steps.calls_none_from(self.last)
 
 
 class Plan:
-    """How a network runs in one setting.
+    """How a network is computed in one setting.
 
     Attributes:
-        parts: Run one after the other.
-        calls_modules: Between them, modules are called that somebody has to do with.
+        parts: Executed one after the other.
+        calls_modules: Whether some part calls a module that somebody has hooked, wrapped or replaced.
     """
 
     def __init__(
@@ -117,17 +118,17 @@ class Plan:
         values = [steps.outputs[number] for number in request.wanted]
         wanted = list(dict.fromkeys(values))
         self.parts = _Planner(steps, setting, lowering, wanted, slice_bytes).parts()
-        # What a stage without blocks returns is its input.
+        # A stage without blocks returns its input, so that two outputs may be one value.
         self._repeated = [wanted.index(v) for v in values] if len(wanted) < len(values) else None
         parameters.note_what_is_kept()
         self.calls_modules = any(isinstance(part, _ModulePart) for part in self.parts)
 
     def holds(self) -> bool:
-        """Whether the parameters are those that the plan was made for."""
+        """Whether the parameters are still those that the plan was made for."""
         return self._parameters.holds()
 
     def graphed(self, images: Tensor, recorder: Recorder) -> GraphedPlan:
-        """Return what runs the plan as a CUDA graph."""
+        """Return the plan as a CUDA graph, which is recorded at first."""
         if self._graph is None:
             self._graph = GraphedPlan(self.execute, images, recorder)
         return self._graph
@@ -161,7 +162,7 @@ class Part(Protocol):
 
 
 class _ProgramPart:
-    """Blocks whose input is known beforehand."""
+    """Blocks whose input shape is known beforehand."""
 
     def __init__(self, program: Program, is_last_wanted: bool) -> None:
         self.program, self._wanted = program, None if is_last_wanted else -1
@@ -195,7 +196,7 @@ class _SlicedPart:
 
 
 class _ModulePart:
-    """A module that somebody has to do with."""
+    """A module that somebody has hooked, wrapped or replaced, and which is therefore called."""
 
     def __init__(self, module: nn.Module, is_wanted: bool) -> None:
         self.module, self._is_wanted = module, is_wanted
@@ -206,7 +207,7 @@ class _ModulePart:
 
 
 class _LatePart:
-    """Blocks after such a module, whose output may be anything: lowered when it is there."""
+    """Blocks after such a module. They are lowered when its output, which may be anything, is there."""
 
     def __init__(self, planner: _Planner, blocks: Sequence[Block]) -> None:
         self._planner, self._blocks = planner, blocks
@@ -268,7 +269,7 @@ class _Planner:
 
     def program(self, blocks: Sequence[Block], shape: Shape, kept: Sequence[int]) -> Program:
         source = blocks[0][0].source
-        shared = (source, *self.steps.outputs)  # a hook may hold what a module has returned
+        shared = (source, *self.steps.outputs)  # hooks may hold on to what modules have returned
         return self.lowering.lower(blocks, source, shape, kept, shared, self.setting)
 
     def module_part(self, step: Step) -> _ModulePart:
@@ -276,7 +277,7 @@ class _Planner:
         return _ModulePart(step.module, self.is_wanted(step.result))
 
     def kept(self, blocks: Sequence[Block]) -> list[int]:
-        """Return the wanted values that the blocks make, and the last one that they make."""
+        """Return the wanted values that the blocks compute, then their last value."""
         made = {step.result for block in blocks for step in block}
         last = blocks[-1][-1].result
         return [*(v for v in self.wanted if v in made and v != last), last]
@@ -294,11 +295,11 @@ class _Planner:
     # ---- slices ----------------------------------------------------------------------------------------
 
     def early_blocks(self) -> list[Block]:
-        """Return the blocks of high resolution, if a batch may be cut before them."""
+        """Return the blocks that a batch goes through in slices; none if it must not be cut."""
         early = [self.steps.stem, *itertools.chain(*self.steps.stages[:STAGES_IN_SLICES])]
         may_be_cut = self.lowering.IMAGES_IN_SLICES and self.steps.stages and self.steps.stages[0]
         if not may_be_cut or any(isinstance(step, CallModule) for block in early for step in block):
-            return []  # whoever watches a module sees it called once
+            return []  # a hooked module must be called once for the whole batch
         return early
 
     def images_at_a_time(self, early: Sequence[Block]) -> int:
@@ -337,16 +338,16 @@ def make_plan(
     request: Request,
     slice_bytes: int | None = None,
 ) -> Plan | None:
-    """Return the plan of a network for what is asked for; None if no plan can serve.
+    """Return the plan of a network for a request; None if there cannot be one.
 
     Args:
         network: A ``ForwardPass``.
-        steps: All of the network's, or None.
-        images: Of the setting.
-        setting: To plan for.
-        request: What is asked for.
-        slice_bytes: Of the first stage's output: what goes through the stages of high resolution together,
-            where the lowering cuts a batch. None: as much as suits the kernels.
+        steps: The steps of the whole network, or None.
+        images: Images of that setting.
+        setting: The setting to plan for.
+        request: The outputs to compute.
+        slice_bytes: Bytes of the first stage's output for the images that go through the high-resolution
+            stages together, where the lowering cuts a batch. None: as much as suits the kernels.
 
     Raises:
         TypeError, ValueError: The network cannot take such images.
@@ -366,12 +367,12 @@ def make_plan(
 
 
 def lowering_for(device_type: str, dtype: torch.dtype) -> Lowering | None:
-    """Return what lowers networks of feature maps of this dtype, if anything does."""
+    """Return the lowering for networks with feature maps of this dtype, or None."""
     return next((each for each in LOWERINGS if each.serves(device_type, dtype)), None)
 
 
 def why_no_plan(device_type: str, dtype: torch.dtype) -> str | None:
-    """Say why networks of feature maps of this dtype run without a plan; None if they run by one."""
+    """Return why there is no plan for networks with feature maps of this dtype; None if there is one."""
     if lowering_for(device_type, dtype) is not None:
         return None
     needed = {"cpu": ("native", "group_norm_act", "packed_convolution")}
@@ -382,7 +383,7 @@ def why_no_plan(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def _drops_paths(steps: Steps) -> bool:
-    """Whether a branch may be dropped, as in training."""
+    """Whether a branch may be dropped at random, as in training."""
     return any(
         step.drop_path is not None
         and type(step.drop_path) is not nn.Identity

@@ -1,8 +1,8 @@
-"""The network as data: what is to be computed, step by step, whoever wrote the modules.
+"""The network as data: what is to be computed, step by step.
 
-A step holds modules, not tensors, and names the values that it reads and makes by number. Only where nobody
-could tell is a module read as a step: where somebody hooks, wraps, replaces, subclasses or compiles one, the
-block (or stem, or stage) around it becomes one step that calls it as it is.
+A step holds modules, not tensors; the values that it reads and computes have numbers. A module is read as a
+step only if nobody can tell that from calling it. Where somebody hooks, wraps, replaces, subclasses or
+compiles a module, the block (or stem, or stage) around it becomes one step that calls it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bitfast.pooling import MaxPool2d
 from bitfast.watching import is_plain, runs_as_written
 
 IMAGES = 0
-"""The number of the value that a network is given."""
+"""The number of the images, the value that a network is given."""
 
 
 class Convolve(NamedTuple):
@@ -33,12 +33,12 @@ class Convolve(NamedTuple):
 
     Attributes:
         source: The value that is read.
-        norm: Applied to it before, with its activation.
-        convolution: With its padding.
-        result: The value that is made.
+        norm: Applied to the source first, with its activation.
+        convolution: Applied with its padding.
+        result: The value that is computed.
         shortcut: The value that the convolution is added to.
-        drop_path: What the convolution goes through before that; idle in inference.
-        then: The norm that reads the result next, if nothing else comes in between.
+        drop_path: Applied to the convolution before it is added; does nothing in inference.
+        then: The norm that is applied to the result next, if nothing else reads the result in between.
     """
 
     source: int
@@ -59,7 +59,7 @@ class Normalize(NamedTuple):
 
 
 class ZeroPad(NamedTuple):
-    """``result`` is the source with so many zeros on all four sides."""
+    """``result`` is the source, padded with ``zeros`` zeros on each of its four sides."""
 
     source: int
     zeros: int
@@ -67,7 +67,7 @@ class ZeroPad(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """``result = pooler(source)``, after so many zeros were put on all four sides of the source."""
+    """``result = pooler(source)``, the source being padded with ``zeros`` zeros on each side first."""
 
     source: int
     zeros: int
@@ -87,9 +87,9 @@ class Join(NamedTuple):
 
 
 class CallModule(NamedTuple):
-    """``result = module(source)``: somebody else has a say in what is computed.
+    """``result = module(source)``: a module that cannot be read as a step, and is called.
 
-    ``options``: of ``torch.utils.checkpoint.checkpoint``, if the backward pass is to compute it again.
+    ``options`` are those of ``torch.utils.checkpoint.checkpoint`` if the backward pass recomputes the module.
     """
 
     source: int
@@ -104,7 +104,7 @@ Block: TypeAlias = tuple[Step, ...]
 
 
 def normalized(value: int) -> int:
-    """Return the number of what the norm that reads a value makes of it."""
+    """Return the number of a value after the norm that is applied to it."""
     return ~value
 
 
@@ -119,7 +119,7 @@ def reads_of(step: Step) -> tuple[int, ...]:
 
 
 def last_reads(steps: Sequence[Step], kept: Container[int]) -> list[list[int]]:
-    """Return for each step the values that nobody reads after it, but for those that are to be kept."""
+    """Return, for each step, the values that it reads last, without those that are to be kept."""
     dead: list[list[int]] = []
     read_later: set[int] = set()
     for step in reversed(steps):
@@ -135,12 +135,12 @@ class Steps(NamedTuple):
     Attributes:
         stem: Its steps.
         stages: The blocks of each stage.
-        norm: What normalizes the output of the last stage; nothing if that is taken as it is.
-        outputs: The values that the stem and each stage make.
-        result: The value that ``norm`` makes.
+        norm: The step of the final norm; empty if there is none.
+        outputs: The values that the stem and each stage compute.
+        result: The last value, after the final norm if there is one.
         values: How many values there are.
-        read: The modules that were found to run as they are written, and those that only hold others.
-        unusual: Modules that were found not to.
+        read: The modules that were read as steps, and those that only contain others.
+        unusual: The modules that could not be read: hooked, wrapped, replaced or the like.
     """
 
     stem: Block
@@ -165,8 +165,7 @@ class Steps(NamedTuple):
         return [step.convolution for step in self.all() if isinstance(step, Convolve)]
 
     def is_plannable(self) -> bool:
-        """Whether nobody has to do with any module, all convolutions can keep their weights, and each stage
-        has a block."""
+        """Whether no module has to be called, all convolutions keep their weights, and no stage is empty."""
         return (
             all(self.stages)
             and not any(isinstance(step, CallModule) for step in self.all())
@@ -174,7 +173,7 @@ class Steps(NamedTuple):
         )
 
     def calls_none_from(self, stage: int) -> bool:
-        """Whether everything after so many stages consists of steps that nobody sees."""
+        """Whether nothing after the first ``stage`` stages, the final norm included, calls a module."""
         later = [step for blocks in self.stages[stage:] for block in blocks for step in block]
         return not any(isinstance(step, CallModule) for step in (*later, *self.norm))
 
@@ -183,8 +182,8 @@ class Steps(NamedTuple):
 
         Args:
             last: How many stages.
-            cuts: The stages (1 is the first) after whose output somebody else steps in, so that the norm that
-                comes next is not applied before.
+            cuts: The stages (1 is the first) whose outputs are handed to the caller, so that the next norm must
+                not be computed together with them.
             is_normed: Whether the final norm follows, after all of the stages.
         """
         stages = list(self.stages[:last])
@@ -209,12 +208,12 @@ def steps_of(
 
     Args:
         stem: Maps images to the first feature map.
-        stages: Follow one another.
-        norm: Normalizes what the last of them makes.
-        containers: Modules that are called around the stages, and only call these.
+        stages: In order.
+        norm: Normalizes the output of the last stage.
+        containers: Modules that contain the stages and do nothing but call them.
 
     Returns:
-        The steps; None if somebody has to do with a container, which must be called then.
+        The steps; None if a container is hooked, wrapped or replaced, and must be called.
     """
     return _Reader().read(stem, stages, norm, containers)
 
@@ -262,10 +261,10 @@ class _Reader:
         self.values += 1
         return self.values - 1
 
-    # ---- what is as written ----------------------------------------------------------------------
+    # ---- what can be read ----------------------------------------------------------------------
 
     def can_read(self, *modules: nn.Module | None) -> bool:
-        """Whether all these modules run as written."""
+        """Whether all modules run as written; they are noted as read, the first that does not as unusual."""
         for module in modules:
             if module is None:
                 continue
@@ -310,7 +309,7 @@ class _Reader:
     # ---- the stem ----------------------------------------------------------------------------------
 
     def stem(self, stem: nn.Module) -> tuple[Block, int]:
-        """Return the steps of a stem and the value that they make."""
+        """Return the steps of a stem, and the number of its output."""
         steps: list[Step] = []
         x = IMAGES
         if not _parts_describe_forward(stem) or not self.can_read(stem):
@@ -339,7 +338,7 @@ class _Reader:
     # ---- stages and blocks ---------------------------------------------------------------------------
 
     def parts(self, stage: nn.Module) -> list[tuple[nn.Module, dict[str, Any] | None]]:
-        """Return the blocks of a stage, each with options of a checkpoint or None; else the stage itself."""
+        """Return the blocks of a stage (or the stage itself), each with options of a checkpoint or None."""
         if (
             not isinstance(stage, BitStage)
             or not _parts_describe_forward(stage)
@@ -352,7 +351,7 @@ class _Reader:
         return [(layer, options) for layer in stage.parts()]
 
     def block(self, module: nn.Module, options: dict[str, Any] | None, x: int) -> tuple[Block, int]:
-        """Return the steps of a block and the value that they make."""
+        """Return the steps of a block, and the number of its output."""
         if options is None and self.can_read(module):
             if is_plain(module, BitPreActivationBottleneckLayer):
                 if self.can_read_preactivation(module):
@@ -433,7 +432,7 @@ class _Reader:
         return self.call(norm, x)
 
     def note_following_norms(self, stages: list[list[Block]], final: Block) -> None:
-        """Tell the last step of each block which norm reads its result next."""
+        """Note in the last step of each block which norm reads its result next."""
         places = [(blocks, k) for blocks in stages for k in range(len(blocks))]
         followers = [*(blocks[k] for blocks, k in places[1:]), final]
         for (blocks, k), following in zip(places, followers, strict=False):
@@ -447,7 +446,7 @@ class _Reader:
 
 
 def shrinks(convolution: WeightStandardizedConv2d) -> bool:
-    """Whether the convolution loses the border, for want of padding."""
+    """Whether the output is smaller than the input because the convolution has no padding."""
     return (
         convolution.kernel_size != (1, 1)
         and convolution.pad is None
@@ -456,7 +455,7 @@ def shrinks(convolution: WeightStandardizedConv2d) -> bool:
 
 
 def _parts_describe_forward(module: nn.Module) -> bool:
-    """Whether the class that says what the module consists of is the one that says how it runs."""
+    """Whether one class defines both ``parts`` and ``forward``, so that the parts are what forward calls."""
     definers = [
         next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
         for name in ("forward", "parts")
@@ -465,7 +464,7 @@ def _parts_describe_forward(module: nn.Module) -> bool:
 
 
 def zeros_of(pad: nn.Module) -> int | None:
-    """Return how many zeros a module puts on each side, if that is all that it does."""
+    """Return how many zeros a module pads each side with; None if it does anything else."""
     if type(pad) is nn.Identity:
         return 0
     if type(pad) not in (nn.ConstantPad2d, nn.ZeroPad2d) or pad.value != 0:

@@ -86,7 +86,7 @@ def _is_batch(images: Any, dimensions: int) -> bool:
 
 
 def is_image(image: Any) -> bool:
-    """Say whether this may be an image, or a batch of them: Pillow's, or what numpy makes an array of."""
+    """Whether this may be an image, or a batch of them: Pillow's, or what numpy makes an array of."""
     return isinstance(image, Image.Image) or hasattr(image, "__array__")
 
 
@@ -317,7 +317,7 @@ def check_range(ranges: Sequence[tuple[int, float, float]], factor: float, stack
 
 
 def is_scaled(image: np.ndarray) -> bool:
-    """Say whether the pixels look like numbers between 0 and 1 rather than between 0 and 255."""
+    """Whether the pixels look like numbers between 0 and 1 rather than between 0 and 255."""
     return image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1
 
 

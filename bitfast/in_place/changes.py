@@ -61,7 +61,7 @@ class _Record(NamedTuple):
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Say whether the module is changed, and not yet changed back."""
+    """Whether the module is changed, and not yet changed back."""
     return RECORD in module.__dict__
 
 

@@ -1,4 +1,4 @@
-"""group_norm_act in Triton: what the operators run, and eager calls that do without them."""
+"""group_norm_act in Triton: the operators' implementations, and eager calls that do without operators."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_forward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward kernels; without a residual, the sum is x itself."""
+    """Launch the forward kernels; without a residual, the sum is x itself."""
     from bitfast.kernels import group_norm_act as kernels
 
     memory_format = memory_format_of(x)
@@ -72,7 +72,7 @@ def add_forward(
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernels."""
+    """Launch the forward kernels, without a residual."""
     _, result, mean, rstd = add_forward(x, None, *arguments)
     return result, mean, rstd
 
@@ -88,7 +88,7 @@ def backward(
     num_groups: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward kernels."""
+    """Launch the backward kernels."""
     from bitfast.kernels import group_norm_act as kernels
 
     memory_format = memory_format_of(x)
@@ -126,10 +126,10 @@ def launch(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return x (plus the residual) and its norm, past the dispatcher; None where an operator is needed.
+    """Return x (plus the residual) and its norm without torch's dispatcher; None where an operator is needed.
 
-    One is needed for a tensor that is not dense, not aligned or not plain, and for another backend. The caller
-    has asked ``eager.may_launch`` about x, and checks the arguments where None is returned.
+    An operator is needed for tensors that are not dense, not aligned or not plain, and for another backend. The
+    caller has asked ``eager.may_launch`` about x, and checks the arguments itself if None is returned.
 
     Raises:
         TypeError, ValueError: As the op.
@@ -144,7 +144,7 @@ def launch(
                 type(residual), residual.shape, residual.stride(), residual.dtype, residual.device
             ),
         )  # fmt: skip
-    except (AttributeError, RuntimeError):  # no tensor, or one without strides
+    except (AttributeError, RuntimeError):  # not a tensor, or one without strides
         return None
     call = _calls.get(key, _UNKNOWN)
     if call is _UNKNOWN:
@@ -174,7 +174,7 @@ def launch(
 
 
 class PreparedCall:
-    """What calls of like arguments need; see :func:`launch` for the arguments."""
+    """The prepared launches for calls whose arguments have the same metadata; see :func:`launch` for these."""
 
     def __init__(
         self, x: Tensor, has_residual: bool, weight: Tensor, bias: Tensor, num_groups: int,
@@ -187,7 +187,7 @@ class PreparedCall:
         self.num_groups, self.eps, self.activation = index(num_groups), float(eps), activation
         numbers = x.shape[0] * self.num_groups
         self.statistics = -(-numbers // 4) * 4
-        """Numbers of either kind, with what keeps the second kind aligned."""
+        """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self._settings = (
             tuple(x.shape), x.dtype, x.device, self.memory_format == torch.channels_last, self.num_groups
         )  # fmt: skip
@@ -231,7 +231,7 @@ class PreparedCall:
         bias: Tensor,
         keeps_statistics: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the sum (or x), the result, and the statistics if they are kept: one kind after the other."""
+        """Return the sum (or x), the result, and if they are kept the statistics: all means, then all 1/std."""
         stream = current_stream(self.device)
         if stream is None:
             with on(self.device):
@@ -261,8 +261,8 @@ class PreparedCall:
 
         Args:
             saved: x (or the sum), weight, bias and the statistics.
-            grad: Of the result; None if it was not used.
-            grad_total: What reached the sum by another way.
+            grad: The gradient of the result; None if the result was not used.
+            grad_total: The gradient that reached the sum directly, or None.
         """
         if grad is None:
             return grad_total, None, None
@@ -282,11 +282,9 @@ class PreparedCall:
         return call_without_autograd(operator, grad, grad_total, *inputs, mean, rstd, *settings)
 
     def _takes(self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None) -> bool:
-        """Say whether the tensors are such as the kernels are prepared for, and nobody watches."""
+        """Whether the prepared kernels can take the tensors, and nobody has to see an operator."""
         maps = (saved[0], grad) if grad_total is None else (saved[0], grad, grad_total)
-        if not is_unwatched() or has_unusual_memory(
-            *maps, *saved[1:]
-        ):  # with what has no memory of its own
+        if not is_unwatched() or has_unusual_memory(*maps, *saved[1:]):
             return False
         for x in maps:
             if (
@@ -320,13 +318,13 @@ class PreparedCall:
 
 
 _calls: BoundedCache[PreparedCall | None] = BoundedCache(most=1024)
-"""By what the arguments are like; None where an operator is needed."""
+"""By the metadata of the arguments; None where an operator is needed."""
 
 _UNKNOWN: Any = object()
 
 
 def forget_calls() -> None:
-    """Let the next calls be planned anew."""
+    """Forget the prepared calls."""
     _calls.clear()
 
 
@@ -339,7 +337,7 @@ def _new_call(
     eps: float,
     activation: str,
 ) -> PreparedCall | None:
-    """Check the arguments and return what calls of their like need; None if that is an operator."""
+    """Check the arguments and return the prepared call; None if an operator is needed."""
     check(OP if residual is None else ADD_OP, x, weight, bias, num_groups, eps, activation)
     if residual is not None:
         check_residual(x, residual)
@@ -357,7 +355,7 @@ def _new_call(
 
 
 class GroupNormAct(torch.autograd.Function):
-    """The norm as one node of autograd's graph."""
+    """``group_norm_act`` as one node of autograd's graph."""
 
     @staticmethod
     def forward(ctx: Any, call: PreparedCall, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -375,7 +373,7 @@ class GroupNormAct(torch.autograd.Function):
 
 
 class AddGroupNormAct(torch.autograd.Function):
-    """The residual sum and its norm as one node."""
+    """``add_group_norm_act`` as one node of autograd's graph."""
 
     @staticmethod
     def forward(

@@ -1,8 +1,8 @@
 """Convolution with standardized weights that are kept packed for oneDNN; for inference on the CPU.
 
-oneDNN convolves fastest with weights laid out for the convolution at hand, and torch lays them out anew in
-each call. The operators that Inductor uses for weights laid out once are private to torch; they are used
-only where :func:`why_not_packed` has tried them, and everywhere else ``F.conv2d`` serves.
+oneDNN convolves fastest with weights packed (laid out) for the convolution at hand, and torch packs them anew
+in each call. Inductor's operators for weights that are packed once are private to torch. They are used only
+where :func:`why_not_packed` has tried them out; elsewhere ``F.conv2d`` is used.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry
 
 
 def can_use_packed_weight(x: Tensor, weight: Tensor) -> bool:
-    """Say whether :func:`packed_convolution` can serve: x is channels_last on a CPU, weight a parameter.
+    """Whether :func:`packed_convolution` can be used: x is channels_last on a CPU, and weight a parameter.
 
-    And no gradient is recorded. Weights that are computed anew for each call are not worth packing, nor is
-    anything once torch's oneDNN is switched off or the reference of ``weight_standardization`` is demanded.
+    Not where a gradient is recorded, torch's oneDNN is switched off, or the reference of
+    ``weight_standardization`` is demanded. Weights that are computed anew in each call are not worth packing.
     """
     return (
         not torch.is_grad_enabled()
@@ -65,9 +65,9 @@ def can_use_packed_weight(x: Tensor, weight: Tensor) -> bool:
 
 
 def uses_packed_weights(device_type: str, dtype: torch.dtype) -> bool:
-    """Say whether convolutions of such tensors run with packed weights where no gradient is recorded.
+    """Whether convolutions of such tensors use packed weights where no gradient is recorded.
 
-    They do not where somebody looks at each operator, and would not know a packed convolution.
+    Not where a mode watches each operator, which would not know a packed convolution.
     """
     return (
         select_backend(OP, device_type, dtype) == "native"
@@ -80,19 +80,19 @@ def uses_packed_weights(device_type: str, dtype: torch.dtype) -> bool:
 
 @constant_when_compiled
 def why_not_packed(dtype: torch.dtype) -> str | None:
-    """Say why convolutions of this dtype cannot run with packed weights on this machine; None if they can."""
+    """Return why convolutions of this dtype cannot use packed weights on this machine; None if they can."""
     return _why_not_packed(dtype)
 
 
 @constant_when_compiled
 def _is_onednn_on() -> bool:
-    """Say whether nobody has switched torch's oneDNN off (``torch.backends.mkldnn.flags``)."""
+    """Whether nobody has switched torch's oneDNN off (``torch.backends.mkldnn.flags``)."""
     return torch._C._get_mkldnn_enabled()
 
 
 @constant_when_compiled
 def _is_exporting() -> bool:
-    """Say whether ``torch.export`` traces; torch 2.11's own function, when traced, always says yes."""
+    """Whether ``torch.export`` traces. (When traced itself, torch 2.11's function always returns True.)"""
     return torch.compiler.is_exporting()
 
 
@@ -109,7 +109,7 @@ def _why_not_packed(dtype: torch.dtype) -> str | None:
 
 
 def _try_out(dtype: torch.dtype) -> str | None:
-    """Say what is wrong with torch's packed convolutions of this dtype, None if nothing is."""
+    """Return what is wrong with torch's packed convolutions of this dtype; None if nothing is."""
     geometry = (1, 1), (1, 1), (1, 1)
     x = torch.linspace(-1, 1, 2 * 16 * 5 * 5).view(2, 16, 5, 5).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -133,10 +133,10 @@ def _try_out(dtype: torch.dtype) -> str | None:
 def packed_weight(
     weight: Tensor, eps: float, geometry: Geometry, dtype: torch.dtype, shape: torch.Size
 ) -> Tensor:
-    """Return the standardized weight, packed for an input of this dtype and shape; it is kept.
+    """Return the standardized weight, packed for an input of this dtype and shape, from the kept weights.
 
-    How oneDNN packs a weight depends on the input's shape, and with weights packed otherwise it is many times
-    slower. So at a new shape a weight is packed again, and the outcome is kept if it differs.
+    How oneDNN packs a weight depends on the input's shape, and with a weight packed for another shape it may be
+    many times slower. So a weight is packed again for each new shape, and kept if the result differs.
     """
 
     def make() -> Tensor:
@@ -146,7 +146,7 @@ def packed_weight(
 
 
 def _hold_the_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two packed weights are the same, byte for byte; no if this torch does not let us see."""
+    """Whether two packed weights are equal, byte for byte; False if this torch does not show their bytes."""
     operators = torch.ops.mkldnn
     if not (a.is_mkldnn and b.is_mkldnn and a.dtype == b.dtype):
         return False
@@ -175,7 +175,7 @@ def _pack(weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
 
 
 def convolve_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve x with a packed weight, in inference; channels_last."""
+    """Convolve x with a packed weight, in inference. Both x and the result are channels_last."""
     stride, padding, dilation = geometry
     return torch.ops.mkldnn._convolution_pointwise.default._op(
         x, packed, None, padding, stride, dilation, 1, "none", [], ""
@@ -183,7 +183,7 @@ def convolve_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
 
 
 def add_convolve_packed_(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry) -> None:
-    """Add the same to ``total`` in place."""
+    """Add :func:`convolve_packed` of x to ``total`` in place."""
     stride, padding, dilation = geometry
     torch.ops.mkldnn._convolution_pointwise_.binary._op(
         total, x, packed, None, padding, stride, dilation, 1, "add", 1.0, None, [], ""
@@ -194,7 +194,7 @@ def add_convolve_packed_(x: Tensor, packed: Tensor, total: Tensor, geometry: Geo
 
 
 def _geometry(*pairs: Sequence[int]) -> Geometry:
-    """Return what the dispatcher may have made lists of as it was."""
+    """Return stride, padding and dilation as tuples, of which the dispatcher may have made lists."""
     stride, padding, dilation = ((first, second) for first, second in pairs)
     return stride, padding, dilation
 

@@ -27,7 +27,7 @@ SIGNATURE = (
     " float[] rescale_factors, float[] mean, float[] std, ScalarType dtype, bool channels_last,"
     " int[] first_axes) -> Tensor"
 )
-"""What every backend takes and returns. The images are (H, W, C), of any strides. ``sizes`` is flat:
+"""Of every backend. The images are (H, W, C), of any strides. ``sizes`` is flat:
 height and width of image 0, of image 1, ...; so is ``offsets``: top and left. ``mean`` and ``std`` are
 both empty or hold a number per channel. ``first_axes`` holds the axis of each image that is resampled
 first: 0 for height, 1 for width."""
@@ -36,8 +36,8 @@ PIXELS_SIGNATURE = (
     "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, Tensor? values,"
     " bool channels_last, int[] first_axes) -> Tensor"
 )
-"""What the extension takes: of uint8 images ``values`` (256, C) holds what each byte becomes; float32
-images, without it, are resized and cropped only."""
+"""Of the extension's operator. For uint8 images ``values`` (256, C) holds the value that each byte stands for;
+float32 images, without it, are only resized and cropped."""
 
 NATIVE_DTYPES = frozenset({torch.uint8, torch.float32, torch.bfloat16, torch.float16})
 
@@ -294,7 +294,7 @@ class Arguments(NamedTuple):
     first_axes: list[int]
 
     def empty_result(self) -> Tensor:
-        """Return what the results are to be written to."""
+        """Return a tensor without contents for the result."""
         return torch.empty(
             (len(self.images), self.images[0].shape[2], *self.crop),
             dtype=self.dtype,
@@ -303,11 +303,11 @@ class Arguments(NamedTuple):
         )
 
     def rescale_normalize(self, pixels: Tensor) -> Tensor:
-        """Return what becomes of resized pixels, of shape (N, C, H, W)."""
+        """Rescale and normalize resized pixels, shape (N, C, H, W)."""
         return rescale_normalize(pixels, self.rescale_factors, self.mean, self.std, self.dtype)
 
     def values_of_bytes(self) -> Tensor:
-        """Return what becomes of each byte, shape (256, C), on the CPU."""
+        """Return the rescaled and normalized value of each byte, shape (256, C), on the CPU."""
         channels = self.images[0].shape[2]
         numbers = (tuple(self.rescale_factors), tuple(self.mean), tuple(self.std))
         return values_of_bytes(*numbers, channels, self.dtype)
@@ -326,7 +326,7 @@ def _define(
 
 _define("reference", reference.resize_normalize_forward)
 
-# ---- what becomes of resized pixels -------------------------------------------------------------
+# ---- rescaling and normalizing -----------------------------------------------------------------
 
 
 def rescale_normalize(
@@ -362,9 +362,9 @@ def values_of_bytes(
     channels: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return what :func:`rescale_normalize` makes of each byte, shape (256, C), on the CPU.
+    """Return :func:`rescale_normalize` of each byte, shape (256, C), on the CPU.
 
-    Read from such a table, results are exact whatever the arithmetic of a device.
+    Results that are read from this table are exact, whatever the arithmetic of the device.
     """
     with torch.inference_mode(False):  # the table outlives the mode it is made in
         pixels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, channels)

@@ -1,4 +1,4 @@
-"""How the Triton kernels of ``resize_normalize`` are given a batch: tables of the host, and two launches."""
+"""resize_normalize in Triton: the tables of a batch are made on the host, then two kernels are launched."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NO_TABLES = "its tables of filters are made by the extension's CPU half, which i
 
 
 def why_unavailable_on_gpu() -> str | None:
-    """Say why the kernels cannot run on this machine's GPU; None when they can."""
+    """Return why the kernels cannot run on this machine's GPU; None if they can."""
     return why_no_triton() or _why_no_tables()
 
 
 def why_unavailable_on_cpu() -> str | None:
-    """Say why the kernels cannot run on CPU tensors; None in Triton's interpreter."""
+    """Return why the kernels cannot run on CPU tensors; None if Triton interprets them."""
     return why_no_interpreter() or _why_no_tables()
 
 
@@ -36,11 +36,11 @@ def _why_no_tables() -> str | None:
 
 
 Line = tuple[int, int, int, int]
-"""Size before, size after, the first output that is wanted, and how many."""
+"""How one axis is resampled: its size before and after, the first output that is wanted, and how many."""
 
 
 def forward(arguments: Arguments) -> Tensor:
-    """Run ``bitfast::resize_normalize.triton``; nothing waits for the device.
+    """Compute ``bitfast::resize_normalize.triton``. The host does not wait for the device.
 
     Raises:
         RuntimeError: a CUDA graph is being captured. Its replays would read tables of this batch's sizes
@@ -94,7 +94,7 @@ def forward(arguments: Arguments) -> Tensor:
 
 
 def _lines(arguments: Arguments) -> tuple[list[Line], list[int], list[int]]:
-    """Return the lines of each image, height and width in turns, and where they begin in the window."""
+    """Return the lines of all images (height and width by turns), and their tops and lefts in the window."""
     lines: list[Line] = []
     begins: tuple[list[int], list[int]] = ([], [])
     for i, image in enumerate(arguments.images):
@@ -108,7 +108,7 @@ def _lines(arguments: Arguments) -> tuple[list[Line], list[int], list[int]]:
 
 
 def _stream(device: torch.device) -> int:
-    """Return the stream that is current, by which tables are kept: on another they may not be there yet."""
+    """Return the current stream. Tables are kept by stream: on another one their copy may not be done yet."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -116,7 +116,7 @@ def _stream(device: torch.device) -> int:
 def _tables(
     lines: tuple[Line, ...], resample: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor, dict[Line, Axis]]:
-    """Return the starts and weights of all lines, on the device, and each line's place in them."""
+    """Return the starts and weights of all lines, on the device, and where each line's are among them."""
     from bitfast.kernels.resize_normalize import Axis
 
     wanted = [line for line in lines if line[3] > 0]
@@ -138,5 +138,5 @@ def _tables(
 
 @lru_cache(maxsize=64)
 def _on_device(table: Tensor, device: torch.device, stream: int) -> Tensor:
-    """Return a table that is kept itself, on the device."""
+    """Return a copy of a table on the device."""
     return upload([table], device)[0]

@@ -1,4 +1,4 @@
-"""weight_standardization in Triton: what the operators run, and eager calls that do without them."""
+"""weight_standardization in Triton: the operators' implementations, and eager calls without operators."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def forward(weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel of one weight."""
+    """Launch the forward kernel of one weight."""
     from bitfast.kernels import weight_standardization as kernels
 
     weight = weight.contiguous(memory_format=memory_format_of(weight))
@@ -53,7 +53,7 @@ def forward(weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tens
 
 
 def backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Run the backward kernel of one weight."""
+    """Launch the backward kernel of one weight."""
     from bitfast.kernels import weight_standardization as kernels
 
     memory_format = memory_format_of(weight)
@@ -68,7 +68,7 @@ def backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor
 def all_forward(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel of all weights."""
+    """Launch the forward kernel of all weights."""
     from bitfast.kernels import weight_standardization as kernels
 
     weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
@@ -84,7 +84,7 @@ def all_forward(
 def all_backward(
     grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
 ) -> Tensor:
-    """Run the backward kernel of all weights."""
+    """Launch the backward kernel of all weights."""
     from bitfast.kernels import weight_standardization as kernels
 
     weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
@@ -103,10 +103,11 @@ def all_backward(
 def launch_all(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
 ) -> list[Tensor] | None:
-    """Return the results of several weights, past the dispatcher; None where operators are needed.
+    """Return the results of several weights without torch's dispatcher; None where operators are needed.
 
-    They are for weights that are not dense, not plain or not alike, for another backend, and for weights that
-    are first seen while a CUDA graph is recorded. The caller has asked ``eager.may_launch`` about the first.
+    Operators are needed for weights that are not dense, not plain or not of one dtype and device, for another
+    backend, and for weights that are first met while a CUDA graph is recorded. The caller has asked
+    ``eager.may_launch`` about the first weight.
 
     Raises:
         TypeError, ValueError: As the op.
@@ -119,7 +120,7 @@ def launch_all(
             *map(type, weights), *map(Tensor.stride, weights), *map(_FEATURES, weights),
             eps, dtype, channels_last, requested_backend(OP),
         )  # fmt: skip
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one without strides
+    except (AttributeError, RuntimeError, TypeError):  # not a tensor, or one without strides
         return None
     call = _calls.get(key, _UNKNOWN)
     if call is _UNKNOWN:
@@ -143,7 +144,7 @@ _REQUIRES_GRAD: Any = attrgetter("requires_grad")
 
 
 class PreparedCallOfAll:
-    """What calls with like weights need; see :func:`launch_all` for the arguments."""
+    """The prepared launches for calls with weights of the same metadata; see :func:`launch_all`."""
 
     def __init__(
         self, weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
@@ -159,7 +160,7 @@ class PreparedCallOfAll:
         self.starts = tuple(starts)
         rows = sum(filters.rows for filters in self.filters)
         self.statistics = -(-rows // 4) * 4
-        """Numbers of either kind, with what keeps the second kind aligned."""
+        """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self.rows = rows
         self.results = self._places(weights, channels_last)
         self.gradients = self._places(weights, False)
@@ -174,11 +175,11 @@ class PreparedCallOfAll:
         return [(view.shape, view.stride(), view.storage_offset()) for view in views]
 
     def table_at(self, addresses: tuple[int, ...]) -> Table | None:
-        """Return the table of weights that lie there."""
+        """Return the kernels' table for weights at these addresses."""
         return self.kernels.table_at(self.filters, addresses, self.starts, self.device)
 
     def forward(self, table: Table) -> tuple[list[Tensor], Tensor]:
-        """Return the results, and the statistics of all filters: one kind after the other."""
+        """Return the results, and the statistics of all filters: all means, then all 1/std."""
         stream = current_stream(self.device)
         if stream is None:
             with on(self.device):
@@ -202,7 +203,7 @@ class PreparedCallOfAll:
         Args:
             table: Of the weights.
             saved: The weights and the statistics.
-            grads: Of the results; None for each that was not used.
+            grads: The gradients of the results; None for each result that was not used.
         """
         *weights, statistics = saved
         given = [grad for grad in grads if grad is not None]
@@ -270,20 +271,20 @@ class PreparedCallOfAll:
 
 
 _calls: BoundedCache[PreparedCallOfAll | None] = BoundedCache(most=64)
-"""By what the weights are like; None where operators are needed."""
+"""By the metadata of the weights; None where operators are needed."""
 
 _UNKNOWN: Any = object()
 
 
 def forget_calls() -> None:
-    """Let the next calls be planned anew."""
+    """Forget the prepared calls."""
     _calls.clear()
 
 
 def _new_call(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
 ) -> PreparedCallOfAll | None:
-    """Check the arguments and return what calls of their like need; None if that is operators."""
+    """Check the arguments and return the prepared call; None if operators are needed."""
     for number, weight in enumerate(weights):
         check(f"weights[{number}]", weight, eps, dtype)
     first = weights[0]
@@ -298,7 +299,7 @@ def _new_call(
 
 
 class StandardizeAll(torch.autograd.Function):
-    """The preparation of all weights as one node of autograd's graph."""
+    """The standardization of all weights as one node of autograd's graph."""
 
     @staticmethod
     def forward(
