@@ -28,7 +28,7 @@ def round_to_multiple(width: float, divisor: int = 8) -> int:
 
 
 def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
-    """Add the two halves of a block; a branch that its convolutions left one pixel of is repeated.
+    """Add a block's branch to its shortcut; a branch that its convolutions have left one pixel of is broadcast.
 
     Raises:
         ValueError: the convolutions have no padding and left the branch smaller than the shortcut.
@@ -51,7 +51,7 @@ def check_summands(branch: Sequence[int], shortcut: Sequence[int]) -> None:
 
 
 def drop_path(rate: float) -> nn.Module:
-    """Return what drops a block's branch with probability ``rate``, as the last thing before it is added."""
+    """Return the module that drops a block's branch with probability ``rate`` before it is added."""
     return DropPath(rate) if rate > 0 else nn.Identity()
 
 
@@ -63,7 +63,7 @@ def convolution(
     stride: int = 1,
     dilation: int = 1,
 ) -> WeightStandardizedConv2d:
-    """Return a convolution with the padding of the whole network."""
+    """Return a convolution with the configuration's padding."""
     return WeightStandardizedConv2d(
         in_channels,
         out_channels,
@@ -78,7 +78,7 @@ def convolution(
 def norm(
     config: BitConfig, num_channels: int, activation: str | None = None
 ) -> GroupNormActivation:
-    """Return a norm with the activation of the whole network, or with that one."""
+    """Return a norm with the given activation, by default the configuration's."""
     return GroupNormActivation(
         config.num_groups, num_channels, activation=activation or config.hidden_act
     )
@@ -105,7 +105,7 @@ class ResidualBlock(ConvolutionOwner):
     """What both blocks have in common."""
 
     idle_in_inference: tuple[type[nn.Module], ...] = (nn.Identity, DropPath)
-    """The classes of ``drop_path`` that return what they are given, but for training."""
+    """The classes of ``drop_path`` that return their input unchanged in inference."""
 
     downsample: BitDownsampleConv | None
     drop_path: nn.Module

@@ -1,4 +1,4 @@
-"""Convolutions that somebody else takes over for a while, as adapters do."""
+"""Modules that notice when one of their convolutions is wrapped, as adapters do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bitfast.layers import WeightStandardizedConv2d
 
 
 class ConvolutionOwner(ChangeNotifier):
-    """A module that notices when a convolution of its own is wrapped, and when it comes back.
+    """A module that notices when one of its convolutions is wrapped, and when it is unwrapped.
 
-    Who wraps one may write to its weight in ways that torch does not count, as PEFT does where it merges an
-    adapter (``weight.data += delta``). So meanwhile nothing is kept of that weight.
+    A wrapper may write to the weight in ways that torch does not count, as PEFT does where it merges an adapter
+    (``weight.data += delta``). So nothing is kept of the weight of a wrapped convolution.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

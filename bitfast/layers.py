@@ -27,7 +27,7 @@ for _op in ("group_norm_act", "same_pad", "weight_standardization"):
 
 
 class DynamicPad2d(ChangeNotifier):
-    """TensorFlow's "same" zeros for a window, which depend on the size of the input.
+    """TensorFlow's "same" padding for a window, which depends on the size of the input.
 
     Args:
         kernel_size: Of the window to come; one integer or (height, width), as the next two.
@@ -58,9 +58,9 @@ class DynamicPad2d(ChangeNotifier):
     def prepared(
         self, shape: tuple[int, ...], device_type: str, dtype: torch.dtype
     ) -> Callable[[Tensor], Tensor] | None:
-        """Return what :meth:`forward` does to tensors like this where no gradient is recorded, chosen once.
+        """Return a function that pads tensors of this shape and type; None if they need no padding.
 
-        None if they need no padding.
+        The backend is chosen once. No gradient may be recorded where the function is called.
         """
         window = self.kernel_size, self.stride, self.dilation
         return pad_for(shape, window, self.value, device_type, dtype)
@@ -94,9 +94,9 @@ class WeightStandardizedConv2d(ChangeNotifier, nn.Conv2d):
 
     pad: nn.Module | None
     standardizes = True
-    """Whether the filters are standardized before use; else they were, for good."""
+    """Whether the filters are standardized before use; if not, the weight holds standardized filters."""
     is_wrapped = False
-    """Whether somebody has wrapped it, who may change its weight unnoticed."""
+    """Whether another module wraps this one, and may change the weight in ways that torch does not count."""
 
     def __init__(
         self,
@@ -135,12 +135,12 @@ class WeightStandardizedConv2d(ChangeNotifier, nn.Conv2d):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "weight":
-            # Sharding (FSDP) sets one whose memory it has filled, in a way that torch does not count.
+            # Sharding (FSDP) sets a parameter whose memory it fills in a way that torch does not count.
             kept_weights.drop([value])
 
     @property
     def geometry(self) -> Geometry:
-        """Stride, zeros on each side, and dilation, each as (height, width)."""
+        """Stride, padding and dilation, each as (height, width)."""
         padding: Any = self.padding  # a string, if somebody has put one there
         zeros: Any = padding if isinstance(padding, str) else pair_of(padding)
         return pair_of(self.stride), zeros, pair_of(self.dilation)
@@ -156,20 +156,20 @@ class WeightStandardizedConv2d(ChangeNotifier, nn.Conv2d):
         return self._conv_forward(x, self.filters(), self.bias)
 
     def filters(self) -> Tensor:
-        """Return what the input is convolved with: the standardized weight."""
+        """Return the standardized weight, which the input is convolved with."""
         return weight_standardization(self.weight, self.eps)
 
     def _may_use_inference_kernels(self, x: Tensor) -> bool:
-        """Whether the numbers may differ, by rounding, from those that record gradients.
+        """Whether kernels may be used that round differently from those that record gradients.
 
-        In training they may not, even where no gradients are recorded: reentrant checkpoints run a block
-        first without them, then with them, and the numbers must agree. Nor may they where x is followed by a
-        tracer or a transform.
+        In training they may not, even where no gradients are recorded: reentrant checkpoints compute a block
+        first without and then with gradients, and the results must agree. Nor may they where a tracer or a
+        transform follows x.
         """
         return not self.training and not torch.is_grad_enabled() and is_concrete(x)
 
     def is_simple(self) -> bool:
-        """Whether the layer has no bias, groups or reflections, and nobody has wrapped it."""
+        """Whether the layer has no bias, one group, zeros for padding, and is not wrapped."""
         return (
             not self.is_wrapped
             and self.bias is None
@@ -179,9 +179,9 @@ class WeightStandardizedConv2d(ChangeNotifier, nn.Conv2d):
         )
 
     def keeps_weight(self) -> bool:
-        """Whether what is made of the weight may be kept.
+        """Whether forms of the weight may be kept.
 
-        A weight that was made in inference mode is made one that can be kept, if the rest allows it.
+        If so, a weight that was made in inference mode is turned into an ordinary parameter.
         """
         weight = self._parameters.get("weight")
         if type(weight) is not nn.Parameter or not self.is_simple():
@@ -191,39 +191,39 @@ class WeightStandardizedConv2d(ChangeNotifier, nn.Conv2d):
         return True
 
     def mark_wrapped(self) -> None:
-        """Keep nothing that is computed from the weight until :meth:`mark_unwrapped`."""
+        """Keep no form of the weight until :meth:`mark_unwrapped` is called."""
         self.is_wrapped = True
 
     def mark_unwrapped(self) -> None:
-        """Keep it again, and nothing from before."""
+        """Keep forms of the weight again, computed anew."""
         weight = self._parameters.get("weight")
         if self.is_wrapped and weight is not None and not weight.is_inference():
             torch.autograd.graph.increment_version(weight)
         self.is_wrapped = False
 
     def train(self, mode: bool = True) -> WeightStandardizedConv2d:
-        """Switch between training and evaluation, and forget the weight packed for inference."""
-        self._forget_packed_weight()
+        """Switch between training and evaluation, and drop the kept forms of the weight."""
+        self._drop_kept_weight()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> WeightStandardizedConv2d:
-        self._forget_packed_weight()
+        self._drop_kept_weight()
         super()._apply(fn, recurse)
         make_ordinary(self._parameters.get("weight"))
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget_packed_weight()  # else torch could not swap it for another tensor
+        self._drop_kept_weight()  # otherwise torch could not swap the parameter for another tensor
         super()._load_from_state_dict(*args)
 
-    def _forget_packed_weight(self) -> None:
+    def _drop_kept_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
             kept_weights.drop([weight])
 
 
 def pair_of(value: int | tuple[int, ...]) -> tuple[int, int]:
-    """Return (height, width) of what torch's layers take as one number or two."""
+    """Return one number, or a pair, as (height, width)."""
     return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
 
 
@@ -233,7 +233,7 @@ def _zeros(
     stride: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int] | None:
-    """Return the zeros that a convolution puts on each side; None if they depend on the input's size."""
+    """Return the padding (height, width) of a convolution; None if it depends on the input's size."""
     if padding is not None and not isinstance(padding, str):
         return pair_of(padding)
     name = None if padding is None else padding.upper()
@@ -252,7 +252,7 @@ def _zeros(
 
 
 class GroupNormActivation(ChangeNotifier, nn.GroupNorm):
-    """GroupNorm, followed by an activation, which is a child of its own.
+    """GroupNorm followed by an activation, which is a child module.
 
     Args:
         num_groups: Divides ``num_channels``.
@@ -291,20 +291,20 @@ class GroupNormActivation(ChangeNotifier, nn.GroupNorm):
         return self.activate(x)
 
     def has_scale_and_shift(self) -> bool:
-        """Whether both are there, as the ops need them."""
+        """Whether there are a weight and a bias, as the ops need them."""
         return self.weight is not None and self.bias is not None
 
     def activate(self, x: Tensor) -> Tensor:
-        """Return what the modules after the norm make of it."""
+        """Apply the modules that follow the norm."""
         return self.activation(x)
 
     def fused_activation(self) -> str | None:
-        """Return the name of the activation if a fused op may apply it; None if it must be called."""
+        """Return the activation's name if the op may apply it; None if the module must be called."""
         activation = self.activation
         return activation_name(activation) if runs_as_written(activation) else None
 
     def op_parameters(self) -> Norm:
-        """Return what the ops want to know; ``fused_activation()`` must have a name."""
+        """Return the ops' arguments after x. ``fused_activation()`` must not be None."""
         name = self.fused_activation()
         assert name is not None
         return Norm(self.weight, self.bias, self.num_groups, self.eps, name)
@@ -321,7 +321,7 @@ class DropPath(ChangeNotifier):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, ...) to the same shape; what survives is divided by its probability."""
+        """Map (N, ...) to the same shape; branches that are not dropped are divided by their probability."""
         if not self.drop_prob or not self.training:
             return x
         keep = 1 - self.drop_prob

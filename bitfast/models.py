@@ -1,7 +1,7 @@
-"""The three models, whoever gives them their configuration and checkpoints.
+"""The three models, without configuration and checkpoints.
 
-:mod:`bitfast.modeling` does, and for models that are instances of transformers' own classes
-:mod:`bitfast.transformers`.
+These are added by :mod:`bitfast.modeling`, and by :mod:`bitfast.transformers` for models that are instances of
+transformers' own classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bitfast.watching import is_plain, runs_as_written
 
 
 class ModelBase(nn.Module):
-    """What the three have in common: initialisation, gradient checkpointing, options of a call."""
+    """The base of the three models: initialisation, gradient checkpointing, options of a call."""
 
     config: Any
 
@@ -83,7 +83,7 @@ class ModelBase(nn.Module):
     def _resolve_output_options(
         self, output_hidden_states: bool | None, return_dict: bool | None
     ) -> tuple[bool, bool]:
-        """Fill in from the configuration what a forward call left open."""
+        """Replace options of a call that are None by the configuration's."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
@@ -97,7 +97,7 @@ class Model(ForwardPass, ModelBase):
     output_class: ClassVar[Any] = outputs.BaseModelOutputWithPoolingAndNoAttention
 
     def add_modules(self, config: Any) -> None:
-        """Make the modules that the configuration describes."""
+        """Add the modules that the configuration describes."""
         self.embedder = BitEmbeddings(config)
         self.encoder = BitEncoder(config)
         self.norm = (
@@ -156,8 +156,8 @@ class Model(ForwardPass, ModelBase):
             output_hidden_states: Also return the stem's and each stage's output.
 
         Returns:
-            The hidden states in the layout that plain convolutions would give them, the other in the one that
-            the network runs in. None if the modules have to be called as they are.
+            The hidden states in the layout that plain convolutions would give them, and the normalized output
+            in the layout that the network computes in. None if the modules have to be called one by one.
         """
         if not self.is_known():
             return None
@@ -170,7 +170,7 @@ class Model(ForwardPass, ModelBase):
         return tuple(hidden_states) if output_hidden_states else None, normalized
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return the modules that :meth:`compute` runs."""
+        """Return the stem and the stages."""
         return self.embedder, list(self.encoder.stages)
 
     def stages_in_order(self) -> Sequence[nn.Module]:
@@ -178,7 +178,7 @@ class Model(ForwardPass, ModelBase):
         return self.encoder.stages._modules.values()  # type: ignore[return-value]
 
     def is_known(self) -> bool:
-        """Whether the encoder is one of these, not something in its place."""
+        """Whether the encoder is a :class:`BitEncoder` that nobody has replaced."""
         return is_plain(self.encoder, BitEncoder)
 
     def containers(self) -> Sequence[nn.Module]:
@@ -192,7 +192,7 @@ class Classifier(ModelBase):
     output_class: ClassVar[Any] = outputs.ImageClassifierOutputWithNoAttention
 
     def add_modules(self, config: Any, base_model: nn.Module) -> None:
-        """Put a classifier on a base model."""
+        """Add a base model and a classifier."""
         self.num_labels = config.num_labels
         self.bit: Any = base_model
         self.classifier = nn.Sequential(
@@ -278,9 +278,9 @@ class Backbone(ModelBase):
     has_attentions = False
 
     def add_modules(self, config: Any, base_model: nn.Module) -> None:
-        """Take the feature maps of a base model."""
+        """Add a base model, whose feature maps are returned."""
         self.bit: Any = base_model
-        # Like transformers, also of hidden sizes that have no depth, and so no stage.
+        # As in transformers, also for hidden sizes without a depth, which have no stage.
         self.num_features = [
             config.embedding_size,
             *(round_to_multiple(size * config.width_factor) for size in config.hidden_sizes),
@@ -329,11 +329,11 @@ class Backbone(ModelBase):
 
 
 def may_bypass_base_model(bit: nn.Module) -> bool:
-    """Whether a model with a head may have its base model's stages run without calling the base model."""
+    """Whether a model with a head may compute its base model without calling it: nobody would notice."""
     return (
         is_plain(bit, Model)
         and runs_as_written(bit)
-        and type(bit.pooler) is nn.AdaptiveAvgPool2d  # another might want images as they came
+        and type(bit.pooler) is nn.AdaptiveAvgPool2d  # another might need the plain layout
         and runs_as_written(bit.pooler)
     )
 

@@ -1,6 +1,6 @@
-"""Telling those who keep what they computed from parameters when an optimizer has stepped these.
+"""Notifies caches of what was computed from parameters when an optimizer has changed these.
 
-torch counts in-place changes of a tensor, but not those that fused optimizers make.
+torch counts in-place changes of a tensor, but not those by fused optimizers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class ParameterCache(Protocol):
-    """Somebody who keeps what was computed from parameters."""
+    """A cache of what was computed from parameters."""
 
     def drop_if_from(self, weights: set[int]) -> None:
-        """Forget what was kept if any of it comes from the parameters with these ids."""
+        """Drop what was computed from the parameters with these ids."""
 
 
 _caches: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -26,12 +26,12 @@ _is_hooked = threading.Event()
 
 
 def is_in_shared_memory(weight: Tensor) -> bool:
-    """Whether other processes may change the weight, which torch does not count here."""
+    """Whether other processes may change the weight, which torch does not count in this one."""
     return weight.device.type == "cpu" and weight.is_shared()
 
 
 def watch_optimizers(cache: ParameterCache) -> None:
-    """Let the cache, while it lives, know of the steps of all optimizers from now on."""
+    """Notify the cache, while it lives, of the steps of all optimizers from now on."""
     with _caches_lock:
         if not _is_hooked.is_set():
             register_optimizer_step_post_hook(_after_optimizer_step)

@@ -1,7 +1,7 @@
 """The oracle of every op: plain, differentiable PyTorch, right in any floating dtype.
 
-These functions define what the ops mean. Kernels are tested against them in float64, and where no
-kernel can serve a tensor they are what runs. Each follows its input's memory format: channels_last
+These functions define what the ops mean. Kernels are tested against them in float64, and where there is no
+kernel for a tensor they are used themselves. Each follows its input's memory format: channels_last
 in, channels_last out; everything else comes back contiguous.
 """
 
@@ -97,12 +97,12 @@ def group_norm_act_forward(
 def _group_norm_channels_last(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # In the order of memory, so that autograd's gradients come out channels_last too.
+    # Computed in the order of memory, so that autograd's gradients are channels_last too.
     dtype = compute_dtype(x.dtype)
     groups = x.permute(0, 2, 3, 1).unflatten(3, (num_groups, -1)).to(dtype)
     mean = _group_mean(groups)
     centered = groups - mean
-    # What the rounding of the mean was off by; it shows where the mean is 100 standard deviations.
+    # The rounding error of the mean, which matters where the mean is 100 standard deviations.
     left_over = _group_mean(centered)
     centered = centered - left_over
     # Not torch.var, which takes several times as long on the CPU.
@@ -129,7 +129,7 @@ def _per_channel(statistic: Tensor, channels_per_group: int) -> Tensor:
 def add_group_norm_act_forward(
     x: Tensor, residual: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Add the residual, then do what :func:`group_norm_act_forward` does; also return the sum."""
+    """Add the residual and normalize the sum; return (sum, result, mean, rstd)."""
     total = laid_out(x + residual, memory_format_of(x))
     return total, *group_norm_act_forward(total, *arguments)
 
@@ -149,7 +149,7 @@ def group_norm_act_backward(
 
     The activation is recomputed from x and the statistics, so that none has to be stored. With
     h = (x - mean) rstd and g = dL/dh: dx = rstd (g - mean(g) - h mean(g h)), the means over one group.
-    ``grad_total``, if given, is what reached x by another way; it is added to dx.
+    ``grad_total``, if given, is the gradient that reached x directly; it is added to dx.
     """
     dtype = compute_dtype(x.dtype)
     per_group = x.shape[1] // num_groups
@@ -349,7 +349,7 @@ NEAREST = 0
 
 
 def resampling_weights(in_size: int, out_size: int, resample: int) -> tuple[Tensor, Tensor]:
-    """Return (index, weight), each (taps, out_size): where each output pixel reads, how much of it.
+    """Return (index, weight), each (taps, out_size): the input pixels of each output pixel, and their weights.
 
     The weights are float64, sum to 1 over the taps and round as Pillow's do, which takes the same
     operations in the same order. A tap that an output pixel does not need has weight 0.
@@ -372,7 +372,7 @@ def resampling_weights(in_size: int, out_size: int, resample: int) -> tuple[Tens
 
 
 def _nearest_index(in_size: int, out_size: int) -> Tensor:
-    """Return the source of each output pixel: positions advance by repeated addition, as Pillow's do."""
+    """Return the input pixel of each output pixel. Positions advance by repeated addition, as Pillow's do."""
     scale = in_size / out_size
     positions = itertools.accumulate(itertools.repeat(scale, out_size - 1), initial=scale * 0.5)
     return torch.tensor([min(int(p), in_size - 1) for p in positions])

@@ -1,4 +1,4 @@
-"""What torch is doing around a call: who transforms it, traces it, or looks at each of its operators."""
+"""torch's state around a call: whether it is transformed or traced, or a mode watches its operators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def constant_when_compiled(function: Function) -> Function:
 def is_transformed() -> bool:
     """Whether a function transform (``torch.func``) or forward-mode differentiation is at work.
 
-    They see what plain PyTorch computes, but nothing of what a kernel does.
+    They see into plain PyTorch, but not into kernels.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None or is_in_forward_mode()
 
@@ -57,17 +57,17 @@ def is_batched(x: Tensor) -> bool:
 
 
 def must_use_plain_pytorch() -> bool:
-    """Whether operators of our own would be lost on who transforms or traces the call.
+    """Whether the call is transformed or traced by somebody who cannot handle bitfast's operators.
 
-    ``torch.jit.trace`` does record them, but its programs are to run where there is no bitfast.
+    ``torch.jit.trace`` could record them, but its programs are to run without bitfast.
     """
     return is_transformed() or torch.jit.is_tracing()
 
 
 def is_concrete(x: object) -> bool:
-    """Whether x is a tensor whose layout and dtype may decide how to compute: nothing traces the call.
+    """Whether the layout and dtype of x may decide how to compute: it is a tensor, and nothing traces the call.
 
-    ``torch.compile`` and ``torch.export`` do trace, but follow such decisions.
+    ``torch.compile`` and ``torch.export`` do not count: they follow such decisions.
     """
     return not isinstance(x, Proxy) and not must_use_plain_pytorch()
 
@@ -80,9 +80,9 @@ def is_dispatch_watched() -> bool:
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Within the block nobody sees what is computed, nor has a say in it: no tracer, mode or transform.
+    """Hide what the block computes from tracers, modes, transforms and autograd.
 
-    For questions to the machine, which are no part of a program.
+    For trying out what the machine can do, which is no part of a program.
     """
     tracing_state = torch._C._get_tracing_state()
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def unseen() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        if tracing_state is None:  # within an operator it cannot even be set to that
+        if tracing_state is None:  # within an operator it cannot even be set to None
             yield
             return
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

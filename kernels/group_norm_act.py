@@ -22,22 +22,22 @@ from .launch import Device, Launch, ceil_div, device_of, next_power_of_two
 # ---- launch shapes --------------------------------------------------------------------------------
 
 TILE_IN_REGISTERS = 16384
-"""Elements that a program keeps in registers between its two uses of them: 32 per thread of 16 warps."""
+"""Elements that a program can keep in registers between their two uses: 32 per thread of 16 warps."""
 
 STREAM_TILE = 8192
-"""Elements of a tile that moves over all pixels, 16 per thread: with 32 the registers did not suffice."""
+"""Elements of a tile that moves over all pixels: 16 per thread, since 32 did not fit in the registers."""
 
 SPLIT_BYTES = 8192
-"""Size of a tile that moves over a range of the pixels."""
+"""Bytes of a tile that moves over a range of the pixels."""
 
 SMALLEST_TILE = 2048
-"""Elements below which an NCHW tile takes in another group. (A channels_last one has its row.)"""
+"""Elements up to which an NCHW tile takes in more groups. (For channels_last tiles the row decides.)"""
 
 WIDEST_TILE = 1024
-"""Channels. Wider groups are cut into parts."""
+"""Channels of a tile's group, at most. Wider groups are cut into parts."""
 
 MOST_PARTIALS = 256
-"""Partial results per image and group, all of which every program of the second launch reads."""
+"""Partial results per image and group, at most: every program of the second launch reads all of them."""
 
 
 class Tiling(NamedTuple):
@@ -76,7 +76,7 @@ def choose_tiling(
     tensors: int,
     device: Device,
 ) -> Tiling:
-    """Choose the launch shapes, the same for equal arguments: nothing is tried out at run time.
+    """Choose the launch shapes. Equal arguments give equal shapes: nothing is tried out at run time.
 
     1. A row of a channels_last tile is 128 bytes, or one group if that is wider. It is halved while there
        are fewer programs than multiprocessors, down to a memory sector of 32 bytes. It is halved to 64
@@ -94,8 +94,8 @@ def choose_tiling(
         groups: In which the channels are normalized.
         itemsize: Bytes per element.
         is_channels_last: Else contiguous NCHW.
-        tensors: That are read twice: 1 forward, 2 backward.
-        device: What to fill.
+        tensors: How many tensors are read twice: 1 forward, 2 backward.
+        device: The GPU to fill with programs.
     """
     per_group = channels // groups
     padded = min(next_power_of_two(per_group), WIDEST_TILE)
@@ -159,12 +159,12 @@ def choose_tiling(
 
 
 def warps_for(elements: int) -> int:
-    """Return the warps that hold ``elements`` in registers with at most 32 in a thread."""
+    """Return how many warps hold ``elements`` in registers, with at most 32 per thread."""
     return min(max(next_power_of_two(ceil_div(elements, 32 * 32)), 4), 16)
 
 
 def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) -> bool:
-    """Whether an offset within one image, masked ones included, may not fit in 32 bits.
+    """Whether an offset within an image, masked ones included, may need more than 32 bits.
 
     (The offset of the image itself always has 64.)
     """
@@ -220,8 +220,8 @@ def forward_launches(
 ) -> list[Launch]:
     """Return the launches that fill ``total`` (x + residual), ``result``, ``mean`` and ``rstd``.
 
-    Memory may be used again, in every way of working: ``result`` may be x or the residual, and ``total`` may
-    be x or the residual, if they are the same tensor objects. Other outputs share no memory with anything.
+    ``result`` may be x or the residual, and ``total`` may be x or the residual, whatever the tiling, if they
+    are the same tensor objects. Other outputs must not share memory with anything.
 
     Args:
         x, residual, total, result: (N, C, H, W), dense in one layout, of one dtype; ``residual`` and
@@ -230,8 +230,8 @@ def forward_launches(
         eps, activation: As in the op.
         is_channels_last: The layout; else NCHW.
         mean, rstd: (N, groups), float32. Without them, statistics are not stored.
-        groups: Needed without them only.
-        device: What to fill; by default the GPU that x is on.
+        groups: Needed only without the statistics.
+        device: The GPU to fill with programs; by default the one that x is on.
 
     Raises:
         ValueError: ``result`` is ``total``; neither statistics nor groups, or only one of the statistics.
@@ -240,7 +240,7 @@ def forward_launches(
     if keeps_statistics != (rstd is not None) or (mean is None and groups is None):
         raise ValueError("mean and rstd, or groups, must be given")
     if result is total:
-        # Two stores to one place, maybe by two threads, of which either may come last.
+        # Both would be stored to one address, maybe by two threads, in either order.
         raise ValueError("result must not take the place of total, which it is computed from")
     batch, _, height, width = x.shape
     if batch == 0:
@@ -250,7 +250,7 @@ def forward_launches(
     constants = _constants(p, x, groups, is_channels_last)
     has_residual = residual is not None
     sum_in_place = has_residual and (total is x or total is residual)
-    # What is missing is never touched; some pointer must stand there.
+    # Missing tensors are never read, but the kernels need some pointer.
     inputs = {"x": x, "residual": residual if has_residual else x}
     outputs = {
         "result": result,
@@ -342,12 +342,12 @@ def backward_launches(
     """Return the launches that fill the gradients.
 
     Args:
-        grad: Of the result; dense in the layout of x.
-        grad_total: What reached x by another way and is added to its gradient, likewise; or None.
-        x: What was normalized: with a residual, the sum.
+        grad: The gradient of the result; dense in the layout of x.
+        grad_total: The gradient that reached x directly, which is added; in the same layout, or None.
+        x: The tensor that was normalized: with a residual, the sum.
         weight, bias, mean, rstd, activation, is_channels_last: As in the forward launches.
         grad_x, grad_weight, grad_bias: To fill, in the dtypes of x, weight and bias.
-        device: What to fill; by default the GPU that x is on.
+        device: The GPU to fill with programs; by default the one that x is on.
     """
     batch, channels, height, width = x.shape
     groups, pixels = mean.shape[1], height * width

@@ -1,8 +1,8 @@
-"""GroupNorm and activation for callers that know the shapes: planned and compiled once, then only launched.
+"""GroupNorm and activation for given shapes: the launches are prepared once, and then only launched.
 
-What is returned takes addresses (``data_ptr()``), all of them multiples of 16 bytes, and the handle of the
-current stream of the device, which must be the current device. It may be called from several threads, and
-while a CUDA graph is recorded: what it needs besides is allocated in each call, on the current stream.
+The functions that are returned take the handle of the device's current stream, and addresses (``data_ptr()``)
+that are multiples of 16 bytes. The device must be the current one. They may be called from several threads, and
+while a CUDA graph is recorded: memory for partial results is allocated in each call, on the current stream.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from .group_norm_act import backward_launches, forward_launches
 from .launch import Launch, PreparedLaunch, device_of, prepare
 
 Forward = Callable[[int, int, int, int, int, int, int, int, int], None]
-"""Takes stream, x, residual, weight, bias, total, result, mean, rstd; what is missing is 0."""
+"""Takes stream, x, residual, weight, bias, total, result, mean, rstd; 0 for missing tensors."""
 
 Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int], None]
-"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; likewise."""
+"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; 0 for missing
+tensors."""
 
 NUMBERS_PER_16_BYTES = 4
 
@@ -40,20 +41,20 @@ def prepare_forward(
     sum_in_place: bool = False,
     keeps_statistics: bool = True,
 ) -> Forward:
-    """Return what runs the forward launches; see ``group_norm_act.forward_launches`` for the tensors.
+    """Return a function that launches ``group_norm_act.forward_launches``, which see for the tensors.
 
     The result may take the place of x or of the residual, never that of the total.
 
     Args:
         shape: (N, C, H, W), of x, residual, total and result; N may be 0.
-        dtype: Of the same.
-        device: Where they will be.
-        is_channels_last: They are dense in this layout; else contiguous.
+        dtype: Of x, residual, total and result.
+        device: Where the tensors will be.
+        is_channels_last: Whether they are dense in channels_last; else they are contiguous.
         groups, eps, activation: As in the op.
         weight_dtype, bias_dtype: Of the parameters.
-        has_residual: ``residual`` is added first, and ``total`` is the sum.
-        sum_in_place: ``total`` is x or ``residual``. It must not be otherwise.
-        keeps_statistics: ``mean`` and ``rstd`` are stored.
+        has_residual: Whether ``residual`` is added first; ``total`` is the sum.
+        sum_in_place: Whether ``total`` is x or ``residual``, which it must not be otherwise.
+        keeps_statistics: Whether ``mean`` and ``rstd`` are stored.
     """
 
     def example() -> Tensor:
@@ -133,12 +134,12 @@ def prepare_backward(
     *,
     has_grad_total: bool = False,
 ) -> Backward:
-    """Return what runs the backward launches; see ``group_norm_act.backward_launches`` for the tensors.
+    """Return a function that launches ``group_norm_act.backward_launches``, which see for the tensors.
 
     Args:
         shape, dtype, device, is_channels_last, groups, activation, weight_dtype, bias_dtype: As in
             :func:`prepare_forward`; the gradients have the dtypes of what they belong to.
-        has_grad_total: ``grad_total`` is added to the gradient of x.
+        has_grad_total: Whether ``grad_total`` is added to the gradient of x.
     """
 
     def example() -> Tensor:
@@ -238,7 +239,7 @@ def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _rounded(numbers: int) -> int:
-    """Return so many numbers that what lies behind them is aligned."""
+    """Round up to a multiple of 16 bytes, so that the numbers that follow are aligned."""
     return -(-numbers // NUMBERS_PER_16_BYTES) * NUMBERS_PER_16_BYTES
 
 

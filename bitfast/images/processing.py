@@ -43,7 +43,7 @@ from bitfast.images.processing_base import (
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES
 
 ALPHA = (2, 4)
-"""Numbers of channels of which Pillow takes the last for alpha, by which it weights the others."""
+"""Numbers of channels for which Pillow takes the last one as alpha, and weights the others by it."""
 
 
 class _Options(NamedTuple):
@@ -261,7 +261,7 @@ class BitImageProcessor(ImageProcessor):
             steps.append(partial(self.normalize, mean=options.mean, std=options.std))
         results = []
         for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
-            # It may be Pillow's memory, into which neither these steps nor who gets the result may write.
+            # It may be Pillow's memory, which neither these steps nor the caller may write to.
             given = from_channels_last(array, layout)
             image = given.copy() if replaced(self, STEPS) else given
             try:
@@ -367,13 +367,13 @@ STEPS = {
     name: getattr(BitImageProcessor, name)
     for name in ("resize", "center_crop", "rescale", "normalize")
 }
-"""The methods of the steps, as they are before anybody replaces them."""
+"""The methods of the steps as this class defines them, to tell whether a subclass has replaced them."""
 
 # ---- all steps of a batch at once ---------------------------------------------------------------
 
 
 def _is_made_of_bytes(image: np.ndarray, options: _Options) -> bool:
-    """Whether an image's steps come down to resizing bytes, and to what then becomes of each byte."""
+    """Whether the steps of an image are a resizing of bytes, followed by a function of each byte."""
     if options.size is None:
         return image.dtype == np.uint8
     # Pillow 13 has more filters than the op; those are left to Pillow.
@@ -393,7 +393,7 @@ def _all_at_once(
 
 
 def _job(image: np.ndarray, layout: ChannelDimension, options: _Options) -> Job:
-    """Describe an image (H, W, C) and what the steps make of it.
+    """Return the job of taking the steps of an image (H, W, C).
 
     Raises:
         ValueError: pixels that cannot be bytes; a mean or standard deviation that does not fit.

@@ -1,6 +1,6 @@
-"""The BiT of transformers: which of its modules become which of bitfast's, and how the whole runs then.
+"""The BiT of transformers: the changes of its modules.
 
-Written for its versions 4.56 and 5; transformers itself is not imported.
+Written for transformers 4.56 and 5, which is not imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODULE = "transformers.models.bit.modeling_bit"
 
 
 class TransformersNetwork(ForwardPass):
-    """How a BitModel of transformers runs with bitfast's modules inside: between its class and its objects."""
+    """The forward pass of transformers' BitModel with bitfast's modules inside; first base of its new class."""
 
     embedder: nn.Module
     encoder: Any
@@ -32,7 +32,7 @@ class TransformersNetwork(ForwardPass):
     config: Any
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return what is run."""
+        """Return the stem and the stages."""
         return self.embedder, list(self.encoder.stages)
 
     def is_known(self) -> bool:
@@ -50,7 +50,7 @@ class TransformersNetwork(ForwardPass):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Compute what transformers' own computes, of the same type."""
+        """Return what transformers' own ``forward`` returns, of the same type."""
         config = self.config
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
@@ -140,7 +140,7 @@ RECIPES: Recipes = {
     f"{MODULE}.BitStage": _stage,
     f"{MODULE}.BitModel": _model,
 }
-"""What makes a change of a module, by the full name of its class."""
+"""By the full name of a class, the function that plans for a module of it."""
 
 ENTRIES = {f"{MODULE}.BitModel": "forward"}
 """The method of a network that bitfast replaces. A subclass that has its own is left."""
