@@ -7,6 +7,7 @@ The preactivation form is that of He et al., "Identity Mappings in Deep Residual
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,21 +103,22 @@ class BitDownsampleConv(ConvolutionOwner):
 
 
 class ResidualBlock(ConvolutionOwner):
-    """What both blocks have in common."""
+    """The base of both blocks: a shortcut, and a branch whose layers subclasses add.
+
+    Args:
+        config: Of the network.
+        in_channels, out_channels: Of the input and the output.
+        stride: Of the 3x3 convolution and of the shortcut.
+        dilation: Of the 3x3 convolution.
+        drop_path_rate: The probability that the branch is dropped in training.
+        is_first_layer: Whether the shortcut changes the width and the resolution.
+    """
 
     idle_in_inference: tuple[type[nn.Module], ...] = (nn.Identity, DropPath)
     """The classes of ``drop_path`` that return their input unchanged in inference."""
 
     downsample: BitDownsampleConv | None
     drop_path: nn.Module
-
-
-class BitPreActivationBottleneckLayer(ResidualBlock):
-    """Norm-activation before each of three convolutions (1x1, 3x3, 1x1), added to the shortcut.
-
-    ``dilation`` is not used: transformers' own layer ignores it, so at ``output_stride`` 8 and 16 the
-    stages keep their resolution and convolve undilated.
-    """
 
     def __init__(
         self,
@@ -134,13 +136,38 @@ class BitPreActivationBottleneckLayer(ResidualBlock):
         self.downsample = (
             BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
         )
+        self.add_layers(config, (in_channels, mid_channels, out_channels), stride, dilation)
+        self.drop_path = drop_path(drop_path_rate)
+
+    def add_layers(
+        self, config: BitConfig, channels: tuple[int, int, int], stride: int, dilation: int
+    ) -> None:
+        """Add the convolutions and norms of the branch.
+
+        Args:
+            channels: Of the input, between the convolutions, and of the output.
+        """
+        raise NotImplementedError
+
+
+class BitPreActivationBottleneckLayer(ResidualBlock):
+    """Norm-activation before each of three convolutions (1x1, 3x3, 1x1), added to the shortcut.
+
+    ``dilation`` is not used: transformers' own layer ignores it, so at ``output_stride`` 8 and 16 the
+    stages keep their resolution and convolve undilated.
+    """
+
+    def add_layers(
+        self, config: BitConfig, channels: tuple[int, int, int], stride: int, dilation: int
+    ) -> None:
+        """Add the convolutions, and the norms before them."""
+        in_channels, mid_channels, out_channels = channels
         self.norm1 = norm(config, in_channels)
         self.conv1 = convolution(config, in_channels, mid_channels, 1)
         self.norm2 = norm(config, mid_channels)
         self.conv2 = convolution(config, mid_channels, mid_channels, 3, stride)
         self.norm3 = norm(config, mid_channels)
         self.conv3 = convolution(config, mid_channels, out_channels, 1)
-        self.drop_path = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
@@ -156,29 +183,22 @@ class BitBottleneckLayer(ResidualBlock):
     """Three convolutions (1x1, 3x3, 1x1), each followed by its norm, added to the shortcut, activated."""
 
     def __init__(
-        self,
-        config: BitConfig,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int,
-        dilation: int,
-        drop_path_rate: float,
-        is_first_layer: bool,
+        self, config: BitConfig, in_channels: int, out_channels: int, **options: Any
     ) -> None:
-        super().__init__()
-        mid_channels = round_to_multiple(out_channels / 4)
-        self.downsample = (
-            BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
-        )
+        super().__init__(config, in_channels, out_channels, **options)
+        self.activation = MODULES[config.hidden_act]()
+
+    def add_layers(
+        self, config: BitConfig, channels: tuple[int, int, int], stride: int, dilation: int
+    ) -> None:
+        """Add the convolutions, and the norms after them."""
+        in_channels, mid_channels, out_channels = channels
         self.conv1 = convolution(config, in_channels, mid_channels, 1)
         self.norm1 = norm(config, mid_channels)
         self.conv2 = convolution(config, mid_channels, mid_channels, 3, stride, dilation)
         self.norm2 = norm(config, mid_channels)
         self.conv3 = convolution(config, mid_channels, out_channels, 1)
         self.norm3 = norm(config, out_channels, "none")
-        self.drop_path = drop_path(drop_path_rate)
-        self.activation = MODULES[config.hidden_act]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""

@@ -78,20 +78,11 @@ def prepare_forward(
 
 
 def _whole_forward(launch: PreparedLaunch) -> Forward:
-    def run(
-        stream: int,
-        x: int,
-        residual: int,
-        weight: int,
-        bias: int,
-        total: int,
-        result: int,
-        mean: int,
-        rstd: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        x, residual, weight, bias, total, result, mean, rstd = addresses
         launch(stream, x, residual, total, weight, bias, result, mean, rstd)
 
-    return run
+    return launch_all
 
 
 def _split_forward(
@@ -101,17 +92,8 @@ def _split_forward(
     partials: int,
     device: torch.device,
 ) -> Forward:
-    def run(
-        stream: int,
-        x: int,
-        residual: int,
-        weight: int,
-        bias: int,
-        total: int,
-        result: int,
-        mean: int,
-        rstd: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        x, residual, weight, bias, total, result, mean, rstd = addresses
         buffer = torch.empty(2 * partials, dtype=torch.float32, device=device)
         means = buffer.data_ptr()
         squares = means + 4 * partials
@@ -119,7 +101,7 @@ def _split_forward(
         normalized = total if has_residual else x
         apply(stream, normalized, weight, bias, means, squares, result, mean, rstd)
 
-    return run
+    return launch_all
 
 
 def prepare_backward(
@@ -163,36 +145,25 @@ def prepare_backward(
 
 
 def _empty_backward(last: PreparedLaunch) -> Backward:
-    def run(stream: int, *addresses: int) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
         *_, grad_weight, grad_bias = addresses
         last(stream, 0, 0, grad_weight, grad_bias)
 
-    return run
+    return launch_all
 
 
 def _whole_backward(
     whole: PreparedLaunch, last: PreparedLaunch, sums: int, device: torch.device
 ) -> Backward:
-    def run(
-        stream: int,
-        grad: int,
-        grad_total: int,
-        x: int,
-        weight: int,
-        bias: int,
-        mean: int,
-        rstd: int,
-        grad_x: int,
-        grad_weight: int,
-        grad_bias: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        *inputs, grad_x, grad_weight, grad_bias = addresses
         buffer = torch.empty(2 * sums, dtype=torch.float32, device=device)
         d = buffer.data_ptr()
         dh = d + 4 * sums
-        whole(stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, d, dh)
+        whole(stream, *inputs, grad_x, d, dh)
         last(stream, d, dh, grad_weight, grad_bias)
 
-    return run
+    return launch_all
 
 
 def _split_backward(
@@ -203,30 +174,18 @@ def _split_backward(
     partials: int,
     device: torch.device,
 ) -> Backward:
-    def run(
-        stream: int,
-        grad: int,
-        grad_total: int,
-        x: int,
-        weight: int,
-        bias: int,
-        mean: int,
-        rstd: int,
-        grad_x: int,
-        grad_weight: int,
-        grad_bias: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        *inputs, grad_x, grad_weight, grad_bias = addresses
         buffer = torch.empty(2 * sums + 2 * partials, dtype=torch.float32, device=device)
         d = buffer.data_ptr()
         dh, part_d = d + 4 * sums, d + 8 * sums
         part_dh = part_d + 4 * partials
-        first(stream, grad, x, weight, bias, mean, rstd, d, dh, part_d, part_dh)
-        second(
-            stream, grad, grad_total, x, weight, bias, mean, rstd, part_d, part_dh, grad_x
-        )  # fmt: skip
+        grad, _, *others = inputs
+        first(stream, grad, *others, d, dh, part_d, part_dh)
+        second(stream, *inputs, part_d, part_dh, grad_x)
         last(stream, d, dh, grad_weight, grad_bias)
 
-    return run
+    return launch_all
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, is_channels_last: bool) -> Tensor:

@@ -75,14 +75,6 @@ def ceil_div(a: int, b: int) -> int:
 # ---- prepared launches ----------------------------------------------------------------------------
 
 
-def are_aligned(*addresses: int) -> bool:
-    """Whether all addresses are multiples of 16 bytes, which lets Triton compile wide accesses."""
-    together = 0
-    for address in addresses:
-        together |= address
-    return together % 16 == 0
-
-
 class PreparedLaunch:
     """A launch with fixed numbers and constants whose kernel is compiled and loaded; see :func:`prepare`.
 

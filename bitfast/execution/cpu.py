@@ -7,7 +7,7 @@ packed weights, of which the last adds to the shortcut.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
-from bitfast.execution.program import NOTHING, UNUSED, Places, Program, ProgramBuilder
+from bitfast.execution.program import NOTHING, UNUSED, Places, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, padded_by
 from bitfast.execution.steps import (
@@ -45,6 +45,8 @@ from bitfast.ops.packed_convolution import (
 
 IMAGES_IN_SLICES = True
 
+RESERVED_PLACES = 0
+
 NEEDS_ADDRESSES_OF_NORMS = False
 
 POINTWISE = (1, 1), (0, 0), (1, 1)
@@ -60,20 +62,11 @@ def serves(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
-def lower(
-    blocks: Sequence[Block],
-    source: int,
-    shape: Shape,
-    kept: Sequence[int],
-    shared: Container[int],
-    setting: Setting,
-) -> Program:
-    """Lower the steps of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
-    steps = [step for block in blocks for step in block]
-    lowering = _Lowering(ProgramBuilder(steps, source, shape, kept, shared), setting)
+def lower(blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
+    """Emit the calls of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
+    lowering = _Lowering(builder, setting)
     for block in blocks:
         lowering.lower(block)
-    return lowering.builder.program()
 
 
 class _Lowering:

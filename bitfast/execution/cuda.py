@@ -9,7 +9,7 @@ For tests, Triton's interpreter executes these programs on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
 from bitfast.execution.graph import is_recorded_by_others
-from bitfast.execution.program import RESERVED, Places, Program, ProgramBuilder
+from bitfast.execution.program import RESERVED, Places, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape
 from bitfast.execution.steps import (
@@ -40,6 +40,8 @@ from bitfast.torch_state import unseen
 
 IMAGES_IN_SLICES = False
 
+RESERVED_PLACES = 2
+
 NEEDS_ADDRESSES_OF_NORMS = True
 
 STREAM, WEIGHTS = RESERVED, RESERVED + 1
@@ -55,21 +57,13 @@ def serves(device_type: str, dtype: torch.dtype) -> bool:
     return is_real and select_backend("group_norm_act", device_type, dtype) == "triton"
 
 
-def lower(
-    blocks: Sequence[Block],
-    source: int,
-    shape: Shape,
-    kept: Sequence[int],
-    shared: Container[int],
-    setting: Setting,
-) -> Program:
-    """Lower the steps of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
+def lower(blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
+    """Emit the calls of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
     steps = [step for block in blocks for step in block]
-    lowering = _Lowering(ProgramBuilder(steps, source, shape, kept, shared, reserved=2), setting)
+    lowering = _Lowering(builder, setting)
     lowering.begin(steps)
     for step in steps:
         lowering.lower(step)
-    return lowering.builder.program()
 
 
 class _Lowering:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,32 +95,48 @@ class _NetworkCall(nn.Module):
         return self.network.compute_in_own_layout(images, request)
 
 
-def _implementation(
-    images: Tensor,
-    parameters: Sequence[Tensor],
-    name: str,
-    last: int,
-    wanted: Sequence[int],
-    is_normed: bool,
-    channels_last: bool,
-    autocast: torch.dtype | None,
-    demands: str,
-) -> list[Tensor]:
-    plans = plans_named(name)
-    request = Request(last, tuple(wanted), is_normed)
-    with torch.no_grad(), _autocast(images.device.type, autocast), _demanded(demands):
-        if plans.are_parameters(parameters):
+class _Arguments(NamedTuple):
+    """The arguments of the operator, as :data:`SIGNATURE` has them."""
+
+    images: Tensor
+    parameters: Sequence[Tensor]
+    network: str
+    last: int
+    wanted: Sequence[int]
+    is_normed: bool
+    channels_last: bool
+    autocast: torch.dtype | None
+    demands: str
+
+    def request(self) -> Request:
+        """Return the request for the outputs."""
+        return Request(self.last, tuple(self.wanted), self.is_normed)
+
+    def layout(self) -> torch.memory_format:
+        """Return the layout of the results."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def _implementation(*arguments: Any) -> list[Tensor]:
+    given = _Arguments(*arguments)
+    plans = plans_named(given.network)
+    images, request = given.images, given.request()
+    with (
+        torch.no_grad(),
+        _autocast(images.device.type, given.autocast),
+        _demanded(given.demands),
+    ):
+        if plans.are_parameters(given.parameters):
             computed = plans.network.compute_in_own_layout(images, request)
         else:
             names = [f"network.{name}" for name, _ in plans.network.named_parameters()]
-            given = dict(zip(names, parameters, strict=True))
+            replacements = dict(zip(names, given.parameters, strict=True))
             computed = torch.func.functional_call(
-                _NetworkCall(plans.network), given, (images, request)
+                _NetworkCall(plans.network), replacements, (images, request)
             )
     outputs, result = computed
     results = outputs if any(result is output for output in outputs) else [*outputs, result]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return [x.contiguous(memory_format=layout) for x in results]
+    return [x.contiguous(memory_format=given.layout()) for x in results]
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -133,25 +149,17 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextMan
     return torch.autocast(device_type, dtype)
 
 
-def _fake(
-    images: Tensor,
-    parameters: Sequence[Tensor],
-    name: str,
-    last: int,
-    wanted: Sequence[int],
-    is_normed: bool,
-    channels_last: bool,
-    autocast: torch.dtype | None,
-    demands: str,
-) -> list[Tensor]:
-    plans = plans_named(name)
-    request = Request(last, tuple(wanted), is_normed)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+def _fake(*arguments: Any) -> list[Tensor]:
+    given = _Arguments(*arguments)
+    images = given.images
     return [
         torch.empty(
-            shape, dtype=autocast or images.dtype, device=images.device, memory_format=layout
+            shape,
+            dtype=given.autocast or images.dtype,
+            device=images.device,
+            memory_format=given.layout(),
         )
-        for shape in plans.shapes(request, tuple(images.shape))
+        for shape in plans_named(given.network).shapes(given.request(), tuple(images.shape))
     ]
 
 

@@ -7,7 +7,7 @@ that somebody has hooked, wrapped or replaced.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from bitfast.backends import why_unavailable
 from bitfast.execution import cpu, cuda, op_by_op
 from bitfast.execution.graph import GraphedPlan, Recorder, Results
 from bitfast.execution.guard import ParameterGuard
-from bitfast.execution.program import Program
+from bitfast.execution.program import Program, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, shapes_of
 from bitfast.execution.steps import Block, CallModule, Convolve, Join, Step, Steps
@@ -43,29 +43,21 @@ class Lowering(Protocol):
     IMAGES_IN_SLICES: bool
     """Whether a batch goes through the high-resolution stages a few images at a time."""
 
+    RESERVED_PLACES: int
+    """How many places of a program the lowering uses for itself."""
+
     NEEDS_ADDRESSES_OF_NORMS: bool
     """Whether programs hold addresses of norms' parameters, so that these must not move."""
 
     def serves(self, device_type: str, dtype: torch.dtype) -> bool:
         """Whether it lowers networks with feature maps of this dtype, in this thread, as torch is set now."""
 
-    def lower(
-        self,
-        blocks: Sequence[Block],
-        source: int,
-        shape: Shape,
-        kept: Sequence[int],
-        shared: Container[int],
-        setting: Setting,
-    ) -> Program:
-        """Lower the steps of some blocks.
+    def lower(self, blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
+        """Emit the calls that compute the steps of some blocks.
 
         Args:
             blocks: In order; none calls a module.
-            source: The number of the value that the program is given, which is channels_last.
-            shape: The shape of that value.
-            kept: The values that the program returns.
-            shared: Values that must not be overwritten.
+            builder: Of the program, whose input is channels_last.
             setting: A setting for which :meth:`serves` is true.
 
         Raises:
@@ -270,7 +262,10 @@ class _Planner:
     def program(self, blocks: Sequence[Block], shape: Shape, kept: Sequence[int]) -> Program:
         source = blocks[0][0].source
         shared = (source, *self.steps.outputs)  # hooks may hold on to what modules have returned
-        return self.lowering.lower(blocks, source, shape, kept, shared, self.setting)
+        steps = [step for block in blocks for step in block]
+        builder = ProgramBuilder(steps, source, shape, kept, shared, self.lowering.RESERVED_PLACES)
+        self.lowering.lower(blocks, builder, self.setting)
+        return builder.program()
 
     def module_part(self, step: Step) -> _ModulePart:
         assert isinstance(step, CallModule)

@@ -18,7 +18,12 @@ from bitfast.blocks import (
     ResidualBlock,
 )
 from bitfast.in_place.changes import Change, require
-from bitfast.layers import DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
+from bitfast.layers import (
+    DynamicPad2d,
+    GroupNormActivation,
+    WeightStandardizedConv2d,
+    pair_of,
+)
 from bitfast.pooling import MaxPool2d
 
 Planned = Mapping[nn.Module, Change]
@@ -98,15 +103,15 @@ def pool(module: Any, **attributes: Any) -> Change:
     Args:
         attributes: More attributes that bitfast's class needs.
     """
-    sizes = [_pair(value) for value in (module.kernel_size, module.stride)]
+    sizes = [pair_of(value) for value in (module.kernel_size, module.stride)]
     require(sizes == [(3, 3), (2, 2)], f"its windows and stride are {sizes}, not 3x3 and 2")
     require(
-        (_pair(module.padding), _pair(module.dilation)) == ((0, 0), (1, 1))
+        (pair_of(module.padding), pair_of(module.dilation)) == ((0, 0), (1, 1))
         and not module.ceil_mode
         and not module.return_indices,
         "it is padded, dilated, rounded up or returns indices",
     )
-    pairs = {name: _pair(getattr(module, name)) for name in ("kernel_size", "stride", "dilation")}
+    pairs = {name: pair_of(getattr(module, name)) for name in ("kernel_size", "stride", "dilation")}
     return Change(MaxPool2d, {**pairs, **attributes})
 
 
@@ -182,16 +187,6 @@ def _require_changed(
 def _block_attributes(module: Any, planned: Planned) -> dict[str, Any]:
     """Return the attributes that bitfast's blocks need."""
     return {"idle_in_inference": (*ResidualBlock.idle_in_inference, type(module.drop_path))}
-
-
-def _attribute(module: Any, planned: Planned, name: str) -> Any:
-    """Return an attribute that a module will have."""
-    attributes = planned[module].attributes
-    return attributes[name] if name in attributes else getattr(module, name)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 __all__ = [

@@ -107,15 +107,7 @@ def add_fake(x: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, Tens
 
 
 def fake_backward(
-    grad: Tensor,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    activation: str,
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return tensors without contents, like those that ``group_norm_act_backward`` returns."""
     grad_x = torch.empty_like(x, memory_format=memory_format_of(x))
