@@ -1,4 +1,4 @@
-"""The parameters of BitImageProcessorFast: their names, and their parsed form for its steps."""
+"""The parameters of the image processors: their parsed form, and for BitImageProcessorFast their names."""
 
 from __future__ import annotations
 
@@ -62,11 +62,13 @@ class SizeDict:
 
 
 class Options(NamedTuple):
-    """The parsed parameters of one call; None: that step is not taken."""
+    """The parsed parameters of one call of an image processor; None: that step is not taken."""
 
     size: Size | None = None
     resample: int = NEAREST
-    nearest_mode: str | None = None  # of torch.nn.functional.interpolate, which then resizes
+    """Pillow's number of the filter."""
+    nearest_mode: str | None = None
+    """The mode of ``torch.nn.functional.interpolate`` if that resizes instead of Pillow's filter."""
     crop: tuple[int, int] | None = None
     factor: float | None = None
     mean: Any = None
