@@ -23,7 +23,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the memory format of a result whose input is x."""
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return format_for(is_channels_last(x))
+
+
+def format_for(channels_last: bool) -> torch.memory_format:
+    """Return torch.channels_last, or else torch.contiguous_format."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
-from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
+from bitfast.memory_format import format_for, is_channels_last, laid_out, memory_format_of
 from bitfast.torch_state import is_in_forward_mode
 
 # ---- weight_standardization ---------------------------------------------------------------------
@@ -452,8 +452,4 @@ def resize_normalize_forward(
         result = result.to(compute_dtype(dtype))
         shape = (1, -1, 1, 1)
         result = (result - result.new_tensor(mean).view(shape)) / result.new_tensor(std).view(shape)
-    return result.to(dtype).contiguous(memory_format=_memory_format(channels_last))
-
-
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return result.to(dtype).contiguous(memory_format=format_for(channels_last))

@@ -8,13 +8,12 @@ while a CUDA graph is recorded: memory for partial results is allocated in each 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .group_norm_act import backward_launches, forward_launches
-from .launch import Launch, PreparedLaunch, device_of, prepare
+from .launch import Launch, PreparedLaunch, aligned_count, as_current, device_of, prepare
 
 Forward = Callable[[int, int, int, int, int, int, int, int, int], None]
 """Takes stream, x, residual, weight, bias, total, result, mean, rstd; 0 for missing tensors."""
@@ -22,8 +21,6 @@ Forward = Callable[[int, int, int, int, int, int, int, int, int], None]
 Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int], None]
 """Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; 0 for missing
 tensors."""
-
-NUMBERS_PER_16_BYTES = 4
 
 
 def prepare_forward(
@@ -74,7 +71,7 @@ def prepare_forward(
     if len(prepared) == 1:
         return _whole_forward(*prepared)
     partials = launches[0].arguments["partial_mean"].numel()
-    return _split_forward(*prepared, has_residual, _rounded(partials), device)
+    return _split_forward(*prepared, has_residual, aligned_count(partials), device)
 
 
 def _whole_forward(launch: PreparedLaunch) -> Forward:
@@ -135,12 +132,12 @@ def prepare_backward(
         device=device_of(device),
     )  # fmt: skip
     *others, last = _prepare_all(launches, device)
-    sums = _rounded(launches[-1].arguments["channel_d"].numel())
+    sums = aligned_count(launches[-1].arguments["channel_d"].numel())
     if not others:
         return _empty_backward(last)
     if len(others) == 1:
         return _whole_backward(*others, last, sums, device)
-    partials = _rounded(launches[0].arguments["partial_d"].numel())
+    partials = aligned_count(launches[0].arguments["partial_d"].numel())
     return _split_backward(*others, last, sums, partials, device)
 
 
@@ -197,18 +194,9 @@ def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape[1], dtype=dtype, device="meta")
 
 
-def _rounded(numbers: int) -> int:
-    """Round up to a multiple of 16 bytes, so that the numbers that follow are aligned."""
-    return -(-numbers // NUMBERS_PER_16_BYTES) * NUMBERS_PER_16_BYTES
-
-
 def _prepare_all(launches: list[Launch], device: torch.device) -> list[PreparedLaunch]:
-    with _current(device):
+    with as_current(device):
         return [prepare(launch) for launch in launches]
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 __all__ = ["Backward", "Forward", "prepare_backward", "prepare_forward"]

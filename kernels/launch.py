@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,6 +71,16 @@ def next_power_of_two(n: int) -> int:
 def ceil_div(a: int, b: int) -> int:
     """Return a / b, rounded up."""
     return -(-a // b)
+
+
+def aligned_count(floats: int) -> int:
+    """Round a number of float32 numbers up to a multiple of 16 bytes, so that what follows them is aligned."""
+    return ceil_div(floats, 4) * 4
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---- prepared launches ----------------------------------------------------------------------------

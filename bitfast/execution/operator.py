@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bitfast.backends import requested_backends, use_backend
 from bitfast.execution.plan import Request, lowering_for
 from bitfast.execution.plans import plans_named
+from bitfast.memory_format import format_for
 from bitfast.ops.common import LIBRARY, autocast_dtype
 from bitfast.ops.derivatives import refusing_derivatives
 from bitfast.torch_state import constant_when_compiled
@@ -114,7 +115,7 @@ class _Arguments(NamedTuple):
 
     def layout(self) -> torch.memory_format:
         """Return the layout of the results."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        return format_for(self.channels_last)
 
 
 def _implementation(*arguments: Any) -> list[Tensor]:

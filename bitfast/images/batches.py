@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitfast.images.inputs import parse_size
+from bitfast.memory_format import format_for
 from bitfast.ops.resize_normalize import INSTALLED_PILLOW, resize_normalize
 
 
@@ -70,7 +71,6 @@ def process(jobs: Sequence[Job]) -> Tensor | list[Tensor]:
 
 def _process_alike(jobs: Sequence[Job]) -> Tensor:
     recipe = jobs[0].recipe
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     batch = resize_normalize(
         [job.image for job in jobs],
         [job.size for job in jobs],
@@ -81,7 +81,7 @@ def _process_alike(jobs: Sequence[Job]) -> Tensor:
         recipe.std or None,
         offsets=[job.offset for job in jobs],
         dtype=recipe.dtype,
-        memory_format=layout,
+        memory_format=format_for(recipe.channels_last),
         pillow_version=recipe.pillow_version,
     )
     return batch.permute(0, 2, 3, 1) if recipe.channels_last else batch

@@ -11,9 +11,7 @@ from PIL import Image
 from bitfast.images.batches import parse_crop_size
 from bitfast.images.inputs import Size, parse_factor, parse_resampling, parse_size
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES
-
-NEAREST = 0
-"""Pillow's number of its filter that copies pixels."""
+from bitfast.reference import NEAREST
 
 
 class DefaultFastImageProcessorKwargs(TypedDict, total=False):

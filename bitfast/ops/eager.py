@@ -7,7 +7,6 @@ nobody has to see the operator, a call finds prepared launches by the metadata o
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
@@ -98,11 +97,6 @@ def current_stream(device: torch.device) -> int | None:
     return _raw_stream(device.index) if _current_device() == device.index else None
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 __all__ = [
     "PLAIN_TYPES",
     "BoundedCache",
@@ -110,5 +104,4 @@ __all__ = [
     "has_unusual_memory",
     "is_unwatched",
     "may_launch",
-    "on",
 ]

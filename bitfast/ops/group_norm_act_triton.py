@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitfast.backends import requested_backend, select_backend
+from bitfast.kernels.launch import aligned_count, as_current
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import launch_kernels
 from bitfast.ops.derivatives import call_without_autograd, can_use_backward_kernel
@@ -20,7 +21,6 @@ from bitfast.ops.eager import (
     current_stream,
     has_unusual_memory,
     is_unwatched,
-    on,
 )
 from bitfast.ops.group_norm_act_contract import (
     ADD_OP,
@@ -186,7 +186,7 @@ class PreparedCall:
         self.has_residual = has_residual
         self.num_groups, self.eps, self.activation = index(num_groups), float(eps), activation
         numbers = x.shape[0] * self.num_groups
-        self.statistics = -(-numbers // 4) * 4
+        self.statistics = aligned_count(numbers)
         """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self._settings = (
             tuple(x.shape), x.dtype, x.device, self.memory_format == torch.channels_last, self.num_groups
@@ -234,7 +234,7 @@ class PreparedCall:
         """Return the sum (or x), the result, and if they are kept the statistics: all means, then all 1/std."""
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self.forward(x, residual, weight, bias, keeps_statistics)
         result = torch.empty_like(x)
         total, residual_at = x, 0
@@ -300,7 +300,7 @@ class PreparedCall:
     ) -> tuple[Tensor, Tensor, Tensor]:
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self._launch_backward(saved, grad, grad_total)
         x, weight, bias, statistics = saved
         grad_x = torch.empty_like(x)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
+from bitfast.memory_format import format_for
 from bitfast.ops.common import check_pair, complete_operator, define_operator
 from bitfast.ops.derivatives import refuse_derivatives
 from bitfast.torch_state import is_transformed
@@ -299,7 +300,7 @@ class Arguments(NamedTuple):
             (len(self.images), self.images[0].shape[2], *self.crop),
             dtype=self.dtype,
             device=self.images[0].device,
-            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+            memory_format=format_for(self.channels_last),
         )
 
     def rescale_normalize(self, pixels: Tensor) -> Tensor:

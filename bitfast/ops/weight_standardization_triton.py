@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitfast import reference
 from bitfast.backends import requested_backend, select_backend
+from bitfast.kernels.launch import aligned_count, as_current
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import launch_kernels
 from bitfast.ops.derivatives import (
@@ -24,7 +25,6 @@ from bitfast.ops.eager import (
     current_stream,
     has_unusual_memory,
     is_unwatched,
-    on,
 )
 from bitfast.ops.weight_buffer import pack, starts_of, unpack
 from bitfast.ops.weight_standardization_contract import (
@@ -159,7 +159,7 @@ class PreparedCallOfAll:
         starts, self.end = starts_of([weight.numel() for weight in weights])
         self.starts = tuple(starts)
         rows = sum(filters.rows for filters in self.filters)
-        self.statistics = -(-rows // 4) * 4
+        self.statistics = aligned_count(rows)
         """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self.rows = rows
         self.results = self._places(weights, channels_last)
@@ -182,7 +182,7 @@ class PreparedCallOfAll:
         """Return the results, and the statistics of all filters: all means, then all 1/std."""
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self.forward(table)
         count = table.programs.shape[0]
         run = self._forward.get(count)
@@ -227,7 +227,7 @@ class PreparedCallOfAll:
     ) -> list[Tensor]:
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self._launch_backward(table, statistics, grads)
         count = table.programs.shape[0]
         run = self._backward.get(count)
