@@ -70,7 +70,7 @@ def group_norm_act_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize groups of channels, scale, shift and activate; return (result, mean, rstd).
 
-    The statistics have shape (N, num_groups). torch's own GroupNorm serves contiguous tensors. For
+    The statistics have shape (N, num_groups). torch's own GroupNorm is used for contiguous tensors. For
     channels_last ones it squares before it subtracts on the CPU (an error of 1e-2 where the mean is
     100 times the standard deviation) and changes the layout on older GPUs, so those are computed here;
     so is what is differentiated in forward mode, for which its backward pass has no formula.

@@ -55,8 +55,8 @@ def read_foreign(
         name_or_path: A weight file, a folder, or the id of a Hub repository.
         config_file: Its ``config.json``, if it has one.
         use_safetensors: As in :func:`bitfast.checkpoints.weights.read_weights`.
-        variant: Likewise.
-        **where: Likewise.
+        variant: As in :func:`bitfast.checkpoints.weights.read_weights`.
+        **where: As in :func:`bitfast.checkpoints.weights.read_weights`.
 
     Raises:
         CheckpointError: it is broken, or holds anything but a BiT network.

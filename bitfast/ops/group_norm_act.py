@@ -64,7 +64,7 @@ def group_norm_act(
     Args:
         x: Shape (N, C, H, W), floating point, any strides. N may be 0; C, H and W may not.
         weight: Shape (C,), floating point, may differ from x in dtype.
-        bias: Shape (C,), likewise.
+        bias: Shape (C,), floating point, may differ from x in dtype.
         num_groups: Divides C.
         eps: Added to the (biased) variance of each group.
         activation: "none", "relu", "gelu", "gelu_new" (tanh approximation) or "selu".
