@@ -131,7 +131,7 @@ class Model(ForwardPass, ModelBase):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        computed = self.features(pixel_values, output_hidden_states)
+        computed = self.compute_features(pixel_values, output_hidden_states)
         if computed is None:
             encoded = self.encoder(
                 self.embedder(pixel_values),
@@ -145,29 +145,6 @@ class Model(ForwardPass, ModelBase):
             normalized = self.layout_of_outputs(pixel_values)(normalized)
         output = self.output_class(normalized, self.pooler(normalized), hidden_states)
         return output if return_dict else output.to_tuple()
-
-    def features(
-        self, pixel_values: Tensor, output_hidden_states: bool
-    ) -> tuple[tuple[Tensor, ...] | None, Tensor] | None:
-        """Return the hidden states (or None), and the last of them normalized.
-
-        Args:
-            pixel_values: (N, num_channels, H, W).
-            output_hidden_states: Also return the stem's and each stage's output.
-
-        Returns:
-            The hidden states in the layout that plain convolutions would give them, and the normalized output
-            in the layout that the network computes in. None if the modules have to be called one by one.
-        """
-        if not self.is_known():
-            return None
-        last = len(self.encoder.stages)
-        wanted = tuple(range(last + 1)) if output_hidden_states else ()
-        computed = self.compute(pixel_values, Request(last, wanted, is_normed=True))
-        if computed is None:
-            return None
-        hidden_states, normalized = computed
-        return tuple(hidden_states) if output_hidden_states else None, normalized
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
         """Return the stem and the stages."""
@@ -235,7 +212,7 @@ class Classifier(ModelBase):
         )
         bit, hidden_states, computed = self.bit, None, None
         if may_bypass_base_model(bit) and not output_hidden_states:
-            computed = bit.features(pixel_values, output_hidden_states)
+            computed = bit.compute_features(pixel_values, output_hidden_states)
         if computed is not None:
             pooled = bit.pooler(computed[1])
         else:

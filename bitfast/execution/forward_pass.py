@@ -81,6 +81,30 @@ class ForwardPass(nn.Module):
         outputs, result = computed
         return list(map(self.layout_of_outputs(pixel_values), outputs)), result
 
+    def compute_features(
+        self, pixel_values: Tensor, output_hidden_states: bool
+    ) -> tuple[tuple[Tensor, ...] | None, Tensor] | None:
+        """Compute the whole network, its final norm included.
+
+        Args:
+            pixel_values: (N, num_channels, H, W).
+            output_hidden_states: Also return the stem's and each stage's output.
+
+        Returns:
+            The hidden states, or None, in the layout that plain convolutions would give them; and the
+            normalized output, in the layout that the network computes in. None if the modules have to be called
+            one by one.
+        """
+        if not self.is_known():
+            return None
+        last = len(self.stages_in_order())
+        wanted = tuple(range(last + 1)) if output_hidden_states else ()
+        computed = self.compute(pixel_values, Request(last, wanted, is_normed=True))
+        if computed is None:
+            return None
+        hidden_states, normalized = computed
+        return tuple(hidden_states) if output_hidden_states else None, normalized
+
     def compute_in_own_layout(
         self, pixel_values: Tensor, request: Request
     ) -> tuple[Sequence[Tensor], Tensor] | None:

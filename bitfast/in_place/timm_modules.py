@@ -121,7 +121,7 @@ class TimmNetwork(ForwardPass):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the normalized output of the last stage."""
-        computed = self.compute(x, Request(len(self.stages), (), is_normed=True))
+        computed = self.compute_features(x, output_hidden_states=False)
         if computed is None:
             return super().forward_features(x)  # type: ignore[misc]
         return self.layout_of_outputs(x)(computed[1])

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitfast.execution.forward_pass import ForwardPass, Request
+from bitfast.execution.forward_pass import ForwardPass
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, require
 from bitfast.in_place.networks import Recipes, network_change
@@ -56,11 +56,7 @@ class TransformersNetwork(ForwardPass):
             output_hidden_states = config.output_hidden_states
         if return_dict is None:
             return_dict = config.return_dict and not getattr(config, "torchscript", False)
-        computed = None
-        if self.is_known():
-            last = len(self.encoder.stages)
-            wanted = tuple(range(last + 1)) if output_hidden_states else ()
-            computed = self.compute(pixel_values, Request(last, wanted, is_normed=True))
+        computed = self.compute_features(pixel_values, output_hidden_states)
         if computed is None:
             return super().forward(
                 pixel_values,
@@ -68,10 +64,9 @@ class TransformersNetwork(ForwardPass):
                 return_dict=return_dict,
                 **kwargs,
             )
-        outputs, normalized = computed
+        hidden_states, normalized = computed
         normalized = self.layout_of_outputs(pixel_values)(normalized)
         pooled = self.pooler(normalized)
-        hidden_states = tuple(outputs) if output_hidden_states else None
         if not return_dict:
             return (normalized, pooled, *(() if hidden_states is None else (hidden_states,)))
         return self.output_class(normalized, pooled, hidden_states)  # type: ignore[operator]
