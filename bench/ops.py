@@ -18,7 +18,11 @@ from bitfast import BitConfig, BitModel
 from bitfast.backends import select_backend
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
-from bitfast.ops.norm_convolution import fits, fuses, norm_convolution
+from bitfast.ops.norm_convolution import (
+    has_norm_convolution_kernel,
+    norm_convolution,
+    uses_norm_convolution,
+)
 from bitfast.ops.same_padding import same_max_pool, same_pad
 from bitfast.ops.weight_standardization import weight_standardization, weight_standardization_all
 
@@ -337,9 +341,11 @@ def norm_convolution_problem(inputs: Inputs, out_channels: int, kernel_size: int
     weight = weight_standardization(convolution.weight.detach(), convolution.eps)
     scale, shift = norm.weight.detach(), norm.bias.detach()
     is_fused = (
-        fuses(x.device.type, dtype)
+        uses_norm_convolution(x.device.type, dtype)
         and convolution.pad is None
-        and fits(convolution.weight, convolution.geometry, dtype, x.shape[2:])
+        and has_norm_convolution_kernel(
+            convolution.weight, convolution.geometry, dtype, x.shape[2:]
+        )
     )
 
     def plain(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
@@ -384,7 +390,7 @@ def norm_dispatch_problem(is_recorded: bool) -> Problem:
     )  # fmt: skip
 
     def launched() -> Tensor:
-        launch.run()
+        launch.launch()
         return result
 
     x.requires_grad_(is_recorded)

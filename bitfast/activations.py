@@ -27,7 +27,7 @@ ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         grad, _SELU_ALPHA, _SELU_SCALE, 1, False, x
     ),
 }
-"""What takes the gradient of an activation's result, and its input, to the gradient of the input."""
+"""Functions that return the gradient of the input, given that of the result, and the input."""
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -39,7 +39,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """Return the name of what a module computes; None if that is no activation of these."""
+    """Return the name of the activation that a module computes; None if it is none of these."""
     cls = type(module)
     if cls is nn.ReLU:
         return "relu"

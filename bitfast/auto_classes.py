@@ -1,4 +1,4 @@
-"""Letting the auto classes of transformers give bitfast's classes for BiT checkpoints."""
+"""Registration with transformers' auto classes, which then return bitfast's classes for BiT checkpoints."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ MODELS = {
     "AutoModelForImageClassification": "BitForImageClassification",
     "AutoBackbone": "BitBackbone",
 }
-"""The class of :mod:`bitfast.transformers` that each auto class gives."""
+"""The class of :mod:`bitfast.transformers` that each auto class returns."""
 
 PROCESSORS = {
     "BitImageProcessor": {4: "BitImageProcessor", 5: "BitImageProcessorFast"},
     "BitImageProcessorFast": {4: "BitImageProcessorFast", 5: "BitImageProcessorFast"},
     "BitImageProcessorPil": {5: "BitImageProcessor"},
 }
-"""The same for processors, by the name of transformers' class, and by the first number of its version: since
-version 5 the name without an ending is that of the one made of torchvision."""
+"""The processor of :mod:`bitfast.transformers` for each of transformers' classes, by that one's name and by
+transformers' major version: since 5 the name without an ending is that of the class using torchvision."""
 
 MISSING = object()
 
 
 class TransformersRegistration:
-    """What :func:`register_with_transformers` has done, until :meth:`undo`, or the end of a ``with``."""
+    """What :func:`register_with_transformers` returns; :meth:`undo`, or the end of a ``with``, ends it."""
 
     def __init__(self, undoing: list[Callable[[], None]]) -> None:
         self._undoing = undoing
 
     def undo(self) -> None:
-        """Let the auto classes give transformers' own classes again; a second time does nothing."""
+        """Let the auto classes return transformers' own classes again; a second call does nothing."""
         while self._undoing:
             self._undoing.pop()()
 
@@ -46,13 +46,13 @@ class TransformersRegistration:
 
 
 def register_with_transformers() -> TransformersRegistration:
-    """Let ``AutoModel``, ``AutoModelForImageClassification``, ``AutoBackbone`` and ``AutoImageProcessor`` give
-    the classes of :mod:`bitfast.transformers` where they gave transformers' for the model type "bit".
+    """Let ``AutoModel``, ``AutoModelForImageClassification``, ``AutoBackbone``, ``AutoImageProcessor`` return
+    the classes of :mod:`bitfast.transformers` for the model type "bit", instead of transformers'.
 
-    So do ``pipeline("image-classification", ...)`` and models that build their backbone by ``AutoBackbone``.
-    Nothing else changes: ``AutoConfig`` gives transformers' configuration, which is theirs too, and the
-    processors of other models stay, also where they are of the same class (as DINOv2's is).
-    Registering twice is as good as once; registrations are undone in the opposite order.
+    ``pipeline("image-classification", ...)`` and models that build their backbone by ``AutoBackbone`` then use
+    them too. Nothing else changes: ``AutoConfig`` returns transformers' configuration, which these classes
+    share, and the processors of other models stay, also where they are of the same class (as DINOv2's is).
+    Registering twice does no harm; undo registrations in the opposite order.
 
     Returns:
         What undoes it: ``.undo()``, or as a context manager the end of the block.
@@ -87,7 +87,7 @@ def register_with_transformers() -> TransformersRegistration:
 
 
 def _set_item(content: dict[Any, Any], key: Any, value: Any) -> Callable[[], None]:
-    """Set an item; return what sets it back."""
+    """Set an item; return a function that undoes it."""
     previous = content.get(key, MISSING)
     content[key] = value
 
@@ -101,10 +101,10 @@ def _set_item(content: dict[Any, Any], key: Any, value: Any) -> Callable[[], Non
 
 
 def _wrap_processors(auto_class: Any, major: int) -> Callable[[], None]:
-    """Let ``from_pretrained`` give bitfast's processor where it made a BiT's; return what undoes that.
+    """Let ``from_pretrained`` return bitfast's processor for BiT checkpoints; return a function that undoes it.
 
-    Which class it makes depends on a name in a file, which DINOv2, FocalNet and Hiera share with BiT. So the
-    outcome is looked at, and the model that it is for.
+    transformers chooses the class by a name in a file, which DINOv2, FocalNet and Hiera share with BiT. So the
+    result is replaced only if the model that it is for is a BiT.
     """
     original = auto_class.__dict__["from_pretrained"]
 
@@ -129,7 +129,7 @@ def _wrap_processors(auto_class: Any, major: int) -> Callable[[], None]:
 
 
 def _our_processor(cls: type, major: int) -> Any:
-    """Return what stands for a class of transformers, None for any other."""
+    """Return the class that replaces a processor class of transformers; None for other classes."""
     from bitfast import transformers as ours
 
     if not cls.__module__.startswith("transformers.models.bit."):
@@ -139,7 +139,7 @@ def _our_processor(cls: type, major: int) -> Any:
 
 
 def _model_type(name_or_path: Any, kwargs: dict[str, Any]) -> str:
-    """Return the type of the model that a processor is for; a folder without a model is taken for BiT's."""
+    """Return the type of the model that a processor is for; "bit" for a folder without a model."""
     from transformers import AutoConfig
 
     config = kwargs.get("config")

@@ -1,9 +1,9 @@
-"""Which implementation of each op runs: the registry, the default choice and the explicit override.
+"""Which implementation of each op is used: the registry, the default choice and the explicit override.
 
 A *backend* is one way to compute an op: ``"triton"`` (GPU kernels), ``"native"`` (the C++/CUDA
 extension) or ``"reference"`` (plain PyTorch, always there). By default the first of these that can
-serve the tensor at hand is used. :func:`use_backend` demands one instead, and a demand that cannot be
-met is an error that says why; it never falls back.
+take the tensor at hand is used. :func:`use_backend` demands one instead; where that one cannot be used, an
+error says why, and no other is tried.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from bitfast.torch_state import runs_in_plain_pytorch
+from bitfast.torch_state import must_use_plain_pytorch
 
 BACKENDS = ("triton", "native", "reference")
 """Every backend name, in order of preference."""
 
 CONVOLUTIONS = ("packed_convolution", "norm_convolution")
-"""The ops that stand for several of the others, in inference. A general demand for "native" or "triton" kernels
-leaves these their default; one for the reference of an op that they stand for is one for theirs."""
+"""Ops that do the work of several others, in inference. A general demand for "native" or "triton" does not
+concern them; a demand for the reference of an op whose work they do keeps them from being used."""
 
 OPS = (
     "weight_standardization",
@@ -44,13 +44,13 @@ class Kernel:
 
     dtypes: frozenset[torch.dtype]
     unavailable: Callable[[], str | None]
-    """Returns why the kernel cannot run on this machine, or None when it can."""
+    """Returns why the kernel cannot run on this machine; None if it can."""
 
     on_demand: bool
-    """Runs only where :func:`use_backend` asks for it: it is there for tests, not for speed."""
+    """Whether the kernel, made for tests, not for speed, is used only if :func:`use_backend` demands it."""
 
     unsuitable: Callable[[torch.dtype], str | None] | None
-    """Returns why this machine should not run one of the dtypes, or None; itself None if that never is so."""
+    """Returns why this machine should not run a dtype, or None; itself None if it should run all of them."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ _kernels: dict[tuple[str, str, str], Kernel] = {}
 
 
 class _Requested(threading.local):
-    """The backend each op was asked to use in this thread (empty: the default choice).
+    """The backends that are demanded in this thread, by op.
 
-    A thread-local rather than a ContextVar because torch.compile can trace and guard the former only.
+    A thread-local rather than a ContextVar, which torch.compile can neither trace nor guard.
     """
 
     def __init__(self) -> None:
@@ -90,30 +90,30 @@ def register_kernel(
     on_demand: bool = False,
     unsuitable: Callable[[torch.dtype], str | None] | None = None,
 ) -> None:
-    """Announce that ``backend`` implements ``op`` for ``dtypes`` on ``device_type`` ("cpu", "cuda").
+    """Register that ``backend`` implements ``op`` for ``dtypes`` on ``device_type`` ("cpu", "cuda").
 
-    Called once per kernel by ``bitfast/ops/<op>.py`` when it is imported. ``unavailable`` is asked
-    only when the op first meets such a tensor, so announcing a kernel loads nothing. An ``on_demand``
-    kernel is never the default. ``unsuitable`` is asked about single dtypes.
+    ``bitfast/ops/<op>.py`` calls this once per kernel when it is imported. ``unavailable`` is called only when
+    the op first meets such a tensor, so that nothing is loaded before. An ``on_demand`` kernel is never the
+    default. ``unsuitable`` is called with a dtype.
     """
     _kernels[op, backend, device_type] = Kernel(dtypes, unavailable, on_demand, unsuitable)
 
 
 def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """Return the backend that runs ``op`` for a tensor of this device type and dtype.
+    """Return the backend that computes ``op`` for a tensor of this device type and dtype.
 
-    Under function transforms, forward-mode differentiation and ``torch.jit.trace`` that is the reference,
-    also where another is demanded: of a kernel they would see nothing.
+    Under function transforms, forward-mode differentiation and ``torch.jit.trace``, which cannot see into
+    kernels, that is the reference, also where another backend is demanded.
 
     Raises:
-        BackendUnavailableError: :func:`use_backend` demands one that cannot.
+        BackendUnavailableError: the backend that :func:`use_backend` demands cannot.
     """
     requested = requested_backend(op)
     if requested is not None:
         reason = why_unavailable(op, requested, device_type, dtype)
         if reason is not None:
             raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}")
-    if runs_in_plain_pytorch():
+    if must_use_plain_pytorch():
         return "reference"
     if requested is not None:
         return requested
@@ -138,9 +138,9 @@ def requested_backend(op: str) -> str | None:
 def why_unavailable(
     op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Say why ``backend`` cannot run ``op`` on such a tensor; None when it can.
+    """Return why ``backend`` cannot compute ``op`` for such a tensor; None if it can.
 
-    ``dtype=None`` asks about the device type alone.
+    With ``dtype=None``, why it cannot for any dtype.
     """
     if backend == "reference":
         return None
@@ -201,7 +201,7 @@ def use_backend(backend: str | None = None, **backend_by_op: str) -> Iterator[No
 
 def backend_table() -> list[Row]:
     """List every backend of every op on "cpu" and "cuda", whether it can run here, and why not."""
-    import bitfast.ops  # noqa: F401  (announces the kernels)
+    import bitfast.ops  # noqa: F401  (registers the kernels)
 
     rows = []
     for op in OPS:

@@ -7,6 +7,7 @@ The preactivation form is that of He et al., "Identity Mappings in Deep Residual
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def round_to_multiple(width: float, divisor: int = 8) -> int:
 
 
 def add_to_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
-    """Add the two halves of a block; a branch that its convolutions left one pixel of is repeated.
+    """Add a block's branch to its shortcut; a branch that its convolutions have left one pixel of is broadcast.
 
     Raises:
         ValueError: the convolutions have no padding and left the branch smaller than the shortcut.
@@ -51,7 +52,7 @@ def check_summands(branch: Sequence[int], shortcut: Sequence[int]) -> None:
 
 
 def drop_path(rate: float) -> nn.Module:
-    """Return what drops a block's branch with probability ``rate``, as the last thing before it is added."""
+    """Return the module that drops a block's branch with probability ``rate`` before it is added."""
     return DropPath(rate) if rate > 0 else nn.Identity()
 
 
@@ -63,7 +64,7 @@ def convolution(
     stride: int = 1,
     dilation: int = 1,
 ) -> WeightStandardizedConv2d:
-    """Return a convolution with the padding of the whole network."""
+    """Return a convolution with the configuration's padding."""
     return WeightStandardizedConv2d(
         in_channels,
         out_channels,
@@ -78,7 +79,7 @@ def convolution(
 def norm(
     config: BitConfig, num_channels: int, activation: str | None = None
 ) -> GroupNormActivation:
-    """Return a norm with the activation of the whole network, or with that one."""
+    """Return a norm with the given activation, by default the configuration's."""
     return GroupNormActivation(
         config.num_groups, num_channels, activation=activation or config.hidden_act
     )
@@ -102,21 +103,22 @@ class BitDownsampleConv(ConvolutionOwner):
 
 
 class ResidualBlock(ConvolutionOwner):
-    """What both blocks have in common."""
+    """The base of both blocks: a shortcut, and a branch whose layers subclasses add.
+
+    Args:
+        config: Of the network.
+        in_channels, out_channels: Of the input and the output.
+        stride: Of the 3x3 convolution and of the shortcut.
+        dilation: Of the 3x3 convolution.
+        drop_path_rate: The probability that the branch is dropped in training.
+        is_first_layer: Whether the shortcut changes the width and the resolution.
+    """
 
     idle_in_inference: tuple[type[nn.Module], ...] = (nn.Identity, DropPath)
-    """The classes of ``drop_path`` that return what they are given, but for training."""
+    """The classes of ``drop_path`` that return their input unchanged in inference."""
 
     downsample: BitDownsampleConv | None
     drop_path: nn.Module
-
-
-class BitPreActivationBottleneckLayer(ResidualBlock):
-    """Norm-activation before each of three convolutions (1x1, 3x3, 1x1), added to the shortcut.
-
-    ``dilation`` is not used: transformers' own layer ignores it, so at ``output_stride`` 8 and 16 the
-    stages keep their resolution and convolve undilated.
-    """
 
     def __init__(
         self,
@@ -134,13 +136,38 @@ class BitPreActivationBottleneckLayer(ResidualBlock):
         self.downsample = (
             BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
         )
+        self.add_layers(config, (in_channels, mid_channels, out_channels), stride, dilation)
+        self.drop_path = drop_path(drop_path_rate)
+
+    def add_layers(
+        self, config: BitConfig, channels: tuple[int, int, int], stride: int, dilation: int
+    ) -> None:
+        """Add the convolutions and norms of the branch.
+
+        Args:
+            channels: Of the input, between the convolutions, and of the output.
+        """
+        raise NotImplementedError
+
+
+class BitPreActivationBottleneckLayer(ResidualBlock):
+    """Norm-activation before each of three convolutions (1x1, 3x3, 1x1), added to the shortcut.
+
+    ``dilation`` is not used: transformers' own layer ignores it, so at ``output_stride`` 8 and 16 the
+    stages keep their resolution and convolve undilated.
+    """
+
+    def add_layers(
+        self, config: BitConfig, channels: tuple[int, int, int], stride: int, dilation: int
+    ) -> None:
+        """Add the convolutions, and the norms before them."""
+        in_channels, mid_channels, out_channels = channels
         self.norm1 = norm(config, in_channels)
         self.conv1 = convolution(config, in_channels, mid_channels, 1)
         self.norm2 = norm(config, mid_channels)
         self.conv2 = convolution(config, mid_channels, mid_channels, 3, stride)
         self.norm3 = norm(config, mid_channels)
         self.conv3 = convolution(config, mid_channels, out_channels, 1)
-        self.drop_path = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""
@@ -156,29 +183,22 @@ class BitBottleneckLayer(ResidualBlock):
     """Three convolutions (1x1, 3x3, 1x1), each followed by its norm, added to the shortcut, activated."""
 
     def __init__(
-        self,
-        config: BitConfig,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int,
-        dilation: int,
-        drop_path_rate: float,
-        is_first_layer: bool,
+        self, config: BitConfig, in_channels: int, out_channels: int, **options: Any
     ) -> None:
-        super().__init__()
-        mid_channels = round_to_multiple(out_channels / 4)
-        self.downsample = (
-            BitDownsampleConv(config, in_channels, out_channels, stride) if is_first_layer else None
-        )
+        super().__init__(config, in_channels, out_channels, **options)
+        self.activation = MODULES[config.hidden_act]()
+
+    def add_layers(
+        self, config: BitConfig, channels: tuple[int, int, int], stride: int, dilation: int
+    ) -> None:
+        """Add the convolutions, and the norms after them."""
+        in_channels, mid_channels, out_channels = channels
         self.conv1 = convolution(config, in_channels, mid_channels, 1)
         self.norm1 = norm(config, mid_channels)
         self.conv2 = convolution(config, mid_channels, mid_channels, 3, stride, dilation)
         self.norm2 = norm(config, mid_channels)
         self.conv3 = convolution(config, mid_channels, out_channels, 1)
         self.norm3 = norm(config, out_channels, "none")
-        self.drop_path = drop_path(drop_path_rate)
-        self.activation = MODULES[config.hidden_act]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H / stride, W / stride)."""

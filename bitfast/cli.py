@@ -1,6 +1,6 @@
 """The command ``bitfast``: its arguments, its exit statuses and what it prints.
 
-What a subcommand needs is imported when it runs, so that help and usage errors come quickly.
+What a subcommand needs is imported when it runs, so that help and usage errors are quick.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; the chosen subcommand's function is its result's ``run``."""
+    """Return the parser. The parsed arguments hold the chosen subcommand's function as ``run``."""
     import bitfast
 
     parser = argparse.ArgumentParser(
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """Refuses an argument that its command does not have, with the command's own usage.
+    """A command's parser, which refuses unknown arguments with the usage of that command.
 
     argparse leaves those to the main parser, whose usage says nothing about the command.
     """
@@ -301,7 +301,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 
 def run_env(arguments: argparse.Namespace) -> int:
-    """Print what ``bitfast.commands.environment`` finds."""
+    """Print what ``bitfast.commands.environment`` finds, and return the exit status."""
     from bitfast.commands import environment
 
     found = environment.describe()
@@ -318,7 +318,7 @@ def _usage_error(message: str) -> int:
 
 
 def _discard_output() -> None:
-    """Let the interpreter's last flush go nowhere: a closed pipe would make it complain."""
+    """Redirect output to nowhere: the interpreter's last flush to a closed pipe would fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError):

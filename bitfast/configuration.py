@@ -71,7 +71,7 @@ class BitConfig(PushToHubMixin):
         output_stride: Once the stages have reached this stride, they keep their resolution.
         width_factor: Multiplies the channels of the stages.
         out_features: For a backbone, the stages to return, of ``stage_names`` and in their order.
-        out_indices: The same as positions in ``stage_names``; negative ones count from the end.
+        out_indices: These stages as positions in ``stage_names``; negative ones count from the end.
         **kwargs: The settings common to all models (``num_labels`` or ``id2label``, ``label2id``,
             ``problem_type``, ``return_dict``, ``output_hidden_states``, ``dtype``, ...) and keys to keep.
 

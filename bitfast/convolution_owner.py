@@ -1,18 +1,18 @@
-"""Convolutions that somebody else takes over for a while, as adapters do."""
+"""Modules that notice when one of their convolutions is wrapped, as adapters do."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.layers import WeightStandardizedConv2d
 
 
-class ConvolutionOwner(Announcing):
-    """A module that notices when a convolution of its own is wrapped, and when it comes back.
+class ConvolutionOwner(ChangeNotifier):
+    """A module that notices when one of its convolutions is wrapped, and when it is unwrapped.
 
-    Who wraps one may write to its weight in ways that torch does not count, as PEFT does where it merges an
-    adapter (``weight.data += delta``). So meanwhile nothing is kept of that weight.
+    A wrapper may write to the weight in ways that torch does not count, as PEFT does where it merges an adapter
+    (``weight.data += delta``). So nothing is kept of the weight of a wrapped convolution.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -20,9 +20,9 @@ class ConvolutionOwner(Announcing):
         super().__setattr__(name, value)
         if before is not value:
             if isinstance(before, WeightStandardizedConv2d):
-                before.lend()
+                before.mark_wrapped()
             if isinstance(value, WeightStandardizedConv2d):
-                value.take_back()
+                value.mark_unwrapped()
 
 
 __all__ = ["ConvolutionOwner"]

@@ -1,17 +1,17 @@
-"""Models in the form that programs should be made of: ``torch.export``, AOTInductor packages, ONNX files.
+"""Models in the form to export: by ``torch.export``, as AOTInductor packages or as ONNX files.
 
-In an exported program the ops are whole. On the CPU it calls the C++ kernels by name: whoever runs it loads the
-extension (``torch.ops.load_library`` of ``bitfast.extension.CPU.path``), and needs nothing of bitfast's Python.
-ONNX has no such operators; the plain PyTorch behind them is exported where that is demanded::
+In an exported program the ops are whole operators. On the CPU it calls the C++ kernels by name: a process that
+runs it loads the extension (``torch.ops.load_library`` of ``bitfast.extension.CPU.path``), and needs none of
+bitfast's Python. ONNX has no such operators; plain PyTorch is exported instead where it is demanded::
 
     with bitfast.use_backend("reference"):
         torch.onnx.export(exportable(model), (images,), dynamo=True)
 
-On the CPU a package of AOTInductor is fastest in channels_last: of ``exportable(model)`` brought into it by
-``.to(memory_format=torch.channels_last)``, given such images.
+On the CPU a package of AOTInductor is fastest in channels_last: export
+``exportable(model).to(memory_format=torch.channels_last)`` with channels_last images.
 
-On a GPU the norms are Triton kernels, which Python launches: a program of any sizes that is to run without
-bitfast is exported with the reference demanded, too.
+On a GPU the norms are Triton kernels, which are launched from Python. A program for any sizes that is to run
+without bitfast must be exported with the reference demanded.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @torch.no_grad()
 def exportable(model: Module) -> Module:
-    """Return a copy of a model in the form that programs should be made of, for inference.
+    """Return a copy of a model in the form to export, for inference.
 
-    Its convolutions hold their weights standardized, which a program would otherwise do in every run. It
-    returns tuples of tensors: a process without bitfast has no classes for bitfast's outputs, and cannot
-    load a program that returns them.
+    Its convolutions hold standardized weights, which the program would otherwise compute in every run. It
+    returns tuples of tensors, since a process without bitfast has no classes for bitfast's outputs.
 
     Args:
         model: One of bitfast's, or one with bitfast's layers inside (see :func:`bitfast.accelerate`).
 
     Returns:
-        Of the same class, in evaluation; with the numbers that ``model`` has in evaluation, up to rounding.
+        A model of the same class, in evaluation mode. Its results are those of ``model`` in evaluation mode, up
+        to rounding.
     """
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     for module in twin.modules():
@@ -55,16 +55,16 @@ def exportable(model: Module) -> Module:
 
 
 class StandardizedConv2d(WeightStandardizedConv2d):
-    """A convolution whose filters were standardized for good, and which uses them as they are."""
+    """A convolution whose weight is standardized already, and used as it is."""
 
     standardizes = False
 
     def filters(self) -> Tensor:
-        """Return what the input is convolved with: the weight."""
+        """Return the weight, which the input is convolved with."""
         return self.weight
 
     def keeps_weight(self) -> bool:
-        """Whether other forms of it may be kept: no, the kernels would standardize it again."""
+        """Whether forms of the weight may be kept: no, they would be standardized a second time."""
         return False
 
 

@@ -12,7 +12,7 @@ from bitfast.execution.forward_pass import ForwardPass
 
 
 def capture(model: nn.Module, pixel_values: Tensor, **options: Any) -> Any:
-    """Run a model once, and from now on run its network as a CUDA graph for images like these.
+    """Call a model once, and from then on execute its network as a CUDA graph for images like these.
 
     A graph takes the launches of some hundred kernels off the host, which is slower than the GPU at small
     batches. It is used for images of the shape, dtype, layout and device of ``pixel_values``, under the same

@@ -1,7 +1,7 @@
-"""Parameters that were made in inference mode, and what is kept of weights.
+"""Parameters that were made in inference mode.
 
-torch counts the changes of ordinary tensors, but not of those that inference mode makes. What was computed
-from such a weight could not be used again, as nobody would know whether it still holds.
+torch counts the changes of ordinary tensors, but not of inference tensors. What was computed from such a weight
+cannot be kept, since nothing would tell that the weight has changed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 def make_ordinary(parameter: Tensor | None) -> None:
-    """Let a parameter that was made in inference mode be an ordinary one: the same object, the same memory.
+    """Turn a parameter that was made in inference mode into an ordinary one: the same object, the same memory.
 
-    Its changes are counted from then on, in inference mode too, and it can be trained.
+    From then on torch counts its changes, in inference mode too, and it can be trained.
     """
     if parameter is None or not parameter.is_inference():
         return

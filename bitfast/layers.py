@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfast.activations import MODULES, activation_name
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.inference_tensors import make_ordinary
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.group_norm_act import group_norm_act
 from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.norm_convolution import Norm
-from bitfast.ops.packed_convolution import can_pack, packed_convolution
+from bitfast.ops.packed_convolution import can_use_packed_weight, packed_convolution
 from bitfast.ops.same_padding import pad_for, same_pad
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.torch_state import is_concrete
@@ -26,8 +26,8 @@ for _op in ("group_norm_act", "same_pad", "weight_standardization"):
     torch.fx.wrap(_op)  # torch.fx takes them whole: they look at shapes and dtypes
 
 
-class DynamicPad2d(Announcing):
-    """TensorFlow's "same" zeros for a window, which depend on the size of the input.
+class DynamicPad2d(ChangeNotifier):
+    """TensorFlow's "same" padding for a window, which depends on the size of the input.
 
     Args:
         kernel_size: Of the window to come; one integer or (height, width), as the next two.
@@ -58,9 +58,9 @@ class DynamicPad2d(Announcing):
     def prepared(
         self, shape: tuple[int, ...], device_type: str, dtype: torch.dtype
     ) -> Callable[[Tensor], Tensor] | None:
-        """Return what :meth:`forward` does to tensors like this where no gradient is recorded, chosen once.
+        """Return a function that pads tensors of this shape and type; None if they need no padding.
 
-        None if they need no padding.
+        The backend is chosen once. No gradient may be recorded where the function is called.
         """
         window = self.kernel_size, self.stride, self.dilation
         return pad_for(shape, window, self.value, device_type, dtype)
@@ -70,7 +70,7 @@ class DynamicPad2d(Announcing):
         return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
 
 
-class WeightStandardizedConv2d(Announcing, nn.Conv2d):
+class WeightStandardizedConv2d(ChangeNotifier, nn.Conv2d):
     """Convolution whose filters are standardized before use.
 
     Takes the arguments of transformers' class of this name, and so those that ``torch.nn.Conv2d`` has as well.
@@ -94,9 +94,9 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
 
     pad: nn.Module | None
     standardizes = True
-    """Whether the filters are standardized before use; else they were, for good."""
-    is_lent = False
-    """Whether somebody has wrapped it, who may change its weight unnoticed."""
+    """Whether the filters are standardized before use; if not, the weight holds standardized filters."""
+    is_wrapped = False
+    """Whether another module wraps this one, and may change the weight in ways that torch does not count."""
 
     def __init__(
         self,
@@ -135,12 +135,12 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "weight":
-            # Sharding (FSDP) sets one whose memory it has filled, in a way that torch does not count.
+            # Sharding (FSDP) sets a parameter whose memory it fills in a way that torch does not count.
             kept_weights.drop([value])
 
     @property
     def geometry(self) -> Geometry:
-        """Stride, zeros on each side, and dilation, each as (height, width)."""
+        """Stride, padding and dilation, each as (height, width)."""
         padding: Any = self.padding  # a string, if somebody has put one there
         zeros: Any = padding if isinstance(padding, str) else pair_of(padding)
         return pair_of(self.stride), zeros, pair_of(self.dilation)
@@ -149,29 +149,29 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
         """Map (N, in, H, W) to (N, out, H', W')."""
         if self.pad is not None:
             x = self.pad(x)
-        if self._infers(x):
+        if self._may_use_inference_kernels(x):
             x = x.to(autocast_dtype(x) or x.dtype)
-            if self.keeps_weight() and can_pack(x, self.weight):
+            if self.keeps_weight() and can_use_packed_weight(x, self.weight):
                 return packed_convolution(x, self.weight, self.eps, self.geometry)
         return self._conv_forward(x, self.filters(), self.bias)
 
     def filters(self) -> Tensor:
-        """Return what the input is convolved with: the standardized weight."""
+        """Return the standardized weight, which the input is convolved with."""
         return weight_standardization(self.weight, self.eps)
 
-    def _infers(self, x: Tensor) -> bool:
-        """Whether the numbers may differ, by rounding, from those that record gradients.
+    def _may_use_inference_kernels(self, x: Tensor) -> bool:
+        """Whether kernels may be used that round differently from those that record gradients.
 
-        In training they may not, even where no gradients are recorded: reentrant checkpoints run a block
-        first without them, then with them, and the numbers must agree. Nor may they where x is followed by a
-        tracer or a transform.
+        In training they may not, even where no gradients are recorded: reentrant checkpoints compute a block
+        first without and then with gradients, and the results must agree. Nor may they where a tracer or a
+        transform follows x.
         """
         return not self.training and not torch.is_grad_enabled() and is_concrete(x)
 
     def is_simple(self) -> bool:
-        """Whether the layer has no bias, groups or reflections, and nobody has wrapped it."""
+        """Whether the layer has no bias, one group, zeros for padding, and is not wrapped."""
         return (
-            not self.is_lent
+            not self.is_wrapped
             and self.bias is None
             and self.groups == 1
             and self.padding_mode == "zeros"
@@ -179,9 +179,9 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
         )
 
     def keeps_weight(self) -> bool:
-        """Whether what is made of the weight may be kept.
+        """Whether forms of the weight may be kept.
 
-        A weight that was made in inference mode is made one that can be kept, if the rest allows it.
+        If so, a weight that was made in inference mode is turned into an ordinary parameter.
         """
         weight = self._parameters.get("weight")
         if type(weight) is not nn.Parameter or not self.is_simple():
@@ -190,40 +190,40 @@ class WeightStandardizedConv2d(Announcing, nn.Conv2d):
             make_ordinary(weight)
         return True
 
-    def lend(self) -> None:
-        """Keep nothing that is computed from the weight until :meth:`take_back`."""
-        self.is_lent = True
+    def mark_wrapped(self) -> None:
+        """Keep no form of the weight until :meth:`mark_unwrapped` is called."""
+        self.is_wrapped = True
 
-    def take_back(self) -> None:
-        """Keep it again, and nothing from before."""
+    def mark_unwrapped(self) -> None:
+        """Keep forms of the weight again, computed anew."""
         weight = self._parameters.get("weight")
-        if self.is_lent and weight is not None and not weight.is_inference():
+        if self.is_wrapped and weight is not None and not weight.is_inference():
             torch.autograd.graph.increment_version(weight)
-        self.is_lent = False
+        self.is_wrapped = False
 
     def train(self, mode: bool = True) -> WeightStandardizedConv2d:
-        """Switch between training and evaluation, and forget the weight packed for inference."""
-        self._forget_packed_weight()
+        """Switch between training and evaluation, and drop the kept forms of the weight."""
+        self._drop_kept_weight()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> WeightStandardizedConv2d:
-        self._forget_packed_weight()
+        self._drop_kept_weight()
         super()._apply(fn, recurse)
         make_ordinary(self._parameters.get("weight"))
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget_packed_weight()  # else torch could not swap it for another tensor
+        self._drop_kept_weight()  # otherwise torch could not swap the parameter for another tensor
         super()._load_from_state_dict(*args)
 
-    def _forget_packed_weight(self) -> None:
+    def _drop_kept_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
             kept_weights.drop([weight])
 
 
 def pair_of(value: int | tuple[int, ...]) -> tuple[int, int]:
-    """Return (height, width) of what torch's layers take as one number or two."""
+    """Return one number, or a pair, as (height, width)."""
     return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
 
 
@@ -233,7 +233,7 @@ def _zeros(
     stride: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int] | None:
-    """Return the zeros that a convolution puts on each side; None if they depend on the input's size."""
+    """Return the padding (height, width) of a convolution; None if it depends on the input's size."""
     if padding is not None and not isinstance(padding, str):
         return pair_of(padding)
     name = None if padding is None else padding.upper()
@@ -251,8 +251,8 @@ def _zeros(
     return zeros[0], zeros[1]
 
 
-class GroupNormActivation(Announcing, nn.GroupNorm):
-    """GroupNorm, followed by an activation, which is a child of its own.
+class GroupNormActivation(ChangeNotifier, nn.GroupNorm):
+    """GroupNorm followed by an activation, which is a child module.
 
     Args:
         num_groups: Divides ``num_channels``.
@@ -291,26 +291,26 @@ class GroupNormActivation(Announcing, nn.GroupNorm):
         return self.activate(x)
 
     def has_scale_and_shift(self) -> bool:
-        """Whether both are there, as the ops need them."""
+        """Whether there are a weight and a bias, as the ops need them."""
         return self.weight is not None and self.bias is not None
 
     def activate(self, x: Tensor) -> Tensor:
-        """Return what the modules after the norm make of it."""
+        """Apply the modules that follow the norm."""
         return self.activation(x)
 
     def fused_activation(self) -> str | None:
-        """Return the name of the activation if a fused op may apply it; None if it must be called."""
+        """Return the activation's name if the op may apply it; None if the module must be called."""
         activation = self.activation
         return activation_name(activation) if runs_as_written(activation) else None
 
     def op_parameters(self) -> Norm:
-        """Return what the ops want to know; ``fused_activation()`` must have a name."""
+        """Return the ops' arguments after x. ``fused_activation()`` must not be None."""
         name = self.fused_activation()
         assert name is not None
         return Norm(self.weight, self.bias, self.num_groups, self.eps, name)
 
 
-class DropPath(Announcing):
+class DropPath(ChangeNotifier):
     """Stochastic depth: in training, zero the whole branch of an image with probability ``drop_prob``.
 
     Huang et al., "Deep Networks with Stochastic Depth", 2016 (https://arxiv.org/abs/1603.09382).
@@ -321,7 +321,7 @@ class DropPath(Announcing):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, ...) to the same shape; what survives is divided by its probability."""
+        """Map (N, ...) to the same shape; branches that are not dropped are divided by their probability."""
         if not self.drop_prob or not self.training:
             return x
         keep = 1 - self.drop_prob

@@ -1,4 +1,4 @@
-"""What transformers' PreTrainedModel has besides loading and running, for code that asks any model for it."""
+"""Members of transformers' PreTrainedModel that trainers, exporters and loaders expect of any model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _only_with_transformers(name: str) -> Callable[..., NoReturn]:
 
 
 class ModelMembers(nn.Module):
-    """Attributes and methods that trainers, exporters and loaders ask a model for."""
+    """Attributes and methods that trainers, exporters and loaders expect of a model."""
 
     framework = "pt"
     is_parallelizable = False
@@ -46,12 +46,12 @@ class ModelMembers(nn.Module):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Say whether the model generates text: no."""
+        """Whether the model generates text: no."""
         return False
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
-        """Say whether the attention can be replaced: there is none."""
+        """Whether the attention can be replaced: there is none."""
         return False
 
     @classmethod

@@ -18,7 +18,7 @@ from bitfast.configuration_values import align_output_stages
 from bitfast.model_members import ModelMembers
 
 
-class BitPreTrainedModel(PretrainedModelMixin, ModelMembers, models.Shared):
+class BitPreTrainedModel(PretrainedModelMixin, ModelMembers, models.ModelBase):
     """What the three models share: configuration, initialisation, checkpoints, gradient checkpointing.
 
     Args:

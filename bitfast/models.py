@@ -1,7 +1,7 @@
-"""The three models, whoever gives them their configuration and checkpoints.
+"""The three models, without configuration and checkpoints.
 
-:mod:`bitfast.modeling` does, and for models that are instances of transformers' own classes
-:mod:`bitfast.transformers`.
+These are added by :mod:`bitfast.modeling`, and by :mod:`bitfast.transformers` for models that are instances of
+transformers' own classes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bitfast.network import BitEmbeddings, BitEncoder, BitStage, stage_widths
 from bitfast.watching import is_plain, runs_as_written
 
 
-class Shared(nn.Module):
-    """What the three have in common: initialisation, gradient checkpointing, options of a call."""
+class ModelBase(nn.Module):
+    """The base of the three models: initialisation, gradient checkpointing, options of a call."""
 
     config: Any
 
@@ -83,7 +83,7 @@ class Shared(nn.Module):
     def _resolve_output_options(
         self, output_hidden_states: bool | None, return_dict: bool | None
     ) -> tuple[bool, bool]:
-        """Fill in from the configuration what a forward call left open."""
+        """Replace options of a call that are None by the configuration's."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
@@ -91,13 +91,13 @@ class Shared(nn.Module):
         return output_hidden_states, return_dict
 
 
-class Model(ForwardPass, Shared):
+class Model(ForwardPass, ModelBase):
     """The network without a head: feature map and its spatial mean."""
 
     output_class: ClassVar[Any] = outputs.BaseModelOutputWithPoolingAndNoAttention
 
     def add_modules(self, config: Any) -> None:
-        """Make the modules that the configuration describes."""
+        """Add the modules that the configuration describes."""
         self.embedder = BitEmbeddings(config)
         self.encoder = BitEncoder(config)
         self.norm = (
@@ -131,7 +131,7 @@ class Model(ForwardPass, Shared):
         output_hidden_states, return_dict = self._resolve_output_options(
             output_hidden_states, return_dict
         )
-        computed = self.features(pixel_values, output_hidden_states)
+        computed = self.compute_features(pixel_values, output_hidden_states)
         if computed is None:
             encoded = self.encoder(
                 self.embedder(pixel_values),
@@ -146,31 +146,8 @@ class Model(ForwardPass, Shared):
         output = self.output_class(normalized, self.pooler(normalized), hidden_states)
         return output if return_dict else output.to_tuple()
 
-    def features(
-        self, pixel_values: Tensor, output_hidden_states: bool
-    ) -> tuple[tuple[Tensor, ...] | None, Tensor] | None:
-        """Return the hidden states (or None), and the last of them normalized.
-
-        Args:
-            pixel_values: (N, num_channels, H, W).
-            output_hidden_states: Also return the stem's and each stage's output.
-
-        Returns:
-            The hidden states in the layout that plain convolutions would give them, the other in the one that
-            the network runs in. None if the modules have to be called as they are.
-        """
-        if not self.is_known():
-            return None
-        last = len(self.encoder.stages)
-        wanted = tuple(range(last + 1)) if output_hidden_states else ()
-        computed = self.run(pixel_values, Request(last, wanted, is_normed=True))
-        if computed is None:
-            return None
-        hidden_states, normalized = computed
-        return tuple(hidden_states) if output_hidden_states else None, normalized
-
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return the modules that :meth:`run` runs."""
+        """Return the stem and the stages."""
         return self.embedder, list(self.encoder.stages)
 
     def stages_in_order(self) -> Sequence[nn.Module]:
@@ -178,7 +155,7 @@ class Model(ForwardPass, Shared):
         return self.encoder.stages._modules.values()  # type: ignore[return-value]
 
     def is_known(self) -> bool:
-        """Whether the encoder is one of these, not something in its place."""
+        """Whether the encoder is a :class:`BitEncoder` that nobody has replaced."""
         return is_plain(self.encoder, BitEncoder)
 
     def containers(self) -> Sequence[nn.Module]:
@@ -186,13 +163,13 @@ class Model(ForwardPass, Shared):
         return (self.encoder,)
 
 
-class Classifier(Shared):
+class Classifier(ModelBase):
     """The network and a linear classifier on its pooled features."""
 
     output_class: ClassVar[Any] = outputs.ImageClassifierOutputWithNoAttention
 
     def add_modules(self, config: Any, base_model: nn.Module) -> None:
-        """Put a classifier on a base model."""
+        """Add a base model and a classifier."""
         self.num_labels = config.num_labels
         self.bit: Any = base_model
         self.classifier = nn.Sequential(
@@ -234,8 +211,8 @@ class Classifier(Shared):
             output_hidden_states, return_dict
         )
         bit, hidden_states, computed = self.bit, None, None
-        if is_run_by_others(bit) and not output_hidden_states:
-            computed = bit.features(pixel_values, output_hidden_states)
+        if may_bypass_base_model(bit) and not output_hidden_states:
+            computed = bit.compute_features(pixel_values, output_hidden_states)
         if computed is not None:
             pooled = bit.pooler(computed[1])
         else:
@@ -267,7 +244,7 @@ class Classifier(Shared):
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-class Backbone(Shared):
+class Backbone(ModelBase):
     """The feature maps of chosen stages.
 
     Subclasses have ``stage_names`` and ``out_features``.
@@ -278,9 +255,9 @@ class Backbone(Shared):
     has_attentions = False
 
     def add_modules(self, config: Any, base_model: nn.Module) -> None:
-        """Take the feature maps of a base model."""
+        """Add a base model, whose feature maps are returned."""
         self.bit: Any = base_model
-        # Like transformers, also of hidden sizes that have no depth, and so no stage.
+        # As in transformers, also for hidden sizes without a depth, which have no stage.
         self.num_features = [
             config.embedding_size,
             *(round_to_multiple(size * config.width_factor) for size in config.hidden_sizes),
@@ -313,8 +290,10 @@ class Backbone(Shared):
         last = len(self.stage_names) - 1 if output_hidden_states else max(chosen, default=0)
         computed = range(last + 1) if output_hidden_states else sorted(set(chosen))
         outputs = None
-        if is_run_by_others(self.bit) and self.bit.is_known():
-            outputs = self.bit.run(pixel_values, Request(last, tuple(computed), is_normed=False))
+        if may_bypass_base_model(self.bit) and self.bit.is_known():
+            outputs = self.bit.compute(
+                pixel_values, Request(last, tuple(computed), is_normed=False)
+            )
         if outputs is None:
             features = self.bit(pixel_values, output_hidden_states=True, return_dict=True)
             outputs, computed = (features.hidden_states, None), range(len(self.stage_names))
@@ -326,14 +305,14 @@ class Backbone(Shared):
         return output if return_dict else output.to_tuple()
 
 
-def is_run_by_others(bit: nn.Module) -> bool:
-    """Whether a model with a head may have its base model's stages run without calling the base model."""
+def may_bypass_base_model(bit: nn.Module) -> bool:
+    """Whether a model with a head may compute its base model without calling it: nobody would notice."""
     return (
         is_plain(bit, Model)
         and runs_as_written(bit)
-        and type(bit.pooler) is nn.AdaptiveAvgPool2d  # another might want images as they came
+        and type(bit.pooler) is nn.AdaptiveAvgPool2d  # another might need the plain layout
         and runs_as_written(bit.pooler)
     )
 
 
-__all__ = ["Backbone", "Classifier", "Model", "Shared"]
+__all__ = ["Backbone", "Classifier", "Model", "ModelBase"]

@@ -2,7 +2,7 @@
 
 A ResNet-v2 with GroupNorm for BatchNorm and standardized convolution weights. ``layer_type="bottleneck"``
 is the post-activation form that ViT hybrids use. Modules are named as in transformers, so that checkpoints
-fit.
+load.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitfast import outputs
-from bitfast.announcing import Announcing
 from bitfast.blocks import LAYERS, convolution, norm, round_to_multiple
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.configuration import BitConfig
 from bitfast.convolution_owner import ConvolutionOwner
 from bitfast.ops.common import is_autocast_on
@@ -24,13 +24,13 @@ from bitfast.pooling import MaxPool2d
 
 
 def stage_widths(config: BitConfig) -> list[int]:
-    """Return the channels of each stage's output; ``depths`` and ``hidden_sizes`` pair up like zip."""
+    """Return the channels of each stage's output. There are as many stages as both depths and hidden sizes."""
     sizes = config.hidden_sizes[: len(config.depths)]
     return [round_to_multiple(size * config.width_factor) for size in sizes]
 
 
 def smallest_image(config: BitConfig) -> int:
-    """Return the least height and width of which the stem leaves at least one pixel."""
+    """Return the least height and width of an image whose stem output has at least one pixel."""
     if config.global_padding == "VALID":
         return 7
     return 5 if config.global_padding == "SAME" and not config.embedding_dynamic_padding else 1
@@ -63,7 +63,7 @@ class BitEmbeddings(ConvolutionOwner):
         return x
 
     def parts(self) -> list[nn.Module]:
-        """Return what the images go through, in order."""
+        """Return the modules that the images go through, in order."""
         return [self.convolution, self.pad, self.norm, self.pooler]
 
     def check(self, pixel_values: Tensor) -> None:
@@ -79,7 +79,7 @@ class BitEmbeddings(ConvolutionOwner):
                 f"pixel_values must have shape (batch, {self.num_channels}, height, width), the channels as"
                 f" config.num_channels says; got {tuple(pixel_values.shape)}"
             )
-        # Sharded, or with buffers in their place, there may be no parameters.
+        # There may be no parameters: they are sharded, or replaced by buffers.
         dtype = next((p.dtype for p in self.parameters()), pixel_values.dtype)
         converts = is_autocast_on(pixel_values.device.type)
         if pixel_values.dtype != dtype and not (converts and pixel_values.is_floating_point()):
@@ -94,7 +94,7 @@ class BitEmbeddings(ConvolutionOwner):
             )
 
 
-class BitStage(Announcing):
+class BitStage(ChangeNotifier):
     """Blocks of one width; the first of them changes the width and the resolution."""
 
     def __init__(
@@ -130,12 +130,12 @@ class BitStage(Announcing):
 
     @property
     def is_recomputed(self) -> bool:
-        """Whether the backward pass runs the blocks a second time."""
+        """Whether the backward pass recomputes the blocks."""
         return self.gradient_checkpointing and self.training
 
     @property
     def recomputation(self) -> dict[str, Any] | None:
-        """The options with which blocks are run a second time; None if they are not."""
+        """The checkpoint options with which the backward pass recomputes the blocks; None if it does not."""
         return self.checkpoint_options if self.is_recomputed else None
 
     def parts(self) -> list[nn.Module]:
@@ -143,7 +143,7 @@ class BitStage(Announcing):
         return list(self.layers)
 
     def calls_each_block(self) -> bool:
-        """Whether the blocks are called one by one, not as one module that somebody has to do with."""
+        """Whether :meth:`forward` calls the blocks one by one, not a module that contains them."""
         return True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class BitEncoder(nn.Module):
 
 
 def drop_path_rates(config: BitConfig) -> list[list[float]]:
-    """Return each stage's drop-path rates: over all blocks they rise evenly from 0 to the configured."""
+    """Return the drop-path rates of each stage's blocks, which rise evenly from 0 to the configured rate."""
     # On the CPU even where the model is built elsewhere, for instance on the meta device.
     rates = torch.linspace(
         0, config.drop_path_rate, sum(config.depths), dtype=torch.float64, device="cpu"

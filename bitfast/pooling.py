@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.layers import DynamicPad2d, pair_of
 from bitfast.ops.same_padding import max_pool_for, same_max_pool
 from bitfast.torch_state import is_concrete
@@ -18,13 +18,13 @@ from bitfast.watching import is_plain, runs_as_written
 torch.fx.wrap("same_max_pool")  # torch.fx takes it whole: it looks at shapes and dtypes
 
 
-class MaxPool2d(Announcing, nn.MaxPool2d):
+class MaxPool2d(ChangeNotifier, nn.MaxPool2d):
     """Max-pool whose padding takes part in the maximum.
 
     Args:
         kernel_size, stride, padding, dilation, return_indices, ceil_mode: As in ``torch.nn.MaxPool2d``.
         padding_value: What TensorFlow's "same" padding holds.
-        use_dynamic_padding: Whether the input is padded so, for the size at hand.
+        use_dynamic_padding: Whether the input gets TensorFlow's "same" padding, which depends on its size.
     """
 
     pad: nn.Module | None
@@ -55,7 +55,7 @@ class MaxPool2d(Announcing, nn.MaxPool2d):
         return self.with_zeros(x, 0)
 
     def with_zeros(self, x: Tensor, zeros: int) -> Tensor:
-        """Do the same after putting so many zeros on all four sides of x."""
+        """Pad x with ``zeros`` zeros on each of its four sides, then do what :meth:`forward` does."""
         pad = self.pad
         if not self.is_fused() or (is_concrete(x) and x.dim() != 4):
             x = F.pad(x, (zeros,) * 4) if zeros else x
@@ -69,9 +69,9 @@ class MaxPool2d(Announcing, nn.MaxPool2d):
     def prepared(
         self, shape: tuple[int, ...], zeros: int, device_type: str, dtype: torch.dtype
     ) -> Callable[[Tensor], Tensor]:
-        """Return what :meth:`with_zeros` does to tensors like this where no gradient is recorded, chosen once.
+        """Return a function that does what :meth:`with_zeros` does, for tensors of this shape and type.
 
-        :meth:`is_fused` must be true.
+        The backend is chosen once. :meth:`is_fused` must be true, and no gradient be recorded at its calls.
 
         Raises:
             ValueError: the window is larger than the padded input.
@@ -85,7 +85,7 @@ class MaxPool2d(Announcing, nn.MaxPool2d):
         return (lambda x: pool(F.pad(x, sides))) if zeros else pool
 
     def is_fused(self) -> bool:
-        """Say whether the padding may be read as part of the pool: nobody watches it, and it is that of BiT."""
+        """Whether one op may pad and pool: nobody watches the padding, and the settings are BiT's."""
         return (
             self._pads_for_its_window()
             and pair_of(self.padding) == (0, 0)

@@ -1,7 +1,7 @@
 """The oracle of every op: plain, differentiable PyTorch, right in any floating dtype.
 
-These functions define what the ops mean. Kernels are tested against them in float64, and where no
-kernel can serve a tensor they are what runs. Each follows its input's memory format: channels_last
+These functions define what the ops mean. Kernels are tested against them in float64, and where there is no
+kernel for a tensor they are used themselves. Each follows its input's memory format: channels_last
 in, channels_last out; everything else comes back contiguous.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
-from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
+from bitfast.memory_format import format_for, is_channels_last, laid_out, memory_format_of
 from bitfast.torch_state import is_in_forward_mode
 
 # ---- weight_standardization ---------------------------------------------------------------------
@@ -70,7 +70,7 @@ def group_norm_act_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize groups of channels, scale, shift and activate; return (result, mean, rstd).
 
-    The statistics have shape (N, num_groups). torch's own GroupNorm serves contiguous tensors. For
+    The statistics have shape (N, num_groups). torch's own GroupNorm is used for contiguous tensors. For
     channels_last ones it squares before it subtracts on the CPU (an error of 1e-2 where the mean is
     100 times the standard deviation) and changes the layout on older GPUs, so those are computed here;
     so is what is differentiated in forward mode, for which its backward pass has no formula.
@@ -97,12 +97,12 @@ def group_norm_act_forward(
 def _group_norm_channels_last(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # In the order of memory, so that autograd's gradients come out channels_last too.
+    # Computed in the order of memory, so that autograd's gradients are channels_last too.
     dtype = compute_dtype(x.dtype)
     groups = x.permute(0, 2, 3, 1).unflatten(3, (num_groups, -1)).to(dtype)
     mean = _group_mean(groups)
     centered = groups - mean
-    # What the rounding of the mean was off by; it shows where the mean is 100 standard deviations.
+    # The rounding error of the mean, which matters where the mean is 100 standard deviations.
     left_over = _group_mean(centered)
     centered = centered - left_over
     # Not torch.var, which takes several times as long on the CPU.
@@ -129,7 +129,7 @@ def _per_channel(statistic: Tensor, channels_per_group: int) -> Tensor:
 def add_group_norm_act_forward(
     x: Tensor, residual: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Add the residual, then do what :func:`group_norm_act_forward` does; also return the sum."""
+    """Add the residual and normalize the sum; return (sum, result, mean, rstd)."""
     total = laid_out(x + residual, memory_format_of(x))
     return total, *group_norm_act_forward(total, *arguments)
 
@@ -149,7 +149,7 @@ def group_norm_act_backward(
 
     The activation is recomputed from x and the statistics, so that none has to be stored. With
     h = (x - mean) rstd and g = dL/dh: dx = rstd (g - mean(g) - h mean(g h)), the means over one group.
-    ``grad_total``, if given, is what reached x by another way; it is added to dx.
+    ``grad_total``, if given, is the gradient that reached x directly; it is added to dx.
     """
     dtype = compute_dtype(x.dtype)
     per_group = x.shape[1] // num_groups
@@ -349,7 +349,7 @@ NEAREST = 0
 
 
 def resampling_weights(in_size: int, out_size: int, resample: int) -> tuple[Tensor, Tensor]:
-    """Return (index, weight), each (taps, out_size): where each output pixel reads, how much of it.
+    """Return (index, weight), each (taps, out_size): the input pixels of each output pixel, and their weights.
 
     The weights are float64, sum to 1 over the taps and round as Pillow's do, which takes the same
     operations in the same order. A tap that an output pixel does not need has weight 0.
@@ -372,7 +372,7 @@ def resampling_weights(in_size: int, out_size: int, resample: int) -> tuple[Tens
 
 
 def _nearest_index(in_size: int, out_size: int) -> Tensor:
-    """Return the source of each output pixel: positions advance by repeated addition, as Pillow's do."""
+    """Return the input pixel of each output pixel. Positions advance by repeated addition, as Pillow's do."""
     scale = in_size / out_size
     positions = itertools.accumulate(itertools.repeat(scale, out_size - 1), initial=scale * 0.5)
     return torch.tensor([min(int(p), in_size - 1) for p in positions])
@@ -452,8 +452,4 @@ def resize_normalize_forward(
         result = result.to(compute_dtype(dtype))
         shape = (1, -1, 1, 1)
         result = (result - result.new_tensor(mean).view(shape)) / result.new_tensor(std).view(shape)
-    return result.to(dtype).contiguous(memory_format=_memory_format(channels_last))
-
-
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return result.to(dtype).contiguous(memory_format=format_for(channels_last))

@@ -1,9 +1,10 @@
-"""What torch is doing around a call: who transforms it, traces it, or looks at each of its operators."""
+"""torch's state around a call: whether it is transformed or traced, or a mode watches its operators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,28 +13,39 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.utils._python_dispatch import _disable_current_modes
 
+Function = TypeVar("Function", bound=Callable[..., object])
 
+
+def constant_when_compiled(function: Function) -> Function:
+    """Let ``torch.compile`` call a function while it traces, and take the result for a constant.
+
+    It does not look into the function, nor guard on what the function reads. This sets what
+    ``torch.compiler.assume_constant_result`` sets; to call that would import the compiler, and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# torch guards on whether a function transform or forward mode is at work, as the next two ask.
+
+
+@constant_when_compiled
 def is_transformed() -> bool:
-    """Say whether a function transform (``torch.func``) or forward-mode differentiation is at work.
+    """Whether a function transform (``torch.func``) or forward-mode differentiation is at work.
 
-    They see what plain PyTorch computes, but nothing of what a kernel does.
+    They see into plain PyTorch, but not into kernels.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None or is_in_forward_mode()
 
 
+@constant_when_compiled
 def is_in_forward_mode() -> bool:
-    """Say whether tensors may have tangents."""
+    """Whether tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-# torch guards on both of what is asked.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_in_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def is_batched(x: Tensor) -> bool:
-    """Say whether x stands for many tensors: within ``vmap``, or where gradients are computed in batches."""
+    """Whether x stands for many tensors: within ``vmap``, or where gradients are computed in batches."""
     if torch.compiler.is_compiling():  # a compiler cannot trace the questions below
         return is_transformed()
     functorch = torch._C._functorch
@@ -44,35 +56,33 @@ def is_batched(x: Tensor) -> bool:
     )
 
 
-def runs_in_plain_pytorch() -> bool:
-    """Say whether operators of our own would be lost on who transforms or traces the call.
+def must_use_plain_pytorch() -> bool:
+    """Whether the call is transformed or traced by somebody who cannot handle bitfast's operators.
 
-    ``torch.jit.trace`` does record them, but its programs are to run where there is no bitfast.
+    ``torch.jit.trace`` could record them, but its programs are to run without bitfast.
     """
     return is_transformed() or torch.jit.is_tracing()
 
 
 def is_concrete(x: object) -> bool:
-    """Say whether x is a tensor whose layout and dtype may decide how to compute: nothing traces the call.
+    """Whether the layout and dtype of x may decide how to compute: it is a tensor, and nothing traces the call.
 
-    ``torch.compile`` and ``torch.export`` do trace, but follow such decisions.
+    ``torch.compile`` and ``torch.export`` do not count: they follow such decisions.
     """
-    return not isinstance(x, Proxy) and not runs_in_plain_pytorch()
+    return not isinstance(x, Proxy) and not must_use_plain_pytorch()
 
 
+@constant_when_compiled
 def is_dispatch_watched() -> bool:
-    """Say whether a mode looks at each operator, as one that counts FLOPs does."""
+    """Whether a mode looks at each operator, as one that counts FLOPs does."""
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-is_dispatch_watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Within the block nobody sees what is computed, nor has a say in it: no tracer, mode or transform.
+    """Hide what the block computes from tracers, modes, transforms and autograd.
 
-    For questions to the machine, which are no part of a program.
+    For trying out what the machine can do, which is no part of a program.
     """
     tracing_state = torch._C._get_tracing_state()
     with ExitStack() as stack:
@@ -83,7 +93,7 @@ def unseen() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        if tracing_state is None:  # within an operator it cannot even be set to that
+        if tracing_state is None:  # within an operator it cannot even be set to None
             yield
             return
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
@@ -94,11 +104,12 @@ def unseen() -> Iterator[None]:
 
 
 __all__ = [
+    "constant_when_compiled",
     "is_batched",
     "is_concrete",
     "is_dispatch_watched",
     "is_in_forward_mode",
     "is_transformed",
-    "runs_in_plain_pytorch",
+    "must_use_plain_pytorch",
     "unseen",
 ]

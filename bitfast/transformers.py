@@ -36,11 +36,11 @@ NETWORK_SETTINGS = tuple(
     inspect.signature(configuration.BitConfig).parameters.keys()
     - {"out_features", "out_indices", "kwargs"}
 )
-"""What of a configuration describes the network."""
+"""The settings of a configuration that describe the network."""
 
 
-class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
-    """What the three models share, on top of ``transformers.PreTrainedModel``.
+class BitPreTrainedModel(models.ModelBase, modeling_bit.BitPreTrainedModel):
+    """The base of the three models, on top of ``transformers.PreTrainedModel``.
 
     Args:
         config: A ``transformers.BitConfig``; :class:`bitfast.BitConfig` is accepted and converted.
@@ -66,7 +66,7 @@ class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
         super().__init__(config)
 
     def network_config(self) -> configuration.BitConfig:
-        """Return what of the configuration describes the network, checked."""
+        """Return the settings that describe the network, checked, as bitfast's configuration."""
         settings = {name: getattr(self.config, name) for name in NETWORK_SETTINGS}
         return configuration.BitConfig(num_labels=self.config.num_labels, **settings)
 
@@ -81,7 +81,7 @@ class BitPreTrainedModel(models.Shared, modeling_bit.BitPreTrainedModel):
             **kwargs: As in transformers.
         """
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        transformers_model: Any = super(models.Shared, self)
+        transformers_model: Any = super(models.ModelBase, self)
         if hasattr(transformers_model, "_activation_checkpointing_enable"):  # transformers 5
             transformers_model._activation_checkpointing_enable(options, **kwargs)
         else:
@@ -162,7 +162,7 @@ class BitImageProcessor(processing.BitImageProcessor, BaseImageProcessor):
     @filter_out_non_signature_kwargs()
     @functools.wraps(processing.BitImageProcessor.preprocess)
     def preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Do what :meth:`bitfast.BitImageProcessor.preprocess` does; return transformers' own class."""
+        """Preprocess as :meth:`bitfast.BitImageProcessor.preprocess`; return transformers' own class."""
         return BatchFeature(super().preprocess(*args, **kwargs).data)
 
 
@@ -170,7 +170,7 @@ class BitImageProcessorFast(processing_fast.BitImageProcessorFast, BaseImageProc
     """:class:`bitfast.BitImageProcessorFast` as a subclass of the base of transformers' fast processors."""
 
     def preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Do what :meth:`bitfast.BitImageProcessorFast.preprocess` does; return transformers' own class."""
+        """Preprocess as :meth:`bitfast.BitImageProcessorFast.preprocess`; return transformers' own class."""
         return BatchFeature(super().preprocess(*args, **kwargs).data)
 
 

@@ -1,4 +1,4 @@
-"""Whether calling a module does what its class says, so that its work may be done by another."""
+"""Whether a module may be replaced by an equal computation: nobody hooks it, wraps it or follows its call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def runs_as_written(module: nn.Module) -> bool:
     """Whether calling the module does what its class says: no hooks, no replaced or compiled call.
 
-    Only then may its work be done by another module, as part of a fused op. ``torch.fx`` watches all modules.
+    Only then may a fused op compute it. ``torch.fx`` follows the calls of all modules.
     """
     return not (
         module._forward_hooks
@@ -39,7 +39,7 @@ def is_every_module_watched() -> bool:
 
 
 def is_plain(module: nn.Module | None, cls: type[Module]) -> TypeGuard[Module]:
-    """Whether the module does what its class ``cls`` says: nobody's subclass computes something else."""
+    """Whether the module is a ``cls`` with that class's own ``forward``, not one of a subclass."""
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def reciprocal_std(variance, eps):
-    """Return 1 / sqrt(variance + eps), rounded correctly: one per group or filter, so its cost does not show.
+    """Return 1 / sqrt(variance + eps), rounded correctly: once per group or filter, so that its cost is small.
 
     A launch passes ``eps`` as float32, the code that torch.compile generates as float64; the square root takes
     only the former.

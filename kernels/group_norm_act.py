@@ -22,25 +22,25 @@ from .launch import Device, Launch, ceil_div, device_of, next_power_of_two
 # ---- launch shapes --------------------------------------------------------------------------------
 
 TILE_IN_REGISTERS = 16384
-"""Elements that a program keeps in registers between its two uses of them: 32 per thread of 16 warps."""
+"""Elements that a program can keep in registers between their two uses: 32 per thread of 16 warps."""
 
 STREAM_TILE = 8192
-"""Elements of a tile that moves over all pixels, 16 per thread: with 32 the registers did not suffice."""
+"""Elements of a tile that moves over all pixels: 16 per thread, since 32 did not fit in the registers."""
 
 SPLIT_BYTES = 8192
-"""Size of a tile that moves over a range of the pixels."""
+"""Bytes of a tile that moves over a range of the pixels."""
 
 SMALLEST_TILE = 2048
-"""Elements below which an NCHW tile takes in another group. (A channels_last one has its row.)"""
+"""Elements up to which an NCHW tile takes in more groups. (For channels_last tiles the row decides.)"""
 
 WIDEST_TILE = 1024
-"""Channels. Wider groups are cut into parts."""
+"""Channels of a tile's group, at most. Wider groups are cut into parts."""
 
 MOST_PARTIALS = 256
-"""Partial results per image and group, all of which every program of the second launch reads."""
+"""Partial results per image and group, at most: every program of the second launch reads all of them."""
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """How one call is cut into programs.
 
     Attributes:
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     is_wide: bool
 
 
-def plan(
+def choose_tiling(
     batch: int,
     pixels: int,
     channels: int,
@@ -75,8 +75,8 @@ def plan(
     is_channels_last: bool,
     tensors: int,
     device: Device,
-) -> Plan:
-    """Choose the launch shapes, the same for equal arguments: nothing is tried out at run time.
+) -> Tiling:
+    """Choose the launch shapes. Equal arguments give equal shapes: nothing is tried out at run time.
 
     1. A row of a channels_last tile is 128 bytes, or one group if that is wider. It is halved while there
        are fewer programs than multiprocessors, down to a memory sector of 32 bytes. It is halved to 64
@@ -94,8 +94,8 @@ def plan(
         groups: In which the channels are normalized.
         itemsize: Bytes per element.
         is_channels_last: Else contiguous NCHW.
-        tensors: That are read twice: 1 forward, 2 backward.
-        device: What to fill.
+        tensors: How many tensors are read twice: 1 forward, 2 backward.
+        device: The GPU to fill with programs.
     """
     per_group = channels // groups
     padded = min(next_power_of_two(per_group), WIDEST_TILE)
@@ -108,7 +108,7 @@ def plan(
     def programs(block_groups: int) -> int:
         return batch * ceil_div(groups, block_groups) * parts
 
-    def fits(block_groups: int) -> bool:
+    def fits_in_registers(block_groups: int) -> bool:
         return parts == 1 and all_pixels * block_groups * padded <= registers
 
     block_groups, most = 1, next_power_of_two(groups) if parts == 1 else 1
@@ -117,7 +117,7 @@ def plan(
         block_groups = min(row, most)
         while block_groups > sector and programs(block_groups) < device.multiprocessors:
             block_groups //= 2
-        if not fits(block_groups) and (fits(half_row) or exceeds_cache):
+        if not fits_in_registers(block_groups) and (fits_in_registers(half_row) or exceeds_cache):
             block_groups = min(block_groups, half_row)
     else:
         while block_groups < most and 2 * block_groups * padded * all_pixels <= SMALLEST_TILE:
@@ -125,7 +125,7 @@ def plan(
 
     block_channels = block_groups * padded
     items = programs(block_groups)
-    one_tile = fits(block_groups)
+    one_tile = fits_in_registers(block_groups)
     at_work = min(cache // (pixels * block_channels * itemsize * tensors), items)
     streams = parts == 1 and exceeds_cache and at_work >= device.multiprocessors // 2
     is_whole = one_tile or streams
@@ -143,7 +143,7 @@ def plan(
         splits = min(wanted, max(MOST_PARTIALS // parts, 1), ceil_div(pixels, block_pixels))
         pixels_per_split = ceil_div(ceil_div(pixels, splits), block_pixels) * block_pixels
         splits = ceil_div(pixels, pixels_per_split)
-    return Plan(
+    return Tiling(
         is_whole,
         one_tile,
         items if one_tile else at_work if streams else items * splits,
@@ -159,12 +159,12 @@ def plan(
 
 
 def warps_for(elements: int) -> int:
-    """Return the warps that hold ``elements`` in registers with at most 32 in a thread."""
+    """Return how many warps hold ``elements`` in registers, with at most 32 per thread."""
     return min(max(next_power_of_two(ceil_div(elements, 32 * 32)), 4), 16)
 
 
 def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) -> bool:
-    """Say whether an offset within one image, masked ones included, may not fit in 32 bits.
+    """Whether an offset within an image, masked ones included, may need more than 32 bits.
 
     (The offset of the image itself always has 64.)
     """
@@ -174,11 +174,11 @@ def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) 
 # ---- launches -------------------------------------------------------------------------------------
 
 
-def _plan_for(
+def _tiling_for(
     x: Tensor, groups: int, is_channels_last: bool, tensors: int, device: Device | None
-) -> Plan:
+) -> Tiling:
     batch, channels, height, width = x.shape
-    return plan(
+    return choose_tiling(
         batch,
         height * width,
         channels,
@@ -190,7 +190,7 @@ def _plan_for(
     )
 
 
-def _constants(p: Plan, x: Tensor, groups: int, is_channels_last: bool) -> dict[str, int | bool]:
+def _constants(p: Tiling, x: Tensor, groups: int, is_channels_last: bool) -> dict[str, int | bool]:
     return {
         "GROUPS": groups,
         "PER_GROUP": x.shape[1] // groups,
@@ -220,8 +220,8 @@ def forward_launches(
 ) -> list[Launch]:
     """Return the launches that fill ``total`` (x + residual), ``result``, ``mean`` and ``rstd``.
 
-    Memory may be used again, in every way of working: ``result`` may be x or the residual, and ``total`` may
-    be x or the residual, if they are the same tensor objects. Other outputs share no memory with anything.
+    ``result`` may be x or the residual, and ``total`` may be x or the residual, whatever the tiling, if they
+    are the same tensor objects. Other outputs must not share memory with anything.
 
     Args:
         x, residual, total, result: (N, C, H, W), dense in one layout, of one dtype; ``residual`` and
@@ -230,8 +230,8 @@ def forward_launches(
         eps, activation: As in the op.
         is_channels_last: The layout; else NCHW.
         mean, rstd: (N, groups), float32. Without them, statistics are not stored.
-        groups: Needed without them only.
-        device: What to fill; by default the GPU that x is on.
+        groups: Needed only without the statistics.
+        device: The GPU to fill with programs; by default the one that x is on.
 
     Raises:
         ValueError: ``result`` is ``total``; neither statistics nor groups, or only one of the statistics.
@@ -240,17 +240,17 @@ def forward_launches(
     if keeps_statistics != (rstd is not None) or (mean is None and groups is None):
         raise ValueError("mean and rstd, or groups, must be given")
     if result is total:
-        # Two stores to one place, maybe by two threads, of which either may come last.
+        # Both would be stored to one address, maybe by two threads, in either order.
         raise ValueError("result must not take the place of total, which it is computed from")
     batch, _, height, width = x.shape
     if batch == 0:
         return []
     groups, pixels = mean.shape[1] if mean is not None else groups, height * width
-    p = _plan_for(x, groups, is_channels_last, 1, device)
+    p = _tiling_for(x, groups, is_channels_last, 1, device)
     constants = _constants(p, x, groups, is_channels_last)
     has_residual = residual is not None
     sum_in_place = has_residual and (total is x or total is residual)
-    # What is missing is never touched; some pointer must stand there.
+    # Missing tensors are never read, but the kernels need some pointer.
     inputs = {"x": x, "residual": residual if has_residual else x}
     outputs = {
         "result": result,
@@ -342,19 +342,19 @@ def backward_launches(
     """Return the launches that fill the gradients.
 
     Args:
-        grad: Of the result; dense in the layout of x.
-        grad_total: What reached x by another way and is added to its gradient, likewise; or None.
-        x: What was normalized: with a residual, the sum.
+        grad: The gradient of the result; dense in the layout of x.
+        grad_total: The gradient that reached x directly, which is added; in the same layout, or None.
+        x: The tensor that was normalized: with a residual, the sum.
         weight, bias, mean, rstd, activation, is_channels_last: As in the forward launches.
         grad_x, grad_weight, grad_bias: To fill, in the dtypes of x, weight and bias.
-        device: What to fill; by default the GPU that x is on.
+        device: The GPU to fill with programs; by default the one that x is on.
     """
     batch, channels, height, width = x.shape
     groups, pixels = mean.shape[1], height * width
     if batch == 0:
         nothing = _buffers(x, (0, channels), "channel_d", "channel_dh")
         return [_parameter_launch(nothing, grad_weight, grad_bias)]
-    p = _plan_for(x, groups, is_channels_last, 2, device)
+    p = _tiling_for(x, groups, is_channels_last, 2, device)
     constants = {**_constants(p, x, groups, is_channels_last), "ACTIVATION": activation}
     has_grad_total = grad_total is not None
     sums = _buffers(x, (batch * p.splits, channels), "channel_d", "channel_dh")

@@ -54,7 +54,7 @@ def _write_grad(
     projection,
     HAS_GRAD_TOTAL: tl.constexpr,
 ):
-    """Write dx of a tile, plus the gradient that reached the sum by another way."""
+    """Write dx of a tile, plus the gradient that reached the sum directly."""
     value = d * scale[None, :] - mean_term[None, :] - normalized * projection[None, :]
     value *= channel_rstd[None, :]
     if HAS_GRAD_TOTAL:

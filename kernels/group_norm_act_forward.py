@@ -47,7 +47,7 @@ def _tile_moments(value, inside, count, BLOCK_G: tl.constexpr, PADDED: tl.conste
     """Return the mean, and the sum of squares around it, of each group of one tile: [BLOCK_G]."""
     mean = sum_groups(tl.sum(value, axis=0), BLOCK_G, PADDED) / count
     centered = tl.where(inside, value - per_channel(mean, BLOCK_G, PADDED)[None, :], 0.0)
-    # What the mean's rounding was off by; it shows where the mean is 100 standard deviations.
+    # The rounding error of the mean, which matters where the mean is 100 standard deviations.
     left_over = sum_groups(tl.sum(centered, axis=0), BLOCK_G, PADDED) / count
     squares = sum_groups(tl.sum(centered * centered, axis=0), BLOCK_G, PADDED)
     return mean + left_over, squares - count * left_over * left_over
@@ -73,7 +73,7 @@ def _range_moments(
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return the same of pixels start to stop.
+    """Return the mean, and the sum of squares around it, of each group over pixels start to stop: [BLOCK_G].
 
     Each element of the tile keeps a mean and a sum of squares of its own while the tile moves over the
     pixels (Welford, 1962); they are merged at the end (Chan, Golub & LeVeque, 1979).

@@ -1,28 +1,26 @@
-"""GroupNorm and activation for callers that know the shapes: planned and compiled once, then only launched.
+"""GroupNorm and activation for given shapes: the launches are prepared once, and then only launched.
 
-What is returned takes addresses (``data_ptr()``), all of them multiples of 16 bytes, and the handle of the
-current stream of the device, which must be the current device. It may be called from several threads, and
-while a CUDA graph is recorded: what it needs besides is allocated in each call, on the current stream.
+The functions that are returned take the handle of the device's current stream, and addresses (``data_ptr()``)
+that are multiples of 16 bytes. The device must be the current one. They may be called from several threads, and
+while a CUDA graph is recorded: memory for partial results is allocated in each call, on the current stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from . import group_norm_act as planning
-from .launch import Launch, PreparedLaunch, prepare
+from .group_norm_act import backward_launches, forward_launches
+from .launch import Launch, PreparedLaunch, aligned_count, as_current, device_of, prepare
 
 Forward = Callable[[int, int, int, int, int, int, int, int, int], None]
-"""Takes stream, x, residual, weight, bias, total, result, mean, rstd; what is missing is 0."""
+"""Takes stream, x, residual, weight, bias, total, result, mean, rstd; 0 for missing tensors."""
 
 Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int], None]
-"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; likewise."""
-
-NUMBERS_PER_16_BYTES = 4
+"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; 0 for missing
+tensors."""
 
 
 def prepare_forward(
@@ -40,20 +38,20 @@ def prepare_forward(
     sum_in_place: bool = False,
     keeps_statistics: bool = True,
 ) -> Forward:
-    """Return what runs the forward launches; see ``group_norm_act.forward_launches`` for the tensors.
+    """Return a function that launches ``group_norm_act.forward_launches``, which see for the tensors.
 
     The result may take the place of x or of the residual, never that of the total.
 
     Args:
         shape: (N, C, H, W), of x, residual, total and result; N may be 0.
-        dtype: Of the same.
-        device: Where they will be.
-        is_channels_last: They are dense in this layout; else contiguous.
+        dtype: Of x, residual, total and result.
+        device: Where the tensors will be.
+        is_channels_last: Whether they are dense in channels_last; else they are contiguous.
         groups, eps, activation: As in the op.
         weight_dtype, bias_dtype: Of the parameters.
-        has_residual: ``residual`` is added first, and ``total`` is the sum.
-        sum_in_place: ``total`` is x or ``residual``. It must not be otherwise.
-        keeps_statistics: ``mean`` and ``rstd`` are stored.
+        has_residual: Whether ``residual`` is added first; ``total`` is the sum.
+        sum_in_place: Whether ``total`` is x or ``residual``, which it must not be otherwise.
+        keeps_statistics: Whether ``mean`` and ``rstd`` are stored.
     """
 
     def example() -> Tensor:
@@ -62,10 +60,10 @@ def prepare_forward(
     x, residual = example(), example() if has_residual else None
     total = None if residual is None else x if sum_in_place else example()
     statistic = torch.empty(shape[0], groups, device="meta") if keeps_statistics else None
-    launches = planning.forward_launches(
+    launches = forward_launches(
         x, residual, _parameter(shape, weight_dtype), _parameter(shape, bias_dtype), eps, activation,
         is_channels_last, total=total, result=example(), mean=statistic, rstd=statistic, groups=groups,
-        device=planning.device_of(device),
+        device=device_of(device),
     )  # fmt: skip
     prepared = _prepare_all(launches, device)
     if not prepared:
@@ -73,24 +71,15 @@ def prepare_forward(
     if len(prepared) == 1:
         return _whole_forward(*prepared)
     partials = launches[0].arguments["partial_mean"].numel()
-    return _split_forward(*prepared, has_residual, _rounded(partials), device)
+    return _split_forward(*prepared, has_residual, aligned_count(partials), device)
 
 
 def _whole_forward(launch: PreparedLaunch) -> Forward:
-    def run(
-        stream: int,
-        x: int,
-        residual: int,
-        weight: int,
-        bias: int,
-        total: int,
-        result: int,
-        mean: int,
-        rstd: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        x, residual, weight, bias, total, result, mean, rstd = addresses
         launch(stream, x, residual, total, weight, bias, result, mean, rstd)
 
-    return run
+    return launch_all
 
 
 def _split_forward(
@@ -100,17 +89,8 @@ def _split_forward(
     partials: int,
     device: torch.device,
 ) -> Forward:
-    def run(
-        stream: int,
-        x: int,
-        residual: int,
-        weight: int,
-        bias: int,
-        total: int,
-        result: int,
-        mean: int,
-        rstd: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        x, residual, weight, bias, total, result, mean, rstd = addresses
         buffer = torch.empty(2 * partials, dtype=torch.float32, device=device)
         means = buffer.data_ptr()
         squares = means + 4 * partials
@@ -118,7 +98,7 @@ def _split_forward(
         normalized = total if has_residual else x
         apply(stream, normalized, weight, bias, means, squares, result, mean, rstd)
 
-    return run
+    return launch_all
 
 
 def prepare_backward(
@@ -133,12 +113,12 @@ def prepare_backward(
     *,
     has_grad_total: bool = False,
 ) -> Backward:
-    """Return what runs the backward launches; see ``group_norm_act.backward_launches`` for the tensors.
+    """Return a function that launches ``group_norm_act.backward_launches``, which see for the tensors.
 
     Args:
         shape, dtype, device, is_channels_last, groups, activation, weight_dtype, bias_dtype: As in
             :func:`prepare_forward`; the gradients have the dtypes of what they belong to.
-        has_grad_total: ``grad_total`` is added to the gradient of x.
+        has_grad_total: Whether ``grad_total`` is added to the gradient of x.
     """
 
     def example() -> Tensor:
@@ -146,52 +126,41 @@ def prepare_backward(
 
     weight, bias = _parameter(shape, weight_dtype), _parameter(shape, bias_dtype)
     statistic = torch.empty(shape[0], groups, device="meta")
-    launches = planning.backward_launches(
+    launches = backward_launches(
         example(), example() if has_grad_total else None, example(), weight, bias, statistic, statistic,
         activation, is_channels_last, grad_x=example(), grad_weight=weight, grad_bias=bias,
-        device=planning.device_of(device),
+        device=device_of(device),
     )  # fmt: skip
     *others, last = _prepare_all(launches, device)
-    sums = _rounded(launches[-1].arguments["channel_d"].numel())
+    sums = aligned_count(launches[-1].arguments["channel_d"].numel())
     if not others:
         return _empty_backward(last)
     if len(others) == 1:
         return _whole_backward(*others, last, sums, device)
-    partials = _rounded(launches[0].arguments["partial_d"].numel())
+    partials = aligned_count(launches[0].arguments["partial_d"].numel())
     return _split_backward(*others, last, sums, partials, device)
 
 
 def _empty_backward(last: PreparedLaunch) -> Backward:
-    def run(stream: int, *addresses: int) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
         *_, grad_weight, grad_bias = addresses
         last(stream, 0, 0, grad_weight, grad_bias)
 
-    return run
+    return launch_all
 
 
 def _whole_backward(
     whole: PreparedLaunch, last: PreparedLaunch, sums: int, device: torch.device
 ) -> Backward:
-    def run(
-        stream: int,
-        grad: int,
-        grad_total: int,
-        x: int,
-        weight: int,
-        bias: int,
-        mean: int,
-        rstd: int,
-        grad_x: int,
-        grad_weight: int,
-        grad_bias: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        *inputs, grad_x, grad_weight, grad_bias = addresses
         buffer = torch.empty(2 * sums, dtype=torch.float32, device=device)
         d = buffer.data_ptr()
         dh = d + 4 * sums
-        whole(stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, d, dh)
+        whole(stream, *inputs, grad_x, d, dh)
         last(stream, d, dh, grad_weight, grad_bias)
 
-    return run
+    return launch_all
 
 
 def _split_backward(
@@ -202,30 +171,18 @@ def _split_backward(
     partials: int,
     device: torch.device,
 ) -> Backward:
-    def run(
-        stream: int,
-        grad: int,
-        grad_total: int,
-        x: int,
-        weight: int,
-        bias: int,
-        mean: int,
-        rstd: int,
-        grad_x: int,
-        grad_weight: int,
-        grad_bias: int,
-    ) -> None:
+    def launch_all(stream: int, *addresses: int) -> None:
+        *inputs, grad_x, grad_weight, grad_bias = addresses
         buffer = torch.empty(2 * sums + 2 * partials, dtype=torch.float32, device=device)
         d = buffer.data_ptr()
         dh, part_d = d + 4 * sums, d + 8 * sums
         part_dh = part_d + 4 * partials
-        first(stream, grad, x, weight, bias, mean, rstd, d, dh, part_d, part_dh)
-        second(
-            stream, grad, grad_total, x, weight, bias, mean, rstd, part_d, part_dh, grad_x
-        )  # fmt: skip
+        grad, _, *others = inputs
+        first(stream, grad, *others, d, dh, part_d, part_dh)
+        second(stream, *inputs, part_d, part_dh, grad_x)
         last(stream, d, dh, grad_weight, grad_bias)
 
-    return run
+    return launch_all
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, is_channels_last: bool) -> Tensor:
@@ -237,18 +194,9 @@ def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape[1], dtype=dtype, device="meta")
 
 
-def _rounded(numbers: int) -> int:
-    """Return so many numbers that what lies behind them is aligned."""
-    return -(-numbers // NUMBERS_PER_16_BYTES) * NUMBERS_PER_16_BYTES
-
-
 def _prepare_all(launches: list[Launch], device: torch.device) -> list[PreparedLaunch]:
-    with _current(device):
+    with as_current(device):
         return [prepare(launch) for launch in launches]
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 __all__ = ["Backward", "Forward", "prepare_backward", "prepare_forward"]

@@ -19,7 +19,7 @@ def _gelu_new_exponent(z):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """Return the activation of z; the comparisons stand so that NaN passes through."""
+    """Return the activation of z. The comparisons are written so that NaN passes through."""
     if ACTIVATION == "relu":
         return tl.where(z < 0, 0.0, z)
     elif ACTIVATION == "gelu":
@@ -82,7 +82,7 @@ def channels(
 
 @triton.jit
 def part_size(part, PER_GROUP: tl.constexpr, PADDED: tl.constexpr):
-    """Return how many channels of a group its given part has."""
+    """Return how many channels of its group a part has."""
     return tl.minimum(PER_GROUP - part * PADDED, PADDED)
 
 
@@ -90,7 +90,7 @@ def part_size(part, PER_GROUP: tl.constexpr, PADDED: tl.constexpr):
 def offsets(
     pixel, channel, pixels, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Return where a tile lies within its image; WIDE where that may exceed 32 bits."""
+    """Return the offsets of a tile within its image; WIDE: they may exceed 32 bits."""
     if WIDE:
         pixel = pixel.to(tl.int64)
         channel = channel.to(tl.int64)
@@ -123,7 +123,7 @@ def split_of_program(
     BLOCK_G: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Return a program's image, split, first and last pixel, and block: neighbours share pixels."""
+    """Return a program's image, split, first pixel, end, and block. Adjacent programs share their pixels."""
     blocks = tl.cdiv(GROUPS, BLOCK_G) * PARTS
     split = program // blocks % splits
     start = split * pixels_per_split
@@ -135,7 +135,7 @@ def split_of_program(
 
 @triton.jit
 def partials(image, group, splits, GROUPS: tl.constexpr, PARTS: tl.constexpr, TABLE: tl.constexpr):
-    """Return where an image's partial results lie [TABLE, BLOCK_G], which exist, and their numbers."""
+    """Return the offsets of an image's partial results [TABLE, BLOCK_G], which of them exist, their numbers."""
     number = tl.arange(0, TABLE)
     place = image * splits * PARTS * GROUPS + number[:, None] * GROUPS + group[None, :]
     exists = (number < splits * PARTS)[:, None] & (group < GROUPS)[None, :]

@@ -1,9 +1,10 @@
-"""What a kernel launch is, as data: it can be run, compiled ahead of time, counted and looked at."""
+"""Kernel launches as data, which can be launched, compiled ahead of time, counted and examined."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,7 @@ class Device(NamedTuple):
 
 
 H100 = Device(multiprocessors=132, l2_bytes=50 * 2**20)
-"""Stands in where a launch is planned without a GPU: in the interpreter and for ahead-of-time builds."""
+"""The device that launches are made for without a GPU: in the interpreter, and for ahead-of-time builds."""
 
 
 def device_of(device: torch.device) -> Device:
@@ -56,8 +57,8 @@ class Launch:
     reads: int
     writes: int
 
-    def run(self, kernel: Any = None) -> None:
-        """Launch on the current stream of the current device; ``kernel`` may stand in for the own one."""
+    def launch(self, kernel: Any = None) -> None:
+        """Launch on the current stream of the current device; ``kernel`` may replace the launch's own."""
         kernel = self.kernel if kernel is None else kernel
         kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps)
 
@@ -72,25 +73,26 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def aligned_count(floats: int) -> int:
+    """Round a number of float32 numbers up to a multiple of 16 bytes, so that what follows them is aligned."""
+    return ceil_div(floats, 4) * 4
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 # ---- prepared launches ----------------------------------------------------------------------------
 
 
-def are_aligned(*addresses: int) -> bool:
-    """Say whether all addresses are multiples of 16 bytes, which lets Triton compile wide accesses."""
-    together = 0
-    for address in addresses:
-        together |= address
-    return together % 16 == 0
-
-
 class PreparedLaunch:
-    """A launch whose kernel is compiled and loaded, and whose numbers and constants stay: see :func:`prepare`.
+    """A launch with fixed numbers and constants whose kernel is compiled and loaded; see :func:`prepare`.
 
     Attributes:
-        aligned: Of each tensor, in the order of the launch, whether the compiled code counts on its address
-            being a multiple of 16. (Where it does not, any address is right.)
-        why_not_direct: Why calls do not go straight to the launcher that Triton made, which costs the least;
-            None if they do.
+        aligned: Whether the compiled code relies on a tensor's address being a multiple of 16, for each tensor.
+        why_not_direct: Why calls do not use Triton's compiled launcher directly, which costs the least; None if
+            they do.
     """
 
     aligned: tuple[bool, ...]
@@ -99,8 +101,8 @@ class PreparedLaunch:
     def __call__(self, stream: int, *addresses: int) -> None:
         """Launch with other tensors of the same dtypes, shapes and alignment.
 
-        The device that it was prepared for must be the current one. Nothing is checked but the number of
-        addresses. Threads may share a prepared launch, and it may be called while a CUDA graph is recorded.
+        The device that it was prepared for must be the current one. Only the number of addresses is checked.
+        Threads may share a prepared launch, and it may be called while a CUDA graph is recorded.
 
         Args:
             stream: The handle of the device's current stream (``torch.cuda.Stream.cuda_stream``).
@@ -113,10 +115,10 @@ class PreparedLaunch:
         raise NotImplementedError
 
     def takes(self, *addresses: int) -> bool:
-        """Say whether the tensors at these addresses are aligned as the compiled code counts on."""
+        """Whether tensors at these addresses are aligned as the compiled code needs."""
         return all(
-            not is_counted_on or address % 16 == 0
-            for is_counted_on, address in zip(self.aligned, addresses, strict=True)
+            not is_needed or address % 16 == 0
+            for is_needed, address in zip(self.aligned, addresses, strict=True)
         )
 
 
@@ -125,10 +127,10 @@ def prepare(launch: Launch) -> PreparedLaunch:
 
     The current device must be that of the launch. Its tensors may be meta tensors: only dtype and alignment
     count, and a meta tensor is aligned. Nothing is allocated on the device besides the code. While a CUDA
-    graph is recorded this works where an ordinary launch does: for a kernel that is loaded already. (Whether
-    CUDA loads another one then is up to its driver.)
+    graph is recorded this works for a kernel that is loaded already, as an ordinary launch does. (Whether CUDA
+    loads another one then depends on its driver.)
 
-    In Triton's interpreter the prepared launch runs the kernel on the memory at the addresses.
+    In Triton's interpreter the prepared launch interprets the kernel on the memory at the addresses.
 
     Raises:
         ValueError: a parameter of the kernel is missing, or its tensors do not come first.
@@ -152,14 +154,14 @@ def prepare(launch: Launch) -> PreparedLaunch:
 
 
 class _NotDirectError(Exception):
-    """Triton does not offer what a direct launch needs; the message says what."""
+    """A direct launch is not possible with this Triton or kernel; the message says why."""
 
 
 def _direct(launch: Launch, tensors: list[Any], rest: list[Any]) -> PreparedLaunch:
-    """Return the launch by way of the launcher that Triton has made for the compiled kernel.
+    """Return a launch that calls the C function behind Triton's launcher of the compiled kernel.
 
-    What that launcher hands to its function in C, and in what order, differs between versions. So it is not
-    written down here: a copy of the launcher is made to say it once.
+    What the launcher passes to that function, and in what order, differs between versions of Triton. So a copy
+    of the launcher, with a function that records its arguments in the place of the C function, is called once.
     """
     from triton import knobs
     from triton.runtime.jit import JITFunction
@@ -182,19 +184,19 @@ def _direct(launch: Launch, tensors: list[Any], rest: list[Any]) -> PreparedLaun
     if not callable(getattr(launcher, "launch", None)):
         raise _NotDirectError(f"{type(launcher).__name__} has no function that launches")
     stream, places = object(), [object() for _ in tensors]
-    said: list[tuple[Any, ...]] = []
-    asked = copy(launcher)
-    asked.launch = lambda *arguments: said.append(arguments)
+    recorded: list[tuple[Any, ...]] = []
+    recorder = copy(launcher)
+    recorder.launch = lambda *arguments: recorded.append(arguments)
     try:
         metadata = (compiled.function, compiled.packed_metadata, None, None, None)
-        asked(*grid, stream, *metadata, *places, *rest)
-        (said_once,) = said
+        recorder(*grid, stream, *metadata, *places, *rest)
+        (recorded_once,) = recorded
     except Exception as error:
         raise _NotDirectError(
             f"{type(launcher).__name__} does not launch as expected: {error!r}"
         ) from error
-    return _as_said(
-        said_once,
+    return _direct_launch(
+        recorded_once,
         stream,
         [*places, *rest],
         len(places),
@@ -205,8 +207,8 @@ def _direct(launch: Launch, tensors: list[Any], rest: list[Any]) -> PreparedLaun
     )
 
 
-def _as_said(
-    said: tuple[Any, ...],
+def _direct_launch(
+    recorded: tuple[Any, ...],
     stream: object,
     arguments: list[Any],
     count: int,
@@ -215,18 +217,18 @@ def _as_said(
     grid: tuple[int, int, int],
     runtime: Any,
 ) -> PreparedLaunch:
-    """Return the direct launch: it passes what was said, with another stream and ``count`` addresses."""
-    at = [place for place, value in enumerate(said) if value is stream]
+    """Return a launch that passes the recorded arguments, with its own stream and first ``count`` tensors."""
+    at = [place for place, value in enumerate(recorded) if value is stream]
     kind: type[_DirectLaunch]
-    if said and _are_same(said[-1], arguments):
-        kind, end = _DirectLaunchOfTuple, len(said) - 1
-    elif _are_same(said[len(said) - len(arguments) :], arguments):
-        kind, end = _DirectLaunch, len(said) - len(arguments)
+    if recorded and _are_same(recorded[-1], arguments):
+        kind, end = _DirectLaunchOfTuple, len(recorded) - 1
+    elif _are_same(recorded[len(recorded) - len(arguments) :], arguments):
+        kind, end = _DirectLaunch, len(recorded) - len(arguments)
     else:
         raise _NotDirectError("Triton's launcher passes the arguments in an unknown way")
     if len(at) != 1 or at[0] >= end:
         raise _NotDirectError("Triton's launcher passes the stream in an unknown way")
-    before, between = said[: at[0]], said[at[0] + 1 : end]
+    before, between = recorded[: at[0]], recorded[at[0] + 1 : end]
     return kind(function, before, between, tuple(arguments[count:]), count, compiled, grid, runtime)
 
 
@@ -258,15 +260,15 @@ class _DirectLaunch(PreparedLaunch):
     def __call__(self, stream: int, *addresses: int) -> None:
         enter, leave = self._runtime.launch_enter_hook, self._runtime.launch_exit_hook
         if len(addresses) != self._count or (
-            # A chain of hooks is empty as a rule. (Nothing is called here that is written in Python.)
+            # Usually the chains of hooks are empty. (This is checked without calling Python functions.)
             (enter is not None and getattr(enter, "calls", True))
             or (leave is not None and getattr(leave, "calls", True))
         ):
-            return self._run_watched(stream, addresses)
+            return self._launch_with_hooks(stream, addresses)
         self._function(*self._before, stream, *self._between, *addresses, *self._rest)
 
-    def _run_watched(self, stream: int, addresses: tuple[int, ...]) -> None:
-        """Launch in Triton's own way, which calls the hooks that a profiler has set."""
+    def _launch_with_hooks(self, stream: int, addresses: tuple[int, ...]) -> None:
+        """Launch by Triton's public call, which calls the hooks that a profiler has set."""
         if len(addresses) != self._count:
             raise TypeError(
                 f"the kernel takes {self._count} tensors, got {len(addresses)} addresses"
@@ -283,12 +285,12 @@ class _DirectLaunchOfTuple(_DirectLaunch):
             (enter is not None and getattr(enter, "calls", True))
             or (leave is not None and getattr(leave, "calls", True))
         ):
-            return self._run_watched(stream, addresses)
+            return self._launch_with_hooks(stream, addresses)
         self._function(*self._before, stream, *self._between, (*addresses, *self._rest))
 
 
 class _PublicLaunch(PreparedLaunch):
-    """Launches as anybody may, on the current stream: in the interpreter, and where Triton is unknown."""
+    """Launches by Triton's public call, on the current stream: in the interpreter and unknown versions."""
 
     def __init__(self, launch: Launch, tensors: list[str]) -> None:
         self._dtypes = {name: launch.arguments[name].dtype for name in tensors}
@@ -312,7 +314,7 @@ class _PublicLaunch(PreparedLaunch):
 
 @dataclass(frozen=True)
 class _Pointer:
-    """What Triton takes for a tensor."""
+    """Looks like a tensor to Triton."""
 
     address: int
     dtype: torch.dtype
@@ -322,7 +324,7 @@ class _Pointer:
 
 
 def _tensor_at(address: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the number at an address of the host as a tensor; the interpreter asks for no more."""
+    """Return a tensor of one element at an address of the host; the interpreter needs no more."""
     if address == 0:
         return torch.empty(1, dtype=dtype)
     return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)

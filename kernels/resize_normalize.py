@@ -18,26 +18,27 @@ from . import resize_normalize_tiles as kernels
 from .launch import Launch
 
 ROWS, INNER = 8, 256
-"""Of a tile."""
+"""The shape of a tile."""
 WARPS = 8
 
 FIELDS = (
     "address", "row_stride", "pixel_stride", "channel_stride", "starts", "weights", "taps", "is_height",
     "rows", "columns", "place", "left",
 )  # fmt: skip
-"""Of a table's row per image. ``rows`` and ``columns`` are what the pass makes. ``place`` is where the first
-pass puts that in its buffer, for the second the first row in the window; ``left`` is the first column there."""
+"""The fields of a table's row for an image. ``rows`` and ``columns`` are the size of the pass's result. For the
+first pass ``place`` is the offset of that in the buffer; for the second it is its first row, and ``left`` its
+first column, in the window."""
 
 
 class Axis(NamedTuple):
-    """How one axis of an image is resampled, and where its numbers lie in the tables.
+    """How one axis of an image is resampled, and where its numbers are in the tables.
 
     Attributes:
-        count: Outputs.
-        taps: Inputs of each.
-        starts, weights: Where its numbers begin: ``count`` starts, weights (taps, count).
-        first_input, end: The inputs that are read.
-        is_unchanged: Each output is the input in its place, the first of them ``first_input``.
+        count: The number of outputs.
+        taps: The number of inputs of each output.
+        starts, weights: The offsets of its ``count`` starts, and of its weights (taps, count).
+        first_input, end: The range of the inputs that are read.
+        is_unchanged: Whether the axis keeps its size: the outputs are the inputs from ``first_input`` on.
     """
 
     count: int
@@ -50,11 +51,11 @@ class Axis(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """An image, and what of its resized version goes where in the window.
+    """An image, and how its resized version is placed in the window.
 
     Attributes:
         image: (H, W, C), uint8, any strides.
-        height, width: Its axes; None if nothing of it is in the window.
+        height, width: Its axes; None if no pixel of it is in the window.
         top, left: Where it begins in the window.
         height_first: Whether the height is resampled first.
     """
@@ -67,11 +68,11 @@ class Picture(NamedTuple):
     height_first: bool
 
 
-class Plan(NamedTuple):
-    """What both launches are driven by, on the host: (images, FIELDS) int64, (programs, 3) int32.
+class Tables(NamedTuple):
+    """The tables of both launches, on the host: (images, FIELDS) int64, and (programs, 3) int32.
 
-    Addresses of the second pass that lie in the buffer between the passes count from its beginning;
-    ``is_buffered`` says of which images.
+    Where ``is_buffered``, the second pass reads an image from the buffer between the passes, and its address is
+    an offset in that buffer.
     """
 
     first_segments: Tensor
@@ -82,7 +83,7 @@ class Plan(NamedTuple):
     buffer_size: int
 
 
-def plan(pictures: Sequence[Picture], window: tuple[int, int]) -> Plan:
+def tables_for(pictures: Sequence[Picture], window: tuple[int, int]) -> Tables:
     """Return the tables for a batch whose results are windows of this (height, width)."""
     channels = pictures[0].image.shape[2]
     first, second, buffered = [], [], []
@@ -110,7 +111,7 @@ def plan(pictures: Sequence[Picture], window: tuple[int, int]) -> Plan:
             tiles = _programs(rows, columns * channels)
             first_programs.append((a[6], _numbered(number, tiles)))
             size += rows * columns * channels
-    return Plan(
+    return Tables(
         torch.tensor(first, dtype=torch.int64),
         _longest_first(first_programs),
         torch.tensor(second, dtype=torch.int64),
@@ -127,7 +128,7 @@ def _longest_first(programs: list[tuple[int, Tensor]]) -> Tensor:
 
 
 def _passes(picture: Picture, place: int) -> tuple[list[int] | None, list[int]]:
-    """Return an image's rows of the two tables; None: its first axis stays as it is, and needs no pass."""
+    """Return an image's rows of the two tables; the first is None if that axis needs no pass."""
     image, height, width, top, left, height_first = picture
     assert height is not None
     assert width is not None
@@ -141,7 +142,7 @@ def _passes(picture: Picture, place: int) -> tuple[list[int] | None, list[int]]:
         address = image.data_ptr() + a.first_input * stride_a
         strides = [row_stride, pixel_stride, channel_stride]
         return None, [address, *strides, *coefficients_b, *window]
-    # Of the other axis, only what the second pass reads.
+    # Of the other axis, only what the second pass will read.
     span = b.end - b.first_input
     rows, columns = (a.count, span) if height_first else (span, a.count)
     address = image.data_ptr() + b.first_input * stride_b
@@ -157,7 +158,7 @@ def _passes(picture: Picture, place: int) -> tuple[list[int] | None, list[int]]:
 
 @lru_cache(maxsize=512)
 def _programs(rows: int, inner: int) -> Tensor:
-    """Return (programs, 2): where the tiles of a grid begin. Not to be written to."""
+    """Return the first row and inner index of each tile: (programs, 2), not to be written to."""
     return torch.cartesian_prod(
         torch.arange(0, rows, ROWS, dtype=torch.int32),
         torch.arange(0, inner, INNER, dtype=torch.int32),
@@ -181,11 +182,11 @@ def first_pass_launch(
     """Return the launch that resamples each image along its first axis.
 
     Args:
-        programs, segments: The first tables of a :class:`Plan`, on the device.
+        programs, segments: The first tables of a :class:`Tables`, on the device.
         starts, weights: int32, of all axes.
         intermediate: The buffer between the passes, uint8.
         channels: Of every image.
-        reads: Bytes of the images.
+        reads: Bytes of the images that are read.
     """
     return Launch(
         kernels.first_pass_kernel,
@@ -215,9 +216,9 @@ def second_pass_launch(
     """Return the launch that resamples each image along its second axis and fills the result.
 
     Args:
-        programs, segments: The second tables of a :class:`Plan`, on the device.
+        programs, segments: The second tables of a :class:`Tables`, on the device.
         starts, weights: int32, of all axes.
-        values: (256, C): what each byte stands for, in the dtype of the result.
+        values: (256, C): the value of each byte, in the dtype of the result.
         intermediate: The buffer between the passes, uint8.
         result: (N, C, height, width).
         channels_last: Its layout.

@@ -1,8 +1,8 @@
 """resize_normalize: the kernels of its two passes, each over a whole batch of images of any sizes.
 
 A pass resamples one axis: each output is the sum of ``taps`` adjacent inputs times integer weights, rounded to
-a byte as Pillow rounds it. The first pass writes bytes, the second what each byte stands for. Tables say of
-every image where it lies and how it is resampled, and of every program which tile of which image it makes.
+a byte as Pillow rounds it. The first pass writes bytes, the second the values that bytes stand for. Tables hold
+the address of each image and how it is resampled, and which tile of which image each program computes.
 A tile is [ROWS, INNER]; columns and channels both go along INNER.
 """
 
@@ -13,7 +13,7 @@ PRECISION_BITS = tl.constexpr(22)
 """Fractional bits of a weight."""
 
 HALF = tl.constexpr(1 << 21)
-"""Of a level."""
+"""Half a level, for rounding."""
 
 
 @triton.jit
@@ -71,9 +71,9 @@ def _along_width(
 
 @triton.jit
 def _resampled(segment, starts, weights, like, row, column, channel):
-    """Return a tile of what an image's pass makes, and where there is such a thing.
+    """Return a tile of the result of an image's pass, and which elements of it exist.
 
-    ``row`` [ROWS] and ``column`` [INNER] count from the first that the pass makes.
+    ``row`` [ROWS] and ``column`` [INNER] count from the result's first.
     """
     row_stride = tl.load(segment + 1)
     pixel_stride = tl.load(segment + 2)
@@ -156,7 +156,7 @@ def second_pass_kernel(
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Resample each image along its second axis, and look up what its bytes stand for.
+    """Resample each image along its second axis, and look up the values of its bytes.
 
     Outside of the image the byte is 0. ``values`` is (256, CHANNELS), ``result`` a batch of windows.
     """
@@ -169,7 +169,7 @@ def second_pass_kernel(
         plane = channel.to(tl.int64) * height * width
         offset = (y.to(tl.int64) * width)[:, None] + (plane + x)[None, :]
     row = y - tl.load(segment + 10)
-    # The last tile of a window (C, H, W) ends in channels that no image has.
+    # The last tile of a window (C, H, W) ends in channels that do not exist.
     column = tl.where(channel < CHANNELS, x - tl.load(segment + 11), -1)
     byte, inside = _resampled(segment, starts, weights, like, row, column, channel)
     exists = (y < height)[:, None] & (inner < width * CHANNELS)[None, :]

@@ -1,7 +1,7 @@
 """Weight standardization in Triton: of one weight, and of all weights of a model in one launch.
 
-For all weights a table drives the grid: a row per weight says where it lies and how it is worked on, a
-row per program says which filters of which weight it has. The results are one buffer. The kernels are in
+For all weights a table drives the grid: a row per weight holds its address and how it is computed, a row per
+program which filters of which weight it computes. The results are in one buffer. The kernels are in
 ``weight_standardization_tiles``.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import weight_standardization_tiles as kernels
-from .kept import Kept
+from .device_cache import DeviceCache
 from .launch import Launch, ceil_div, prepare
 
 WARPS = 8
@@ -27,9 +27,9 @@ SEGMENT_FIELDS = ("address", "first_filter", "start", "rows", "inner", "taps", "
 
 
 class Tile(NamedTuple):
-    """One KIND: how many filters a program has and what it can hold of each, in registers.
+    """One KIND: how many filters a program computes, and the size of a filter that it can hold in registers.
 
-    ``is_looped``: it goes through a filter of any length in a loop.
+    ``is_looped``: it reads a filter of any size in a loop.
     """
 
     rows: int
@@ -49,7 +49,7 @@ KINDS = (
     Tile(1, 0, 0, False, is_looped=True),
     Tile(1, 0, 0, True, is_looped=True),
 )
-"""In the numbering of the kernels."""
+"""In the order of the kernels' numbers."""
 
 
 class Filters(NamedTuple):
@@ -166,7 +166,7 @@ def backward_launch(
 
 
 class Table(NamedTuple):
-    """What drives the one launch: (weights, 7) int64 and (programs, 2) int32, on the device."""
+    """The table that drives the one launch: (weights, 7) int64 and (programs, 2) int32, on the device."""
 
     segments: Tensor
     programs: Tensor
@@ -175,9 +175,9 @@ class Table(NamedTuple):
 def table_of(
     weights: Sequence[Tensor], starts: Sequence[int], to_channels_last: bool
 ) -> Table | None:
-    """Return the table for these weights; built once while their storage and shapes stay.
+    """Return the table for these weights, which is built once as long as their addresses and shapes stay.
 
-    None if it is not there yet, and cannot be built because a CUDA graph is being recorded.
+    None if it is not built yet, and cannot be because a CUDA graph is being recorded.
 
     Args:
         weights: Dense, contiguous or channels_last.
@@ -195,7 +195,7 @@ def table_at(
     starts: tuple[int, ...],
     device: torch.device,
 ) -> Table | None:
-    """Return the same for weights that were described before."""
+    """Return :func:`table_of` for weights of which filters and addresses are known."""
     return _tables.get(filters, addresses, starts, device)
 
 
@@ -220,7 +220,7 @@ def _new_table(
     )
 
 
-_tables = Kept(_new_table, most=256)
+_tables = DeviceCache(_new_table, most=256)
 
 
 def forward_all_launches(
@@ -343,14 +343,14 @@ def backward_all_launch(
 def prepare_forward_all(
     table: Table, dtype: torch.dtype, result_dtype: torch.dtype, eps: float
 ) -> Callable[[int, Table, int, int, int], None]:
-    """Return what runs the launch of :func:`forward_all_launch`.
+    """Return a function that launches :func:`forward_all_launch`, prepared.
 
-    It takes the stream, a table, and the addresses of result, mean and rstd, multiples of 16 bytes. The device
-    of the table must be the current one, now and then, and the stream its current stream (see
+    It takes the stream, a table, and the addresses of result, mean and rstd, multiples of 16 bytes. The table's
+    device must be the current one, now and at each call, and the stream its current stream (see
     ``launch.PreparedLaunch``).
 
     Args:
-        table: Of some weights. Those of the calls must have as many programs.
+        table: A table of as many programs as those of the calls.
         dtype: Of the weights.
         result_dtype: Of the results.
         eps: Added to each variance.
@@ -370,7 +370,10 @@ def prepare_forward_all(
 def prepare_backward_all(
     table: Table, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> Callable[[int, Table, int, int, int, int], None]:
-    """Return the same of :func:`backward_all_launch`: takes stream, table, grad, mean, rstd, grad_weight."""
+    """Return a function that launches :func:`backward_all_launch`, prepared; see :func:`prepare_forward_all`.
+
+    It takes the stream, a table, and the addresses of grad, mean, rstd and grad_weight.
+    """
     like, grad, statistic = _examples(dtype, grad_dtype, torch.float32)
     launch = prepare(
         backward_all_launch(table, grad, [like], statistic, statistic, grad_weight=like)

@@ -1,12 +1,12 @@
 """weight_standardization: the kernels, forward and backward, of one weight and of all weights of a model.
 
 A filter is a row of ``inner * taps`` numbers (input channels times kernel pixels), dense in memory. It comes
-in the order of the parameter and leaves in the order that the convolution wants. Either the two are the
+in the order of the parameter and is written in the order that the convolution needs. Either the two are the
 same ("straight"), or the parameter is [inner, taps] and the result [taps, inner] ("turned"). Every filter is
 read once into registers, standardized there in float32 and written once; only filters that are longer
 than a tile, or not aligned to 16 bytes, go through a loop that reads them again from the cache.
 
-KIND names how a weight is worked on; ``KINDS`` in ``weight_standardization`` chooses it.
+KIND is the number of the way that a weight is computed; ``KINDS`` in ``weight_standardization`` chooses it.
 """
 
 import triton
@@ -21,7 +21,7 @@ LOOP_BLOCK = tl.constexpr(2048)
 @triton.jit
 def _straight(first_row, rows, fan_in, ROWS: tl.constexpr, FAN: tl.constexpr):
     """Return rows, whether they exist, offsets of a [ROWS, FAN] tile and which of those exist."""
-    fan_in = fan_in // 16 * 16  # as it is, which the compiler does not know
+    fan_in = fan_in // 16 * 16  # unchanged, but the compiler now knows the divisor
     row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, FAN)
     offset = row.to(tl.int64)[:, None] * fan_in + column[None, :]
@@ -30,8 +30,8 @@ def _straight(first_row, rows, fan_in, ROWS: tl.constexpr, FAN: tl.constexpr):
 
 @triton.jit
 def _turned(row, inner, taps, INNER: tl.constexpr, TAPS: tl.constexpr):
-    """Return where an [INNER, TAPS] tile comes from, where it goes to, and which of it exists."""
-    inner = inner // 16 * 16  # as it is, which the compiler does not know
+    """Return the offsets of an [INNER, TAPS] tile in the parameter and in the result, and which exist."""
+    inner = inner // 16 * 16  # unchanged, but the compiler now knows the divisor
     i = tl.arange(0, INNER)[:, None]
     tap = tl.arange(0, TAPS)[None, :]
     start = row.to(tl.int64) * (inner * taps)
@@ -40,7 +40,7 @@ def _turned(row, inner, taps, INNER: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def _looped(row, first, inner, taps, TURNED: tl.constexpr):
-    """Return the same for LOOP_BLOCK numbers of a row, from ``first`` on."""
+    """Return the offsets of LOOP_BLOCK numbers, from ``first`` on, in both orders, and which of them exist."""
     fan_in = inner * taps
     column = first + tl.arange(0, LOOP_BLOCK)
     start = row.to(tl.int64) * fan_in
@@ -64,7 +64,7 @@ def _forward_straight(
     value = tl.load(weight + offset, inside, other=0.0).to(tl.float32)
     row_mean = tl.sum(value, axis=1) / fan_in
     centered = tl.where(inside, value - row_mean[:, None], 0.0)
-    # What the mean's rounding was off by; it shows where the mean is many standard deviations.
+    # The rounding error of the mean, which matters where the mean is many standard deviations.
     left_over = tl.sum(centered, axis=1) / fan_in
     centered = tl.where(inside, centered - left_over[:, None], 0.0)
     row_rstd = reciprocal_std(tl.sum(centered * centered, axis=1) / fan_in, eps)
@@ -304,7 +304,7 @@ def backward_kernel(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Return one weight's gradient."""
+    """Compute the gradient of one weight."""
     row = tl.program_id(0) * ROWS
     _backward(grad, weight, mean, rstd, grad_weight, row, rows, inner, taps, KIND)
 
@@ -313,7 +313,7 @@ def backward_kernel(
 def backward_all_kernel(
     programs, segments, grad, like, mean, rstd, grad_weight, FIELDS: tl.constexpr
 ):
-    """Return the gradients of all weights, one after the other as ``grad`` has them."""
+    """Compute the gradients of all weights, in the order of ``grad``."""
     address, first, start, rows, inner, taps, kind, row = _segment(programs, segments, FIELDS)
     unaligned = address.to(like.dtype)
     weight = tl.multiple_of((address // 16 * 16).to(like.dtype), 16)

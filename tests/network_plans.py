@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitfast.backends import use_backend
 from bitfast.execution.plan import Plan
 from bitfast.execution.program import Program
-from bitfast.ops.packed_convolution import packs, why_not_packed
+from bitfast.ops.packed_convolution import uses_packed_weights, why_not_packed
 from tests.tiny_models import ours
 from tests.weight_changes import features
 
@@ -27,7 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 NEEDS_PLANS = pytest.mark.skipif(
-    not packs("cpu", torch.float32), reason=f"no plans here: {why_not_packed(torch.float32)}"
+    not uses_packed_weights("cpu", torch.float32),
+    reason=f"no plans here: {why_not_packed(torch.float32)}",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from bitfast.execution.steps import (
-    Call,
+    CallModule,
     Steps,
     steps_of,
 )
@@ -47,7 +47,7 @@ def steps(model: Any) -> Steps:
 
 def calls(model: Any) -> list[nn.Module]:
     """The modules that are called."""
-    return [step.module for step in steps(model).all() if isinstance(step, Call)]
+    return [step.module for step in steps(model).all() if isinstance(step, CallModule)]
 
 
 def blocks(model: Any) -> list[Any]:

@@ -200,7 +200,7 @@ def looked_at(launch: Launch, library: StubLibrary) -> dict[str, Any]:
     before = library.seen(kinds)["launches"]
     prepared(STREAM, *addresses_of(launch))
     direct = library.seen(kinds)
-    launch.run()
+    launch.launch()
     ordinary = library.seen(kinds)
     watched_names: list[str] = []
     with hooks(watched_names):

@@ -14,7 +14,7 @@ from torch.func import grad, jvp, vmap
 
 from bitfast.ops.derivatives import FUNCTION_TRANSFORMS
 from bitfast.ops.kept_weights import kept_weights
-from bitfast.ops.norm_convolution import why_not_fused
+from bitfast.ops.norm_convolution import why_no_norm_convolution
 from bitfast.ops.resize_normalize import resize_normalize
 from tests.model_pairs import our_model
 from tests.network_plans import plans_of
@@ -168,7 +168,7 @@ def test_derivatives_of_what_has_none(name, mode):
 
 @pytest.mark.parametrize("name", UNDERIVED)
 def test_ops_without_derivatives_run_where_none_is_asked_for(name):
-    if "normalizing" in name and (reason := why_not_fused(torch.float32)) is not None:
+    if "normalizing" in name and (reason := why_no_norm_convolution(torch.float32)) is not None:
         pytest.skip(reason)
     with torch.no_grad():
         UNDERIVED[name](image().requires_grad_())

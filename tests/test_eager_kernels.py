@@ -365,7 +365,7 @@ def test_another_thread_computes_the_same():
 
 
 def test_no_more_is_kept_than_is_said():
-    kept: eager.Bounded[int] = eager.Bounded(most=3)
+    kept: eager.BoundedCache[int] = eager.BoundedCache(most=3)
     for number in range(10):
         assert kept.keep(number, number) == number
         assert len(kept) <= 3
@@ -373,7 +373,7 @@ def test_no_more_is_kept_than_is_said():
 
 
 def test_threads_may_share_what_is_kept():
-    kept: eager.Bounded[int] = eager.Bounded(most=5)
+    kept: eager.BoundedCache[int] = eager.BoundedCache(most=5)
     wrong: list[int] = []
 
     def work(_: int) -> None:

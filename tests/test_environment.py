@@ -57,7 +57,9 @@ def test_env_without_some_packages(
 
 def test_env_says_what_the_cpu_kernels_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "why_not_packed", lambda dtype: f"{dtype} is too much")
-    monkeypatch.setattr(environment, "why_not_fused", lambda dtype: f"{dtype} is too little")
+    monkeypatch.setattr(
+        environment, "why_no_norm_convolution", lambda dtype: f"{dtype} is too little"
+    )
     monkeypatch.setattr(environment, "instruction_set", lambda: None)
     text = environment.as_text(environment.describe())
     assert re.search(r"C\+\+ kernels use +nothing: they were not built\n", text)

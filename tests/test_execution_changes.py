@@ -202,8 +202,8 @@ def normalize_weight(model: Any) -> None:
     model.eval()
 
 
-def lend(model: Any) -> None:
-    block(model).conv2.lend()
+def mark_wrapped(model: Any) -> None:
+    block(model).conv2.mark_wrapped()
     block(model).conv2.weight.data.normal_()
 
 
@@ -275,7 +275,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "parametrized": lambda m: parametrize_weight(block(m).conv2),
     "a parametrized scale": lambda m: parametrize_weight(block(m).norm2),
     "weight norm": normalize_weight,
-    "lent": lend,
+    "lent": mark_wrapped,
 }
 
 KINDS = {

@@ -62,7 +62,7 @@ def one_after_the_other(model: Any, x: Tensor) -> list[Tensor]:
     steps = model.plans.steps(model)
     x = x.contiguous(memory_format=torch.channels_last)
     weights = standardized_weights(steps.convolutions(), True)
-    outputs, result = op_by_op.run(steps, x, weights, range(len(steps.outputs)))
+    outputs, result = op_by_op.compute(steps, x, weights, range(len(steps.outputs)))
     return [*outputs, result]
 
 
@@ -116,7 +116,11 @@ def test_blocks_next_to_a_watched_one_are_planned():
     watched.norm2.register_forward_hook(lambda module, inputs, output: seen.append(output))
     actual = model(x).last_hidden_state
     (plan,) = plans(model)
-    assert [type(part).__name__ for part in plan.parts] == ["_Programmed", "_Called", "_Adaptive"]
+    assert [type(part).__name__ for part in plan.parts] == [
+        "_ProgramPart",
+        "_ModulePart",
+        "_LatePart",
+    ]
     assert len(seen) == 1
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

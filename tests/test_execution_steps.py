@@ -15,13 +15,13 @@ from bitfast.backends import use_backend
 from bitfast.execution import op_by_op
 from bitfast.execution.steps import (
     IMAGES,
-    Call,
+    CallModule,
     Convolve,
     Join,
     Normalize,
     Pool,
     Steps,
-    Zeros,
+    ZeroPad,
     last_reads,
     normalized,
     reads_of,
@@ -80,7 +80,7 @@ def test_the_steps_compute_what_the_modules_do(kind):
         for stage in model.encoder.stages:
             hidden.append(stage(hidden[-1]))
         expected = [*hidden, model.norm(hidden[-1])]
-        outputs, result = op_by_op.run(found, x, {}, range(len(hidden)))
+        outputs, result = op_by_op.compute(found, x, {}, range(len(hidden)))
     for actual, wanted in zip([*outputs, result], expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
@@ -90,7 +90,7 @@ def test_the_stem_of_each_kind():
         return [type(step) for step in steps(model_of(kind)).stem]
 
     assert kinds("preactivation") == [Convolve, Pool]
-    assert kinds("bottleneck") == [Convolve, Zeros, Normalize, Pool]
+    assert kinds("bottleneck") == [Convolve, ZeroPad, Normalize, Pool]
     assert kinds("same") == kinds("dynamic pool") == [Convolve, Pool]
     assert kinds("dilated") == kinds("bottleneck")
     for kind, zeros in (("preactivation", 1), ("same", 0), ("bottleneck", 0)):
@@ -233,7 +233,7 @@ def test_what_a_step_reads():
     assert reads_of(Convolve(3, None, first.conv1, 4)) == (3,)
     assert reads_of(Convolve(3, first.norm1, first.conv1, 4)) == (3, normalized(3))
     assert reads_of(Convolve(3, first.norm1, first.conv1, 4, 2)) == (3, normalized(3), 2)
-    assert reads_of(Call(3, first, 4)) == (3,)
+    assert reads_of(CallModule(3, first, 4)) == (3,)
     assert reads_of(Join(3, first.norm1, 2, nn.Identity(), nn.ReLU(), 4)) == (3, 2)
     assert normalized(normalized(7)) == 7
     assert normalized(0) not in range(100)
@@ -249,7 +249,7 @@ def test_accelerated_networks_are_read_whole(make):
     model = make().eval()
     bitfast.accelerate(model)
     found = model.plans.steps(model)
-    assert not any(isinstance(step, Call) for step in found.all())
+    assert not any(isinstance(step, CallModule) for step in found.all())
     convolutions = {m for m in model.modules() if isinstance(m, WeightStandardizedConv2d)}
     assert set(found.convolutions()) == convolutions
 
@@ -259,8 +259,8 @@ def test_copies_are_read_by_themselves():
     model.plans.steps(model)
     twin = copy.deepcopy(model)
     hook(blocks(twin)[0])
-    assert not any(isinstance(step, Call) for step in model.plans.steps(model).all())
-    found = [s for s in twin.plans.steps(twin).all() if isinstance(s, Call)]
+    assert not any(isinstance(step, CallModule) for step in model.plans.steps(model).all())
+    found = [s for s in twin.plans.steps(twin).all() if isinstance(s, CallModule)]
     assert [step.module for step in found] == [blocks(twin)[0]]
 
 

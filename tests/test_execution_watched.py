@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from bitfast.execution.steps import (
-    Call,
+    CallModule,
 )
 from bitfast.layers import DropPath
 from bitfast.network import BitEmbeddings, BitEncoder, BitStage
@@ -108,7 +108,7 @@ def test_only_the_part_around_a_watched_module_is_called(kind, way):
         found = steps(model)
         # All the other parts are read as before.
         for before, now in zip(steps(model_of(kind)).blocks(), found.blocks(), strict=False):
-            if not isinstance(now[0] if now else None, Call) and len(found.stages[0]) == 2:
+            if not isinstance(now[0] if now else None, CallModule) and len(found.stages[0]) == 2:
                 assert [type(step) for step in before] == [type(step) for step in now]
 
 
@@ -173,7 +173,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "reflections": lambda b: setattr(b.conv2, "padding_mode", "reflect"),
     "groups": two_groups,
     "a named padding": lambda b: setattr(b.conv2, "padding", "same"),
-    "a lent convolution": lambda b: b.conv2.lend(),
+    "a lent convolution": lambda b: b.conv2.mark_wrapped(),
     "no scale": lambda b: setattr(b.norm2, "weight", None),
     "no shift": lambda b: setattr(b.norm3, "bias", None),
     "another activation": lambda b: setattr(b.norm1, "activation", nn.Tanh()),
@@ -268,7 +268,7 @@ def test_stages_of_another_kind_are_called():
 def test_blocks_that_are_recomputed_are_called_with_their_options():
     model = model_of().train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    found = [step for step in steps(model).all() if isinstance(step, Call)]
+    found = [step for step in steps(model).all() if isinstance(step, CallModule)]
     assert [step.module for step in found] == blocks(model)
     assert [step.options for step in found] == [{"use_reentrant": True}] * 3
     model.eval()

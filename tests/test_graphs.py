@@ -182,7 +182,7 @@ def test_during_the_capture_of_another_graph_the_plan_runs_plainly(
 def test_images_of_any_layout_are_copied_in(x, recordings):
     plan = GraphedPlan(lambda images: ([images + 1], images * 2), x, Recording)
     for images in (x, torch.randn_like(x).contiguous(memory_format=torch.channels_last)):
-        (output,), result = plan.run(images)
+        (output,), result = plan.execute(images)
         assert torch.equal(output, images + 1)
         assert torch.equal(result, images * 2)
 
@@ -192,7 +192,7 @@ def test_what_is_both_an_output_and_the_result_stays_one(x):
         result = images * 2
         return [result], result
 
-    (output,), result = GraphedPlan(run, x, Recording).run(x)
+    (output,), result = GraphedPlan(run, x, Recording).execute(x)
     assert output is result
 
 

@@ -91,7 +91,7 @@ class Draw:
 
     def run(self, launches: list[Any], written: dict[str, Guarded]) -> None:
         for launch in launches:
-            launch.run()
+            launch.launch()
             self.used.append(launch.kernel.__name__)
         for guarded in written.values():
             guarded.check()
@@ -218,7 +218,7 @@ def test_the_statistics_do_not_cancel(way, layout):
             x, None, ones, ones, 1e-5, "none", layout == torch.channels_last,
             total=None, result=torch.empty_like(x), mean=mean, rstd=rstd,
         ):  # fmt: skip
-            launch.run()
+            launch.launch()
         grouped = x.double().reshape(1, 2, -1)
         torch.testing.assert_close(mean.double(), grouped.mean(-1), rtol=2e-7, atol=0)
         exact = (grouped.var(-1, correction=0) + 1e-5).rsqrt()

@@ -39,7 +39,7 @@ def parameters() -> tuple[Tensor, Tensor]:
 
 def run(launches: list[Any]) -> None:
     for launch in launches:
-        launch.run()
+        launch.launch()
 
 
 class Ordinary:
@@ -235,12 +235,14 @@ def test_all_weights_prepared():
     names = ("result", "mean", "rstd")
     weights.forward_all_launch(
         table, parameters, 1e-8, **dict(zip(names, expected, strict=True))
-    ).run()
+    ).launch()
     prepared = weights.prepare_forward_all(table, torch.float32, torch.bfloat16, 1e-8)
     prepared(STREAM, table, *map(pointer, actual))
     assert all(map(torch.equal, actual, expected))
     grad, grads = torch.randn_like(expected[0]), [torch.zeros(end, device=DEVICE) for _ in range(2)]
-    weights.backward_all_launch(table, grad, parameters, *expected[1:], grad_weight=grads[0]).run()
+    weights.backward_all_launch(
+        table, grad, parameters, *expected[1:], grad_weight=grads[0]
+    ).launch()
     backward = weights.prepare_backward_all(table, torch.float32, torch.bfloat16)
     backward(STREAM, table, *map(pointer, (grad, *expected[1:], grads[1])))
     assert grads[0].any()

@@ -77,7 +77,7 @@ def bound(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bo
     if bound.lowering is cuda and bound.device == "cpu":
         # In Triton's interpreter a launch is thousands of calls; on a GPU it is one, of Triton's launcher. What
         # is computed makes no difference to what is called.
-        monkeypatch.setattr(launch.Launch, "run", lambda *_: None)
+        monkeypatch.setattr(launch.Launch, "launch", lambda *_: None)
         monkeypatch.setattr(launch._PublicLaunch, "__call__", lambda *_: None)
     with bound.applies():
         if plan.lowering_for(bound.device, torch.float32) is not bound.lowering:

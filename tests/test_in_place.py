@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bitfast
 from bench.precision import far_from_zero
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
-from bitfast.ops.norm_convolution import fuses
+from bitfast.ops.norm_convolution import uses_norm_convolution
 from tests import foreign_models
 from tests.foreign_models import ALL, TIMM
 from tests.model_pairs import (
@@ -185,7 +185,7 @@ def operators(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
 def test_accelerated_models_call_the_operators_of_bitfasts_own(layer_type, dtype):
     """Otherwise the numbers could be right at the old speed."""
     images = torch.randn(2, 3, 64, 50)
-    fuses("cpu", dtype)  # what this CPU can do is asked once, by operators as well
+    uses_norm_convolution("cpu", dtype)  # what this CPU can do is asked once, by operators as well
     expected = operators(our_model("BitModel", layer_type=layer_type).eval(), images, dtype)
     assert expected
     model = their_model("BitModel", layer_type=layer_type).eval()

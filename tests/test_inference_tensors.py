@@ -17,7 +17,7 @@ import bitfast
 from bitfast.backends import use_backend
 from bitfast.inference_tensors import make_ordinary
 from bitfast.ops.kept_weights import kept_weights
-from bitfast.ops.packed_convolution import packs, why_not_packed
+from bitfast.ops.packed_convolution import uses_packed_weights, why_not_packed
 from tests.model_pairs import our_model, pair, their_model
 
 
@@ -60,7 +60,7 @@ def kept(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("make", WAYS)
 def test_weights_are_kept_and_changes_are_seen(make, backend, tmp_path):
     """Packed, or standardized all at once as on a GPU."""
-    if backend == "native" and not packs("cpu", torch.float32):
+    if backend == "native" and not uses_packed_weights("cpu", torch.float32):
         pytest.skip(f"not packed here: {why_not_packed(torch.float32)}")
     with torch.inference_mode(), use_backend(packed_convolution=backend):
         model = make(tmp_path)

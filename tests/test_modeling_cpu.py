@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitfast.backends import use_backend
 from bitfast.ops.kept_weights import MOST_TENSORS, kept_weights
-from bitfast.ops.norm_convolution import fuses, why_not_fused
+from bitfast.ops.norm_convolution import uses_norm_convolution, why_no_norm_convolution
 from tests.network_plans import NEEDS_PLANS, called_by, names_of, plans_of
 from tests.threads import in_threads
 from tests.tiny_models import ours
@@ -56,8 +56,8 @@ def way(request: Any) -> Iterator[str]:
         with use_backend(norm_convolution="reference"):
             yield request.param
         return
-    if not fuses("cpu", torch.float32):
-        pytest.skip(f"norms are not fused here: {why_not_fused(torch.float32)}")
+    if not uses_norm_convolution("cpu", torch.float32):
+        pytest.skip(f"norms are not fused here: {why_no_norm_convolution(torch.float32)}")
     yield request.param
 
 

@@ -22,10 +22,10 @@ from bitfast.ops.norm_convolution import (
     WIDEST_3X3,
     Norm,
     add_norm_convolution_,
-    fits,
-    fuses,
+    has_norm_convolution_kernel,
     norm_convolution,
-    why_not_fused,
+    uses_norm_convolution,
+    why_no_norm_convolution,
 )
 from tests.guarded import Guarded
 from tests.operator_calls import calls_of
@@ -48,8 +48,10 @@ pytestmark = pytest.mark.usefixtures("no_gradient")
 
 
 def needs_kernels(dtype: torch.dtype) -> None:
-    if not fuses("cpu", dtype):
-        pytest.skip(f"norms and convolutions of {dtype} are not fused: {why_not_fused(dtype)}")
+    if not uses_norm_convolution("cpu", dtype):
+        pytest.skip(
+            f"norms and convolutions of {dtype} are not fused: {why_no_norm_convolution(dtype)}"
+        )
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -295,7 +297,7 @@ def test_a_weight_is_packed_once_until_it_or_eps_or_the_dtype_changes(packings):
     check()
     weight.data = torch.randn(8, 16, 1, 1)
     check()
-    if why_not_fused(torch.bfloat16) is None:
+    if why_no_norm_convolution(torch.bfloat16) is None:
         check(dtype=torch.bfloat16)
 
 
@@ -303,7 +305,7 @@ def test_weights_made_in_inference_mode_are_right_but_not_kept(packings):
     with torch.inference_mode():
         weight = nn.Parameter(torch.randn(8, 16, 1, 1), requires_grad=False)
         x = images(2, 16, 5, 5)
-        assert not fits(weight, POINTWISE, torch.float32, SIZE)
+        assert not has_norm_convolution_kernel(weight, POINTWISE, torch.float32, SIZE)
         for _ in range(2):
             weight.mul_(torch.rand_like(weight))
             result, _ = norm_convolution(x, None, None, weight, EPS, 1, False)
@@ -318,7 +320,7 @@ def test_weights_made_in_inference_mode_are_right_but_not_kept(packings):
 
 
 def test_where_it_is_not_used(dtype):
-    assert not fuses("cuda", dtype)
+    assert not uses_norm_convolution("cuda", dtype)
     for ops in (
         (),
         ("group_norm_act",),
@@ -327,9 +329,9 @@ def test_where_it_is_not_used(dtype):
         (OP,),
     ):
         with use_backend(None if ops else "reference", **dict.fromkeys(ops, "reference")):
-            assert not fuses("cpu", dtype)
+            assert not uses_norm_convolution("cpu", dtype)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not fuses("cpu", dtype)
+        assert not uses_norm_convolution("cpu", dtype)
 
 
 def test_which_dtypes_and_convolutions_fit():
@@ -337,25 +339,29 @@ def test_which_dtypes_and_convolutions_fit():
         return nn.Parameter(torch.empty(out, channels, kernel, kernel, **options))
 
     for dtype in (torch.float64, torch.float16):
-        assert str(dtype) in str(why_not_fused(dtype))
-        assert not fuses("cpu", dtype)
-        assert not fits(of(1, dtype=dtype), POINTWISE, torch.float32, SIZE)
+        assert str(dtype) in str(why_no_norm_convolution(dtype))
+        assert not uses_norm_convolution("cpu", dtype)
+        assert not has_norm_convolution_kernel(of(1, dtype=dtype), POINTWISE, torch.float32, SIZE)
     for dtype in DTYPES:
-        assert fits(of(1, 4096, 1024), POINTWISE, dtype, SIZE)
-        assert fits(of(1, dtype=torch.bfloat16), ((2, 2), (0, 0), (1, 1)), dtype, SIZE)
-        assert not fits(of(1), ((1, 2), (0, 0), (1, 1)), dtype, SIZE)
-        assert not fits(of(1), PADDED, dtype, SIZE)
-        assert not fits(of(1).detach(), POINTWISE, dtype, SIZE)
-        assert not fits(of(1, device="meta"), POINTWISE, dtype, SIZE)
-        assert not fits(of(7), ((1, 1), (3, 3), (1, 1)), dtype, SIZE)
-    assert fits(of(3), PADDED, torch.float32, SIZE)
-    assert fits(of(3), PADDED, torch.float32, torch.Size((4, 9)))
-    assert not fits(of(3), PADDED, torch.float32, torch.Size((9, 3)))
-    assert not fits(of(3), PADDED, torch.bfloat16, SIZE)
+        assert has_norm_convolution_kernel(of(1, 4096, 1024), POINTWISE, dtype, SIZE)
+        assert has_norm_convolution_kernel(
+            of(1, dtype=torch.bfloat16), ((2, 2), (0, 0), (1, 1)), dtype, SIZE
+        )
+        assert not has_norm_convolution_kernel(of(1), ((1, 2), (0, 0), (1, 1)), dtype, SIZE)
+        assert not has_norm_convolution_kernel(of(1), PADDED, dtype, SIZE)
+        assert not has_norm_convolution_kernel(of(1).detach(), POINTWISE, dtype, SIZE)
+        assert not has_norm_convolution_kernel(of(1, device="meta"), POINTWISE, dtype, SIZE)
+        assert not has_norm_convolution_kernel(of(7), ((1, 1), (3, 3), (1, 1)), dtype, SIZE)
+    assert has_norm_convolution_kernel(of(3), PADDED, torch.float32, SIZE)
+    assert has_norm_convolution_kernel(of(3), PADDED, torch.float32, torch.Size((4, 9)))
+    assert not has_norm_convolution_kernel(of(3), PADDED, torch.float32, torch.Size((9, 3)))
+    assert not has_norm_convolution_kernel(of(3), PADDED, torch.bfloat16, SIZE)
     for geometry in (POINTWISE, ((2, 2), (1, 1), (1, 1)), ((1, 1), (2, 2), (2, 2))):
-        assert not fits(of(3), geometry, torch.float32, SIZE)
-    assert fits(of(3, WIDEST_3X3 // 64, 64), PADDED, torch.float32, SIZE)
-    assert not fits(of(3, WIDEST_3X3 // 64 + 1, 64), PADDED, torch.float32, SIZE)
+        assert not has_norm_convolution_kernel(of(3), geometry, torch.float32, SIZE)
+    assert has_norm_convolution_kernel(of(3, WIDEST_3X3 // 64, 64), PADDED, torch.float32, SIZE)
+    assert not has_norm_convolution_kernel(
+        of(3, WIDEST_3X3 // 64 + 1, 64), PADDED, torch.float32, SIZE
+    )
 
 
 def test_the_operators_check_what_they_are_given():

@@ -17,11 +17,11 @@ from bitfast.ops import packed_convolution as module
 from bitfast.ops.kept_weights import MOST_FORMS, MOST_TENSORS, kept_weights
 from bitfast.ops.packed_convolution import (
     OP,
-    can_pack,
+    add_convolve_packed_,
+    can_use_packed_weight,
     packed_convolution,
     packed_weight,
-    packs,
-    run_packed_add,
+    uses_packed_weights,
     why_not_packed,
 )
 from tests.threads import in_threads
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("no_gradient")
 
 
 def needs_packing(dtype: torch.dtype) -> None:
-    if not packs("cpu", dtype):
+    if not uses_packed_weights("cpu", dtype):
         pytest.skip(f"convolutions of {dtype} are not packed: {why_not_packed(dtype)}")
 
 
@@ -91,7 +91,7 @@ def test_results_are_within_the_contract(kernel, stride, padding, dilation, shap
         expected = total + plain(x, weight, geometry)
         exact_total = total.double() + exact
         packed = packed_weight(weight, EPS, geometry, dtype, x.shape)
-        run_packed_add(x, packed, total, geometry)
+        add_convolve_packed_(x, packed, total, geometry)
         return {
             "result": (result, plain(x, weight, geometry), exact),
             "total": (total, expected, exact_total),
@@ -171,7 +171,7 @@ def test_eps_dtype_and_geometry_are_told_apart(packings):
         (x, 1e-2, ((1, 1), (1, 1), (1, 1))),
         (x, 1e-2, ((2, 2), (1, 1), (1, 1))),
     ]
-    if packs("cpu", torch.bfloat16):
+    if uses_packed_weights("cpu", torch.bfloat16):
         cases.append((x.bfloat16(), 1e-2, ((2, 2), (1, 1), (1, 1))))
     for x, eps, geometry in cases:
         standardized = reference.weight_standardization_forward(weight, eps, x.dtype)[0]
@@ -186,7 +186,7 @@ def test_weights_made_in_inference_mode_are_right_but_not_kept(packings):
     with torch.inference_mode():
         weight = nn.Parameter(torch.randn(8, 16, 1, 1), requires_grad=False)
         x = images(2, 16, 5, 5)
-        assert not can_pack(x, weight)
+        assert not can_use_packed_weight(x, weight)
         for _ in range(2):
             result = torch.ops.bitfast.packed_convolution.native(x, weight, EPS, *PLAIN)
             torch.testing.assert_close(result, plain(x, weight, PLAIN), rtol=1e-4, atol=1e-4)
@@ -259,11 +259,11 @@ def test_a_torch_without_the_operators_is_served_plainly(layer, monkeypatch):
     def missing(*_: Any) -> Tensor:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(module, "run_packed", missing)
+    monkeypatch.setattr(module, "convolve_packed", missing)
     module._why_not_packed.cache_clear()
     try:
         assert "no such operator" in str(why_not_packed(torch.float32))
-        assert not packs("cpu", torch.float32)
+        assert not uses_packed_weights("cpu", torch.float32)
         torch.testing.assert_close(layer(x), plain(x, layer.weight, layer.geometry))
     finally:
         module._why_not_packed.cache_clear()
@@ -271,8 +271,8 @@ def test_a_torch_without_the_operators_is_served_plainly(layer, monkeypatch):
 
 def test_operators_that_compute_something_else_are_not_used(monkeypatch):
     needs_packing(torch.float32)
-    original = module.run_packed
-    monkeypatch.setattr(module, "run_packed", lambda *arguments: original(*arguments) * 2)
+    original = module.convolve_packed
+    monkeypatch.setattr(module, "convolve_packed", lambda *arguments: original(*arguments) * 2)
     module._why_not_packed.cache_clear()
     try:
         assert "other results" in str(why_not_packed(torch.float32))

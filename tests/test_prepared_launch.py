@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfast.kernels import group_norm_act, weight_standardization
-from bitfast.kernels.launch import Launch, are_aligned, prepare
+from bitfast.kernels.launch import Launch, prepare
 from tests.interpreter import DEVICE
 from tests.other_process import printed_by
 
@@ -47,7 +47,7 @@ def test_other_tensors_get_the_numbers_of_an_ordinary_launch(offset):
         (launch,), prepared_tensors = forward(seed, offset)
         prepared(STREAM, *addresses_of(launch))
         (launch,), ordinary_tensors = forward(seed, offset)
-        launch.run()
+        launch.launch()
         assert all(map(torch.equal, prepared_tensors, ordinary_tensors))
 
 
@@ -67,7 +67,7 @@ def test_meta_tensors_are_enough_to_prepare():
     prepared(STREAM, weight.data_ptr(), *(result.data_ptr() for result in results))
     weight_standardization.forward_launch(
         weight, 1e-8, True, **dict(zip(("result", "mean", "rstd"), expected, strict=True))
-    ).run()
+    ).launch()
     assert all(map(torch.equal, results, expected))
 
 
@@ -82,9 +82,6 @@ def test_alignment_is_told():
     assert not aligned.takes(*theirs)
     assert not_aligned.takes(*ours)  # code that counts on nothing is right everywhere
     assert not_aligned.takes(*theirs)
-    assert are_aligned(*ours)
-    assert not are_aligned(*theirs)
-    assert are_aligned()
 
 
 @interpreted

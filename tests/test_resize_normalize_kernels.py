@@ -93,14 +93,14 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
         kernels.Picture(image, axes[lines[2 * i]], axes[lines[2 * i + 1]], 0, 0, bool(i))
         for i, image in enumerate(images)
     ]
-    plan = kernels.plan(pictures, window)
-    between = torch.full((plan.buffer_size + 128,), 77, dtype=torch.uint8, device=DEVICE)
+    tables = kernels.tables_for(pictures, window)
+    between = torch.full((tables.buffer_size + 128,), 77, dtype=torch.uint8, device=DEVICE)
     inside = between[64:-64]
-    plan.second_segments[:, 0] += plan.is_buffered * inside.data_ptr()
-    segments_a, programs_a, segments_b, programs_b = (t.to(DEVICE) for t in plan[:4])
+    tables.second_segments[:, 0] += tables.is_buffered * inside.data_ptr()
+    segments_a, programs_a, segments_b, programs_b = (t.to(DEVICE) for t in tables[:4])
     kernels.first_pass_launch(
         programs_a, segments_a, starts, weights, intermediate=inside, channels=3
-    ).run()
+    ).launch()
     assert (between[:64] == 77).all()
     assert (between[-64:] == 77).all()
     shape = (2, 3, *window)
@@ -111,7 +111,7 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
     kernels.second_pass_launch(
         programs_b, segments_b, starts, weights, values,
         intermediate=inside, result=result, channels_last=channels_last,
-    ).run()  # fmt: skip
+    ).launch()  # fmt: skip
     assert memory[:64].isnan().all()
     assert memory[-64:].isnan().all()
     for i, image in enumerate(images):
@@ -132,9 +132,9 @@ def test_an_axis_that_stays_needs_no_pass() -> None:
     width, height = axes[line], axes[20, 7, 0, 7]
     assert width.is_unchanged
     assert width.first_input == 2
-    plan = kernels.plan([kernels.Picture(image, height, width, 0, 0, False)], (7, 5))
-    assert plan.buffer_size == 0
-    assert plan.first_programs.numel() == 0
+    tables = kernels.tables_for([kernels.Picture(image, height, width, 0, 0, False)], (7, 5))
+    assert tables.buffer_size == 0
+    assert tables.first_programs.numel() == 0
 
 
 def test_the_tables_are_those_of_the_reference(seed: int) -> None:

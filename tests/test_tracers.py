@@ -19,7 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import bitfast
 from bitfast.ops.flops import register_flop_formulas
-from bitfast.ops.norm_convolution import why_not_fused
+from bitfast.ops.norm_convolution import why_no_norm_convolution
 from bitfast.ops.packed_convolution import _why_not_packed
 from tests.foreign_models import timm_resnet
 from tests.model_pairs import CLASSES, RELATIVE_FLOAT64, assert_close, flatten, pair
@@ -145,7 +145,7 @@ def flops(model: nn.Module, x: Tensor, gradients: bool) -> int:
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_flops_of_the_convolutions_that_are_operators(kernel_size):
-    if (reason := why_not_fused(torch.float32)) is not None:
+    if (reason := why_no_norm_convolution(torch.float32)) is not None:
         pytest.skip(reason)
     register_flop_formulas()
     operators = torch.ops.bitfast
@@ -178,7 +178,7 @@ def test_a_mode_sees_each_convolution_and_no_question_to_the_machine():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = ours(x).pooler_output
-        why_not_fused.cache_clear()
+        why_no_norm_convolution.cache_clear()
         _why_not_packed.cache_clear()
         with OperatorCalls() as calls:
             actual = ours(x).pooler_output

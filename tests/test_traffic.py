@@ -10,7 +10,7 @@ import pytest
 from bench import traffic
 from bench.shapes import MODELS, norm_launches, shapes_of
 from bench.traffic import DTYPES, NORMS, WEIGHTS, Cost
-from bitfast.kernels.group_norm_act import plan
+from bitfast.kernels.group_norm_act import choose_tiling
 from bitfast.kernels.launch import H100
 from bitfast.ops.weight_standardization import ALIGNMENT
 
@@ -57,14 +57,14 @@ def test_all_weights_are_one_launch(backward: bool) -> None:
 @pytest.mark.parametrize("batch", traffic.BATCHES)
 def test_norms_take_the_planned_launches(batch: int, backward: bool) -> None:
     for norm in NORMS:
-        planned = plan(
+        tiling = choose_tiling(
             batch, norm.pixels, norm.channels, 32, 2, True, tensors=1 + backward, device=H100
         )
         launches = norm_launches(norm, batch, DTYPES, backward=backward)
         # Backward, one more sums up the gradients of scale and shift.
-        assert len(launches) == (1 if planned.is_whole else 2) + backward, norm
+        assert len(launches) == (1 if tiling.is_whole else 2) + backward, norm
         if batch == 1 and norm.pixels <= 14 * 14 and not backward:
-            assert planned.is_whole  # an image fits in registers
+            assert tiling.is_whole  # an image fits in registers
 
 
 def test_little_more_is_moved_than_must_be() -> None:

@@ -77,10 +77,10 @@ def test_every_kind(kind, dtype):
         assert kernels.kind_of(kernels.filters_of(weight, turned)) == kind
         result = torch.full_like(weight, float("nan"), memory_format=layout)
         mean, rstd = (torch.full((weight.shape[0],), float("nan"), device=DEVICE) for _ in range(2))
-        kernels.forward_launch(weight, 1e-8, turned, result=result, mean=mean, rstd=rstd).run()
+        kernels.forward_launch(weight, 1e-8, turned, result=result, mean=mean, rstd=rstd).launch()
         grad = torch.randn(weight.shape).to(weight).contiguous(memory_format=layout)
         grad_weight = torch.full_like(weight, float("nan"))
-        kernels.backward_launch(grad, weight, mean, rstd, turned, grad_weight=grad_weight).run()
+        kernels.backward_launch(grad, weight, mean, rstd, turned, grad_weight=grad_weight).launch()
         return {
             "result": (result, plain_standardization(weight), exact_standardization(weight)),
             "gradient": (grad_weight, *plain_and_exact_gradient(weight, grad)),
@@ -263,7 +263,7 @@ def test_nothing_is_written_between_the_weights():
     result = torch.full((end + ALIGNMENT,), 77.0, device=DEVICE)
     mean, rstd = (torch.full((filters + 8,), 77.0, device=DEVICE) for _ in range(2))
     table = kernels.table_of(weights, starts, True)
-    kernels.forward_all_launch(table, weights, 1e-8, result=result, mean=mean, rstd=rstd).run()
+    kernels.forward_all_launch(table, weights, 1e-8, result=result, mean=mean, rstd=rstd).launch()
     inside = torch.zeros(result.shape, dtype=torch.bool)
     for weight, start in zip(weights, starts, strict=True):
         inside[start : start + weight.numel()] = True

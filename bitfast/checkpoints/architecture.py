@@ -18,20 +18,20 @@ from bitfast.checkpoints.files import CheckpointError
 Shape = tuple[int, ...]
 
 NUM_GROUPS = 32
-"""Groups of every GroupNorm of the released models; no shape tells it."""
+"""Groups of every GroupNorm of the released models, which no shape shows."""
 
 STEM_WIDTH = 64
 STAGE_WIDTHS = (256, 512, 1024, 2048)
 """Channels of the stem and of the stages of a model of width 1."""
 
 BOTTLENECK_RATIO = 4
-"""Channels of a block's output over those inside of it."""
+"""Ratio of the channels of a block's output to those inside the block."""
 
 RELEASED_DEPTHS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
 VARIANTS = ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")
 
 LISTED = 5
-"""Names that a message lists of many."""
+"""Names that a message lists, at most."""
 
 STEM = "bit.embedder.convolution.weight"
 HEAD = "classifier.1"
@@ -43,8 +43,8 @@ class Scheme(NamedTuple):
     Attributes:
         name: The format's name, for messages.
         layer: Finds, as ``(?P<stage>)`` and ``(?P<layer>)``, the numbers of a block in a tensor's name.
-        first: What those numbers start from.
-        their_name: From the name in BitForImageClassification to the one in the format.
+        first: The number of the first stage and block.
+        their_name: Maps a name in BitForImageClassification to the one in the format.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Architecture:
 
     @property
     def variant(self) -> str | None:
-        """The name of depths and widths as the paper has it, such as "50x1"; None: they have none."""
+        """The paper's name for these depths and widths, such as "50x1"; None if it has none."""
         width = self.embedding_size // STEM_WIDTH
         for layers, depths in RELEASED_DEPTHS.items():
             if depths == self.depths and self._has_width(width):
@@ -197,7 +197,7 @@ def _require_consecutive(numbers: list[int], what: str, first: int, source: str)
 
 
 def _kernel(shapes: Mapping[str, Shape], name: str, scheme: Scheme, source: str) -> Shape:
-    """Return the shape of a convolution's kernel, which the widths are read from."""
+    """Return the shape of a convolution's kernel, from which widths are read."""
     theirs = scheme.their_name(name)
     if theirs not in shapes:
         raise CheckpointError(
@@ -252,14 +252,14 @@ def _require_shapes(
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Return the first few of many names, and how many more there are."""
+    """Return text with the first few names, and how many more there are."""
     texts = [str(name) for name in names]
     more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
     return (", ".join(texts[:LISTED]) or "nothing") + more
 
 
 def as_parameter(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor as BitForImageClassification has it: there the head is a matrix."""
+    """Return a tensor in the shape of BitForImageClassification's parameter, whose head is a matrix."""
     return tensor.flatten(1) if name == f"{HEAD}.weight" else tensor
 
 

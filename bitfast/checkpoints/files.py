@@ -1,4 +1,4 @@
-"""Files of a checkpoint: found in a folder or on the Hub, and replaced all together or not at all."""
+"""Files of a checkpoint: finding them in a folder or on the Hub, and replacing all of them or none."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 CONFIG_NAME = "config.json"
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-"""What says where a file of a checkpoint is to be looked for."""
+"""The arguments that say where to look for a checkpoint's file."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".npz")
-"""Endings of the files that, of timm's and Google's, are a checkpoint on their own."""
+"""Endings of single files that are a checkpoint of timm or of Google."""
 
 
 class CheckpointError(OSError, ValueError):
@@ -60,7 +60,7 @@ def locate_file(
             f"Google: {', '.join(WEIGHT_SUFFIXES)}"
         )
     if name.lower().endswith(WEIGHT_SUFFIXES):
-        # Not asked for on the Hub, where that is no name of a repository.
+        # Not looked up on the Hub, where this cannot be the name of a repository.
         raise CheckpointError(f"there is no file {name}")
     return _locate_on_hub(
         name,
@@ -76,7 +76,7 @@ def locate_file(
 
 
 def is_weight_file(name_or_path: str | os.PathLike[str]) -> bool:
-    """Say whether this is a file of weights, rather than a folder, a JSON file or a name on the Hub."""
+    """Whether this is a file of weights, rather than a folder, a JSON file or a name on the Hub."""
     path = Path(name_or_path)
     return path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
 
@@ -254,7 +254,7 @@ def _rename_into_place(folder: Path, staged: Mapping[str, Path]) -> None:
 
 
 def _keep(path: Path) -> Path:
-    """Give the file a second, hidden name, so that it survives being replaced."""
+    """Give the file a second, hidden name, by which it can be restored."""
     kept = _hidden_sibling(path, "old")
     try:
         os.link(path, kept)

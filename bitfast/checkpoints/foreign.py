@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries: which format one is, and its content in the form of this one's."""
+"""Checkpoints of other libraries: their format is recognised, and their content converted to bitfast's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bitfast.checkpoints.files import CheckpointError, is_weight_file, read_json
 NPZ = ".npz"
 
 OUR_NAMES = ("bit.embedder.", "embedder.")
-"""How the names of tensors in transformers' own format start."""
+"""Prefixes of the names of tensors in transformers' own format."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ def read_foreign(
     variant: str | None = None,
     **where: Any,
 ) -> ForeignCheckpoint | None:
-    """Read a checkpoint of timm or of Google; None: it is in transformers' own format.
+    """Read a checkpoint of timm or of Google; return None if it is in transformers' own format.
 
     Args:
         name_or_path: A weight file, a folder, or the id of a Hub repository.
         config_file: Its ``config.json``, if it has one.
         use_safetensors: As in :func:`bitfast.checkpoints.weights.read_weights`.
-        variant: Likewise.
-        **where: Likewise.
+        variant: As in :func:`bitfast.checkpoints.weights.read_weights`.
+        **where: As in :func:`bitfast.checkpoints.weights.read_weights`.
 
     Raises:
         CheckpointError: it is broken, or holds anything but a BiT network.

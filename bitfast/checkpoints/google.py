@@ -1,8 +1,8 @@
 """Google's own BiT files, ``BiT-{S,M}-R*.npz``: NumPy arrays under TensorFlow's names.
 
-Kernels are (height, width, inputs, outputs), the head is a 1x1 convolution. Of the archive every header is
-read and checked first, so that nothing is allocated for a file that cannot be loaded; pickled objects are
-never touched.
+Kernels are (height, width, inputs, outputs), the head is a 1x1 convolution. All headers of the archive are read
+and checked first, so that nothing is allocated for a file that cannot be loaded; pickled objects are never
+loaded.
 
 Google's code standardizes weights with an epsilon of 1e-10; bitfast, like transformers and timm, with 1e-8.
 """
@@ -42,7 +42,7 @@ HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 class Header(NamedTuple):
-    """What an array in the archive says of itself."""
+    """The header of an array in the archive."""
 
     member: zipfile.ZipInfo
     shape: Shape
@@ -83,7 +83,7 @@ SCHEME = Scheme(
 def read(path: Path) -> tuple[Architecture, dict[str, Tensor]]:
     """Read a file's architecture and tensors.
 
-    Arrays outside of ``resnet/`` are named in a warning and left alone.
+    Arrays outside of ``resnet/`` are named in a warning and ignored.
 
     Returns:
         The architecture, and the contiguous tensors by their names in BitForImageClassification, in the
@@ -175,7 +175,7 @@ def _read_tensor(archive: zipfile.ZipFile, header: Header) -> Tensor:
 
 
 def _require_end(file: IO[bytes]) -> None:
-    """Read on to the end, where the archive's checksum is compared."""
+    """Read to the end of an array, where the archive's checksum is compared."""
     if file.read(1):
         raise ValueError("an array is followed by more bytes")
 

@@ -119,13 +119,13 @@ class PushToHubMixin:
 
 
 def _tagged_card(repo_id: str, tags: list[str], token: Any) -> Any:
-    """Return a repository's model card, or a new one, with these tags besides its own."""
+    """Return a repository's model card, or a new one, with these tags added."""
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         card = ModelCard.load(repo_id, token=token)
-    except LocalEntryNotFoundError:  # not reached, so that there may be one
+    except LocalEntryNotFoundError:  # the card could not be reached: there may be one
         raise
     except EntryNotFoundError:
         card = ModelCard("---\nlibrary_name: transformers\n---\n")
@@ -272,7 +272,7 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
         where: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Any]]:
-        """Return a checkpoint's configuration, and the kwargs that are none of its attributes."""
+        """Return a checkpoint's configuration, and the kwargs that are not attributes of it."""
         if foreign is None:
             return cls._given_config(name_or_file, where, kwargs)
         return cls.config_class.from_dict(  # type: ignore[attr-defined]
@@ -283,7 +283,7 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
     def _given_config(
         cls, config: Any, where: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Return a configuration given itself or by name, and the kwargs that are none of its attributes."""
+        """Return a configuration (given, or named), and the kwargs that are not attributes of it."""
         if not isinstance(config, (str, os.PathLike)):
             return copy.deepcopy(config), kwargs
         return cls.config_class.from_pretrained(  # type: ignore[attr-defined]
@@ -313,7 +313,7 @@ class PretrainedModelMixin(PushToHubMixin, nn.Module):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write configuration and weights into a folder, for ``from_pretrained`` of here and there.
+        """Write configuration and weights into a folder, for ``from_pretrained`` of bitfast and transformers.
 
         The files of an earlier save are replaced when all new ones are complete. If anything fails
         before that, the folder stays as it was.

@@ -1,4 +1,4 @@
-"""Weights into a model: which tensor goes where, what is missing, and what is said about it."""
+"""Loading weights into a model: which tensor goes where, what is missing, and the report about it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LoadingReport:
         }
 
     def warn(self, model_name: str, source: str) -> None:
-        """Log everything in one warning, if there is anything to say."""
+        """Log one warning that names all of them, if there are any."""
         sentences = []
         if self.missing_keys:
             sentences.append(
@@ -167,7 +167,7 @@ def _model_names(
     base_prefix: str,
     source: str,
 ) -> dict[str, str]:
-    """Map the checkpoint's names to the model's, without those of a head the model does not have."""
+    """Map the checkpoint's names to the model's, without those of a head that the model does not have."""
     prefix = f"{base_prefix}."
     checkpoint_has_head = any(key.startswith(prefix) for key in tensors)
     model_has_head = hasattr(model, base_prefix)

@@ -28,7 +28,7 @@ ARCHITECTURE = re.compile(r"resnetv2_(?P<variant>\d+x\d+)_bit(m?([._].*)?)")
 SHOWN_BY_SHAPES = frozenset(
     {"layers", "channels", "width_factor", "stem_chs", "in_chans", "num_classes"}
 )
-"""Arguments of a timm model that its tensors prove."""
+"""Arguments of a timm model that its tensors show."""
 
 WITHOUT_EFFECT = frozenset({"drop_rate", "drop_path_rate", "zero_init_last", "img_size"})
 """Arguments of a timm model that change nothing about what a trained one computes."""
@@ -43,7 +43,7 @@ FIXED: dict[str, Any] = {
     "act_layer": "relu",
     "global_pool": "avg",
 }
-"""Arguments of a timm model that must be as BiT has them."""
+"""Arguments of a timm model that must have BiT's values."""
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 """Pillow's numbers of its filters, by timm's names."""
@@ -67,7 +67,7 @@ SCHEME = Scheme(
 
 
 def is_config(content: Mapping[str, Any]) -> bool:
-    """Say whether a ``config.json`` is timm's: those of transformers have a "model_type"."""
+    """Whether a ``config.json`` is timm's: those of transformers have a "model_type"."""
     return "architecture" in content and "model_type" not in content
 
 
@@ -96,7 +96,7 @@ def convert(tensors: Mapping[str, Tensor], source: str) -> tuple[Architecture, d
 
 
 def _require_bit(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Name what other networks have, rather than what they lack."""
+    """Raise CheckpointError for another network, naming what it has rather than what it lacks."""
     for ending, what in (
         (".running_mean", "BatchNorm, and BiT has GroupNorm"),
         ("stem.conv3.weight", "a stem of three convolutions, and BiT's has one of 7x7"),
@@ -108,7 +108,7 @@ def _require_bit(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
-    """Make sure that a timm ``config.json`` describes a network that bitfast computes.
+    """Check that a timm ``config.json`` describes a network that bitfast computes.
 
     Raises:
         CheckpointError: it is another architecture, or BiT changed in a way that no tensor shows.
@@ -135,7 +135,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
 
 
 def require_head(config: Mapping[str, Any], architecture: Architecture, source: str) -> None:
-    """Make sure that a timm ``config.json`` and the tensors mean the same head.
+    """Check that a timm ``config.json`` and the tensors have heads of one size.
 
     Raises:
         CheckpointError: "num_classes" is another number than that of the tensors.
@@ -147,7 +147,7 @@ def require_head(config: Mapping[str, Any], architecture: Architecture, source: 
 
 
 def labels(config: Mapping[str, Any], num_labels: int, source: str) -> dict[int, str] | None:
-    """Return what a timm ``config.json`` calls the classes, or None.
+    """Return the names of the classes in a timm ``config.json``, or None.
 
     A class's description is preferred to its name, which for ImageNet is a WordNet id.
 

@@ -198,7 +198,7 @@ def _why_not_loaded(error: Exception) -> str:
 
 
 def _own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy every tensor that is a view of more memory, or of another one's."""
+    """Copy every tensor that is a view of larger memory, or of another tensor's."""
     owned = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
@@ -275,7 +275,7 @@ def stale_weights(folder: Path, new_names: set[str], variant: str | None = None)
 
 
 def warn_if_shadowed(folder: Path, safe_serialization: bool, variant: str | None) -> None:
-    """Say so when older safetensors in the folder will be preferred to what has been written."""
+    """Warn if older safetensors in the folder will be preferred to the files just written."""
     if safe_serialization:
         return
     for name in (SAFETENSORS.file_name(variant), SAFETENSORS.index_name(variant)):

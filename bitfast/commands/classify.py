@@ -32,7 +32,7 @@ class Prediction:
 
 @dataclass
 class Outcome:
-    """What became of one candidate: ``predictions``, most probable first, or ``error``."""
+    """The result for one candidate: ``predictions``, most probable first, or ``error``."""
 
     path: str
     predictions: list[Prediction] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Classifier:
 
     @classmethod
     def load(cls, name_or_path: str, device: torch.device, dtype: str) -> Classifier:
-        """Load both from one checkpoint, a folder or a name on the Hub; the fast processor if it names that.
+        """Load both from a checkpoint (a folder, a name on the Hub); the fast processor if that names it.
 
         Raises:
             OSError: it is missing or broken.
@@ -131,9 +131,9 @@ class Classifier:
         return outcomes
 
     def _read(self, outcome: Outcome) -> Tensor | None:
-        """Return the pixel_values (C, H, W) of the outcome's file; None if it becomes an error."""
+        """Return the pixel_values (C, H, W) of a file; None, and set the outcome's error, if that fails."""
         with warnings.catch_warnings(record=True) as caught:
-            # Not Python's DeprecationWarning and such, which are none of the user's business.
+            # Not Python's DeprecationWarning and the like, which do not concern the user.
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("always", RuntimeWarning)
@@ -157,7 +157,7 @@ class Classifier:
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
     def _predict(self, outcomes: list[Outcome], images: list[Tensor], top_k: int) -> None:
-        """Give each outcome its predictions, or all of them the error that the model ends with."""
+        """Set the predictions of each outcome, or in all of them the error that the model raises."""
         try:
             probabilities = self.probabilities(torch.stack(images))
         except (RuntimeError, ValueError) as error:
@@ -176,7 +176,7 @@ class Classifier:
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         logits = self.model(pixel_values, return_dict=True).logits.float()
         config = self.model.config
-        # Labels that do not exclude each other do not share a sum of 1.
+        # Probabilities of labels that do not exclude each other do not sum to 1.
         independent = config.problem_type == "multi_label_classification" or config.num_labels == 1
         return (logits.sigmoid() if independent else logits.softmax(dim=-1)).cpu()
 
@@ -230,7 +230,7 @@ class Printer:
         if self._bar is None:
             print(text, file=stream)
         else:
-            self._bar.write(text, file=stream)  # takes the bar away meanwhile
+            self._bar.write(text, file=stream)  # hides the bar meanwhile
 
 
 def _as_text(outcome: Outcome) -> str:

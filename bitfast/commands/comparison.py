@@ -23,7 +23,7 @@ RELATIVE_LIMIT = 1e-5
 """How far the float32 outputs may be apart: norm of the difference over norm."""
 
 MEMORY_TIMEOUT = 120.0
-"""Seconds after which a process whose memory is measured is given up."""
+"""Seconds after which a process whose memory is measured is killed."""
 
 
 @dataclass(frozen=True)

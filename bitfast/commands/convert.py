@@ -32,17 +32,17 @@ FINE_TUNING_SIZE = 448
 """Height and width of the images that most released models were fine-tuned for."""
 
 FINE_TUNING_SIZES = {"152x4": 480}
-"""Where it is another."""
+"""The height and width for the models where it is another."""
 
 BILINEAR = 2
-"""Pillow's number of the filter."""
+"""Pillow's number of the resampling filter."""
 
 BASE_PREFIX = "bit."
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What has been written, and what was assumed of the checkpoint.
+    """What was written, and what was assumed about the checkpoint.
 
     Attributes:
         architecture: Such as "R50x1".
@@ -113,7 +113,7 @@ def convert(
 
 
 def _require_replaceable(folder: Path, overwrite: bool) -> None:
-    """Let nobody lose what is not a BiT model, nor that without being asked."""
+    """Raise OSError unless the folder is empty, or holds a BiT model and ``overwrite`` is given."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -157,7 +157,7 @@ def _processor(
 
 
 def _assumed_parameters(checkpoint: ForeignCheckpoint, image_size: int | None) -> dict[str, Any]:
-    """Return how the released models that are fine-tuned take images."""
+    """Return the image parameters of the released fine-tuned models."""
     channels = checkpoint.architecture.num_channels
     variant = checkpoint.architecture.variant or ""
     size = image_size or FINE_TUNING_SIZES.get(variant, FINE_TUNING_SIZE)
@@ -173,7 +173,7 @@ def _assumed_parameters(checkpoint: ForeignCheckpoint, image_size: int | None) -
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[None]:
-    """Create the folder for what follows; if that fails, remove the folders that were not there before."""
+    """Create the folder; if the block fails, remove the folders that were created."""
     created = []
     for path in (folder, *folder.parents):
         if path.exists():

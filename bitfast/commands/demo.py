@@ -37,12 +37,12 @@ PHOTOGRAPHS = (
     "retina.jpg",
     "camera.png",
 )
-"""Files in scikit-image's package that show something."""
+"""Photographs in scikit-image's package."""
 
 ROUNDS = 9
 TIME_BUDGET = 30.0
 
-say = functools.partial(print, flush=True)  # the sections take their time
+say = functools.partial(print, flush=True)  # flushed, since the sections take a while
 
 
 def run(threads: int | None = None) -> bool:

@@ -14,7 +14,7 @@ import torch
 import bitfast
 from bitfast import backends, extension
 from bitfast.execution.plan import why_no_plan
-from bitfast.ops.norm_convolution import why_not_fused
+from bitfast.ops.norm_convolution import why_no_norm_convolution
 from bitfast.ops.packed_convolution import why_not_packed
 
 PACKAGES = (
@@ -46,7 +46,7 @@ def describe() -> dict[str, Any]:
             for dtype in (torch.float32, torch.bfloat16)
         },
         "norm_convolutions": {
-            str(dtype).removeprefix("torch."): why_not_fused(dtype)
+            str(dtype).removeprefix("torch."): why_no_norm_convolution(dtype)
             for dtype in (torch.float32, torch.bfloat16)
         },
         "plans": {
@@ -121,7 +121,7 @@ def cuda() -> dict[str, Any]:
 
 
 def cuda_problem() -> str | None:
-    """Say why torch has no CUDA device; None when it has one."""
+    """Return why torch has no CUDA device; None when it has one."""
     if not torch.backends.cuda.is_built():
         return "this torch was built without CUDA"
     try:

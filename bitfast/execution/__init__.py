@@ -1,1 +1,1 @@
-"""How a network runs: read once, decided once for each setting, then run."""
+"""How a network is computed: its modules are read once, and a plan is made for each setting, then executed."""

@@ -7,7 +7,7 @@ packed weights, of which the last adds to the shortcut.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
-from bitfast.execution.program import NOTHING, UNUSED, Builder, Places, Program
+from bitfast.execution.program import NOTHING, UNUSED, Places, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, padded_by
 from bitfast.execution.steps import (
@@ -25,15 +25,27 @@ from bitfast.execution.steps import (
     Join,
     Normalize,
     Pool,
-    Zeros,
+    ZeroPad,
     normalized,
     shrinks,
 )
 from bitfast.layers import WeightStandardizedConv2d
-from bitfast.ops.norm_convolution import NO_NORM, fits, fuses, packed_for
-from bitfast.ops.packed_convolution import packed_weight, packs, run_packed, run_packed_add
+from bitfast.ops.norm_convolution import (
+    NO_NORM,
+    has_norm_convolution_kernel,
+    packed_for,
+    uses_norm_convolution,
+)
+from bitfast.ops.packed_convolution import (
+    add_convolve_packed_,
+    convolve_packed,
+    packed_weight,
+    uses_packed_weights,
+)
 
 IMAGES_IN_SLICES = True
+
+RESERVED_PLACES = 0
 
 NEEDS_ADDRESSES_OF_NORMS = False
 
@@ -42,52 +54,43 @@ POINTWISE = (1, 1), (0, 0), (1, 1)
 
 
 def serves(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether networks of feature maps of this dtype are lowered by this module."""
+    """Whether this module lowers networks whose feature maps have this dtype."""
     return (
         device_type == "cpu"
         and select_backend("group_norm_act", device_type, dtype) == "native"
-        and packs(device_type, dtype)
+        and uses_packed_weights(device_type, dtype)
     )
 
 
-def lower(
-    blocks: Sequence[Block],
-    source: int,
-    shape: Shape,
-    kept: Sequence[int],
-    shared: Container[int],
-    setting: Setting,
-) -> Program:
-    """Lower the steps of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
-    steps = [step for block in blocks for step in block]
-    lowering = _Lowering(Builder(steps, source, shape, kept, shared), setting)
+def lower(blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
+    """Emit the calls of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
+    lowering = _Lowering(builder, setting)
     for block in blocks:
         lowering.lower(block)
-    return lowering.build.program()
 
 
 class _Lowering:
-    """Lowers one step after the other."""
+    """Lowers steps, one after the other, to calls of a :class:`ProgramBuilder`."""
 
-    def __init__(self, builder: Builder, setting: Setting) -> None:
-        self.build = builder
+    def __init__(self, builder: ProgramBuilder, setting: Setting) -> None:
+        self.builder = builder
         self.setting = setting
         self.dtype = setting.compute_dtype
         self.casts = setting.dtype != setting.compute_dtype
-        self.fuses = fuses("cpu", self.dtype)
+        self.uses_norm_convolution = uses_norm_convolution("cpu", self.dtype)
         self.is_uneven = False
         self.made_new: set[int] = set()
-        """Normalized values that were not written over what they were made of."""
+        """Normalized values that have memory of their own, not that of the value they were computed from."""
         self.spare: tuple[int, Shape] | None = None
-        """A place whose tensor, of that shape, nobody needs: the next norm may be written there."""
+        """Place and shape of a tensor that is not needed any more; the next norm may be written there."""
 
     def lower(self, block: Block) -> None:
-        fused = self.fuses and self.fuses_block(block)
+        fused = self.uses_norm_convolution and self.can_fuse_norms(block)
         for step in block:
-            source = self.build.shapes[step.source]
-            self.is_uneven = self.build.find_shape(step)
+            source = self.builder.shapes[step.source]
+            self.is_uneven = self.builder.find_shape(step)
             if isinstance(step, Convolve):
-                if fused and self.fits(step.convolution, source) and not self.is_uneven:
+                if fused and self.has_fused_kernel(step.convolution, source) and not self.is_uneven:
                     self.norm_convolution(step, block)
                 else:
                     self.packed_convolution(step, fused)
@@ -98,37 +101,37 @@ class _Lowering:
             elif isinstance(step, Pool):
                 self.pool(step)
             else:
-                assert isinstance(step, Zeros)
-                self.zeros(step)
+                assert isinstance(step, ZeroPad)
+                self.zero_pad(step)
 
     # ---- choices --------------------------------------------------------------------------------------
 
-    def fuses_block(self, block: Block) -> bool:
+    def can_fuse_norms(self, block: Block) -> bool:
         """Whether the convolutions of a residual block can normalize what they read."""
         last = block[-1]
         is_preactivated = isinstance(last, Convolve) and last.shortcut is not None
         if not is_preactivated and not isinstance(last, Join):
             return False
         *outer, middle, final = (s.convolution for s in block if isinstance(s, Convolve))
-        x = self.build.shapes[block[0].source]
+        x = self.builder.shapes[block[0].source]
         return (
             not shrinks(middle)
-            and all(self.fits(convolution, x) for convolution in (*outer, final))
+            and all(self.has_fused_kernel(convolution, x) for convolution in (*outer, final))
             and (isinstance(last, Join) or final.geometry == POINTWISE)
         )
 
-    def fits(self, convolution: WeightStandardizedConv2d, x: Shape) -> bool:
-        """Whether there is a kernel that normalizes x, of this shape, as it convolves it."""
-        # "same" padding of 1x1 filters is none, whatever the stride.
+    def has_fused_kernel(self, convolution: WeightStandardizedConv2d, x: Shape) -> bool:
+        """Whether a kernel can normalize an input of shape x and convolve it in one pass."""
+        # For 1x1 filters "same" padding adds nothing, whatever the stride.
         is_padded_by_itself = convolution.pad is not None and convolution.kernel_size != (1, 1)
-        return not is_padded_by_itself and fits(
+        return not is_padded_by_itself and has_norm_convolution_kernel(
             convolution.weight, convolution.geometry, self.dtype, torch.Size(x[2:])
         )
 
     # ---- convolutions that normalize what they read -----------------------------------------------------
 
     def norm_convolution(self, step: Convolve, block: Block) -> None:
-        build, convolution = self.build, step.convolution
+        builder, convolution = self.builder, step.convolution
         norm = NO_NORM if step.norm is None else step.norm.op_parameters()
         if step.norm is not None:
             self.compute_moments_once(step, block)
@@ -137,10 +140,10 @@ class _Lowering:
         channels, _, size, _ = convolution.weight.shape
         stride, wants = convolution.geometry[0][0], step.then is not None
         if step.shortcut is None:
-            source, moments = build.place(step.source), build.moments(step.source)
-            build.bury(step)
-            result = build.new(step.result)
-            result_moments = build.new_moments(step.result) if wants else UNUSED
+            source, moments = builder.place(step.source), builder.moments(step.source)
+            builder.free_after(step)
+            result = builder.new(step.result)
+            result_moments = builder.new_moments(step.result) if wants else UNUSED
             op = torch.ops.bitfast.norm_convolution.native._op
 
             def call(places: Places) -> None:
@@ -149,12 +152,12 @@ class _Lowering:
                     channels, size, stride, wants,
                 )  # fmt: skip
 
-            build.emit("norm_convolution", call)
+            builder.emit("norm_convolution", call)
             return
         total = self.owned_shortcut(step)
-        source, moments = build.place(step.source), build.moments(step.source)
-        build.bury(step)
-        total_moments = build.new_moments(step.result) if wants else UNUSED
+        source, moments = builder.place(step.source), builder.moments(step.source)
+        builder.free_after(step)
+        total_moments = builder.new_moments(step.result) if wants else UNUSED
         add = torch.ops.bitfast.norm_convolution_add_.native._op
 
         def call_add(places: Places) -> None:
@@ -163,45 +166,45 @@ class _Lowering:
                 places[total], size, 1, wants,
             )  # fmt: skip
 
-        build.emit("norm_convolution_add_", call_add)
+        builder.emit("norm_convolution_add_", call_add)
 
     def compute_moments_once(self, step: Convolve, block: Block) -> None:
-        """Compute the moments of what several convolutions read; for a single one its kernel does that."""
-        build, value = self.build, step.source
+        """Emit a call for the moments of a value with several readers; a single one computes them itself."""
+        builder, value = self.builder, step.source
         readers = [
             other for other in block if isinstance(other, Convolve) and other.source == value
         ]
-        if len(readers) < 2 or build.moments(value) != NOTHING:
+        if len(readers) < 2 or builder.moments(value) != NOTHING:
             return
-        source, moments = build.place(value), build.new_moments(value)
+        source, moments = builder.place(value), builder.new_moments(value)
         op = torch.ops.bitfast.channel_moments.native._op
 
         def call(places: Places) -> None:
             places[moments] = op(places[source])
 
-        build.emit("channel_moments", call)
+        builder.emit("channel_moments", call)
 
     def owned_shortcut(self, step: Convolve) -> int:
-        """Return the place of the result, which holds the shortcut at first."""
-        build = self.build
+        """Return the place of the result, which holds the shortcut until the convolution is added to it."""
+        builder = self.builder
         assert step.shortcut is not None
-        if build.may_overwrite(step, step.shortcut):
-            return build.move(step.result, step.shortcut)
-        shortcut, result = build.place(step.shortcut), build.new(step.result)
+        if builder.may_overwrite(step, step.shortcut):
+            return builder.move(step.result, step.shortcut)
+        shortcut, result = builder.place(step.shortcut), builder.new(step.result)
 
         def call(places: Places) -> None:
             places[result] = places[shortcut].clone()
 
-        build.emit("clone", call)
+        builder.emit("clone", call)
         return result
 
     # ---- convolutions with packed weights ---------------------------------------------------------------
 
     def packed_convolution(self, step: Convolve, fused: bool) -> None:
-        build, convolution = self.build, step.convolution
-        shape = build.shapes[step.source]
-        source = build.place(step.source) if step.norm is None else self.normalized(step)
-        pad = self.build.pad_before(step, self.setting)
+        builder, convolution = self.builder, step.convolution
+        shape = builder.shapes[step.source]
+        source = builder.place(step.source) if step.norm is None else self.normalized(step)
+        pad = self.builder.pad_before(step, self.setting)
         padded = (*shape[:2], *padded_by(convolution.pad, shape[2:]))
         geometry = convolution.geometry
         packed = packed_weight(
@@ -217,113 +220,115 @@ class _Lowering:
         is_plain = pad is None and dtype is None
         if step.shortcut is None:
             self.keep_spare(step, fused)
-            build.bury(step)
-            result = build.new(step.result)
+            builder.free_after(step)
+            result = builder.new(step.result)
 
             def call(places: Places) -> None:
                 x = places[source] if is_plain else read(places)
-                places[result] = run_packed(x, packed, geometry)
+                places[result] = convolve_packed(x, packed, geometry)
 
-            build.emit("packed_convolution", call)
+            builder.emit("packed_convolution", call)
             return
         adds = not fused and geometry == POINTWISE and pad is None and not self.is_uneven
-        if adds and build.may_overwrite(step, step.shortcut):
-            total = build.move(step.result, step.shortcut)
-            build.bury(step)
+        if adds and builder.may_overwrite(step, step.shortcut):
+            total = builder.move(step.result, step.shortcut)
+            builder.free_after(step)
 
             def call_add(places: Places) -> None:
-                run_packed_add(places[source], packed, places[total], geometry)
+                add_convolve_packed_(places[source], packed, places[total], geometry)
 
-            build.emit("packed_convolution_add_", call_add)
+            builder.emit("packed_convolution_add_", call_add)
             return
-        shortcut = build.place(step.shortcut)
-        adds_with_norm = step.then is not None and not self.fuses and not self.is_uneven
-        build.bury(step)
-        result = build.new(step.result)
+        shortcut = builder.place(step.shortcut)
+        adds_with_norm = (
+            step.then is not None and not self.uses_norm_convolution and not self.is_uneven
+        )
+        builder.free_after(step)
+        result = builder.new(step.result)
         if not adds_with_norm:
 
             def call_and_add(places: Places) -> None:
-                branch = run_packed(read(places), packed, geometry)
+                branch = convolve_packed(read(places), packed, geometry)
                 places[result] = branch + places[shortcut]
 
-            build.emit("packed_convolution, add", call_and_add)
+            builder.emit("packed_convolution, add", call_and_add)
             return
         assert step.then is not None
-        following = build.new(normalized(step.result))
+        following = builder.new(normalized(step.result))
         op, norm = torch.ops.bitfast.add_group_norm_act.native._op, step.then.op_parameters()
 
         def call_and_normalize(places: Places) -> None:
-            branch = run_packed(read(places), packed, geometry)
+            branch = convolve_packed(read(places), packed, geometry)
             places[result], places[following], *_ = op(branch, places[shortcut], *norm)
 
-        build.emit("packed_convolution, add_group_norm_act", call_and_normalize)
+        builder.emit("packed_convolution, add_group_norm_act", call_and_normalize)
 
     # ---- norms --------------------------------------------------------------------------------------------
 
     def normalized(self, step: Convolve | Normalize) -> int:
-        """Return the place of the normalized source, in the place of the source itself where that is free."""
-        build, value = self.build, normalized(step.source)
+        """Return the place of the normalized source; it overwrites the source where nobody else reads that."""
+        builder, value = self.builder, normalized(step.source)
         assert step.norm is not None
-        if build.has(value):
-            return build.place(value)
-        source, moments = build.place(step.source), build.moments(step.source)
-        shape = build.shapes[step.source]
+        if builder.has(value):
+            return builder.place(value)
+        source, moments = builder.place(step.source), builder.moments(step.source)
+        shape = builder.shapes[step.source]
         norm = step.norm.op_parameters()
-        if build.may_overwrite(step, step.source):
-            place = build.move(value, step.source)
+        if builder.may_overwrite(step, step.source):
+            place = builder.move(value, step.source)
             op = torch.ops.bitfast.group_norm_act_.native._op
 
             def call_in_place(places: Places) -> None:
                 op(places[place], places[moments], *norm, None)
 
-            build.emit("group_norm_act_", call_in_place)
+            builder.emit("group_norm_act_", call_in_place)
             return place
         into = torch.ops.bitfast.group_norm_act_into.native._op
         self.made_new.add(value)
         if self.spare is not None and self.spare[1] == shape:
-            result = build.put(value, self.spare[0])
+            result = builder.put(value, self.spare[0])
             self.spare = None
 
             def call_into(places: Places) -> None:
                 into(places[source], places[moments], *norm, None, places[result])
 
         else:
-            result = build.new(value)
+            result = builder.new(value)
 
             def call_into(places: Places) -> None:
                 x = places[source]
                 places[result] = made = torch.empty_like(x)
                 into(x, places[moments], *norm, None, made)
 
-        build.emit("group_norm_act_into", call_into)
+        builder.emit("group_norm_act_into", call_into)
         return result
 
     def keep_spare(self, step: Convolve, fused: bool) -> None:
-        """Keep the memory of what a block has normalized first for what the next one normalizes first."""
-        build, value = self.build, normalized(step.source)
-        if fused or value not in self.made_new or not build.may_overwrite(step, value):
+        """Keep the memory of a block's first normalized value for the first norm of the next block."""
+        builder, value = self.builder, normalized(step.source)
+        if fused or value not in self.made_new or not builder.may_overwrite(step, value):
             return
         if self.spare is not None:
-            build.free_place(self.spare[0])
-        self.spare = build.take(value), build.shapes[step.source]
+            builder.free_place(self.spare[0])
+        self.spare = builder.take(value), builder.shapes[step.source]
 
     def normalize(self, step: Normalize) -> None:
         self.normalized(step)
-        self.build.move(step.result, normalized(step.source))
-        self.build.bury(step)
+        self.builder.move(step.result, normalized(step.source))
+        self.builder.free_after(step)
 
     def join(self, step: Join, fused: bool) -> None:
-        build = self.build
+        builder = self.builder
         name = activation_name(step.activation)
         assert name is not None
         activate = ACTIVATIONS[name]
-        source, moments = build.place(step.source), build.moments(step.source)
-        shortcut = build.place(step.shortcut)
+        source, moments = builder.place(step.source), builder.moments(step.source)
+        shortcut = builder.place(step.shortcut)
         op = torch.ops.bitfast.group_norm_act_.native._op
         weight, bias, groups, eps, _ = step.norm.op_parameters()
         adds = fused and not self.is_uneven
-        result = build.move(step.result, step.source)
-        build.bury(step)
+        result = builder.move(step.result, step.source)
+        builder.free_after(step)
 
         def call(places: Places) -> None:
             x = places[source]
@@ -333,32 +338,32 @@ class _Lowering:
                 op(x, places[moments], weight, bias, groups, eps, "none", None)
                 places[result] = activate(x + places[shortcut])
 
-        build.emit("group_norm_act_, add", call)
+        builder.emit("group_norm_act_, add", call)
 
     # ---- the stem -------------------------------------------------------------------------------------------
 
     def pool(self, step: Pool) -> None:
-        build = self.build
-        pool = step.pooler.prepared(build.shapes[step.source], step.zeros, "cpu", self.dtype)
-        source = build.place(step.source)
-        build.bury(step)
-        result = build.new(step.result)
+        builder = self.builder
+        pool = step.pooler.prepared(builder.shapes[step.source], step.zeros, "cpu", self.dtype)
+        source = builder.place(step.source)
+        builder.free_after(step)
+        result = builder.new(step.result)
 
         def call(places: Places) -> None:
             places[result] = pool(places[source])
 
-        build.emit("same_max_pool", call)
+        builder.emit("same_max_pool", call)
 
-    def zeros(self, step: Zeros) -> None:
-        build, sides = self.build, (step.zeros,) * 4
-        source = build.place(step.source)
-        build.bury(step)
-        result = build.new(step.result)
+    def zero_pad(self, step: ZeroPad) -> None:
+        builder, sides = self.builder, (step.zeros,) * 4
+        source = builder.place(step.source)
+        builder.free_after(step)
+        result = builder.new(step.result)
 
         def call(places: Places) -> None:
             places[result] = F.pad(places[source], sides)
 
-        build.emit("zeros", call)
+        builder.emit("zeros", call)
 
 
 __all__ = ["lower", "serves"]

@@ -1,15 +1,15 @@
-"""Lowering to the Triton kernels of a GPU: per pass only addresses change.
+"""Lowering to the Triton kernels of a GPU: from pass to pass only the addresses of tensors change.
 
-Norms are launches that are compiled and planned beforehand; they run in the memory of what they read, and
-store no statistics. A residual is added by the launch of the norm that comes next, onto the shortcut, and the
-norm is written over the branch. Convolutions are torch's.
+The launches of norms are prepared (compiled) beforehand. Norms overwrite what they read where they may, and
+store no statistics. The norm after a residual block also adds the branch to the shortcut, in the memory of
+the shortcut, and writes its result over the branch. Convolutions are torch's.
 
-In Triton's interpreter the same programs run on the CPU, for tests.
+For tests, Triton's interpreter executes these programs on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
 from bitfast.execution.graph import is_recorded_by_others
-from bitfast.execution.program import RESERVED, Builder, Places, Program
+from bitfast.execution.program import RESERVED, Places, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape
 from bitfast.execution.steps import (
@@ -30,7 +30,7 @@ from bitfast.execution.steps import (
     Normalize,
     Pool,
     Step,
-    Zeros,
+    ZeroPad,
     normalized,
 )
 from bitfast.execution.weights import kept_standardized, recorded_weights
@@ -40,49 +40,44 @@ from bitfast.torch_state import unseen
 
 IMAGES_IN_SLICES = False
 
+RESERVED_PLACES = 2
+
 NEEDS_ADDRESSES_OF_NORMS = True
 
 STREAM, WEIGHTS = RESERVED, RESERVED + 1
 """The places of the stream's handle, and of the standardized weights."""
 
 Norm = Callable[[Places, Tensor, Tensor | None, Tensor], None]
+"""Takes the places, x, a residual or None, and the tensor for the result."""
 
 
 def serves(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether networks of feature maps of this dtype are lowered by this module."""
+    """Whether this module lowers networks whose feature maps have this dtype."""
     is_real = device_type in ("cuda", "cpu")  # "cpu" is Triton's interpreter
     return is_real and select_backend("group_norm_act", device_type, dtype) == "triton"
 
 
-def lower(
-    blocks: Sequence[Block],
-    source: int,
-    shape: Shape,
-    kept: Sequence[int],
-    shared: Container[int],
-    setting: Setting,
-) -> Program:
-    """Lower the steps of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
+def lower(blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
+    """Emit the calls of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
     steps = [step for block in blocks for step in block]
-    lowering = _Lowering(Builder(steps, source, shape, kept, shared, reserved=2), setting)
+    lowering = _Lowering(builder, setting)
     lowering.begin(steps)
     for step in steps:
         lowering.lower(step)
-    return lowering.build.program()
 
 
 class _Lowering:
-    """Lowers one step after the other."""
+    """Lowers steps, one after the other, to calls of a :class:`ProgramBuilder`."""
 
-    def __init__(self, builder: Builder, setting: Setting) -> None:
-        self.build = builder
+    def __init__(self, builder: ProgramBuilder, setting: Setting) -> None:
+        self.builder = builder
         self.setting = setting
         self.dtype, self.device = setting.compute_dtype, setting.device
         self.numbers: dict[nn.Module, int] = {}
-        """Of the convolutions, among the weights."""
+        """The index of each convolution's weight in the list of weights."""
 
     def begin(self, steps: Sequence[Step]) -> None:
-        """Emit what finds the stream and the weights."""
+        """Emit the first call, which puts the stream and the weights into their places."""
         convolutions = [step.convolution for step in steps if isinstance(step, Convolve)]
         self.numbers = {convolution: n for n, convolution in enumerate(convolutions)}
         kept_by_module = kept_standardized(convolutions, channels_last=True)
@@ -93,72 +88,72 @@ class _Lowering:
             places[STREAM] = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
             places[WEIGHTS] = kept
             if is_recorded_by_others():
-                # They replay it without asking whether weights have changed.
+                # The graph is replayed without asking whether weights have changed.
                 fresh = recorded_weights(convolutions, channels_last=True)
                 places[WEIGHTS] = [fresh[convolution] for convolution in convolutions]
 
-        self.build.emit("begin", call)
+        self.builder.emit("begin", call)
 
     def lower(self, step: Step) -> None:
-        is_uneven = self.build.find_shape(step)
+        is_uneven = self.builder.find_shape(step)
         if isinstance(step, Convolve):
             self.convolve(step, is_uneven)
         elif isinstance(step, Normalize):
             self.normalized(step)
-            self.build.move(step.result, normalized(step.source))
-            self.build.bury(step)
+            self.builder.move(step.result, normalized(step.source))
+            self.builder.free_after(step)
         elif isinstance(step, Join):
             self.join(step)
         elif isinstance(step, Pool):
-            source = self.build.shapes[step.source]
+            source = self.builder.shapes[step.source]
             pool = step.pooler.prepared(source, step.zeros, self.device.type, self.dtype)
             self.apply("same_max_pool", step, pool)
         else:
-            assert isinstance(step, Zeros)
+            assert isinstance(step, ZeroPad)
             sides = (step.zeros,) * 4
             self.apply("zeros", step, lambda x: F.pad(x, sides))
 
     def apply(self, name: str, step: Step, function: Callable[[Tensor], Tensor]) -> None:
-        """Emit a call that makes a new tensor of one."""
-        source = self.build.place(step.source)
-        self.build.bury(step)
-        result = self.build.new(step.result)
+        """Emit a call of a function that returns a new tensor."""
+        source = self.builder.place(step.source)
+        self.builder.free_after(step)
+        result = self.builder.new(step.result)
 
         def call(places: Places) -> None:
             places[result] = function(places[source])
 
-        self.build.emit(name, call)
+        self.builder.emit(name, call)
 
     # ---- convolutions -------------------------------------------------------------------------------------
 
     def convolve(self, step: Convolve, is_uneven: bool) -> None:
-        build = self.build
-        source = build.place(step.source) if step.norm is None else self.normalized(step)
+        builder = self.builder
+        source = builder.place(step.source) if step.norm is None else self.normalized(step)
         convolve = self.convolution(step)
         if step.shortcut is None:
-            build.bury(step)
-            result = build.new(step.result)
+            builder.free_after(step)
+            result = builder.new(step.result)
 
             def call(places: Places) -> None:
                 places[result] = convolve(places, places[source])
 
-            build.emit("convolution", call)
+            builder.emit("convolution", call)
             return
-        shortcut = build.place(step.shortcut)
-        owns_shortcut = build.may_overwrite(step, step.shortcut)
+        shortcut = builder.place(step.shortcut)
+        owns_shortcut = builder.may_overwrite(step, step.shortcut)
         if step.then is None or is_uneven:
-            build.bury(step)
-            result = build.new(step.result)
+            builder.free_after(step)
+            result = builder.new(step.result)
 
             def call_and_add(places: Places) -> None:
                 branch = convolve(places, places[source])
                 places[result] = branch + places[shortcut]
 
-            build.emit("convolution, add", call_and_add)
+            builder.emit("convolution, add", call_and_add)
             return
-        norm = self.norm(step.then, build.shapes[step.result], True)
-        build.bury(step)
-        result, following = build.new(step.result), build.new(normalized(step.result))
+        norm = self.norm(step.then, builder.shapes[step.result], True)
+        builder.free_after(step)
+        result, following = builder.new(step.result), builder.new(normalized(step.result))
 
         def call_and_normalize(places: Places) -> None:
             branch, total = convolve(places, places[source]), places[shortcut]
@@ -167,14 +162,14 @@ class _Lowering:
             norm(places, branch, total, branch)
             places[result], places[following] = total, branch
 
-        build.emit("convolution, add_group_norm_act", call_and_normalize)
+        builder.emit("convolution, add_group_norm_act", call_and_normalize)
 
     def convolution(self, step: Convolve) -> Callable[[Places, Tensor], Tensor]:
-        """Return what convolves a tensor with the weights that stand in their place."""
+        """Return a function of the places and a tensor that pads, casts and convolves the tensor."""
         convolution, number = step.convolution, self.numbers[step.convolution]
         stride, padding, dilation = convolution.geometry
-        shape = self.build.shapes[step.source]
-        pad = self.build.pad_before(step, self.setting)
+        shape = self.builder.shapes[step.source]
+        pad = self.builder.pad_before(step, self.setting)
         dtype = None if self.setting.dtype == self.dtype or step.source != IMAGES else self.dtype
         direct = _direct_arguments(self.setting, shape)
 
@@ -193,36 +188,36 @@ class _Lowering:
     # ---- norms ----------------------------------------------------------------------------------------------
 
     def normalized(self, step: Convolve | Normalize) -> int:
-        """Return the place of the normalized source, in the place of the source itself where that is free."""
-        build, value = self.build, normalized(step.source)
+        """Return the place of the normalized source; it overwrites the source where nobody else reads that."""
+        builder, value = self.builder, normalized(step.source)
         assert step.norm is not None
-        if build.has(value):
-            return build.place(value)
-        source = build.place(step.source)
-        norm = self.norm(step.norm, build.shapes[step.source], False)
-        if build.may_overwrite(step, step.source):
-            place = build.move(value, step.source)
+        if builder.has(value):
+            return builder.place(value)
+        source = builder.place(step.source)
+        norm = self.norm(step.norm, builder.shapes[step.source], False)
+        if builder.may_overwrite(step, step.source):
+            place = builder.move(value, step.source)
 
             def call_in_place(places: Places) -> None:
                 x = places[place]
                 norm(places, x, None, x)
 
-            build.emit("group_norm_act", call_in_place)
+            builder.emit("group_norm_act", call_in_place)
             return place
-        result = build.new(value)
+        result = builder.new(value)
 
         def call(places: Places) -> None:
             x = places[source]
             places[result] = made = torch.empty_like(x)
             norm(places, x, None, made)
 
-        build.emit("group_norm_act", call)
+        builder.emit("group_norm_act", call)
         return result
 
     def norm(self, norm: GroupNormActivation, shape: Shape, adds: bool) -> Norm:
-        """Return what normalizes x into a result, which may be x.
+        """Return a function that normalizes x into a result, which may be x itself.
 
-        With ``adds`` it is given a second tensor, to which x is added in place before.
+        With ``adds`` it first adds x to a second tensor, in place, and normalizes that sum.
         """
         from bitfast.kernels.group_norm_act_prepared import prepare_forward
 
@@ -243,25 +238,25 @@ class _Lowering:
         return launch
 
     def join(self, step: Join) -> None:
-        build = self.build
-        norm = self.norm(step.norm, build.shapes[step.source], False)
+        builder = self.builder
+        norm = self.norm(step.norm, builder.shapes[step.source], False)
         name = activation_name(step.activation)
         assert name is not None
         activate = torch.relu_ if name == "relu" else ACTIVATIONS[name]
-        source, shortcut = build.place(step.source), build.place(step.shortcut)
-        result = build.move(step.result, step.source)
-        build.bury(step)
+        source, shortcut = builder.place(step.source), builder.place(step.shortcut)
+        result = builder.move(step.result, step.source)
+        builder.free_after(step)
 
         def call(places: Places) -> None:
             x = places[source]
             norm(places, x, None, x)
             places[result] = activate(x + places[shortcut])
 
-        build.emit("group_norm_act, add", call)
+        builder.emit("group_norm_act, add", call)
 
 
 def _norm_by_operator(norm: GroupNormActivation, adds: bool) -> Norm:
-    """Return the same for parameters that begin where no wide access can: the op finds a kernel for them."""
+    """Return a :data:`Norm` that calls the op, for parameters not aligned as prepared launches need."""
     parameters = norm.op_parameters()
 
     def run(places: Places, x: Tensor, residual: Tensor | None, result: Tensor) -> None:
@@ -279,9 +274,9 @@ def _norm_by_operator(norm: GroupNormActivation, adds: bool) -> Norm:
 
 
 def _direct_arguments(setting: Setting, shape: Shape) -> tuple[bool, bool, bool] | None:
-    """Return what cuDNN's own entry wants to know besides the tensors; None if torch should choose.
+    """Return the flags of ``torch.cudnn_convolution``: benchmark, deterministic, TF32; None: use ``conv2d``.
 
-    The entry skips three layers of torch that find out for each call that it is cuDNN's.
+    The direct call skips three layers of torch that choose cuDNN anew in each call.
     """
     if setting.device.type != "cuda" or setting.shape[0] == 0 or min(shape[1:]) < 1:
         return None
@@ -293,7 +288,7 @@ def _direct_arguments(setting: Setting, shape: Shape) -> tuple[bool, bool, bool]
 
 @lru_cache
 def why_not_direct(dtype: torch.dtype) -> str | None:
-    """Say why convolutions of this dtype cannot call cuDNN directly on this machine; None if they can."""
+    """Return why convolutions of this dtype cannot call cuDNN directly on this machine; None if they can."""
     with unseen():
         if not torch.cuda.is_available() or not torch.backends.cudnn.is_available():
             return "this torch has no cuDNN"

@@ -1,7 +1,7 @@
 """A plan recorded as a CUDA graph, for settings in which the host takes longer than the device.
 
-Images are copied in and results are copied out, so that a caller never holds memory of the graph. A graph is of
-one plan: where that is replaced, because weights or modules have changed, so is the graph.
+Images are copied in and results are copied out, so that a caller never holds memory of the graph. A graph
+belongs to one plan: when weights or modules change, the plan is replaced, and the graph with it.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitfast.kernels.kept import is_capturing
+from bitfast.kernels.device_cache import is_capturing
 
 Results = tuple[list[Tensor], Tensor]
 """The wanted outputs of a plan, and its result."""
 
 WARM_UPS = 2
-"""Runs before the recording: libraries choose their algorithms, and load their kernels, when they first meet a
-shape, which cannot be recorded."""
+"""Executions before the recording: at the first of a shape, libraries choose algorithms and load kernels, which
+cannot be recorded."""
 
 
 class Recording(Protocol):
-    """Work of a device that was recorded with the tensors that it reads and writes."""
+    """Recorded work of a device, together with the tensors that it reads and writes."""
 
     results: Results
 
     def replay(self) -> None:
-        """Do the work again, on the current stream."""
+        """Repeat the work, on the current stream."""
 
     @contextmanager
     def after_others(self) -> Iterator[None]:
-        """Within the block, let the current stream wait for what other streams do with the tensors."""
+        """Let the current stream wait for other streams' use of the tensors, and later ones for the block's."""
 
 
 Recorder = Callable[[Callable[[], Results]], Recording]
-"""Records what a function does."""
+"""Records the work of a function."""
 
 
 class CudaRecording:
@@ -53,7 +53,7 @@ class CudaRecording:
                 function()
         current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may go on to use the device meanwhile.
+        # Other threads may use the device meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self.results = function()
         self._done = torch.cuda.Event()
@@ -65,7 +65,7 @@ class CudaRecording:
 
     @contextmanager
     def after_others(self) -> Iterator[None]:
-        """Within the block, let the current stream wait for what other streams do with the tensors."""
+        """Let the current stream wait for other streams' use of the tensors, and later ones for the block's."""
         stream = torch.cuda.current_stream()
         stream.wait_event(self._done)
         yield
@@ -73,27 +73,27 @@ class CudaRecording:
 
 
 class GraphedPlan:
-    """Runs a plan by replaying what it did once.
+    """Executes a plan by replaying a recording of it.
 
     Args:
-        run: Of the plan: computes the network for channels_last images, with weights that stay where they are.
-        images: Of the shape, dtype and device that the plan is for.
-        recorder: Records on the device.
+        execute: The method of the plan. It reads weights that stay at their addresses.
+        images: Example images, of the shape, dtype and device that the plan is for.
+        recorder: Records the work on the device.
     """
 
     def __init__(
-        self, run: Callable[[Tensor], Results], images: Tensor, recorder: Recorder
+        self, execute: Callable[[Tensor], Results], images: Tensor, recorder: Recorder
     ) -> None:
         self._lock = threading.Lock()
         with torch.inference_mode(False), torch.no_grad():
             self._images = images.clone(memory_format=torch.channels_last)
-            _here.records = True
+            _thread_state.is_recording = True
             try:
-                self._recording = recorder(lambda: run(self._images))
+                self._recording = recorder(lambda: execute(self._images))
             finally:
-                _here.records = False
+                _thread_state.is_recording = False
 
-    def run(self, images: Tensor) -> Results:
+    def execute(self, images: Tensor) -> Results:
         """Compute the network; return the wanted outputs and the result, in new memory."""
         with self._lock, self._recording.after_others():
             self._images.copy_(images)
@@ -103,22 +103,22 @@ class GraphedPlan:
             return [copies[id(x)] for x in outputs], copies[id(result)]
 
 
-class _Here(threading.local):
-    """What this thread is at."""
+class _ThreadState(threading.local):
+    """Whether this thread records a plan."""
 
-    records = False
+    is_recording = False
 
 
-_here = _Here()
+_thread_state = _ThreadState()
 
 
 def is_recorded_by_others() -> bool:
-    """Whether somebody else records the current stream: a user, or ``torch.compile``."""
-    return is_capturing() and not _here.records
+    """Whether a user or ``torch.compile``, not a :class:`GraphedPlan`, records the current stream."""
+    return is_capturing() and not _thread_state.is_recording
 
 
 def may_replay() -> bool:
-    """Whether a graph may be replayed now: nobody records one, which could not hold another."""
+    """Whether a graph may be replayed now: not while another is recorded, which could not contain it."""
     return not is_capturing()
 
 

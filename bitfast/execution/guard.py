@@ -1,6 +1,6 @@
-"""Whether a network is still what it was when it was read: asked once a pass, in a few dozen microseconds.
+"""Guards: whether a network has changed since it was read, asked once a pass, in a few dozen microseconds.
 
-Everything that can change is looked at in bulk, by functions that loop in C over all modules.
+Everything that can change is compared in bulk, by functions that loop in C over all modules.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitfast.announcing import Announcing
+from bitfast.change_notifier import ChangeNotifier
 from bitfast.execution.steps import Convolve, Join, Normalize, Steps
 from bitfast.layers import DropPath, DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.kept_weights import kept_weights
-from bitfast.optimizer_steps import is_shared
+from bitfast.optimizer_steps import is_in_shared_memory
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -25,32 +25,35 @@ SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SETTINGS: tuple[tuple[type[nn.Module], Any], ...] = (
     (
         WeightStandardizedConv2d,
-        attrgetter("stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_lent"),
+        attrgetter(
+            "stride", "padding", "dilation", "eps", "groups", "padding_mode", "bias", "pad", "is_wrapped"
+        ),
     ),
     (GroupNormActivation, attrgetter("num_groups", "eps")),
     (GroupNormActivation, methodcaller("has_scale_and_shift")),
-    (Announcing, lambda module: id(module._parameters)),
+    (ChangeNotifier, lambda module: id(module._parameters)),
     (DynamicPad2d, attrgetter("kernel_size", "stride", "dilation", "value")),
     (nn.MaxPool2d, attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
     (nn.ConstantPad2d, attrgetter("padding", "value")),
     (nn.GELU, attrgetter("approximate")),
     (DropPath, attrgetter("training", "drop_prob")),
 )  # fmt: skip
-"""What decides about a module's work, by its class."""
+"""What determines a module's computation, by its class: functions of the module whose results are compared."""
 
 _children = attrgetter("_modules")
 _held = itemgetter(*HOOKS, "_modules")
 _weight, _bias = itemgetter("weight"), itemgetter("bias")
 
 
-class Structure:
-    """The modules of a network: which they are, that nobody has to do with them, how they are set.
+class StructureGuard:
+    """Guards the modules of a network: their identity, their hooks, their children and their settings.
 
-    bitfast's own modules announce what is set on them; others are looked at in each pass.
+    bitfast's own modules notify of attributes that are set (:class:`ChangeNotifier`); others are compared in
+    each pass.
 
     Args:
-        modules: Those that were read, and those that were found to be unusual.
-        outer: Those that hold them.
+        modules: Those that were read as steps, and those that could not be.
+        outer: Those that contain them.
     """
 
     def __init__(self, modules: Iterable[nn.Module], outer: Iterable[nn.Module]) -> None:
@@ -60,38 +63,42 @@ class Structure:
         self._hooked = tuple(hook for hook in hooks if hook)
         self._children = [vars(module)["_modules"] for module in unique if module._modules]
         self._children_then = [dict(children) for children in self._children]
-        # Where the order of children counts, which two equal dictionaries may differ in.
+        # In these the order of children matters, which a comparison of dictionaries does not see.
         self._sequences = [module for module in unique if isinstance(module, SEQUENCES)]
         self._orders_then = self._orders_now()
-        self._others = _States([module for module in unique if not isinstance(module, Announcing)])
-        self._announcing = _States([module for module in unique if isinstance(module, Announcing)])
+        self._others = _States(
+            [module for module in unique if not isinstance(module, ChangeNotifier)]
+        )
+        self._notifiers = _States(
+            [module for module in unique if isinstance(module, ChangeNotifier)]
+        )
         self._generation = kept_weights.generation
 
     def holds(self) -> bool:
-        """Whether nothing has changed."""
+        """Whether nothing has changed since."""
         return (
             not any(self._free)
             and all(self._hooked)
             and self._children == self._children_then
             and self._orders_now() == self._orders_then
-            and self._others.hold()
-            and self._announced_hold()
+            and self._others.holds()
+            and self._notifiers_hold()
         )
 
     def _orders_now(self) -> list[list[str]]:
         return list(map(list, map(_children, self._sequences)))
 
-    def _announced_hold(self) -> bool:
+    def _notifiers_hold(self) -> bool:
         generation = kept_weights.generation
         if generation != self._generation:
-            if not self._announcing.hold():
+            if not self._notifiers.holds():
                 return False
             self._generation = generation
         return True
 
 
 class _States:
-    """What some modules are and hold."""
+    """The classes, hooks, children and settings of some modules, as they were at first."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules, self._dicts = tuple(modules), tuple(map(vars, modules))
@@ -106,11 +113,11 @@ class _States:
         ]
         self._settings_then = [list(map(getter, own)) for getter, own in self._settings]
 
-    def hold(self) -> bool:
-        """Whether they are and hold what they did."""
+    def holds(self) -> bool:
+        """Whether all of it is still the same."""
         return (
             list(map(type, self._modules)) == self._types
-            # Another dictionary than before is seen as soon as it holds something else than that does.
+            # A dictionary that was replaced by an equal one makes no difference.
             and list(map(_held, self._dicts)) == self._held
             and list(map(contains, self._dicts, repeat("forward"))) == self._forwards
             and list(map(dict.get, self._dicts, repeat("_compiled_call_impl"))) == self._compiled
@@ -118,14 +125,14 @@ class _States:
         )
 
 
-class Parameters:
-    """The parameters that a plan has prepared itself for: the same objects, not changed.
+class ParameterGuard:
+    """Guards the parameters that a plan was made for: the same objects, unchanged.
 
-    The parameters of norms may change, as they are read in each pass; only others must not take their place.
+    The values of norms' parameters may change, since they are read in each pass; the objects may not.
 
     Args:
         steps: Of the network.
-        with_norms: They must stay at their addresses as well.
+        with_norms: Whether the parameters of norms must stay at their addresses as well.
     """
 
     def __init__(self, steps: Steps, with_norms: bool = False) -> None:
@@ -143,13 +150,13 @@ class Parameters:
         self._placed = [*self._weights, *((*self._scales, *self._shifts) if with_norms else ())]
         self.may_be_kept = (
             all(
-                type(w) is nn.Parameter and not w.is_inference() and not is_shared(w)
+                type(w) is nn.Parameter and not w.is_inference() and not is_in_shared_memory(w)
                 for w in self._weights
             )
             and all(isinstance(t, Tensor) for t in (*self._scales, *self._shifts))
             and _are_together([*self._weights, *self._scales, *self._shifts])
         )
-        """Whether all are plain, on one device, and changes of the weights are counted."""
+        """Whether all are plain parameters on one device, and torch counts the changes of the weights."""
         if self.may_be_kept:
             self._versions = self._versions_now()
             self._addresses = self._addresses_now()
@@ -157,14 +164,13 @@ class Parameters:
         self._sources: list[Any] | None = None
 
     def note_what_is_kept(self) -> None:
-        """Note what is kept of the weights, now that all forms of them were made."""
-        if (
-            kept_weights.generation == self._generation
-        ):  # else nobody knows what was dropped meanwhile
+        """Note which forms of the weights are kept, once the plan has made all that it needs."""
+        # Otherwise something was dropped meanwhile, maybe of these weights.
+        if kept_weights.generation == self._generation:
             self._sources = list(map(kept_weights.source_of, self._weights))
 
-    def hold(self) -> bool:
-        """Whether they are what they were."""
+    def holds(self) -> bool:
+        """Whether they are the same objects, unchanged."""
         try:
             return self._are_there() and self._are_unchanged()
         except KeyError:  # somebody has taken one away
@@ -185,7 +191,7 @@ class Parameters:
         )
 
     def _are_kept(self) -> bool:
-        """Whether nothing that was made of the weights has been dropped since."""
+        """Whether no kept form of the weights has been dropped since."""
         generation = kept_weights.generation
         if generation != self._generation:
             if self._sources is None or None in self._sources:
@@ -207,7 +213,7 @@ def _are_together(tensors: Sequence[Tensor]) -> bool:
 
 
 def outer_modules(network: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the network and what is in it, without its parts and what is in those."""
+    """Return the network and the modules inside it, but not these parts nor what is inside them."""
     inner = set(parts)
     found: list[nn.Module] = []
     waiting = [network]
@@ -219,4 +225,4 @@ def outer_modules(network: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Mod
     return found
 
 
-__all__ = ["Parameters", "Structure", "outer_modules"]
+__all__ = ["ParameterGuard", "StructureGuard", "outer_modules"]

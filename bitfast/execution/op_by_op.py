@@ -1,7 +1,7 @@
-"""Running a network's steps one op after the other: differentiable, traceable, on any device and backend.
+"""A network's steps computed one op after the other: differentiable, traceable, on any device and backend.
 
-This is how networks are trained, and how they run in inference where no plan serves. A residual is added
-together with the norm that comes next, so that the sum is written once and read once.
+Networks are trained this way, and use it in inference where no plan can be made. A residual is added together
+with the norm that comes next, so that the sum is written once and read once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from bitfast.activations import activation_name
 from bitfast.blocks import add_to_shortcut
 from bitfast.execution.steps import (
     IMAGES,
-    Call,
+    CallModule,
     Convolve,
     Join,
     Normalize,
     Pool,
     Step,
     Steps,
-    Zeros,
+    ZeroPad,
     last_reads,
     normalized,
 )
@@ -34,9 +34,10 @@ from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.torch_state import is_concrete
 
 Layout = Callable[[Tensor], Tensor]
+"""Returns a tensor in another memory format."""
 
 
-def run(
+def compute(
     steps: Steps,
     images: Tensor,
     weights: Weights,
@@ -48,12 +49,12 @@ def run(
 
     Args:
         steps: Of the network.
-        images: (N, num_channels, H, W), in the layout to run in.
+        images: (N, num_channels, H, W), in the layout to compute in.
         weights: The standardized weights that are there already.
         wanted: The numbers of the stages (0 is the stem) whose outputs to return.
-        replaced: Applied to each wanted output; the network goes on from what it returns, brought back into the
-            layout to run in. None: the outputs are returned as they are.
-        source: The value that ``images`` are, if the steps begin with another.
+        replaced: Applied to each wanted output. The next step reads what it returns, in the layout to compute
+            in. None: the outputs are returned as they are.
+        source: The number of the value that ``images`` stand for, if the steps do not begin with the images.
 
     Returns:
         The wanted outputs, in order, and the result.
@@ -63,27 +64,27 @@ def run(
     values: dict[int, Tensor] = {source: images}
     sequence = steps.all()
     for step, dead in zip(sequence, last_reads(sequence, {steps.result}), strict=True):
-        _run_step(step, values, weights)
+        _compute_step(step, values, weights)
         for value in dead:
             values.pop(value, None)
-        times = wanted_values.count(step.result)  # what a stage without blocks returns is its input
+        times = wanted_values.count(step.result)  # a stage without blocks returns its input
         if times:
             x = values[step.result]
             outer = x if replaced is None else replaced(x)
             outputs += [outer] * times
-            if replaced is not None:  # so that there are gradients with respect to what is returned
+            if replaced is not None:  # so that gradients with respect to the output exist
                 values[step.result] = _laid_out_like(x, outer)
     return outputs, values[steps.result]
 
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
-    """Return the other tensor in the layout of x."""
+    """Return ``other`` in the layout of x."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return other.contiguous(memory_format=torch.channels_last)
     return other
 
 
-def _run_step(step: Step, values: dict[int, Tensor], weights: Weights) -> None:
+def _compute_step(step: Step, values: dict[int, Tensor], weights: Weights) -> None:
     if isinstance(step, Convolve):
         _convolve(step, values, weights)
     elif isinstance(step, Normalize):
@@ -93,7 +94,7 @@ def _run_step(step: Step, values: dict[int, Tensor], weights: Weights) -> None:
         values[step.result] = step.activation(add_to_shortcut(branch, values[step.shortcut]))
     elif isinstance(step, Pool):
         values[step.result] = step.pooler.with_zeros(values[step.source], step.zeros)
-    elif isinstance(step, Zeros):
+    elif isinstance(step, ZeroPad):
         values[step.result] = F.pad(values[step.source], (step.zeros,) * 4)
     else:
         values[step.result] = _call(step, values[step.source])
@@ -120,7 +121,7 @@ def _convolve(step: Convolve, values: dict[int, Tensor], weights: Weights) -> No
 
 
 def _may_differ(branch: Tensor, shortcut: Tensor) -> bool:
-    """Whether the two are known to be of different shapes: somebody has changed a convolution."""
+    """Whether branch and shortcut differ in shape, because somebody has changed a convolution."""
     return (
         is_concrete(branch) and not torch.compiler.is_compiling() and branch.shape != shortcut.shape
     )
@@ -149,10 +150,10 @@ def _through(drop_path: nn.Module | None, branch: Tensor) -> Tensor:
     return branch if is_idle else drop_path(branch)  # type: ignore[misc]
 
 
-def _call(step: Call, x: Tensor) -> Tensor:
+def _call(step: CallModule, x: Tensor) -> Tensor:
     if step.options is None:
         return step.module(x)
     return checkpoint(step.module, x, **step.options)
 
 
-__all__ = ["run"]
+__all__ = ["compute"]

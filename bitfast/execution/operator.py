@@ -1,14 +1,14 @@
 """A network in inference as one operator, for ``torch.compile``.
 
-The compiled program calls it, and it runs the network as it would run without a compiler: by a plan. So there
-is no graph break, sizes may be symbolic, changes of weights and of modules are followed, and nothing is slower.
+The compiled program calls the operator, which executes the network's plan as without a compiler. So there is
+no graph break, sizes may be symbolic, changes of weights and modules are noticed, and nothing is slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,23 @@ from torch import Tensor, nn
 from bitfast.backends import requested_backends, use_backend
 from bitfast.execution.plan import Request, lowering_for
 from bitfast.execution.plans import plans_named
+from bitfast.memory_format import format_for
 from bitfast.ops.common import LIBRARY, autocast_dtype
 from bitfast.ops.derivatives import refusing_derivatives
+from bitfast.torch_state import constant_when_compiled
 
 SIGNATURE = (
     "(Tensor images, Tensor[] parameters, str network, int last, int[] wanted, bool is_normed,"
     " bool channels_last, ScalarType? autocast, str demands) -> Tensor[]"
 )
-"""Takes all parameters, so that a compiler knows what the results depend on. Returns the wanted outputs, and
-the result if that is none of them."""
+"""Takes all parameters, so that the compiler knows what the results depend on. Returns the wanted outputs, and
+the result unless it is one of them."""
 
 
-def run_as_operator(
+def compute_as_operator(
     network: Any, images: Tensor, request: Request, channels_last: bool
 ) -> tuple[list[Tensor], Tensor] | None:
-    """Compute what is asked for of a network while a compiler traces, in inference.
+    """Compute a network's outputs by the operator, while a compiler traces, in inference.
 
     Args:
         network: A ``ForwardPass``.
@@ -39,8 +41,8 @@ def run_as_operator(
         channels_last: The layout of the results.
 
     Returns:
-        The wanted outputs and the result; None if the compiler should see the modules: somebody has to do with
-        one, or no plan serves.
+        The wanted outputs and the result; None if the compiler should trace the modules instead: one of them is
+        hooked, wrapped or replaced, or no plan can be made.
     """
     demands = ",".join([f"{op}={backend}" for op, backend in requested_backends().items()])
     autocast = autocast_dtype(images)
@@ -63,18 +65,15 @@ def run_as_operator(
     return outputs[: len(request.wanted)], outputs[-1]
 
 
+@constant_when_compiled
 def _can_be_operator(name: str, device_type: str, dtype: torch.dtype, demands: str) -> bool:
-    """Whether a plan serves a network, and nobody has to do with a module of it."""
+    """Whether a plan can be made for the network, and none of its modules is hooked, wrapped or replaced."""
     plans = plans_named(name)
     with _demanded(demands):
         if lowering_for(device_type, dtype) is None:
             return False
     steps = plans.read(plans.network)
     return steps is not None and steps.is_plannable()
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-_can_be_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _demanded(demands: str) -> AbstractContextManager[Any]:
@@ -86,45 +85,63 @@ def _demanded(demands: str) -> AbstractContextManager[Any]:
 # ---- the operator ---------------------------------------------------------------------------------
 
 
-class _Run(nn.Module):
-    """Lets ``functional_call`` run a network with other parameters."""
+class _NetworkCall(nn.Module):
+    """Lets ``functional_call`` compute a network with other parameters."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
 
     def forward(self, images: Tensor, request: Request) -> Any:
-        return self.network.run_unrestored(images, request)
+        return self.network.compute_in_own_layout(images, request)
 
 
-def _implementation(
-    images: Tensor,
-    parameters: Sequence[Tensor],
-    name: str,
-    last: int,
-    wanted: Sequence[int],
-    is_normed: bool,
-    channels_last: bool,
-    autocast: torch.dtype | None,
-    demands: str,
-) -> list[Tensor]:
-    plans = plans_named(name)
-    request = Request(last, tuple(wanted), is_normed)
-    with torch.no_grad(), _autocast(images.device.type, autocast), _demanded(demands):
-        if plans.are_parameters(parameters):
-            computed = plans.network.run_unrestored(images, request)
+class _Arguments(NamedTuple):
+    """The arguments of the operator, as :data:`SIGNATURE` has them."""
+
+    images: Tensor
+    parameters: Sequence[Tensor]
+    network: str
+    last: int
+    wanted: Sequence[int]
+    is_normed: bool
+    channels_last: bool
+    autocast: torch.dtype | None
+    demands: str
+
+    def request(self) -> Request:
+        """Return the request for the outputs."""
+        return Request(self.last, tuple(self.wanted), self.is_normed)
+
+    def layout(self) -> torch.memory_format:
+        """Return the layout of the results."""
+        return format_for(self.channels_last)
+
+
+def _implementation(*arguments: Any) -> list[Tensor]:
+    given = _Arguments(*arguments)
+    plans = plans_named(given.network)
+    images, request = given.images, given.request()
+    with (
+        torch.no_grad(),
+        _autocast(images.device.type, given.autocast),
+        _demanded(given.demands),
+    ):
+        if plans.are_parameters(given.parameters):
+            computed = plans.network.compute_in_own_layout(images, request)
         else:
             names = [f"network.{name}" for name, _ in plans.network.named_parameters()]
-            given = dict(zip(names, parameters, strict=True))
-            computed = torch.func.functional_call(_Run(plans.network), given, (images, request))
+            replacements = dict(zip(names, given.parameters, strict=True))
+            computed = torch.func.functional_call(
+                _NetworkCall(plans.network), replacements, (images, request)
+            )
     outputs, result = computed
     results = outputs if any(result is output for output in outputs) else [*outputs, result]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return [x.contiguous(memory_format=layout) for x in results]
+    return [x.contiguous(memory_format=given.layout()) for x in results]
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Let autocast be as it was when the program was traced."""
+    """Return a context in which autocast is as it was when the program was traced."""
     is_on = torch.is_autocast_enabled(device_type)
     if dtype is None:
         return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
@@ -133,25 +150,17 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextMan
     return torch.autocast(device_type, dtype)
 
 
-def _fake(
-    images: Tensor,
-    parameters: Sequence[Tensor],
-    name: str,
-    last: int,
-    wanted: Sequence[int],
-    is_normed: bool,
-    channels_last: bool,
-    autocast: torch.dtype | None,
-    demands: str,
-) -> list[Tensor]:
-    plans = plans_named(name)
-    request = Request(last, tuple(wanted), is_normed)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+def _fake(*arguments: Any) -> list[Tensor]:
+    given = _Arguments(*arguments)
+    images = given.images
     return [
         torch.empty(
-            shape, dtype=autocast or images.dtype, device=images.device, memory_format=layout
+            shape,
+            dtype=given.autocast or images.dtype,
+            device=images.device,
+            memory_format=given.layout(),
         )
-        for shape in plans.shapes(request, tuple(images.shape))
+        for shape in plans_named(given.network).shapes(given.request(), tuple(images.shape))
     ]
 
 
@@ -163,4 +172,4 @@ LIBRARY.impl(
 )
 torch.library.register_fake("bitfast::network.planned", _fake, lib=LIBRARY)
 
-__all__ = ["run_as_operator"]
+__all__ = ["compute_as_operator"]

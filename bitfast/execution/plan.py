@@ -1,13 +1,13 @@
-"""Plans: how one network runs in one setting, decided once.
+"""Plans: how one network is computed in one setting, decided once.
 
-A plan holds no decision. It runs programs one after the other, and between them the modules that somebody has
-to do with.
+Executing a plan decides nothing. It executes programs one after the other, and between them calls the modules
+that somebody has hooked, wrapped or replaced.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,56 +16,49 @@ from torch import Tensor, nn
 from bitfast.backends import why_unavailable
 from bitfast.execution import cpu, cuda, op_by_op
 from bitfast.execution.graph import GraphedPlan, Recorder, Results
-from bitfast.execution.guard import Parameters
-from bitfast.execution.program import Program
+from bitfast.execution.guard import ParameterGuard
+from bitfast.execution.program import Program, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, shapes_of
-from bitfast.execution.steps import Block, Call, Convolve, Join, Step, Steps
+from bitfast.execution.steps import Block, CallModule, Convolve, Join, Step, Steps
 from bitfast.execution.weights import standardized_weights
 from bitfast.memory import keep_freed_memory
-from bitfast.ops.norm_convolution import fuses
+from bitfast.ops.norm_convolution import uses_norm_convolution
 
 SLICE_BYTES = 7 * 2**20
-"""Of the first stage's output: what goes through the stages of high resolution together on a CPU."""
+"""Bytes of the first stage's output for the images that go through the high-resolution stages together."""
 
 FUSED_SLICE_BYTES = 28 * 2**20
-"""The same where convolutions normalize what they read: less memory passes by, and all that matters is that
-the C library has no map of its own for a feature map, as from 32 MiB on."""
+"""What :data:`SLICE_BYTES` is where convolutions normalize what they read. Less memory passes through the cache
+then; what matters is that feature maps stay below 32 MiB, from which on the C library maps each one anew."""
 
 STAGES_IN_SLICES = 2
-"""Later ones have small feature maps and large weights, which the whole batch should share."""
+"""Stages that a batch goes through in slices. Later ones have small feature maps and large weights, which are
+best read once for the whole batch."""
 
 
 class Lowering(Protocol):
-    """A module that lowers steps for some device."""
+    """What a module that lowers steps for a device has."""
 
     IMAGES_IN_SLICES: bool
-    """Whether a batch goes through the stages of high resolution a few images at a time."""
+    """Whether a batch goes through the high-resolution stages a few images at a time."""
+
+    RESERVED_PLACES: int
+    """How many places of a program the lowering uses for itself."""
 
     NEEDS_ADDRESSES_OF_NORMS: bool
-    """Whether programs hold the addresses of norms' parameters."""
+    """Whether programs hold addresses of norms' parameters, so that these must not move."""
 
     def serves(self, device_type: str, dtype: torch.dtype) -> bool:
-        """Whether it lowers networks of feature maps of this dtype, in this thread, as torch is set."""
+        """Whether it lowers networks with feature maps of this dtype, in this thread, as torch is set now."""
 
-    def lower(
-        self,
-        blocks: Sequence[Block],
-        source: int,
-        shape: Shape,
-        kept: Sequence[int],
-        shared: Container[int],
-        setting: Setting,
-    ) -> Program:
-        """Lower the steps of some blocks.
+    def lower(self, blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
+        """Emit the calls that compute the steps of some blocks.
 
         Args:
-            blocks: One after the other; none calls a module.
-            source: The value that the program is given, channels_last.
-            shape: Of that.
-            kept: The values that it returns.
-            shared: Values that nothing may overwrite.
-            setting: For which :meth:`serves` is true.
+            blocks: In order; none calls a module.
+            builder: Of the program, whose input is channels_last.
+            setting: A setting for which :meth:`serves` is true.
 
         Raises:
             ValueError: a block cannot add its branch to its shortcut, or an image is too small for a window.
@@ -73,16 +66,16 @@ class Lowering(Protocol):
 
 
 LOWERINGS: tuple[Any, ...] = (cuda, cpu)
-"""In the order in which they are asked."""
+"""The lowerings, in order of preference."""
 
 
 class Request(NamedTuple):
-    """What of a network is asked for.
+    """The outputs of a network that are asked for.
 
     Attributes:
         last: How many stages are computed.
         wanted: The stages (0 is the stem) whose outputs are returned, in order.
-        is_normed: The final norm is applied to the last of all stages.
+        is_normed: Whether the final norm is applied to the last of all stages.
     """
 
     last: int
@@ -90,22 +83,22 @@ class Request(NamedTuple):
     is_normed: bool
 
     def suits(self, steps: Steps) -> bool:
-        """Whether nobody would notice if what is not asked for were not called."""
+        """Whether the steps that are not asked for may be left out, since they call no hooked module."""
         return self.is_normed or steps.calls_none_from(self.last)
 
 
 class Plan:
-    """How a network runs in one setting.
+    """How a network is computed in one setting.
 
     Attributes:
-        parts: Run one after the other.
-        calls_modules: Between them, modules are called that somebody has to do with.
+        parts: Executed one after the other.
+        calls_modules: Whether some part calls a module that somebody has hooked, wrapped or replaced.
     """
 
     def __init__(
         self,
         steps: Steps,
-        parameters: Parameters,
+        parameters: ParameterGuard,
         setting: Setting,
         request: Request,
         lowering: Lowering,
@@ -117,33 +110,33 @@ class Plan:
         values = [steps.outputs[number] for number in request.wanted]
         wanted = list(dict.fromkeys(values))
         self.parts = _Planner(steps, setting, lowering, wanted, slice_bytes).parts()
-        # What a stage without blocks returns is its input.
+        # A stage without blocks returns its input, so that two outputs may be one value.
         self._repeated = [wanted.index(v) for v in values] if len(wanted) < len(values) else None
         parameters.note_what_is_kept()
-        self.calls_modules = any(isinstance(part, _Called) for part in self.parts)
+        self.calls_modules = any(isinstance(part, _ModulePart) for part in self.parts)
 
     def holds(self) -> bool:
-        """Whether the parameters are those that the plan was made for."""
-        return self._parameters.hold()
+        """Whether the parameters are still those that the plan was made for."""
+        return self._parameters.holds()
 
     def graphed(self, images: Tensor, recorder: Recorder) -> GraphedPlan:
-        """Return what runs the plan as a CUDA graph."""
+        """Return the plan as a CUDA graph, which is recorded at first."""
         if self._graph is None:
-            self._graph = GraphedPlan(self.run, images, recorder)
+            self._graph = GraphedPlan(self.execute, images, recorder)
         return self._graph
 
-    def run(self, images: Tensor) -> Results:
+    def execute(self, images: Tensor) -> Results:
         """Compute the network; return the wanted outputs and the result, channels_last."""
         if self._device is not None and torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                return self._run(images)
-        return self._run(images)
+                return self._execute(images)
+        return self._execute(images)
 
-    def _run(self, images: Tensor) -> Results:
+    def _execute(self, images: Tensor) -> Results:
         x = images.contiguous(memory_format=torch.channels_last)
         outputs: list[Tensor] = []
         for part in self.parts:
-            more, x = part.run(x)
+            more, x = part.execute(x)
             outputs += more
         if self._repeated is not None:
             outputs = [outputs[number] for number in self._repeated]
@@ -156,22 +149,22 @@ class Plan:
 class Part(Protocol):
     """Some blocks of a network."""
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the wanted outputs among the values of the blocks, and the last of these."""
 
 
-class _Programmed:
-    """Blocks whose input is known beforehand."""
+class _ProgramPart:
+    """Blocks whose input shape is known beforehand."""
 
     def __init__(self, program: Program, is_last_wanted: bool) -> None:
         self.program, self._wanted = program, None if is_last_wanted else -1
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        results = self.program.run(x)
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        results = self.program.execute(x)
         return results[: self._wanted], results[-1]
 
 
-class _Sliced:
+class _SlicedPart:
     """Blocks that a few images go through at a time.
 
     Their feature maps are then still in a cache when the next layer reads them, and small enough for the memory
@@ -184,45 +177,45 @@ class _Sliced:
         self.size, self.program, self.remainder = size, program, remainder
         self._wanted = None if is_last_wanted else -1
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         slices = []
         for images in x.split(self.size):
             is_whole = self.remainder is None or images.shape[0] == self.size
             program = self.program if is_whole else self.remainder
-            slices.append(program.run(images))  # type: ignore[union-attr]
+            slices.append(program.execute(images))  # type: ignore[union-attr]
         results = [torch.cat(parts) for parts in zip(*slices, strict=True)]
         return results[: self._wanted], results[-1]
 
 
-class _Called:
-    """A module that somebody has to do with."""
+class _ModulePart:
+    """A module that somebody has hooked, wrapped or replaced, and which is therefore called."""
 
     def __init__(self, module: nn.Module, is_wanted: bool) -> None:
         self.module, self._is_wanted = module, is_wanted
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         x = self.module(x)
         return [x] if self._is_wanted else [], x
 
 
-class _Adaptive:
-    """Blocks after such a module, whose output may be anything: lowered when it is there."""
+class _LatePart:
+    """Blocks after such a module. They are lowered when its output, which may be anything, is there."""
 
     def __init__(self, planner: _Planner, blocks: Sequence[Block]) -> None:
         self._planner, self._blocks = planner, blocks
-        self._programs: dict[Shape, _Programmed] = {}
+        self._programs: dict[Shape, _ProgramPart] = {}
 
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         setting = self._planner.setting
         is_usual = type(x) is Tensor and x.dim() == 4 and x.device == setting.device
         if not is_usual or x.dtype != setting.compute_dtype:
-            return self._planner.run_op_by_op(self._blocks, x)
+            return self._planner.compute_op_by_op(self._blocks, x)
         shape = tuple(x.shape)
         part = self._programs.get(shape)
         if part is None:
-            part = self._planner.programmed(self._blocks, shape)
+            part = self._planner.program_part(self._blocks, shape)
             self._programs[shape] = part
-        return part.run(x.contiguous(memory_format=torch.channels_last))
+        return part.execute(x.contiguous(memory_format=torch.channels_last))
 
 
 class _Planner:
@@ -246,35 +239,40 @@ class _Planner:
         early = self.early_blocks()
         size = self.images_at_a_time(early) if early else self.setting.shape[0]
         if size < self.setting.shape[0]:
-            parts.append(self.sliced(early, size))
+            parts.append(self.sliced_part(early, size))
             shape = self.shape_after(early, tuple(self.setting.shape))
             blocks = blocks[len(early) :]
-        for calls, group in itertools.groupby(blocks, lambda block: isinstance(block[0], Call)):
+        for calls, group in itertools.groupby(
+            blocks, lambda block: isinstance(block[0], CallModule)
+        ):
             members = list(group)
             if calls:
-                parts += [self.called(*block) for block in members]
+                parts += [self.module_part(*block) for block in members]
                 shape = None
             elif shape is None:
-                parts.append(_Adaptive(self, members))
+                parts.append(_LatePart(self, members))
             else:
-                parts.append(self.programmed(members, shape))
+                parts.append(self.program_part(members, shape))
         return parts
 
-    def programmed(self, blocks: Sequence[Block], shape: Shape) -> _Programmed:
+    def program_part(self, blocks: Sequence[Block], shape: Shape) -> _ProgramPart:
         kept = self.kept(blocks)
-        return _Programmed(self.program(blocks, shape, kept), self.is_wanted(kept[-1]))
+        return _ProgramPart(self.program(blocks, shape, kept), self.is_wanted(kept[-1]))
 
     def program(self, blocks: Sequence[Block], shape: Shape, kept: Sequence[int]) -> Program:
         source = blocks[0][0].source
-        shared = (source, *self.steps.outputs)  # a hook may hold what a module has returned
-        return self.lowering.lower(blocks, source, shape, kept, shared, self.setting)
+        shared = (source, *self.steps.outputs)  # hooks may hold on to what modules have returned
+        steps = [step for block in blocks for step in block]
+        builder = ProgramBuilder(steps, source, shape, kept, shared, self.lowering.RESERVED_PLACES)
+        self.lowering.lower(blocks, builder, self.setting)
+        return builder.program()
 
-    def called(self, step: Step) -> _Called:
-        assert isinstance(step, Call)
-        return _Called(step.module, self.is_wanted(step.result))
+    def module_part(self, step: Step) -> _ModulePart:
+        assert isinstance(step, CallModule)
+        return _ModulePart(step.module, self.is_wanted(step.result))
 
     def kept(self, blocks: Sequence[Block]) -> list[int]:
-        """Return the wanted values that the blocks make, and the last one that they make."""
+        """Return the wanted values that the blocks compute, then their last value."""
         made = {step.result for block in blocks for step in block}
         last = blocks[-1][-1].result
         return [*(v for v in self.wanted if v in made and v != last), last]
@@ -282,21 +280,21 @@ class _Planner:
     def is_wanted(self, value: int) -> bool:
         return value in self.wanted
 
-    def run_op_by_op(self, blocks: Sequence[Block], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def compute_op_by_op(self, blocks: Sequence[Block], x: Tensor) -> tuple[list[Tensor], Tensor]:
         steps = self.steps._replace(stem=(), stages=(tuple(blocks),), norm=())
         steps = steps._replace(result=blocks[-1][-1].result)
         wanted = [self.steps.outputs.index(v) for v in self.kept(blocks) if self.is_wanted(v)]
         weights = standardized_weights(steps.convolutions(), channels_last=False)
-        return op_by_op.run(steps, x, weights, wanted, source=blocks[0][0].source)
+        return op_by_op.compute(steps, x, weights, wanted, source=blocks[0][0].source)
 
     # ---- slices ----------------------------------------------------------------------------------------
 
     def early_blocks(self) -> list[Block]:
-        """Return the blocks of high resolution, if a batch may be cut before them."""
+        """Return the blocks that a batch goes through in slices; none if it must not be cut."""
         early = [self.steps.stem, *itertools.chain(*self.steps.stages[:STAGES_IN_SLICES])]
         may_be_cut = self.lowering.IMAGES_IN_SLICES and self.steps.stages and self.steps.stages[0]
-        if not may_be_cut or any(isinstance(step, Call) for block in early for step in block):
-            return []  # whoever watches a module sees it called once
+        if not may_be_cut or any(isinstance(step, CallModule) for block in early for step in block):
+            return []  # a hooked module must be called once for the whole batch
         return early
 
     def images_at_a_time(self, early: Sequence[Block]) -> int:
@@ -309,18 +307,18 @@ class _Planner:
         steps = [step for block in blocks for step in block]
         return shapes_of(steps, steps[0].source, shape)[steps[-1].result]
 
-    def sliced(self, blocks: Sequence[Block], size: int) -> _Sliced:
+    def sliced_part(self, blocks: Sequence[Block], size: int) -> _SlicedPart:
         count, *rest = self.setting.shape
         kept = self.kept(blocks)
         program = self.program(blocks, (size, *rest), kept)
         remainder = None
         if count % size:
             remainder = self.program(blocks, (count % size, *rest), kept)
-        return _Sliced(size, program, remainder, self.is_wanted(kept[-1]))
+        return _SlicedPart(size, program, remainder, self.is_wanted(kept[-1]))
 
 
 def _slice_bytes(setting: Setting) -> int:
-    is_fused = fuses(setting.device.type, setting.compute_dtype)
+    is_fused = uses_norm_convolution(setting.device.type, setting.compute_dtype)
     return FUSED_SLICE_BYTES if is_fused else SLICE_BYTES
 
 
@@ -335,16 +333,16 @@ def make_plan(
     request: Request,
     slice_bytes: int | None = None,
 ) -> Plan | None:
-    """Return the plan of a network for what is asked for; None if no plan can serve.
+    """Return the plan of a network for a request; None if there cannot be one.
 
     Args:
         network: A ``ForwardPass``.
-        steps: All of the network's, or None.
-        images: Of the setting.
-        setting: To plan for.
-        request: What is asked for.
-        slice_bytes: Of the first stage's output: what goes through the stages of high resolution together,
-            where the lowering cuts a batch. None: as much as suits the kernels.
+        steps: The steps of the whole network, or None.
+        images: Images of that setting.
+        setting: The setting to plan for.
+        request: The outputs to compute.
+        slice_bytes: Bytes of the first stage's output for the images that go through the high-resolution
+            stages together, where the lowering cuts a batch. None: as much as suits the kernels.
 
     Raises:
         TypeError, ValueError: The network cannot take such images.
@@ -356,7 +354,7 @@ def make_plan(
     if not all(convolution.keeps_weight() for convolution in steps.convolutions()):
         return None
     steps = steps.up_to(request.last, (), request.is_normed)
-    parameters = Parameters(steps, lowering.NEEDS_ADDRESSES_OF_NORMS)
+    parameters = ParameterGuard(steps, lowering.NEEDS_ADDRESSES_OF_NORMS)
     if not parameters.may_be_kept or _drops_paths(steps):
         return None
     keep_freed_memory()
@@ -364,12 +362,12 @@ def make_plan(
 
 
 def lowering_for(device_type: str, dtype: torch.dtype) -> Lowering | None:
-    """Return what lowers networks of feature maps of this dtype, if anything does."""
+    """Return the lowering for networks with feature maps of this dtype, or None."""
     return next((each for each in LOWERINGS if each.serves(device_type, dtype)), None)
 
 
 def why_no_plan(device_type: str, dtype: torch.dtype) -> str | None:
-    """Say why networks of feature maps of this dtype run without a plan; None if they run by one."""
+    """Return why there is no plan for networks with feature maps of this dtype; None if there is one."""
     if lowering_for(device_type, dtype) is not None:
         return None
     needed = {"cpu": ("native", "group_norm_act", "packed_convolution")}
@@ -380,7 +378,7 @@ def why_no_plan(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def _drops_paths(steps: Steps) -> bool:
-    """Whether a branch may be dropped, as in training."""
+    """Whether a branch may be dropped at random, as in training."""
     return any(
         step.drop_path is not None
         and type(step.drop_path) is not nn.Identity

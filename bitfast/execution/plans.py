@@ -1,4 +1,4 @@
-"""The plans of a network: a few, by setting, each as long as nothing that it was made for has changed."""
+"""The plans of a network, by setting. A plan is kept as long as modules and parameters stay unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bitfast.execution.graph import (
     is_recorded_by_others,
     may_replay,
 )
-from bitfast.execution.guard import Structure, outer_modules
+from bitfast.execution.guard import StructureGuard, outer_modules
 from bitfast.execution.plan import Plan, Request, make_plan
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, shapes_of
@@ -29,10 +29,10 @@ from bitfast.execution.steps import IMAGES, Steps, steps_of
 from bitfast.watching import is_every_module_watched
 
 MOST_PLANS = 16
-"""Plans that a network keeps: those of the settings it met last."""
+"""Plans that a network keeps, those made last; those that run as CUDA graphs do not count."""
 
 MOST_GRAPHS = 8
-"""Settings of a network that run as CUDA graphs."""
+"""Settings of a network that run as CUDA graphs, at most."""
 
 PlanKey: TypeAlias = tuple[Setting, Request]
 
@@ -41,11 +41,11 @@ class _Reading(NamedTuple):
     """A network as it was read, and the plans that were made of it."""
 
     steps: Steps | None
-    structure: Structure
+    structure: StructureGuard
     recomputations: list[Any]
     plans: OrderedDict[PlanKey, Plan]
     owners: tuple[list[dict[str, Any]], list[str]]
-    """Where the network's parameters stand: each under a name in a dictionary."""
+    """Where the network's parameters are: for each, the dictionary that holds it, and its name there."""
 
 
 _numbers = itertools.count()
@@ -53,7 +53,7 @@ _all_plans: weakref.WeakValueDictionary[str, Plans] = weakref.WeakValueDictionar
 
 
 def plans_named(name: str) -> Plans:
-    """Return the plans of that name, by which compiled programs refer to a network."""
+    """Return the plans of that name. Compiled programs refer to a network by it."""
     plans = _all_plans.get(name)
     if plans is None:
         raise RuntimeError(
@@ -63,15 +63,15 @@ def plans_named(name: str) -> Plans:
 
 
 class Plans:
-    """What was decided about how one network runs. Copies of the network start without any of it.
+    """The plans of one network. A copy of the network starts without any.
 
     Attributes:
-        name: Of this process's networks, no other has it.
+        name: Unique among the networks of this process.
         slice_bytes: See :func:`~bitfast.execution.plan.make_plan`; of the plans that are made from now on.
 
     Args:
         network: A ``ForwardPass``.
-        recorder: What records plans as graphs.
+        recorder: Records plans as graphs.
     """
 
     def __init__(self, network: Any, recorder: Recorder = CudaRecording) -> None:
@@ -92,7 +92,7 @@ class Plans:
         return type(None), ()
 
     def clear(self) -> None:
-        """Forget everything, and free its memory."""
+        """Forget all plans, and free their memory."""
         self._reading = None
 
     @property
@@ -111,20 +111,20 @@ class Plans:
         return [] if reading is None else list(reading.plans.values())
 
     def steps(self, network: Any) -> Steps | None:
-        """Return the steps of the network; None if somebody has to do with what is around them."""
-        # A compiler guards what it reads, a replica has modules of its own, and hooks of the whole process come
-        # and go without a trace in the modules.
-        is_passing = torch.compiler.is_compiling() or is_every_module_watched()
-        if is_passing or self._network() is not network:
+        """Return the steps of the network; None if a module around the stages has to be called."""
+        # Read anew: a compiler guards what it reads, hooks of the whole process leave no trace in the modules,
+        # and a replica (as of DataParallel) has modules of its own.
+        is_temporary = torch.compiler.is_compiling() or is_every_module_watched()
+        if is_temporary or self._network() is not network:
             return _steps_of(network)
         return self._read(network).steps
 
     def read(self, network: Any) -> Steps | None:
-        """Return the same, also while a compiler traces, which then does not guard what was read."""
+        """Return the steps as they were read last; a compiler that traces this does not guard what was read."""
         return self._read(network).steps
 
     def shapes(self, request: Request, images: Shape) -> list[Shape]:
-        """Return the shapes of the wanted outputs, and of the result if that is none of them."""
+        """Return the shapes of the wanted outputs, and of the result unless it is one of them."""
         reading = self._reading
         assert reading is not None
         assert reading.steps is not None
@@ -156,7 +156,7 @@ class Plans:
                 else [*steps.read, *steps.unusual]
             )
             reading = _Reading(
-                steps, Structure(inner, outer), recomputations, OrderedDict(), _owners(network)
+                steps, StructureGuard(inner, outer), recomputations, OrderedDict(), _owners(network)
             )
             self._reading = reading
         return reading
@@ -164,7 +164,7 @@ class Plans:
     def find(
         self, network: Any, images: Tensor, setting: Setting, request: Request
     ) -> Plan | GraphedPlan | None:
-        """Return the plan for what is asked for; None if no plan can serve.
+        """Return the plan for a setting and a request, made if need be; None if there cannot be one.
 
         Raises:
             TypeError, ValueError: The network cannot take such images.
@@ -175,13 +175,13 @@ class Plans:
         key = setting, request
         plan = reading.plans.get(key)
         if plan is None or not plan.holds():
-            if is_recorded_by_others():  # what a plan keeps must not lie in a graph's memory
+            if is_recorded_by_others():  # what a plan keeps must not lie in that graph's memory
                 return None
             plan = make_plan(network, reading.steps, images, setting, request, self.slice_bytes)
             if plan is None:
                 return None
             self._keep(reading.plans, key, plan)
-        if plan.calls_modules:  # a graph would call them once, when it is recorded
+        if plan.calls_modules:  # a graph would call them only once, while it is recorded
             return plan
         if self._recorded is not None:
             self._add_graph(reading, key)
@@ -203,7 +203,7 @@ class Plans:
         """Within the block, let every setting that the network meets run as a CUDA graph from then on.
 
         Yields:
-            What was met.
+            The settings and requests met so far.
         """
         recorded: list[PlanKey] = []
         self._recorded = recorded

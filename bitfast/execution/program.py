@@ -1,4 +1,4 @@
-"""Steps lowered to calls: each knows its kernel, its constants and the places of what it reads and makes."""
+"""Programs: steps lowered to calls that know their kernel, its constants and the places of its operands."""
 
 from __future__ import annotations
 
@@ -15,52 +15,53 @@ from bitfast.execution.steps import IMAGES, Convolve, Join, Step, last_reads
 from bitfast.layers import DynamicPad2d
 
 Places: TypeAlias = list[Any]
-"""What a running program holds; values that are never alive together share a place."""
+"""The values of a program under execution. Values that are never needed together share a place."""
 
-Run: TypeAlias = Callable[[Places], None]
+Call: TypeAlias = Callable[[Places], None]
+"""One call of a program: reads from some places and writes to others."""
 
 INPUT, NOTHING, UNUSED, RESERVED = 0, 1, 2, 3
-"""The first places: the program's input, None, what nobody reads, and the first that a lowering may reserve."""
+"""The first places: the input, None, results that nobody reads, and the first that a lowering may reserve."""
 
 
 class Program(NamedTuple):
     """Calls that compute the values of some steps, without gradients.
 
     Attributes:
-        calls: In order. None of them decides anything.
-        names: What each is, for people.
+        calls: In order.
+        names: What each call does, for people.
         places: How many places they need.
-        outputs: The places of what is returned.
+        outputs: The places of the values that are returned.
     """
 
-    calls: tuple[Run, ...]
+    calls: tuple[Call, ...]
     names: tuple[str, ...]
     places: int
     outputs: tuple[int, ...]
 
-    def run(self, x: Tensor) -> list[Tensor]:
+    def execute(self, x: Tensor) -> list[Tensor]:
         """Return the outputs for an input."""
         places: Places = [None] * self.places
         places[INPUT] = x
-        # Nobody below needs autograd, and each operator's question for it costs time.
+        # No gradients are recorded here, and each operator would spend time to find that out.
         with torch._C._AutoDispatchBelowAutograd():
             for call in self.calls:
                 call(places)
         return [places[place] for place in self.outputs]
 
 
-class Builder:
-    """Lays out a program: where each value stands, how long, and who may overwrite it.
+class ProgramBuilder:
+    """Builds a program: gives each value a place as long as it is needed, and says which may be overwritten.
 
-    A call reads its places before it writes to any, so that what a step reads for the last time may be buried
-    before its result gets a place, and the result takes that.
+    A call reads its places before it writes to any. So what a step reads for the last time may be freed before
+    its result gets a place, and the result may get that very place.
 
     Args:
         steps: What the program computes; none of them calls a module.
-        source: The value that it is given.
-        shape: Of that.
-        kept: The values that it returns.
-        shared: Values that nothing may overwrite, because somebody else may see them.
+        source: The number of the value that the program is given.
+        shape: The shape of that value.
+        kept: The values that the program returns.
+        shared: Values that must not be overwritten, because others may hold them.
         reserved: How many places the lowering uses for itself.
     """
 
@@ -76,7 +77,7 @@ class Builder:
         self.shapes: dict[int, Shape] = {source: shape}
         self._kept = kept
         self._shared = shared
-        self._calls: list[Run] = []
+        self._calls: list[Call] = []
         self._names: list[str] = []
         self._places: dict[int, int] = {source: INPUT}
         self._moments: dict[int, int] = {}
@@ -84,13 +85,13 @@ class Builder:
         self._size = RESERVED + reserved
         self._dead = dict(zip(map(id, steps), last_reads(steps, set(kept)), strict=True))
 
-    def emit(self, name: str, call: Run) -> None:
+    def emit(self, name: str, call: Call) -> None:
         """Append a call."""
         self._calls.append(call)
         self._names.append(name)
 
     def find_shape(self, step: Step) -> bool:
-        """Note the shape of a step's result; return whether its branch differs from its shortcut in shape.
+        """Note the shape of a step's result; return whether its branch and its shortcut differ in shape.
 
         Raises:
             ValueError: They cannot be added.
@@ -106,7 +107,7 @@ class Builder:
         return is_uneven
 
     def pad_before(self, step: Convolve, setting: Setting) -> Callable[[Tensor], Tensor] | None:
-        """Return what pads the source of a convolution; None if nothing has to."""
+        """Return a function that pads the source of a convolution; None if it needs no padding."""
         pad = step.convolution.pad
         if not isinstance(pad, DynamicPad2d):
             return None
@@ -114,24 +115,24 @@ class Builder:
         return pad.prepared(self.shapes[step.source], setting.device.type, dtype)
 
     def has(self, value: int) -> bool:
-        """Whether a value has been computed and is still there."""
+        """Whether a value has been computed and still has its place."""
         return value in self._places
 
     def place(self, value: int) -> int:
-        """Return where a value stands."""
+        """Return the place of a value."""
         return self._places[value]
 
     def moments(self, value: int) -> int:
-        """Return where the moments of a value stand, or where nothing does."""
+        """Return the place of a value's moments; :data:`NOTHING` (which holds None) if there are none."""
         return self._moments.get(value, NOTHING)
 
     def new(self, value: int) -> int:
-        """Give a value a place."""
+        """Give a value a new place; return it."""
         self._places[value] = place = self._new_place()
         return place
 
     def new_moments(self, value: int) -> int:
-        """Give the moments of a value a place."""
+        """Give the moments of a value a new place; return it."""
         self._moments[value] = place = self._new_place()
         return place
 
@@ -142,35 +143,35 @@ class Builder:
         return self._size - 1
 
     def move(self, value: int, other: int) -> int:
-        """Let a value stand in the place of another, which it overwrites."""
+        """Give a value the place of another, which it overwrites; return it."""
         place = self._places.pop(other)
         self.free(other)
         self._places[value] = place
         return place
 
     def put(self, value: int, place: int) -> int:
-        """Let a value stand where :meth:`take` has taken another away."""
+        """Give a value a place that :meth:`take` has returned; return it."""
         self._places[value] = place
         return place
 
     def take(self, value: int) -> int:
-        """Take a value away and return its place, which nobody gets before it is put or freed."""
+        """Remove a value and return its place, which is not given away before it is freed."""
         return self._places.pop(value)
 
     def free_place(self, place: int) -> None:
-        """Free a place that was taken."""
+        """Free a place that :meth:`take` has returned."""
         self._free.append(place)
 
-    def dies(self, step: Step, value: int) -> bool:
-        """Whether nobody reads a value after a step."""
+    def is_last_read(self, step: Step, value: int) -> bool:
+        """Whether no later step reads a value."""
         return value in self._dead[id(step)]
 
     def may_overwrite(self, step: Step, value: int) -> bool:
         """Whether a step may write over a value."""
-        return self.dies(step, value) and value not in self._shared
+        return self.is_last_read(step, value) and value not in self._shared
 
-    def bury(self, step: Step) -> None:
-        """Free the places of what nobody reads after a step."""
+    def free_after(self, step: Step) -> None:
+        """Free the places of the values that no later step reads."""
         for value in self._dead[id(step)]:
             self.free(value)
 
@@ -181,9 +182,9 @@ class Builder:
         ]
 
     def program(self) -> Program:
-        """Return what was laid out."""
+        """Return the program."""
         outputs = tuple(self._places[value] for value in self._kept)
         return Program(tuple(self._calls), tuple(self._names), self._size, outputs)
 
 
-__all__ = ["NOTHING", "RESERVED", "UNUSED", "Builder", "Places", "Program", "Run"]
+__all__ = ["NOTHING", "RESERVED", "UNUSED", "Call", "Places", "Program", "ProgramBuilder"]

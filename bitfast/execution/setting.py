@@ -1,6 +1,6 @@
-"""What a pass depends on besides the network: the images' metadata, and the state that torch is in.
+"""What a pass depends on besides the network: the images' metadata, and torch's global state.
 
-This is the only place that asks torch for its state on behalf of a whole network, once a pass.
+For a whole network torch's state is read only here, once a pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitfast.backends import requested_backends, select_backend
 from bitfast.ops.common import autocast_dtype
-from bitfast.ops.packed_convolution import packs
+from bitfast.ops.packed_convolution import uses_packed_weights
 from bitfast.torch_state import is_concrete, is_dispatch_watched
 from bitfast.watching import is_every_module_watched
 
@@ -21,10 +21,10 @@ class Setting(NamedTuple):
     """What a plan is made for.
 
     Attributes:
-        device, dtype, shape, strides: Of the images.
+        device, dtype, shape, strides: Those of the images.
         autocast: The dtype that autocast asks for, or None.
-        demands: The backends that are demanded, by op.
-        switches: torch's own switches for oneDNN, or for cuDNN: on, benchmark, deterministic, TF32.
+        demands: The backends that :func:`~bitfast.use_backend` demands, by op.
+        switches: torch's switches: whether oneDNN is on, or for cuDNN: on, benchmark, deterministic, TF32.
     """
 
     device: torch.device
@@ -42,10 +42,10 @@ class Setting(NamedTuple):
 
 
 def planned_setting(images: Tensor) -> Setting | None:
-    """Return the setting in which images are computed; None if no plan may serve in it.
+    """Return the setting of a pass over these images; None if it must not be planned.
 
-    None may where gradients are recorded, or where somebody follows the operators: a tracer, a transform, a
-    compiler, a mode, a subclass of tensors.
+    Passes are not planned where gradients are recorded, or where somebody must see each operator: a tracer, a
+    transform, a compiler, a mode, a subclass of tensors.
     """
     if (
         torch.is_grad_enabled()
@@ -78,18 +78,18 @@ def _cudnn_switches() -> tuple[bool, ...]:
     )
 
 
-def runs_channels_last(x: Tensor) -> bool:
-    """Whether a network on such images should run channels_last, whatever their own layout.
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether a network should compute such images in channels_last, whatever their own layout.
 
-    It should where the norms run in Triton, and on the CPU where they run in C++ and the convolutions in
-    oneDNN: these are fastest there.
+    It should where norms are Triton kernels, and on the CPU where norms are C++ kernels and convolutions
+    oneDNN's: these are fastest in channels_last.
     """
     if not is_concrete(x) or x.dim() != 4:
         return False
     backend = select_backend("group_norm_act", x.device.type, x.dtype)
     return backend == "triton" or (
-        backend == "native" and packs(x.device.type, autocast_dtype(x) or x.dtype)
+        backend == "native" and uses_packed_weights(x.device.type, autocast_dtype(x) or x.dtype)
     )
 
 
-__all__ = ["Setting", "planned_setting", "runs_channels_last"]
+__all__ = ["Setting", "planned_setting", "prefers_channels_last"]

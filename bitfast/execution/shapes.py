@@ -1,4 +1,4 @@
-"""The shapes of a network's values, which follow from the images' by arithmetic; sizes may be symbolic."""
+"""The shapes of a network's values, computed from the shape of the images; sizes may be symbolic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitfast.blocks import check_summands
-from bitfast.execution.steps import Call, Convolve, Join, Pool, Step, Zeros
+from bitfast.execution.steps import CallModule, Convolve, Join, Pool, Step, ZeroPad
 from bitfast.layers import DynamicPad2d, WeightStandardizedConv2d, pair_of
 from bitfast.ops.same_padding import same_padding
 from bitfast.pooling import MaxPool2d
@@ -20,10 +20,10 @@ Size = tuple[Any, Any]
 
 
 def shape_after(step: Step, source: Shape) -> Shape:
-    """Return the shape of a step's result; its source has the shape ``source``.
+    """Return the shape of a step's result, given the shape of its source.
 
     Raises:
-        TypeError: the step calls a module, of which nothing is known.
+        TypeError: the step calls a module, whose output shape is not known.
     """
     images, channels, height, width = source
     size = height, width
@@ -31,9 +31,9 @@ def shape_after(step: Step, source: Shape) -> Shape:
         return (images, step.convolution.weight.shape[0], *_convolved(step.convolution, size))
     if isinstance(step, Pool):
         return (images, channels, *_pooled(step.pooler, step.zeros, size))
-    if isinstance(step, Zeros):
+    if isinstance(step, ZeroPad):
         return (images, channels, *padded_size(size, (step.zeros,) * 4))
-    if isinstance(step, Call):
+    if isinstance(step, CallModule):
         raise TypeError(
             f"what {type(step.module).__name__} returns is not known before it is called"
         )
@@ -41,7 +41,7 @@ def shape_after(step: Step, source: Shape) -> Shape:
 
 
 def shapes_of(steps: Sequence[Step], source: int, shape: Shape) -> dict[int, Shape]:
-    """Return the shapes of the values that steps make of a source of this shape.
+    """Return the shapes of the values that steps compute from a source of this shape, by number.
 
     Raises:
         TypeError: A step calls a module.
@@ -77,14 +77,14 @@ def _pooled(pooler: MaxPool2d, zeros: int, size: Size) -> list[Any]:
 
 
 def padded_by(pad: Any, size: Size) -> Size:
-    """Return (height, width) after a module that pads for a window, or does nothing."""
+    """Return (height, width) after the padding of a module; only a :class:`DynamicPad2d` pads."""
     if not isinstance(pad, DynamicPad2d):
         return size
     return padded_size(size, padding_of(pad, size))
 
 
 def padding_of(pad: DynamicPad2d, size: Size) -> list[Any]:
-    """Return (top, bottom, left, right) of what the module adds to an input of this height and width."""
+    """Return the (top, bottom, left, right) that the module pads an input of this height and width by."""
     if pad.kernel_size == (1, 1):
         return [0, 0, 0, 0]
     return same_padding(size, pad.kernel_size, pad.stride, pad.dilation)

@@ -1,8 +1,8 @@
-"""The network as data: what is to be computed, step by step, whoever wrote the modules.
+"""The network as data: what is to be computed, step by step.
 
-A step holds modules, not tensors, and names the values that it reads and makes by number. Only where nobody
-could tell is a module read as a step: where somebody hooks, wraps, replaces, subclasses or compiles one, the
-block (or stem, or stage) around it becomes one step that calls it as it is.
+A step holds modules, not tensors; the values that it reads and computes have numbers. A module is read as a
+step only if nobody can tell that from calling it. Where somebody hooks, wraps, replaces, subclasses or
+compiles a module, the block (or stem, or stage) around it becomes one step that calls it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bitfast.pooling import MaxPool2d
 from bitfast.watching import is_plain, runs_as_written
 
 IMAGES = 0
-"""The number of the value that a network is given."""
+"""The number of the images, the value that a network is given."""
 
 
 class Convolve(NamedTuple):
@@ -33,12 +33,12 @@ class Convolve(NamedTuple):
 
     Attributes:
         source: The value that is read.
-        norm: Applied to it before, with its activation.
-        convolution: With its padding.
-        result: The value that is made.
+        norm: Applied to the source first, with its activation.
+        convolution: Applied with its padding.
+        result: The value that is computed.
         shortcut: The value that the convolution is added to.
-        drop_path: What the convolution goes through before that; idle in inference.
-        then: The norm that reads the result next, if nothing else comes in between.
+        drop_path: Applied to the convolution before it is added; does nothing in inference.
+        then: The norm that is applied to the result next, if nothing else reads the result in between.
     """
 
     source: int
@@ -58,8 +58,8 @@ class Normalize(NamedTuple):
     result: int
 
 
-class Zeros(NamedTuple):
-    """``result`` is the source with so many zeros on all four sides."""
+class ZeroPad(NamedTuple):
+    """``result`` is the source, padded with ``zeros`` zeros on each of its four sides."""
 
     source: int
     zeros: int
@@ -67,7 +67,7 @@ class Zeros(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """``result = pooler(source)``, after so many zeros were put on all four sides of the source."""
+    """``result = pooler(source)``, the source being padded with ``zeros`` zeros on each side first."""
 
     source: int
     zeros: int
@@ -86,10 +86,10 @@ class Join(NamedTuple):
     result: int
 
 
-class Call(NamedTuple):
-    """``result = module(source)``: somebody else has a say in what is computed.
+class CallModule(NamedTuple):
+    """``result = module(source)``: a module that cannot be read as a step, and is called.
 
-    ``options``: of ``torch.utils.checkpoint.checkpoint``, if the backward pass is to compute it again.
+    ``options`` are those of ``torch.utils.checkpoint.checkpoint`` if the backward pass recomputes the module.
     """
 
     source: int
@@ -98,13 +98,13 @@ class Call(NamedTuple):
     options: dict[str, Any] | None = None
 
 
-Step: TypeAlias = Convolve | Normalize | Zeros | Pool | Join | Call
+Step: TypeAlias = Convolve | Normalize | ZeroPad | Pool | Join | CallModule
 Block: TypeAlias = tuple[Step, ...]
 """The steps of a stem, of a residual block, or of the final norm."""
 
 
 def normalized(value: int) -> int:
-    """Return the number of what the norm that reads a value makes of it."""
+    """Return the number of a value after the norm that is applied to it."""
     return ~value
 
 
@@ -119,7 +119,7 @@ def reads_of(step: Step) -> tuple[int, ...]:
 
 
 def last_reads(steps: Sequence[Step], kept: Container[int]) -> list[list[int]]:
-    """Return for each step the values that nobody reads after it, but for those that are to be kept."""
+    """Return, for each step, the values that it reads last, without those that are to be kept."""
     dead: list[list[int]] = []
     read_later: set[int] = set()
     for step in reversed(steps):
@@ -135,12 +135,12 @@ class Steps(NamedTuple):
     Attributes:
         stem: Its steps.
         stages: The blocks of each stage.
-        norm: What normalizes the output of the last stage; nothing if that is taken as it is.
-        outputs: The values that the stem and each stage make.
-        result: The value that ``norm`` makes.
+        norm: The step of the final norm; empty if there is none.
+        outputs: The values that the stem and each stage compute.
+        result: The last value, after the final norm if there is one.
         values: How many values there are.
-        read: The modules that were found to run as they are written, and those that only hold others.
-        unusual: Modules that were found not to.
+        read: The modules that were read as steps, and those that only contain others.
+        unusual: The modules that could not be read: hooked, wrapped, replaced or the like.
     """
 
     stem: Block
@@ -165,26 +165,25 @@ class Steps(NamedTuple):
         return [step.convolution for step in self.all() if isinstance(step, Convolve)]
 
     def is_plannable(self) -> bool:
-        """Whether nobody has to do with any module, all convolutions can keep their weights, and each stage
-        has a block."""
+        """Whether no module has to be called, all convolutions keep their weights, and no stage is empty."""
         return (
             all(self.stages)
-            and not any(isinstance(step, Call) for step in self.all())
+            and not any(isinstance(step, CallModule) for step in self.all())
             and all(convolution.keeps_weight() for convolution in self.convolutions())
         )
 
     def calls_none_from(self, stage: int) -> bool:
-        """Whether everything after so many stages consists of steps that nobody sees."""
+        """Whether nothing after the first ``stage`` stages, the final norm included, calls a module."""
         later = [step for blocks in self.stages[stage:] for block in blocks for step in block]
-        return not any(isinstance(step, Call) for step in (*later, *self.norm))
+        return not any(isinstance(step, CallModule) for step in (*later, *self.norm))
 
     def up_to(self, last: int, cuts: Iterable[int], is_normed: bool) -> Steps:
         """Return the steps of the stem and the first stages.
 
         Args:
             last: How many stages.
-            cuts: The stages (1 is the first) after whose output somebody else steps in, so that the norm that
-                comes next is not applied before.
+            cuts: The stages (1 is the first) whose outputs are handed to the caller, so that the next norm must
+                not be computed together with them.
             is_normed: Whether the final norm follows, after all of the stages.
         """
         stages = list(self.stages[:last])
@@ -209,12 +208,12 @@ def steps_of(
 
     Args:
         stem: Maps images to the first feature map.
-        stages: Follow one another.
-        norm: Normalizes what the last of them makes.
-        containers: Modules that are called around the stages, and only call these.
+        stages: In order.
+        norm: Normalizes the output of the last stage.
+        containers: Modules that contain the stages and do nothing but call them.
 
     Returns:
-        The steps; None if somebody has to do with a container, which must be called then.
+        The steps; None if a container is hooked, wrapped or replaced, and must be called.
     """
     return _Reader().read(stem, stages, norm, containers)
 
@@ -234,7 +233,7 @@ class _Reader:
         norm: nn.Module,
         containers: Sequence[nn.Module],
     ) -> Steps | None:
-        if not self.reads(*containers):
+        if not self.can_read(*containers):
             return None
         stem_steps, x = self.stem(stem)
         outputs = [x]
@@ -246,7 +245,7 @@ class _Reader:
                 blocks[-1].append(steps)
             outputs.append(x)
         final, result = self.final_norm(norm, x)
-        self.announce_norms(blocks, final)
+        self.note_following_norms(blocks, final)
         return Steps(
             stem_steps,
             tuple(map(tuple, blocks)),
@@ -262,10 +261,10 @@ class _Reader:
         self.values += 1
         return self.values - 1
 
-    # ---- what is as written ----------------------------------------------------------------------
+    # ---- what can be read ----------------------------------------------------------------------
 
-    def reads(self, *modules: nn.Module | None) -> bool:
-        """Whether all these modules run as written."""
+    def can_read(self, *modules: nn.Module | None) -> bool:
+        """Whether all modules run as written; they are noted as read, the first that does not as unusual."""
         for module in modules:
             if module is None:
                 continue
@@ -275,57 +274,59 @@ class _Reader:
             self.seen.append(module)
         return True
 
-    def reads_convolution(self, convolution: nn.Module) -> bool:
+    def can_read_convolution(self, convolution: nn.Module) -> bool:
         return (
             is_plain(convolution, WeightStandardizedConv2d)
             and (convolution.pad is None or is_plain(convolution.pad, DynamicPad2d))
-            and self.reads(convolution, convolution.pad)
+            and self.can_read(convolution, convolution.pad)
             and convolution.is_simple()
         )
 
-    def reads_norm(self, norm: nn.Module) -> bool:
+    def can_read_norm(self, norm: nn.Module) -> bool:
         return (
             is_plain(norm, GroupNormActivation)
-            and self.reads(norm)
+            and self.can_read(norm)
             and norm.has_scale_and_shift()
-            and self.reads(norm.activation)
+            and self.can_read(norm.activation)
             and norm.fused_activation() is not None
         )
 
-    def reads_drop_path(self, block: ResidualBlock) -> bool:
-        return type(block.drop_path) in block.idle_in_inference and self.reads(block.drop_path)
+    def can_read_drop_path(self, block: ResidualBlock) -> bool:
+        return type(block.drop_path) in block.idle_in_inference and self.can_read(block.drop_path)
 
-    def reads_downsample(self, downsample: BitDownsampleConv | None) -> bool:
+    def can_read_downsample(self, downsample: BitDownsampleConv | None) -> bool:
         if downsample is None:
             return True
-        if type(downsample) is not BitDownsampleConv or not self.reads(downsample, downsample.norm):
+        if type(downsample) is not BitDownsampleConv or not self.can_read(
+            downsample, downsample.norm
+        ):
             return False
         is_normed = type(downsample.norm) is not nn.Identity
-        return self.reads_convolution(downsample.conv) and (
-            not is_normed or self.reads_norm(downsample.norm)
+        return self.can_read_convolution(downsample.conv) and (
+            not is_normed or self.can_read_norm(downsample.norm)
         )
 
     # ---- the stem ----------------------------------------------------------------------------------
 
     def stem(self, stem: nn.Module) -> tuple[Block, int]:
-        """Return the steps of a stem and the value that they make."""
+        """Return the steps of a stem, and the number of its output."""
         steps: list[Step] = []
         x = IMAGES
-        if not _says_its_parts(stem) or not self.reads(stem):
+        if not _parts_describe_forward(stem) or not self.can_read(stem):
             return self.call(stem, x)
         zeros = 0
         for part in stem.parts():  # type: ignore[operator]
-            if (more := zeros_of(part)) is not None and self.reads(part):
+            if (more := zeros_of(part)) is not None and self.can_read(part):
                 zeros += more
                 continue
             if zeros and not isinstance(part, MaxPool2d):
-                steps.append(Zeros(x, zeros, x := self.value()))
+                steps.append(ZeroPad(x, zeros, x := self.value()))
                 zeros = 0
-            if self.reads_convolution(part):
+            if self.can_read_convolution(part):
                 steps.append(Convolve(x, None, part, x := self.value()))
-            elif self.reads_norm(part):
+            elif self.can_read_norm(part):
                 steps.append(Normalize(x, part, x := self.value()))
-            elif is_plain(part, MaxPool2d) and self.reads(part, part.pad) and part.is_fused():
+            elif is_plain(part, MaxPool2d) and self.can_read(part, part.pad) and part.is_fused():
                 steps.append(Pool(x, zeros, part, x := self.value()))
                 zeros = 0
             else:
@@ -337,11 +338,11 @@ class _Reader:
     # ---- stages and blocks ---------------------------------------------------------------------------
 
     def parts(self, stage: nn.Module) -> list[tuple[nn.Module, dict[str, Any] | None]]:
-        """Return the blocks of a stage, each with options of a checkpoint or None; else the stage itself."""
+        """Return the blocks of a stage (or the stage itself), each with options of a checkpoint or None."""
         if (
             not isinstance(stage, BitStage)
-            or not _says_its_parts(stage)
-            or not self.reads(stage)
+            or not _parts_describe_forward(stage)
+            or not self.can_read(stage)
             or not stage.calls_each_block()
         ):
             return [(stage, None)]
@@ -350,12 +351,12 @@ class _Reader:
         return [(layer, options) for layer in stage.parts()]
 
     def block(self, module: nn.Module, options: dict[str, Any] | None, x: int) -> tuple[Block, int]:
-        """Return the steps of a block and the value that they make."""
-        if options is None and self.reads(module):
+        """Return the steps of a block, and the number of its output."""
+        if options is None and self.can_read(module):
             if is_plain(module, BitPreActivationBottleneckLayer):
-                if self.reads_preactivation(module):
+                if self.can_read_preactivation(module):
                     return self.preactivation(module, x)
-            elif is_plain(module, BitBottleneckLayer) and self.reads_bottleneck(module):
+            elif is_plain(module, BitBottleneckLayer) and self.can_read_bottleneck(module):
                 return self.bottleneck(module, x)
         return self.call(module, x, options)
 
@@ -363,15 +364,15 @@ class _Reader:
         self, module: nn.Module, x: int, options: dict[str, Any] | None = None
     ) -> tuple[Block, int]:
         result = self.value()
-        return (Call(x, module, result, options),), result
+        return (CallModule(x, module, result, options),), result
 
-    def reads_preactivation(self, block: BitPreActivationBottleneckLayer) -> bool:
+    def can_read_preactivation(self, block: BitPreActivationBottleneckLayer) -> bool:
         downsample = block.downsample
         return (
-            all(map(self.reads_norm, (block.norm1, block.norm2, block.norm3)))
-            and all(map(self.reads_convolution, (block.conv1, block.conv2, block.conv3)))
-            and self.reads_drop_path(block)
-            and self.reads_downsample(downsample)
+            all(map(self.can_read_norm, (block.norm1, block.norm2, block.norm3)))
+            and all(map(self.can_read_convolution, (block.conv1, block.conv2, block.conv3)))
+            and self.can_read_drop_path(block)
+            and self.can_read_downsample(downsample)
             and (downsample is None or type(downsample.norm) is nn.Identity)
         )
 
@@ -389,14 +390,14 @@ class _Reader:
         ]
         return tuple(steps), result
 
-    def reads_bottleneck(self, block: BitBottleneckLayer) -> bool:
+    def can_read_bottleneck(self, block: BitBottleneckLayer) -> bool:
         return (
-            all(map(self.reads_norm, (block.norm1, block.norm2, block.norm3)))
+            all(map(self.can_read_norm, (block.norm1, block.norm2, block.norm3)))
             and block.norm3.fused_activation() == "none"
-            and all(map(self.reads_convolution, (block.conv1, block.conv2, block.conv3)))
-            and self.reads_drop_path(block)
-            and self.reads_downsample(block.downsample)
-            and self.reads(block.activation)
+            and all(map(self.can_read_convolution, (block.conv1, block.conv2, block.conv3)))
+            and self.can_read_drop_path(block)
+            and self.can_read_downsample(block.downsample)
+            and self.can_read(block.activation)
             and activation_name(block.activation) is not None
         )
 
@@ -423,15 +424,15 @@ class _Reader:
     # ---- the norms between -----------------------------------------------------------------------------
 
     def final_norm(self, norm: nn.Module, x: int) -> tuple[Block, int]:
-        if type(norm) is nn.Identity and self.reads(norm):
+        if type(norm) is nn.Identity and self.can_read(norm):
             return (), x
-        if self.reads_norm(norm):
+        if self.can_read_norm(norm):
             result = self.value()
             return (Normalize(x, norm, result),), result  # type: ignore[arg-type]
         return self.call(norm, x)
 
-    def announce_norms(self, stages: list[list[Block]], final: Block) -> None:
-        """Tell the last step of each block which norm reads its result next."""
+    def note_following_norms(self, stages: list[list[Block]], final: Block) -> None:
+        """Note in the last step of each block which norm reads its result next."""
         places = [(blocks, k) for blocks in stages for k in range(len(blocks))]
         followers = [*(blocks[k] for blocks, k in places[1:]), final]
         for (blocks, k), following in zip(places, followers, strict=False):
@@ -445,7 +446,7 @@ class _Reader:
 
 
 def shrinks(convolution: WeightStandardizedConv2d) -> bool:
-    """Whether the convolution loses the border, for want of padding."""
+    """Whether the output is smaller than the input because the convolution has no padding."""
     return (
         convolution.kernel_size != (1, 1)
         and convolution.pad is None
@@ -453,8 +454,8 @@ def shrinks(convolution: WeightStandardizedConv2d) -> bool:
     )
 
 
-def _says_its_parts(module: nn.Module) -> bool:
-    """Whether the class that says what the module consists of is the one that says how it runs."""
+def _parts_describe_forward(module: nn.Module) -> bool:
+    """Whether one class defines both ``parts`` and ``forward``, so that the parts are what forward calls."""
     definers = [
         next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
         for name in ("forward", "parts")
@@ -463,7 +464,7 @@ def _says_its_parts(module: nn.Module) -> bool:
 
 
 def zeros_of(pad: nn.Module) -> int | None:
-    """Return how many zeros a module puts on each side, if that is all that it does."""
+    """Return how many zeros a module pads each side with; None if it does anything else."""
     if type(pad) is nn.Identity:
         return 0
     if type(pad) not in (nn.ConstantPad2d, nn.ZeroPad2d) or pad.value != 0:

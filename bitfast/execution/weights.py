@@ -1,7 +1,7 @@
 """The standardized weights of a network's convolutions, brought up to date before a pass.
 
-Where the backend can, all that have to be computed take one launch instead of one each. Those that need no
-gradient are kept for the next pass, in the store of :mod:`bitfast.ops.kept_weights`.
+Where the backend can, one launch standardizes all of them. Those that need no gradient are kept for the next
+pass, in the store of :mod:`bitfast.ops.kept_weights`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitfast.backends import requested_backends, select_backend, use_backend
 from bitfast.inference_tensors import make_ordinary
-from bitfast.kernels.kept import is_capturing
+from bitfast.kernels.device_cache import is_capturing
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.kept_weights import Source, kept_weights
@@ -34,16 +34,16 @@ Made = TypeVar("Made")
 def recorded_weights(
     convolutions: Sequence[WeightStandardizedConv2d], channels_last: bool
 ) -> Weights:
-    """Return the weights that autograd or a compiler sees computed, where it pays to compute them together.
+    """Standardize weights so that autograd or a compiler can follow, where one launch for all of them pays.
 
     Args:
-        convolutions: Those that are not among the results standardize their weights when they are run.
-        channels_last: The layout of the results; else that of each weight.
+        convolutions: Those that are not among the results standardize their weights themselves.
+        channels_last: Whether the results are channels_last; else each has the layout of its weight.
     """
     together = [
         convolution
         for convolution in convolutions
-        if _is_there(convolution) and standardizes_together(convolution.weight)
+        if _has_plain_weight(convolution) and standardizes_together(convolution.weight)
     ]
     by_eps: dict[float, list[WeightStandardizedConv2d]] = {}
     for convolution in together:
@@ -60,22 +60,22 @@ def recorded_weights(
 def standardized_weights(
     convolutions: Sequence[WeightStandardizedConv2d], channels_last: bool
 ) -> Weights:
-    """Return the weights that a pass begins with: recorded where they need a gradient, else kept.
+    """Return the standardized weights for a pass: recorded by autograd where they need a gradient, else kept.
 
     Args:
-        convolutions: Those whose weight is not there yet, or is no plain parameter, are left to themselves.
-        channels_last: The layout of the results; else that of each weight.
+        convolutions: Those whose weight is no plain parameter, or has no contents, are left to themselves.
+        channels_last: Whether the results are channels_last; else each has the layout of its weight.
     """
-    # Neither a compiler nor the replay of a graph sees whether parameters change.
+    # A compiled program, or the replay of a graph, does not see whether parameters have changed.
     if torch.compiler.is_compiling() or is_capturing():
         return recorded_weights(convolutions, channels_last)
-    plain = [convolution for convolution in convolutions if _is_there(convolution)]
+    plain = [convolution for convolution in convolutions if _has_plain_weight(convolution)]
     recorded: list[WeightStandardizedConv2d] = []
     others: list[WeightStandardizedConv2d] = []
     for convolution in plain:
         needs_gradient = torch.is_grad_enabled() and convolution.weight.requires_grad
         (recorded if needs_gradient else others).append(convolution)
-    # Who records a weight is going to change it.
+    # A weight that needs a gradient is about to be changed by an optimizer.
     kept_weights.drop(convolution.weight for convolution in recorded)
     return recorded_weights(recorded, channels_last) | kept_standardized(others, channels_last)
 
@@ -83,7 +83,7 @@ def standardized_weights(
 def kept_standardized(
     convolutions: Sequence[WeightStandardizedConv2d], channels_last: bool
 ) -> Weights:
-    """Return the standardized weights without gradients; kept, but for those of inference mode."""
+    """Return the standardized weights, without gradients. All but inference tensors are kept."""
     for convolution in convolutions:
         make_ordinary(convolution.weight)
     convolutions = [c for c in convolutions if not c.weight.is_inference()]
@@ -102,7 +102,7 @@ def kept_standardized(
 
 
 def form_of(convolution: WeightStandardizedConv2d, channels_last: bool) -> tuple[object, ...]:
-    """Return under what a standardized weight is kept."""
+    """Return the key under which a standardized weight is kept."""
     weight = convolution.weight
     backend = select_backend(OP, weight.device.type, weight.dtype)
     return OP, backend, convolution.eps, autocast_dtype(weight) or weight.dtype, channels_last
@@ -117,7 +117,7 @@ def _keep(
     """Standardize the weights of these convolutions, each once, and keep the results."""
     weights = list(dict.fromkeys(convolution.weight for convolution in convolutions))
     sources = [Source.of(weight) for weight in weights]
-    standardized = made_to_be_kept(
+    standardized = make_for_keeping(
         lambda: weight_standardization_all(weights, eps, dtype, channels_last), weights[0].device
     )
     by_weight = dict(zip(weights, standardized, strict=True))
@@ -128,13 +128,13 @@ def _keep(
     return {convolution: by_weight[convolution.weight] for convolution in convolutions}
 
 
-def made_to_be_kept(make: Callable[[], Made], device: torch.device) -> Made:
-    """Return what ``make`` returns, of ordinary tensors that no graph's memory holds, complete for all streams.
+def make_for_keeping(make: Callable[[], Made], device: torch.device) -> Made:
+    """Return what ``make`` returns: ordinary tensors, not in the memory of a CUDA graph, ready for all streams.
 
     No graph may be recorded meanwhile.
     """
     if device.type != "cuda":
-        # Not as inference tensors: autograd could not save those if it uses these weights later.
+        # Not as inference tensors, which autograd could not save later.
         with torch.inference_mode(False), torch.no_grad():
             return make()
     demands = dict(requested_backends())
@@ -149,14 +149,14 @@ def made_to_be_kept(make: Callable[[], Made], device: torch.device) -> Made:
             torch.cuda.current_stream().synchronize()
             return made
 
-    # torch.compile's graphs serve this thread from their memory, also in calls that they do not record.
+    # In another thread: torch.compile's graphs give this one their memory, even when they record nothing.
     torch.cuda.current_stream(device).synchronize()
     with ThreadPoolExecutor(1) as other_thread:
         return other_thread.submit(make_elsewhere).result()
 
 
-def _is_there(convolution: WeightStandardizedConv2d) -> bool:
-    """Whether the convolution's weight is a plain parameter that has contents."""
+def _has_plain_weight(convolution: WeightStandardizedConv2d) -> bool:
+    """Whether the convolution standardizes its weight, and that is a plain parameter with contents."""
     weight = convolution._parameters.get("weight")
     return (
         convolution.standardizes
@@ -171,7 +171,7 @@ __all__ = [
     "Weights",
     "form_of",
     "kept_standardized",
-    "made_to_be_kept",
+    "make_for_keeping",
     "recorded_weights",
     "standardized_weights",
 ]

@@ -1,1 +1,1 @@
-"""The image processors, and what they are made of."""
+"""The image processors and their parts."""

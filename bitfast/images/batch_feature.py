@@ -1,4 +1,4 @@
-"""What the image processor returns."""
+"""BatchFeature, which the image processors return."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BatchFeature(UserDict):
         self.convert_to_tensors(tensor_type)
 
     def __getattr__(self, name: str) -> Any:
-        # Not self.data: while an instance is being unpickled it has none yet.
+        # Not self.data, which an instance does not have yet while it is being unpickled.
         data = self.__dict__.get("data", {})
         if name in data:
             return data[name]
@@ -73,7 +73,7 @@ def parse_tensor_type(value: Any) -> str | None:
 
 
 def _to_tensor(key: str, value: Any, tensor_type: str) -> Any:
-    """Return an entry as one tensor of the library named; a tensor of that library as it is."""
+    """Return an entry as one tensor of a library; a tensor of that library is returned as it is."""
     if tensor_type == "pt":
         if isinstance(value, torch.Tensor):
             return value
@@ -90,7 +90,7 @@ def _to_tensor(key: str, value: Any, tensor_type: str) -> Any:
 
 
 def _stack(key: str, value: Any) -> Any:
-    """Return a list of arrays as one array; anything else as it is."""
+    """Stack a list of arrays into one array; return anything else as it is."""
     if not isinstance(value, (list, tuple)) or not all(hasattr(v, "__array__") for v in value):
         return value
     _check_shapes(key, value)

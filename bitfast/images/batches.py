@@ -1,4 +1,4 @@
-"""Images that are to be processed alike, in as few calls of ``resize_normalize`` as there are kinds of them."""
+"""Processing images by ``resize_normalize``, in one call for all images of one kind."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from bitfast.images.inputs import parse_size
+from bitfast.memory_format import format_for
 from bitfast.ops.resize_normalize import INSTALLED_PILLOW, resize_normalize
 
 
 class Recipe(NamedTuple):
-    """What is done with an image besides resizing it; see :func:`bitfast.ops.resize_normalize`.
+    """The arguments of ``resize_normalize`` that images of one kind share.
 
     Attributes:
         crop: (height, width) of the result.
@@ -37,13 +38,13 @@ class Recipe(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One image.
+    """An image to be processed, and how.
 
     Attributes:
         image: Shape (H, W, C), uint8 or floating.
         size: (height, width) after resizing.
         offset: (top, left) of the crop in the resized image.
-        recipe: The rest.
+        recipe: The other arguments.
     """
 
     image: Tensor
@@ -53,7 +54,7 @@ class Job(NamedTuple):
 
 
 def process(jobs: Sequence[Job]) -> Tensor | list[Tensor]:
-    """Return the results as one tensor (N, ...) if all images are of one kind, else one by one."""
+    """Return the results: one tensor (N, ...) if all images are of one kind, else a list of tensors."""
     kinds: dict[tuple[Recipe, int, torch.dtype, torch.device], list[int]] = {}
     for i, job in enumerate(jobs):
         kind = job.recipe, job.image.shape[2], job.image.dtype, job.image.device
@@ -70,7 +71,6 @@ def process(jobs: Sequence[Job]) -> Tensor | list[Tensor]:
 
 def _process_alike(jobs: Sequence[Job]) -> Tensor:
     recipe = jobs[0].recipe
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     batch = resize_normalize(
         [job.image for job in jobs],
         [job.size for job in jobs],
@@ -81,14 +81,14 @@ def _process_alike(jobs: Sequence[Job]) -> Tensor:
         recipe.std or None,
         offsets=[job.offset for job in jobs],
         dtype=recipe.dtype,
-        memory_format=layout,
+        memory_format=format_for(recipe.channels_last),
         pillow_version=recipe.pillow_version,
     )
     return batch.permute(0, 2, 3, 1) if recipe.channels_last else batch
 
 
 def check_resized_size(height: int, width: int, size: tuple[int, int]) -> None:
-    """Refuse an image that resizing would blow up past Pillow's limit: a line of pixels can.
+    """Raise ValueError if the resized image would exceed Pillow's limit, as that of a line of pixels may.
 
     Args:
         height, width: As it is.
@@ -107,7 +107,7 @@ def parse_crop_size(value: Any) -> tuple[int, int]:
     """Return a ``crop_size`` as (height, width).
 
     Raises:
-        ValueError: it is none, or more pixels than Pillow opens.
+        ValueError: it is not a size, or has more pixels than Pillow opens.
     """
     size = parse_size("crop_size", value, default_to_square=True)
     if "height" not in size:

@@ -1,4 +1,4 @@
-"""Image files for the command line: found by name, folder or pattern, and read one by one."""
+"""Image files for the command line: finding them by name, folder or pattern, and reading them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 
 NEVER_DECODED = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
-"""Formats that Pillow recognises and has no decoder for."""
+"""Formats that Pillow recognises but has no decoder for."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def find_images(arguments: Sequence[str]) -> list[Candidate]:
 
 
 def _expand(argument: str) -> list[Candidate]:
-    # lexists, so that a link to nowhere is told from a name that is not there.
+    # lexists, to distinguish a broken link from a name that does not exist.
     if os.path.lexists(argument):
         return _expand_path(argument) or [Candidate(argument, "the folder holds no image files")]
     matches = sorted(glob.glob(argument, recursive=True))
@@ -113,7 +113,7 @@ def describe(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, (OSError, ValueError, RuntimeError, Image.DecompressionBombError)):
         return one_line(error)
-    return f"{type(error).__name__}: {one_line(error)}"  # as a decoder let it slip
+    return f"{type(error).__name__}: {one_line(error)}"  # a decoder's internal error
 
 
 # ---- text ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the image processor is given, in every form it accepts, made into one form."""
+"""Reading the arguments of the image processors: every form that they accept is converted to one."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ INFERRED_CHANNELS = (1, 3)
 
 
 def list_images(images: Any, dimensions: int = 3) -> list[Any]:
-    """Return the images of one image, a list or tuple of images, or an array of one dimension more.
+    """Return a list of the images: given one image, a list or tuple of images, or a batch (one dimension more).
 
     Raises:
-        ValueError: no image, or something else.
+        ValueError: there is no image.
     """
     if isinstance(images, (list, tuple)):
         if not images:
@@ -64,11 +64,11 @@ def list_images(images: Any, dimensions: int = 3) -> list[Any]:
 
 
 def flatten_images(images: Any, dimensions: int = 3) -> list[Any]:
-    """Return what :func:`list_images` does, the images of each entry if the entries are lists or batches.
+    """Return a list of all images, also of those in entries that are lists or batches themselves.
 
     Args:
         images: The images.
-        dimensions: Of an array that is one image. With one more, it is a batch.
+        dimensions: The number of dimensions of an array that is one image; a batch has one more.
     """
     return [
         image
@@ -86,15 +86,15 @@ def _is_batch(images: Any, dimensions: int) -> bool:
 
 
 def is_image(image: Any) -> bool:
-    """Say whether this may be an image, or a batch of them: Pillow's, or what numpy makes an array of."""
+    """Whether this may be an image or a batch: a PIL image, or anything that numpy converts to an array."""
     return isinstance(image, Image.Image) or hasattr(image, "__array__")
 
 
 def raise_named(i: int, error: Exception) -> NoReturn:
-    """Raise an error that an image has caused, saying which one of the batch it is.
+    """Raise the error of an image again, with the image's index in the batch in its message.
 
-    "image must ..." becomes "images[3] must ...", and "images[1] must ..." "images[3][1] must ...". Errors of
-    other classes than those raised here are somebody else's, and stay.
+    "image must ..." becomes "images[3] must ...", and "images[1] must ..." becomes "images[3][1] must ...".
+    Errors that this library does not raise itself stay as they are.
     """
     if type(error) not in (OSError, TypeError, ValueError):
         raise error
@@ -175,7 +175,7 @@ def read_pil_image(name: str, image: Image.Image, convert_rgb: bool) -> np.ndarr
 
 
 def check_finite(i: int, image: np.ndarray) -> None:
-    """Refuse an image with NaN or infinite pixels.
+    """Raise ValueError if an image has NaN or infinite pixels.
 
     Raises:
         ValueError: it has some.
@@ -190,11 +190,11 @@ def _first_other(image: np.ndarray) -> str:
 
 
 def read_tensor(image: Any, input_data_format: Any) -> Tensor:
-    """Return an image as a tensor of shape (C, H, W), on the device that it is on, in place if possible.
+    """Return an image as a tensor of shape (C, H, W), on its device, without a copy if possible.
 
     Args:
         image: As for :func:`read_images`.
-        input_data_format: Its layout if it is an array, or None: the one that its shape shows.
+        input_data_format: Its layout if it is an array; None: inferred from its shape.
 
     Raises:
         OSError: a PIL image cannot be decoded.
@@ -227,14 +227,14 @@ def read_tensor(image: Any, input_data_format: Any) -> Tensor:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """Return an array as a tensor, in place if torch can; not to be written to."""
+    """Return an array as a tensor, without a copy if possible; not to be written to."""
     if not image.dtype.isnative or min(image.strides, default=0) < 0:
         image = image.astype(image.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(image if image.flags.writeable else np.asarray(_Unlocked(image)))
 
 
 class _Unlocked:
-    """Shows numpy an array that may be written to, because torch warns of those that may not."""
+    """Presents a read-only array as a writable one, because torch warns of read-only ones."""
 
     def __init__(self, image: np.ndarray) -> None:
         self.owner = image
@@ -243,10 +243,10 @@ class _Unlocked:
 
 
 def _check_layout(i: int, shape: tuple[int, ...], layout: ChannelDimension) -> None:
-    """Refuse an image that cannot have the layout inferred from the first one, but has the other."""
+    """Raise ValueError if an image's shape shows the other layout than the first image's."""
     first, last = shape[0] in INFERRED_CHANNELS, shape[-1] in INFERRED_CHANNELS
-    fits, fits_other = (first, last) if layout == ChannelDimension.FIRST else (last, first)
-    if fits_other and not fits:
+    is_possible, is_other = (first, last) if layout == ChannelDimension.FIRST else (last, first)
+    if is_other and not is_possible:
         raise ValueError(
             f"images[{i}] must be {layout.value}, as the first array is, got shape {shape}"
         )
@@ -285,16 +285,16 @@ def from_channels_last(image: np.ndarray, layout: ChannelDimension) -> np.ndarra
 
 
 DEEPEST = 2.0**32
-"""No image has deeper pixels."""
+"""The largest value of a pixel to be rescaled."""
 
 
 def check_range(ranges: Sequence[tuple[int, float, float]], factor: float, stacklevel: int) -> None:
-    """Warn, once, of pixels that are neither from 0 to 255 nor, if that is more, to what ``factor`` makes 1.
+    """Warn, once, of pixels outside of the range from 0 to 255, or to 1 / ``factor`` if that is larger.
 
     Args:
         ranges: The number of an image, its lowest and its highest pixel.
         factor: By which they are to be rescaled.
-        stacklevel: Of the warning, from here.
+        stacklevel: Of the warning, seen from here.
 
     Raises:
         ValueError: pixels are larger than those of any image.
@@ -317,7 +317,7 @@ def check_range(ranges: Sequence[tuple[int, float, float]], factor: float, stack
 
 
 def is_scaled(image: np.ndarray) -> bool:
-    """Say whether the pixels look like numbers between 0 and 1 rather than between 0 and 255."""
+    """Whether the pixels seem to be from 0 to 1, not from 0 to 255."""
     return image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 1
 
 

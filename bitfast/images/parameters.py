@@ -1,4 +1,4 @@
-"""The parameters of BitImageProcessorFast: their names, and the form in which its steps take them."""
+"""The parameters of the image processors: their parsed form, and for BitImageProcessorFast their names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from PIL import Image
 from bitfast.images.batches import parse_crop_size
 from bitfast.images.inputs import Size, parse_factor, parse_resampling, parse_size
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES
-
-NEAREST = 0
-"""Pillow's number of its filter that copies pixels."""
+from bitfast.reference import NEAREST
 
 
 class DefaultFastImageProcessorKwargs(TypedDict, total=False):
@@ -62,11 +60,13 @@ class SizeDict:
 
 
 class Options(NamedTuple):
-    """What the steps of one call do; None: that step is not taken."""
+    """The parsed parameters of one call of an image processor; None: that step is not taken."""
 
     size: Size | None = None
     resample: int = NEAREST
-    nearest_mode: str | None = None  # of torch.nn.functional.interpolate, which then resizes
+    """Pillow's number of the filter."""
+    nearest_mode: str | None = None
+    """The mode of ``torch.nn.functional.interpolate`` if that resizes instead of Pillow's filter."""
     crop: tuple[int, int] | None = None
     factor: float | None = None
     mean: Any = None
@@ -79,11 +79,11 @@ NEEDED = {
     "do_rescale": ("rescale_factor",),
     "do_normalize": ("image_mean", "image_std"),
 }
-"""What each step cannot do without."""
+"""The parameters that each step requires."""
 
 
 def check_given(values: Mapping[str, Any]) -> None:
-    """Refuse None for a parameter of a step that is taken.
+    """Raise ValueError if a required parameter of a step that is taken is None.
 
     Raises:
         ValueError: the message names the parameter.
@@ -96,7 +96,7 @@ def check_given(values: Mapping[str, Any]) -> None:
 
 
 def parse_options(values: Mapping[str, Any]) -> Options:
-    """Return what ``do_resize``, ``size``, ``interpolation``, ``do_center_crop``... come down to.
+    """Parse ``do_resize``, ``size``, ``interpolation``, ``do_center_crop``...
 
     Raises:
         ValueError: a parameter of a step that is taken is None, or not as the processor describes.
@@ -118,7 +118,7 @@ def parse_options(values: Mapping[str, Any]) -> Options:
 
 
 def _parse_interpolation(value: Any) -> dict[str, Any]:
-    """Return Pillow's filter number, and for its nearest pixel torch's mode, which computes positions."""
+    """Return Pillow's filter number, and for NEAREST also the mode of torch's ``interpolate``."""
     number = int(parse_resampling("resample", value))
     if number >= len(RESAMPLE_NAMES):
         raise ValueError(
@@ -138,9 +138,9 @@ def parse_resize(size: Any, interpolation: Any) -> Options:
 
 
 def torchvision_mode(resample: Any) -> Any:
-    """Return torchvision's member for one of Pillow's filters, and what is no filter of Pillow's as it is.
+    """Return torchvision's ``InterpolationMode`` for one of Pillow's filters; None or such a mode as it is.
 
-    Without torchvision, Pillow's own: torchvision's functions take that, too.
+    Without torchvision, return Pillow's filter, which torchvision's functions take too.
     """
     if resample is None or type(resample).__name__ == "InterpolationMode":
         return resample

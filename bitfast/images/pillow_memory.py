@@ -15,14 +15,14 @@ import PIL
 from PIL import Image
 
 EXPORTS_ANY_MEMORY = int(PIL.__version__.split(".")[0]) >= 13
-"""Whether Pillow also hands out memory that is not its own, rather than crash."""
+"""Whether this Pillow can export memory that is not its own without crashing."""
 
 BYTES_PER_PIXEL = {"RGB": 4, "L": 1}
-"""Of the modes that are read in place. Of the four bytes of an RGB pixel the last says nothing."""
+"""The modes that are read in place. The last of the four bytes of an RGB pixel is unused."""
 
 
 class _ArrowArray(ctypes.Structure):
-    """The head of the interface's structure of this name."""
+    """The first fields of Arrow's structure ``ArrowArray``."""
 
 
 _ArrowArray._fields_ = [
@@ -39,11 +39,11 @@ _ArrowArray._fields_ = [
 _address_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
-"""Takes a capsule and its name."""
+"""Returns the address in a capsule, given the capsule and its name."""
 
 
 class _Memory:
-    """Shows numpy an image's memory, and keeps it alive as long as an array refers to it."""
+    """Presents an image's memory to numpy, and keeps it alive as long as an array refers to it."""
 
     def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], owner: Any):
         self.owner = owner
@@ -78,7 +78,7 @@ def _memory_of(image: Image.Image) -> _Memory | None:
     # Rows that Pillow was told to align would have gaps between them, of which Arrow knows nothing.
     if depth is None or export is None or Image.core.get_alignment() != 1:
         return None
-    # Only of RGB can the memory's owner be told for sure: no file or array is mapped in this mode.
+    # Only in mode RGB is the memory certainly Pillow's own: no file or array is mapped in this mode.
     if not EXPORTS_ANY_MEMORY and (image.mode != "RGB" or image.readonly):
         return None
     try:

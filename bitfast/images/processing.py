@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from bitfast.images.batch_feature import BatchFeature, parse_tensor_type
 from bitfast.images.batches import Job, Recipe, check_resized_size, parse_crop_size, process
 from bitfast.images.inputs import (
     ChannelDimension,
-    Size,
     check_finite,
     check_range,
     from_channels_last,
@@ -34,6 +33,7 @@ from bitfast.images.inputs import (
     to_channels_last,
     to_tensor,
 )
+from bitfast.images.parameters import Options
 from bitfast.images.processing_base import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -43,18 +43,7 @@ from bitfast.images.processing_base import (
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES
 
 ALPHA = (2, 4)
-"""Numbers of channels of which Pillow takes the last for alpha, by which it weights the others."""
-
-
-class _Options(NamedTuple):
-    """The parameters of one call, parsed; None: that step is not taken."""
-
-    size: Size | None
-    resample: Image.Resampling
-    crop: tuple[int, int] | None
-    factor: float | None
-    mean: Any
-    std: Any
+"""Numbers of channels for which Pillow takes the last one as alpha, and weights the others by it."""
 
 
 class BitImageProcessor(ImageProcessor):
@@ -199,13 +188,13 @@ class BitImageProcessor(ImageProcessor):
         _require("rescale_factor", rescale_factor, do_rescale)
         _require("image_mean", image_mean, do_normalize)
         _require("image_std", image_std, do_normalize)
-        options = _Options(
-            parsed_size if override("do_resize", do_resize) else None,
-            resample,
-            parse_crop_size(crop) if override("do_center_crop", do_center_crop) else None,
-            parse_factor(rescale_factor) if do_rescale else None,
-            image_mean if do_normalize else None,
-            image_std if do_normalize else None,
+        options = Options(
+            size=parsed_size if override("do_resize", do_resize) else None,
+            resample=resample,
+            crop=parse_crop_size(crop) if override("do_center_crop", do_center_crop) else None,
+            factor=parse_factor(rescale_factor) if do_rescale else None,
+            mean=image_mean if do_normalize else None,
+            std=image_std if do_normalize else None,
         )
 
         arrays, layouts = read_images(
@@ -246,7 +235,7 @@ class BitImageProcessor(ImageProcessor):
         arrays: list[np.ndarray],
         layouts: list[ChannelDimension],
         results_in: list[ChannelDimension],
-        options: _Options,
+        options: Options,
     ) -> list[np.ndarray]:
         """Call the method of each step for each image, (H, W, C), in the layout that it came in."""
         steps: list[Callable[..., np.ndarray]] = []
@@ -261,7 +250,7 @@ class BitImageProcessor(ImageProcessor):
             steps.append(partial(self.normalize, mean=options.mean, std=options.std))
         results = []
         for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
-            # It may be Pillow's memory, into which neither these steps nor who gets the result may write.
+            # It may be Pillow's memory, which neither these steps nor the caller may write to.
             given = from_channels_last(array, layout)
             image = given.copy() if replaced(self, STEPS) else given
             try:
@@ -367,13 +356,13 @@ STEPS = {
     name: getattr(BitImageProcessor, name)
     for name in ("resize", "center_crop", "rescale", "normalize")
 }
-"""The methods of the steps, as they are before anybody replaces them."""
+"""The methods of the steps as this class defines them, to tell whether a subclass has replaced them."""
 
 # ---- all steps of a batch at once ---------------------------------------------------------------
 
 
-def _is_made_of_bytes(image: np.ndarray, options: _Options) -> bool:
-    """Whether an image's steps come down to resizing bytes, and to what then becomes of each byte."""
+def _is_made_of_bytes(image: np.ndarray, options: Options) -> bool:
+    """Whether the steps of an image are a resizing of bytes, followed by a function of each byte."""
     if options.size is None:
         return image.dtype == np.uint8
     # Pillow 13 has more filters than the op; those are left to Pillow.
@@ -381,7 +370,7 @@ def _is_made_of_bytes(image: np.ndarray, options: _Options) -> bool:
 
 
 def _all_at_once(
-    arrays: list[np.ndarray], layouts: list[ChannelDimension], options: _Options
+    arrays: list[np.ndarray], layouts: list[ChannelDimension], options: Options
 ) -> Tensor | list[Tensor]:
     jobs = []
     for i, (image, layout) in enumerate(zip(arrays, layouts, strict=True)):
@@ -392,8 +381,8 @@ def _all_at_once(
     return process(jobs)
 
 
-def _job(image: np.ndarray, layout: ChannelDimension, options: _Options) -> Job:
-    """Describe an image (H, W, C) and what the steps make of it.
+def _job(image: np.ndarray, layout: ChannelDimension, options: Options) -> Job:
+    """Return the job of taking the steps of an image (H, W, C).
 
     Raises:
         ValueError: pixels that cannot be bytes; a mean or standard deviation that does not fit.

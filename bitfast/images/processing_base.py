@@ -39,7 +39,7 @@ PROCESSOR_CONFIG_NAME = "processor_config.json"
 
 
 class ImageProcessor(PushToHubMixin):
-    """A processor whose parameters are attributes, can be overridden in each call, and make up its file."""
+    """An image processor: its parameters are attributes, can be overridden in each call, and are saved."""
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
     _auto_class: ClassVar[str | None] = None
@@ -66,11 +66,11 @@ class ImageProcessor(PushToHubMixin):
         return self.preprocess(images, *args, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Preprocess one image or a batch of images: what a subclass does."""
+        """Preprocess one image or a batch of images; defined by subclasses."""
         raise NotImplementedError(f"{type(self).__name__} does not say how images are preprocessed")
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Return images in the place of the paths, addresses and base64 texts that stand for them.
+        """Load the images that paths, addresses and base64 texts stand for.
 
         Args:
             image_url_or_urls: The path of a file, an http:// or https:// address, an image in base64, an
@@ -110,7 +110,7 @@ class ImageProcessor(PushToHubMixin):
         return {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
 
     def to_json_string(self) -> str:
-        """Return what ``preprocessor_config.json`` holds."""
+        """Return the content of ``preprocessor_config.json``."""
         content = self.to_dict()
         processor_class = content.pop("_processor_class", None)
         if processor_class is not None:
@@ -194,7 +194,7 @@ class ImageProcessor(PushToHubMixin):
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a checkpoint says of its images, for :meth:`from_dict`, and the unused arguments.
+        """Return the image parameters of a checkpoint, for :meth:`from_dict`, and the unused arguments.
 
         Args:
             pretrained_model_name_or_path: See :meth:`from_pretrained`.
@@ -261,7 +261,7 @@ class ImageProcessor(PushToHubMixin):
 
 
 def replaced(processor: Any, methods: Mapping[str, Any]) -> bool:
-    """Whether a subclass, or somebody with this very object, has put others in the place of these methods.
+    """Whether a subclass, or an attribute of the object, replaces one of these methods.
 
     Args:
         processor: The object.
@@ -275,7 +275,7 @@ def replaced(processor: Any, methods: Mapping[str, Any]) -> bool:
 
 
 def _to_json(value: Any) -> Any:
-    """Return what stands in JSON for arrays, numpy's numbers, devices and members of enumerations."""
+    """Return the JSON form of arrays, numpy's numbers, devices and members of enumerations."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, torch.device):
@@ -286,7 +286,7 @@ def _to_json(value: Any) -> Any:
 
 
 def processor_type(name_or_path: str | os.PathLike[str]) -> Any:
-    """Return what a checkpoint's configuration names as the class of its image processor, or None.
+    """Return the class of a checkpoint's image processor, as its configuration names it, or None.
 
     Raises:
         CheckpointError: the file cannot be found or read.
@@ -313,7 +313,7 @@ def _load_config(
     path = locate_file(name_or_path, MODEL_CONFIG_NAME, required=False, **options)
     parameters = None if path is None else _timm_parameters(path)
     if path is None or parameters is None:
-        locate_file(name_or_path, filename, **options)  # says what is missing
+        locate_file(name_or_path, filename, **options)  # raises an error that names what is missing
         raise CheckpointError(f"{filename} of {name_or_path!r} appeared while it was looked for")
     return path, parameters
 

@@ -69,7 +69,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         image_std: One number, or one per channel, not 0. By default CLIP's.
         do_convert_rgb: Whether to convert PIL images of any other mode to RGB.
         return_tensors: "pt" for one tensor of the whole batch; None for a list of tensors.
-        data_format: "channels_first", or None for the same.
+        data_format: "channels_first" or None, which both mean (C, H, W).
         input_data_format: Layout of the arrays among the images; None: seen from each one's axis of 1 or 3
             channels. "none" says (H, W).
         device: Where to work, and where the results lie; None: where the images are. From the CPU to a
@@ -211,7 +211,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         }
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
-        """Refuse parameters that do not fit together.
+        """Raise ValueError if parameters contradict each other.
 
         Raises:
             ValueError: the message names one of them.
@@ -254,7 +254,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         """Return images as tensors (C, H, W) on the device asked for, in lists where they are in lists."""
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
         nested = [isinstance(image, (list, tuple)) for image in images]
-        # One copy takes all of them to a device, unless a subclass has other plans.
+        # All images go to a device in one copy, unless a subclass replaces the method that reads one.
         at_once = device is not None and not any(nested) and not replaced(self, READING)
         read = partial(
             self._process_image,
@@ -405,4 +405,4 @@ METHODS = _methods(
     "_preprocess_image_like_inputs",
     "_validate_preprocess_kwargs",
 )
-"""Those that are given tensors or torchvision's enumerations, as they are before anybody replaces them."""
+"""The methods that take tensors or torchvision's enumerations, as this class defines them."""

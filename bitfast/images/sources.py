@@ -14,7 +14,7 @@ TIMEOUT = 60
 """Seconds that a server may be silent."""
 
 SHOWN = 100
-"""Characters of a name that an error repeats: base64 text has millions."""
+"""Characters of a source that an error shows: base64 text has millions."""
 
 
 def load_image(source: str | os.PathLike[str]) -> Image.Image:

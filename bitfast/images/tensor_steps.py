@@ -30,11 +30,11 @@ WIDTH_FIRST = (12, 1)
 """The last version of Pillow that always resamples along the width first, as torchvision does."""
 
 TRUNCATED = frozenset({torch.uint16, torch.uint32, torch.uint64})
-"""Integers that torchvision does not round after it has resized them as floating numbers."""
+"""Integer dtypes that torchvision truncates, not rounds, after it has resized them as floating numbers."""
 
 
 def check_pixels(images: Sequence[Tensor], options: Options, stacklevel: int) -> None:
-    """Look at the pixels that are to be rescaled, except on a GPU: warn of what is unusual.
+    """Warn of unusual values of pixels that are to be rescaled, except on a GPU.
 
     Raises:
         ValueError: no image has such pixels.
@@ -66,7 +66,7 @@ def check_pixels(images: Sequence[Tensor], options: Options, stacklevel: int) ->
 
 
 def process_at_once(images: Sequence[Tensor], options: Options) -> Tensor | list[Tensor]:
-    """Return what the steps make of images: one tensor (N, C, H, W) if all are of one kind, else a list.
+    """Take the steps of images; return one tensor (N, C, H, W) if all are of one kind, else a list.
 
     Raises:
         ValueError: a size or a mean that does not fit an image; the message says which.
@@ -120,7 +120,7 @@ def sizes_after_resizing(images: Sequence[Tensor], options: Options) -> list[tup
 
 
 def _job(image: Tensor, options: Options) -> Job:
-    """Describe an image (H, W, C) and what the steps make of it."""
+    """Return the job of taking the steps of an image (H, W, C)."""
     height, width, channels = image.shape
     if options.mean is not None and channels == 1:
         channels = max(_length(options.mean), _length(options.std))
@@ -197,7 +197,7 @@ def _length(values: Any) -> int:
 
 
 def _one_for_all(values: Any) -> Any:
-    """Return the only number of a list, which stands for every channel, or what there is."""
+    """Return the number if there is only one, for every channel; otherwise the values as they are."""
     return next(iter(values)) if _length(values) == 1 and isinstance(values, Collection) else values
 
 
@@ -224,7 +224,7 @@ def call_by_shape(
     step: Callable[[Tensor], Tensor],
     disable_grouping: bool | None,
 ) -> list[Tensor]:
-    """Return what a step makes of images, called once for those of one key, stacked: (N, C, H, W).
+    """Return the results of a step that is called once for all images of one key, stacked to (N, C, H, W).
 
     Args:
         images: The images.
@@ -238,7 +238,7 @@ def call_by_shape(
         groups.setdefault(kind, []).append(i)
     results: list[Tensor] = list(images)
     for members in groups.values():
-        # Stacked also where there is one: a step may write into its copy.
+        # Stacked even if there is only one: a step may write to its copy.
         for i, result in zip(members, step(torch.stack([images[i] for i in members])), strict=True):
             results[i] = result
     return results
@@ -285,7 +285,7 @@ def _interpolate(
 
 
 def is_recorded(images: Tensor) -> bool:
-    """Whether autograd records what is done with them."""
+    """Whether autograd records operations on these images."""
     return torch.is_grad_enabled() and images.requires_grad
 
 
@@ -427,7 +427,7 @@ class TensorSteps:
         rescale_factor: float | None = None,
         device: Any = None,
     ) -> tuple[Any, Any, bool | None]:
-        """Return mean and std, divided by the factor if both steps are taken, and whether to rescale still."""
+        """Return mean and std, divided by the factor if both steps are taken, and whether rescaling is left."""
         if do_rescale and do_normalize and rescale_factor is not None:
             inverse = 1.0 / rescale_factor
             image_mean = torch.tensor(image_mean, device=device) * inverse

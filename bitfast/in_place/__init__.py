@@ -1,4 +1,4 @@
-"""Speeding up the BiT inside a model of transformers or timm, where it is, and undoing that."""
+"""Accelerating the BiT inside a model of transformers or timm, in place, and undoing it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class AccelerationReport:
     """What :func:`accelerate` has done; ``print`` it for a summary.
 
     Attributes:
-        replaced: For each module that is now bitfast's, by its name: what it was and what it is.
-        left: For each module of a BiT that is as it was, by its name: why.
+        replaced: By name, the modules that are bitfast's now: what each was and is.
+        left: By name, the modules of a BiT that were left as they are: why.
         others: How many modules are no part of a BiT.
     """
 
@@ -45,10 +45,10 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     Finds, at any depth, the BiT of transformers (``BitModel``, with or without a head, ``BitBackbone``, and so
     DPT-hybrid, UperNet and whatever else has one for a backbone) and of timm (``resnetv2_*_bit``, and the
     ResNet of hybrid ViTs). Its convolutions, norms, pools, blocks and stages become bitfast's, and the network
-    that holds them runs them as bitfast's own would be run. Each stays the object that it is: parameters, the
-    keys of the state dictionary, hooks, dtype, device and mode are not touched, and optimizers, wrappers and
-    references go on to work. Modules that cannot be replaced without a difference are left, and the report
-    says why. Called again, it brings the model up to date.
+    that holds them computes them as bitfast's own network does. Each module stays the same object: parameters,
+    the keys of the state dictionary, hooks, dtype, device and mode are not touched, and optimizers, wrappers
+    and references keep working. Modules that cannot be replaced without changing results are left, and the
+    report says why. A second call brings the model up to date.
 
     Args:
         model: Any module; it is changed, and :func:`restore` changes it back. Copies and pickles of it can be
@@ -64,9 +64,11 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     _require_module("accelerate", model)
     if any(map(is_changed, model.modules())):
         restore(model)
-    from bitfast.in_place.plan import plan  # when it is needed, not with every import of bitfast
+    from bitfast.in_place.planning import (
+        plan_changes,  # imported when needed, not with every import of bitfast
+    )
 
-    changes, left = plan(model)
+    changes, left = plan_changes(model)
     if not any(change.becomes is WeightStandardizedConv2d for change in changes.values()):
         raise ValueError(_nothing_found(model, left))
     for module, change in changes.items():
@@ -85,7 +87,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every module is what it was, and holds what it holds now.
+    """Undo :func:`accelerate`: every module has its former class again, and keeps its present parameters.
 
     Args:
         model: The model, a part of it, or a copy.

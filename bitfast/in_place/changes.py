@@ -1,8 +1,8 @@
-"""Turning a module into one of another class and back, with everything it holds left in place.
+"""Changing the class of a module in place, and undoing it.
 
-The module stays the object that it is: its parameters, hooks, children and whatever else refers to it are
-not touched. What is added or replaced is written down in the module itself, so that the change
-can be undone, also in a copy of the model.
+The module stays the same object: its parameters, hooks and children, and references to it, are not touched.
+Attributes that are added or replaced are recorded in the module itself, so that the change can be undone, also
+in a copy of the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 RECORD = "_before_bitfast"
-"""The attribute under which a changed module remembers what it was."""
+"""The attribute in which a changed module records what it was."""
 
 
 class UnsuitableError(Exception):
@@ -29,11 +29,11 @@ def require(condition: object, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """What a module is to become.
+    """The change of a module's class.
 
     Attributes:
-        becomes: Its new class, whose ``__init__`` does not run.
-        attributes: What that class needs to find in the module.
+        becomes: The new class, whose ``__init__`` is not called.
+        attributes: Attributes that the new class needs.
     """
 
     becomes: type[nn.Module]
@@ -61,17 +61,17 @@ class _Record(NamedTuple):
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Say whether the module is changed, and not yet changed back."""
+    """Whether the module is changed now."""
     return RECORD in module.__dict__
 
 
 def class_before(module: nn.Module) -> type[nn.Module]:
-    """Return the class of the module, or the one that it had before it was changed."""
+    """Return the class that the module had before it was changed, or has if it is not."""
     return module.__dict__[RECORD].cls if is_changed(module) else type(module)
 
 
 def undo(module: nn.Module) -> None:
-    """Make a changed module what it was. What others have done to it meanwhile stays."""
+    """Undo the change of a module. What others have done to the module meanwhile stays."""
     own = module.__dict__
     record: _Record = own.pop(RECORD)
     module.__class__ = record.cls

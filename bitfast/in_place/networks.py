@@ -1,7 +1,7 @@
-"""Classes for whole networks: somebody else's class, run by bitfast's forward pass.
+"""Classes for whole networks of other libraries, computed by bitfast's forward pass.
 
-Such a class derives from the one that the network had, so that ``isinstance``, ``save_pretrained`` and every
-other method serve as before.
+Such a class derives from the network's own, so that ``isinstance``, ``save_pretrained`` and every other method
+work as before.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from bitfast.in_place.changes import Change
 from bitfast.in_place.parts import Outcome, Planned
 
 Recipes = Mapping[str, Callable[[Any, Planned], Outcome]]
-"""By the full name of a class: what plans for a module of it, given the changes planned so far."""
+"""By the full name of a class, the function that plans for a module of it, given the changes planned so far."""
 
 
-def network(module: nn.Module, runner: type[nn.Module], **attributes: Any) -> Change:
-    """Return the change of a network that is to run as ``runner`` says, a subclass of ForwardPass.
+def network_change(module: nn.Module, runner: type[nn.Module], **attributes: Any) -> Change:
+    """Return the change of a network that is to be computed by ``runner``, a subclass of ForwardPass.
 
     Args:
-        attributes: More that the runner needs to find in the module.
+        attributes: More attributes that the runner needs.
     """
     attributes["plans"] = Plans(module)
-    return Change(run_by(type(module), runner), attributes)  # type: ignore[arg-type]
+    return Change(subclass_run_by(type(module), runner), attributes)  # type: ignore[arg-type]
 
 
 @lru_cache
-def run_by(cls: type[nn.Module], runner: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of ``cls``, of its name, whose forward pass is the runner's."""
+def subclass_run_by(cls: type[nn.Module], runner: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of ``cls`` with the same name, whose forward pass is the runner's."""
     members = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -44,14 +44,14 @@ def run_by(cls: type[nn.Module], runner: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """Let copies and pickles find the class, which stands in no module, by the two it was made of."""
+    """Let copies and pickles make the class, which no Python module holds, from its two bases again."""
     _, _, *rest = super(type(module), module).__reduce_ex__(protocol)
     return _new, module._origin, *rest
 
 
 def _new(cls: type[nn.Module], runner: type[nn.Module]) -> nn.Module:
-    made = run_by(cls, runner)  # type: ignore[arg-type]
+    made = subclass_run_by(cls, runner)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
-__all__ = ["Recipes", "network", "run_by"]
+__all__ = ["Recipes", "network_change", "subclass_run_by"]

@@ -1,6 +1,7 @@
-"""How the parts of a BiT, whoever wrote them, become bitfast's: what transformers and timm have in common.
+"""How modules of a BiT become bitfast's: what transformers and timm have in common.
 
-Each function looks at a module, and returns its change or what is planned for it, or raises UnsuitableError.
+Each function takes a module and returns its change, or the outcome for it and other modules, or raises
+UnsuitableError.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from bitfast.blocks import (
     ResidualBlock,
 )
 from bitfast.in_place.changes import Change, require
-from bitfast.layers import DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
+from bitfast.layers import (
+    DynamicPad2d,
+    GroupNormActivation,
+    WeightStandardizedConv2d,
+    pair_of,
+)
 from bitfast.pooling import MaxPool2d
 
 Planned = Mapping[nn.Module, Change]
-"""The changes of the modules inside the one at hand."""
+"""The changes planned so far, those of the modules inside the one at hand among them."""
 
 Outcome = dict[nn.Module, Change | str]
 """The change of each module, or why it is left as it is."""
@@ -32,7 +38,7 @@ GELUS = {
     "timm.layers.activations.GELU": "none",
     "timm.layers.activations.GELUTanh": "tanh",
 }
-"""The ``approximate`` of the ``torch.nn.GELU`` that computes the same, by the full name of a class."""
+"""By the full name of a class, the ``approximate`` of the ``torch.nn.GELU`` that equals it."""
 
 IDENTITIES_IN_INFERENCE = frozenset(
     {
@@ -44,7 +50,7 @@ IDENTITIES_IN_INFERENCE = frozenset(
 
 
 def qualified_name(cls: type) -> str:
-    """Return a class's full name, by which it is known without importing where it comes from."""
+    """Return a class's full name, by which it is recognised without importing its library."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -57,7 +63,7 @@ def convolution(module: Any, **attributes: Any) -> Change:
     """Return the change of a convolution with an ``eps``.
 
     Args:
-        attributes: More that bitfast's class needs to find in it.
+        attributes: More attributes that bitfast's class needs.
     """
     require("weight" in module._parameters, "its weight is not a plain parameter")
     require(module.bias is None, "it has a bias")
@@ -84,7 +90,7 @@ def norm(
 
 
 def _activation(module: nn.Module) -> Outcome:
-    """Plan for an activation that is to become torch's; none if it is one already, or unknown."""
+    """Plan for an activation: a GELU becomes torch's; others are torch's already, or stay."""
     approximate = GELUS.get(qualified_name(type(module)))
     if approximate is None:
         return {}
@@ -95,22 +101,22 @@ def pool(module: Any, **attributes: Any) -> Change:
     """Return the change of the stem's max-pool.
 
     Args:
-        attributes: More that bitfast's class needs to find in it.
+        attributes: More attributes that bitfast's class needs.
     """
-    sizes = [_pair(value) for value in (module.kernel_size, module.stride)]
+    sizes = [pair_of(value) for value in (module.kernel_size, module.stride)]
     require(sizes == [(3, 3), (2, 2)], f"its windows and stride are {sizes}, not 3x3 and 2")
     require(
-        (_pair(module.padding), _pair(module.dilation)) == ((0, 0), (1, 1))
+        (pair_of(module.padding), pair_of(module.dilation)) == ((0, 0), (1, 1))
         and not module.ceil_mode
         and not module.return_indices,
         "it is padded, dilated, rounded up or returns indices",
     )
-    pairs = {name: _pair(getattr(module, name)) for name in ("kernel_size", "stride", "dilation")}
+    pairs = {name: pair_of(getattr(module, name)) for name in ("kernel_size", "stride", "dilation")}
     return Change(MaxPool2d, {**pairs, **attributes})
 
 
 def downsample(module: Any, planned: Planned) -> Outcome:
-    """Plan for a block's shortcut: a 1x1 convolution and a norm or none."""
+    """Plan for a block's shortcut: a 1x1 convolution, maybe with a norm."""
     _require_changed(module, ["conv"], WeightStandardizedConv2d, planned)
     if type(module.norm) is not nn.Identity:
         _require_changed(module, ["norm"], GroupNormActivation, planned)
@@ -146,9 +152,9 @@ def stage(
     """Return the change of a sequence of blocks.
 
     Args:
-        cls: What it becomes.
-        blocks: The blocks, of which at least the first must be bitfast's by then.
-        attributes: More that the class needs to find in the stage.
+        cls: The class that it becomes.
+        blocks: The blocks, of which at least the first must be planned to become bitfast's.
+        attributes: More attributes that the class needs.
     """
     require(blocks and blocks[0] in planned, "its first block is left as it is")
     attributes["out_channels"] = blocks[0].conv3.out_channels
@@ -179,18 +185,8 @@ def _require_changed(
 
 
 def _block_attributes(module: Any, planned: Planned) -> dict[str, Any]:
-    """Return what bitfast's blocks need to find in one."""
+    """Return the attributes that bitfast's blocks need."""
     return {"idle_in_inference": (*ResidualBlock.idle_in_inference, type(module.drop_path))}
-
-
-def _attribute(module: Any, planned: Planned, name: str) -> Any:
-    """Return an attribute that a module will have."""
-    attributes = planned[module].attributes
-    return attributes[name] if name in attributes else getattr(module, name)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 __all__ = [

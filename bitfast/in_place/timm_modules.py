@@ -1,4 +1,4 @@
-"""The BiT of timm (``resnetv2_*_bit`` and the ResNet of its hybrid ViTs): what becomes what, and how it runs.
+"""The BiT of timm (``resnetv2_*_bit``, and the ResNet of its hybrid ViTs): the changes of its modules.
 
 timm itself is not imported.
 """
@@ -15,7 +15,7 @@ from bitfast.blocks import BitBottleneckLayer
 from bitfast.execution.forward_pass import ForwardPass, Request
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, UnsuitableError, require
-from bitfast.in_place.networks import Recipes, network
+from bitfast.in_place.networks import Recipes, network_change
 from bitfast.in_place.parts import Outcome, Planned, qualified_name
 from bitfast.layers import DynamicPad2d, GroupNormActivation
 from bitfast.network import BitStage
@@ -23,7 +23,7 @@ from bitfast.watching import is_plain, runs_as_written
 
 
 class PartOfModule(DynamicPad2d):
-    """A padding that is no module of the network, so that nobody could watch it: a call is its forward."""
+    """A padding that is not a module of the network, so that it has no hooks to be called."""
 
     __call__ = DynamicPad2d.forward
 
@@ -36,15 +36,15 @@ class TimmGroupNormActivation(GroupNormActivation):
 
     @property
     def activation(self) -> nn.Module:  # type: ignore[override]
-        """What activates."""
+        """The activation."""
         return self.act
 
     def activate(self, x: Tensor) -> Tensor:
-        """Return what the modules after the norm make of it."""
+        """Apply the modules that follow the norm."""
         return self.act(self.drop(x))
 
     def fused_activation(self) -> str | None:
-        """Return the name of the activation if a fused op may apply it; None if it must be called."""
+        """Return the activation's name if the op may apply it; None if the module must be called."""
         is_idle = type(self.drop) is nn.Identity and runs_as_written(self.drop)
         return super().fused_activation() if is_idle else None
 
@@ -56,12 +56,12 @@ class TimmBottleneckLayer(BitBottleneckLayer):
 
     @property
     def activation(self) -> nn.Module:  # type: ignore[override]
-        """What activates the sum."""
+        """The activation of the sum."""
         return self.act3
 
 
 class TimmStem(nn.Sequential):
-    """A stem that says what it consists of."""
+    """A stem with the method ``parts``, which bitfast reads."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the first feature map."""
@@ -71,7 +71,7 @@ class TimmStem(nn.Sequential):
         return x
 
     def parts(self) -> list[nn.Module]:
-        """Return what the images go through, in order."""
+        """Return the modules that the images go through, in order."""
         return list(self)
 
 
@@ -92,7 +92,7 @@ class TimmStage(BitStage):
         return self.grad_checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
-        """Do what a stage does, which in timm calls the blocks as one module."""
+        """Map (N, in, H, W) to (N, out, H / stride, W / stride). As in timm, ``blocks`` is one module."""
         return super().forward(x) if self.is_recomputed else self.blocks(x)
 
     def parts(self) -> list[nn.Module]:
@@ -100,19 +100,19 @@ class TimmStage(BitStage):
         return list(self.blocks)
 
     def calls_each_block(self) -> bool:
-        """Whether the blocks are called one by one, not as one module that somebody has to do with."""
+        """Whether the blocks may be called one by one: nobody hooks or wraps the module ``blocks``."""
         return self.is_recomputed or runs_as_written(self.blocks)
 
 
 class TimmNetwork(ForwardPass):
-    """How a ResNetV2 of timm runs with bitfast's modules inside: between its class and its objects."""
+    """The forward pass of a ResNetV2 of timm with bitfast's modules inside; the first base of its new class."""
 
     stem: nn.Module
     stages: Any
     norm: nn.Module
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return what is run."""
+        """Return the stem and the stages."""
         return self.stem, list(self.stages)
 
     def containers(self) -> Sequence[nn.Module]:
@@ -121,37 +121,37 @@ class TimmNetwork(ForwardPass):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the normalized output of the last stage."""
-        computed = self.run(x, Request(len(self.stages), (), is_normed=True))
+        computed = self.compute_features(x, output_hidden_states=False)
         if computed is None:
             return super().forward_features(x)  # type: ignore[misc]
         return self.layout_of_outputs(x)(computed[1])
 
 
 class TimmFeatures(ForwardPass):
-    """How the list of modules runs that a ``features_only`` network is: the stem and the stages, one by one.
+    """The forward pass of timm's ``features_only`` networks: lists of the stem's modules and the stages.
 
-    ``_collect`` is what such a network calls to compute the features.
+    Such a network calls ``_collect`` to compute the features.
     """
 
     before: tuple[str, ...]
-    """The names of the modules of the stem up to the last one whose output is a feature."""
+    """The names of the stem's modules up to the last one whose output is a feature."""
     rest_of_stem: TimmStem
-    """The others, which are also modules of the network."""
+    """The other modules of the stem, which the network also holds itself."""
     nothing: nn.Module
     return_layers: dict[str, str]
     grad_checkpointing: bool
 
     def final_norm(self) -> nn.Module:
-        """Return what does nothing: features are not normalized."""
+        """Return a module that does nothing: features are not normalized."""
         return self.nothing
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return what is run."""
+        """Return the stem and the stages."""
         after: list[Any] = list(self._modules.values())
         return self.rest_of_stem, after[len(self.before) + len(self.rest_of_stem) :]
 
     def is_known(self) -> bool:
-        """Whether the modules of the stem are those that were there at first."""
+        """Whether nobody has replaced a module of the stem."""
         modules = list(self._modules.values())[len(self.before) :]
         return all(a is b for a, b in zip(self.rest_of_stem, modules, strict=False))
 
@@ -171,7 +171,7 @@ class TimmFeatures(ForwardPass):
         names = list(self._modules)[len(self.before) :]
         stages = names[len(self.rest_of_stem) :]
         wanted = [n for n, name in enumerate(stages, start=1) if name in self.return_layers]
-        computed = self.run(x, Request(len(stages), tuple(wanted), is_normed=False))
+        computed = self.compute(x, Request(len(stages), tuple(wanted), is_normed=False))
         if computed is not None:
             for number, output in zip(wanted, computed[0], strict=True):
                 keep(stages[number - 1], output)
@@ -206,11 +206,11 @@ def _resnet(module: Any, planned: Planned) -> Outcome:
     changes = _stem_pool(dict(module.stem.named_children()), planned)
     if is_plain(module.stem, nn.Sequential) and "forward" not in module.stem.__dict__:
         changes[module.stem] = Change(TimmStem)
-    return {**changes, module: network(module, TimmNetwork)}
+    return {**changes, module: network_change(module, TimmNetwork)}
 
 
 def _features(module: Any, planned: Planned) -> Outcome:
-    """Plan for the list that a ``features_only`` network is, which calls its children one by one."""
+    """Plan for a ``features_only`` network, a list of modules that it calls one by one."""
     stem = {
         name.removeprefix("stem_"): child
         for name, child in module.named_children()
@@ -222,7 +222,7 @@ def _features(module: Any, planned: Planned) -> Outcome:
     names = list(module._modules)
     stages = [name for name in names if planned.get(module[name], _NONE).becomes is TimmStage]
     in_stem = names[: len(names) - len(stages)]
-    # Norms and whatever else timm may put behind the stages are no part of what runs here.
+    # TimmFeatures does not compute norms or whatever else timm may put behind the stages.
     if not stages or names[len(in_stem) :] != stages:
         return changes
     before = [k + 1 for k, name in enumerate(in_stem) if name in module.return_layers]
@@ -232,7 +232,7 @@ def _features(module: Any, planned: Planned) -> Outcome:
         "rest_of_stem": TimmStem(*(module[name] for name in in_stem[count:])),
         "nothing": nn.Identity(),
     }
-    return {**changes, module: network(module, TimmFeatures, **attributes)}
+    return {**changes, module: network_change(module, TimmFeatures, **attributes)}
 
 
 _NONE = Change(nn.Module)
@@ -246,7 +246,7 @@ def _stem_pool(children: Mapping[str, nn.Module], planned: Planned) -> Outcome:
             require("forward" not in pool.__dict__, "its forward was replaced")
             return {pool: parts.pool(pool, pad=None)}
         if qualified_name(type(pool)) == "timm.layers.pool2d_same.MaxPool2dSame":
-            # Its padding is minus infinity, which beside what ReLU leaves is as good as zero.
+            # It pads with minus infinity, which makes no difference to zeros where nothing is negative.
             require(
                 norm is not None and norm in planned and type(norm.act) is nn.ReLU,
                 "what it pads with minus infinity has not gone through a ReLU",
@@ -269,7 +269,7 @@ RECIPES: Recipes = {
     "timm.models._features.FeatureDictNet": _features,
     "timm.models._features.FeatureListNet": _features,
 }
-"""What makes a change of a module, by the full name of its class."""
+"""By the full name of a class, the function that plans for a module of it."""
 
 ENTRIES = {
     "timm.models.resnetv2.ResNetV2": "forward_features",

@@ -1,6 +1,6 @@
-"""The BiT of transformers: which of its modules become which of bitfast's, and how the whole runs then.
+"""The BiT of transformers: the changes of its modules.
 
-Written for its versions 4.56 and 5; transformers itself is not imported.
+Written for transformers 4.56 and 5, which is not imported.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitfast.execution.forward_pass import ForwardPass, Request
+from bitfast.execution.forward_pass import ForwardPass
 from bitfast.in_place import parts
 from bitfast.in_place.changes import Change, require
-from bitfast.in_place.networks import Recipes, network
+from bitfast.in_place.networks import Recipes, network_change
 from bitfast.in_place.parts import Outcome, Planned
 from bitfast.layers import DropPath
 from bitfast.network import BitEmbeddings, BitStage
@@ -23,7 +23,7 @@ MODULE = "transformers.models.bit.modeling_bit"
 
 
 class TransformersNetwork(ForwardPass):
-    """How a BitModel of transformers runs with bitfast's modules inside: between its class and its objects."""
+    """The forward pass of transformers' BitModel with bitfast's modules inside; first base of its new class."""
 
     embedder: nn.Module
     encoder: Any
@@ -32,7 +32,7 @@ class TransformersNetwork(ForwardPass):
     config: Any
 
     def stem_and_stages(self) -> tuple[nn.Module, Sequence[nn.Module]]:
-        """Return what is run."""
+        """Return the stem and the stages."""
         return self.embedder, list(self.encoder.stages)
 
     def is_known(self) -> bool:
@@ -50,17 +50,13 @@ class TransformersNetwork(ForwardPass):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Compute what transformers' own computes, of the same type."""
+        """Return what transformers' own ``forward`` returns, of the same type."""
         config = self.config
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if return_dict is None:
             return_dict = config.return_dict and not getattr(config, "torchscript", False)
-        computed = None
-        if self.is_known():
-            last = len(self.encoder.stages)
-            wanted = tuple(range(last + 1)) if output_hidden_states else ()
-            computed = self.run(pixel_values, Request(last, wanted, is_normed=True))
+        computed = self.compute_features(pixel_values, output_hidden_states)
         if computed is None:
             return super().forward(
                 pixel_values,
@@ -68,10 +64,9 @@ class TransformersNetwork(ForwardPass):
                 return_dict=return_dict,
                 **kwargs,
             )
-        outputs, normalized = computed
+        hidden_states, normalized = computed
         normalized = self.layout_of_outputs(pixel_values)(normalized)
         pooled = self.pooler(normalized)
-        hidden_states = tuple(outputs) if output_hidden_states else None
         if not return_dict:
             return (normalized, pooled, *(() if hidden_states is None else (hidden_states,)))
         return self.output_class(normalized, pooled, hidden_states)  # type: ignore[operator]
@@ -120,7 +115,7 @@ def _model(module: Any, planned: Planned) -> Outcome:
     require(_is_encoder(module.encoder), f"its encoder is a {type(module.encoder).__name__}")
     require(any(stage in planned for stage in stages), "all its stages are left as they are")
     output_class = vars(sys.modules[MODULE])["BaseModelOutputWithPoolingAndNoAttention"]
-    return {module: network(module, TransformersNetwork, output_class=output_class)}
+    return {module: network_change(module, TransformersNetwork, output_class=output_class)}
 
 
 def _is_encoder(module: nn.Module) -> bool:
@@ -140,7 +135,7 @@ RECIPES: Recipes = {
     f"{MODULE}.BitStage": _stage,
     f"{MODULE}.BitModel": _model,
 }
-"""What makes a change of a module, by the full name of its class."""
+"""By the full name of a class, the function that plans for a module of it."""
 
 ENTRIES = {f"{MODULE}.BitModel": "forward"}
 """The method of a network that bitfast replaces. A subclass that has its own is left."""

@@ -1,6 +1,6 @@
-"""The seam: the ops that the layers call, each with its checks, its contract and its dispatch.
+"""The ops that the layers call, each with its checks, its contract and its dispatch to a backend.
 
-Each is imported from its module, ``bitfast.ops.<op>``. Importing the package announces all of them.
+Each is imported from its module, ``bitfast.ops.<op>``. Importing the package registers the kernels of all.
 """
 
 from bitfast.ops import (  # noqa: F401

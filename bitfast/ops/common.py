@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.utils._pytree import tree_leaves
 
 from bitfast.backends import register_kernel
+from bitfast.torch_state import constant_when_compiled
 
 LIBRARY = torch.library.Library("bitfast", "FRAGMENT")
 """Owns every schema that Python defines. An operator is called ``bitfast::<name>.<backend>``: one
@@ -52,7 +53,7 @@ def complete_operator(name: str, backend: str, signature: str, fake: Callable[..
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype autocast asks of results on x's device, None where it is off.
+    """Return the dtype that autocast asks of results on x's device; None where autocast is off.
 
     float64 tensors are left alone, as torch's own autocast leaves them.
     """
@@ -62,7 +63,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def is_autocast_on(device_type: str) -> bool:
-    """Say whether autocast is on for a type of device; the meta device has none to ask."""
+    """Whether autocast is on for a type of device; for the meta device, which torch cannot tell, it is not."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
@@ -92,26 +93,27 @@ def check_pair(op: str, name: str, value: int | Sequence[int], minimum: int = 1)
 
 
 NATIVE_CPU_DTYPES = frozenset({torch.float32, torch.bfloat16})
-"""What the C++ kernels of norms and weights take; the rest is left to the reference."""
+"""The dtypes that the C++ kernels of norms and weights take; others are left to the reference."""
 
 # ---- Triton ---------------------------------------------------------------------------------------
 
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-"""What the Triton kernels take; float64 is left to the reference."""
+"""The dtypes that the Triton kernels take; others are left to the reference."""
 
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
 """Compute capability of the oldest GPU that the Triton kernels are compiled for in the tests."""
 
 
-def announce_triton_kernels(op: str) -> None:
-    """Announce the Triton kernels of ``op``: for GPUs, and on demand for the CPU's interpreter."""
+def register_triton_kernels(op: str) -> None:
+    """Register the Triton kernels of ``op``: for GPUs, and on demand for the interpreter on the CPU."""
     register_kernel(op, "triton", "cuda", TRITON_DTYPES, why_no_triton)
     register_kernel(op, "triton", "cpu", TRITON_DTYPES, why_no_interpreter, on_demand=True)
 
 
+@constant_when_compiled
 def why_no_triton() -> str | None:
-    """Say why Triton kernels cannot run on this machine's GPU; None when they can."""
+    """Return why Triton kernels cannot run on this machine's GPU; None when they can."""
     return _why_no_triton()
 
 
@@ -134,8 +136,9 @@ def _why_no_triton() -> str | None:
     return None
 
 
+@constant_when_compiled
 def why_no_interpreter() -> str | None:
-    """Say why Triton kernels cannot run on CPU tensors; None in Triton's interpreter."""
+    """Return why Triton kernels cannot run on CPU tensors; None if Triton interprets them."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not _is_interpreting():
@@ -143,11 +146,6 @@ def why_no_interpreter() -> str | None:
             "Triton kernels run on GPUs; TRITON_INTERPRET=1 interprets them on the CPU, for tests"
         )
     return None
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
-why_no_interpreter._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_interpreting() -> bool:
@@ -158,26 +156,26 @@ def _is_interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def run_launches(launches: Sequence[Any], x: Tensor) -> None:
-    """Run launches of ``bitfast.kernels`` one after the other, on the device of x.
+def launch_kernels(launches: Sequence[Any], x: Tensor) -> None:
+    """Launch kernels of ``bitfast.kernels`` one after the other, on the device of x.
 
-    While a compiler traces (see :func:`show_launches`), they are recorded instead.
+    While a compiler traces (see :func:`show_launches`), the launches are recorded instead.
     """
     if isinstance(x, FunctionalTensor):
         for launch in launches:
-            launch.run(torch.library.wrap_triton(launch.kernel))
+            launch.launch(torch.library.wrap_triton(launch.kernel))
         return
     with torch.cuda.device_of(x):
         for launch in launches:
-            launch.run()
+            launch.launch()
 
 
 def show_launches(name: str, implementation: Callable[..., Any]) -> None:
     """Let compilers see the launches that ``bitfast::<name>.triton`` consists of.
 
-    Inductor then launches them itself, without the cost of an operator call, and plans their memory. What
-    is launched depends on the sizes; where those are symbolic, and in ``torch.export``, which keeps
-    operators whole, the operator stays one.
+    Inductor then launches the kernels itself, without the cost of an operator call, and plans their memory.
+    The launches depend on the sizes. Where those are symbolic, and in ``torch.export``, which keeps operators
+    whole, the operator is not taken apart.
     """
 
     def decompose(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:

@@ -2,8 +2,8 @@
 
 A *composite* computes what an operator computes, in plain PyTorch. It stands in for the operator under
 function transforms (``torch.func``), in forward mode, and where a gradient is differentiated again, so that all
-of these are right to any order and in any combination. What has no derivative at all refuses to be
-differentiated: none is ever zero because nobody has written it.
+of these are right to any order and in any combination. An operator without derivatives raises when one is asked
+for, and never returns zeros instead.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bitfast.ops.common import LIBRARY
 from bitfast.torch_state import is_batched, is_transformed
 
 FUNCTION_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
-"""The dispatch key that operators are called with under function transforms, and never else: what is
-registered there costs other calls nothing."""
+"""The dispatch key of operator calls under function transforms. Other calls never pass it: what is registered
+there costs them nothing."""
 
 
 class _KernelOfAutograd:
-    """Stands in for a library in ``torch.library.register_autograd``, to get hold of the kernel it makes."""
+    """Stands in for a library in ``torch.library.register_autograd``, to catch the kernel that it makes."""
 
     def impl(self, name: str, kernel: Callable[..., Any], key: str, with_keyset: bool) -> None:
         self.kernel = kernel
@@ -41,9 +41,9 @@ def connect_derivatives(
     """Make ``bitfast::<name>.<backend>`` differentiable.
 
     Args:
-        setup_context, backward: As in ``torch.library.register_autograd``. The backward is right to any order:
-            see :func:`wants_numbers_only`.
-        composite: Takes and returns what the operator does.
+        setup_context, backward: As in ``torch.library.register_autograd``. The backward must be differentiable
+            itself where :func:`can_use_backward_kernel` is false.
+        composite: Computes what the operator computes, in plain PyTorch, from the same arguments.
     """
     made = _KernelOfAutograd()
     qualified_name = f"bitfast::{name}.{backend}"
@@ -63,11 +63,11 @@ def connect_derivatives(
     LIBRARY.impl(f"{name}.{backend}", composite, FUNCTION_TRANSFORMS)
 
 
-def wants_numbers_only(*gradients: Tensor | None) -> bool:
-    """Say whether a backward pass that was handed these gradients may compute in kernels.
+def can_use_backward_kernel(*gradients: Tensor | None) -> bool:
+    """Whether a backward pass that was given these gradients may use kernels.
 
-    It may unless what it returns is to be differentiated again (``create_graph=True``), in forward mode, or
-    for many gradients at once (``is_grads_batched=True``).
+    It may unless its result is to be differentiated again (``create_graph=True``), it runs in forward mode, or
+    it computes many gradients at once (``is_grads_batched=True``).
     """
     return not (
         torch.is_grad_enabled()
@@ -85,11 +85,11 @@ def differentiable_gradients(
 
     Args:
         composite: Computes one tensor, or several, from the inputs.
-        gradient: Of that tensor, or of each.
+        gradient: The gradient of that tensor, or of each.
     """
     is_differentiated_again = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-        # Other tensors, because one input may have been computed from another one.
+        # Aliases, because one input may have been computed from another.
         aliases = [x.view_as(x) for x in inputs]
         result = composite(*aliases)
     wanted = [x for x in aliases if x.requires_grad]
@@ -100,14 +100,14 @@ def differentiable_gradients(
 
 
 def refuse_derivatives(name: str, backend: str) -> None:
-    """Let ``bitfast::<name>.<backend>`` raise where a derivative of it is asked for.
+    """Let ``bitfast::<name>.<backend>`` raise NotImplementedError where a derivative of it is asked for.
 
-    The question costs some 6 us a call; :func:`run_underived` does without.
+    The check costs some 6 us a call; :func:`call_without_autograd` skips it.
     """
     operator = getattr(getattr(torch.ops.bitfast, name), backend)
 
     def check_and_run(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        _check_underived(operator, arguments)
+        _check_no_derivative(operator, arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -118,22 +118,23 @@ def refuse_derivatives(name: str, backend: str) -> None:
 def refusing_derivatives(
     name: str, backend: str, implementation: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return the Python implementation of ``bitfast::<name>.<backend>``, which asks the same by itself.
+    """Return an implementation of ``bitfast::<name>.<backend>`` that raises where a derivative is asked for.
 
-    That costs less, which counts where compiled models call the operator.
+    The check within a Python implementation costs less than that of :func:`refuse_derivatives`, which counts
+    where compiled models call the operator.
     """
     operator = getattr(getattr(torch.ops.bitfast, name), backend)
     _refuse_transforms(operator)
 
     def check_and_run(*arguments: Any) -> Any:
-        _check_underived(operator, arguments)
+        _check_no_derivative(operator, arguments)
         return implementation(*arguments)
 
     return check_and_run
 
 
-def run_underived(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
-    """Call an operator that refuses derivatives where no gradient is recorded, and nothing transformed."""
+def call_without_autograd(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """Call an operator that refuses derivatives, without the check: no gradient may be recorded here."""
     if torch.compiler.is_compiling():
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -150,7 +151,7 @@ def _refuse_transforms(operator: torch._ops.OpOverload) -> None:
     LIBRARY.impl(f"{operator._opname}.{operator._overloadname}", refuse, FUNCTION_TRANSFORMS)
 
 
-def _check_underived(operator: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> None:
+def _check_no_derivative(operator: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> None:
     """Raise NotImplementedError if a derivative of the operator's results would be lost."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         raise NotImplementedError(
@@ -169,10 +170,10 @@ def _has_tangent(argument: Any) -> bool:
 
 
 __all__ = [
+    "call_without_autograd",
+    "can_use_backward_kernel",
     "connect_derivatives",
     "differentiable_gradients",
     "refuse_derivatives",
     "refusing_derivatives",
-    "run_underived",
-    "wants_numbers_only",
 ]

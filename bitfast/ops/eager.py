@@ -1,13 +1,12 @@
-"""Eager calls that go past torch's dispatcher: when they may, and what they keep from one call to the next.
+"""Eager calls without torch's dispatcher: when they are possible, and what they keep between calls.
 
-An operator call costs a GPU's time to tell the dispatcher, autograd and every tracer what is computed. Where
-nobody asks, what a call needs is found by what its arguments are like, and the kernels are launched.
+An operator call takes the host so long, for the dispatcher, autograd and tracers, that a GPU has to wait. Where
+nobody has to see the operator, a call finds prepared launches by the metadata of its arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
@@ -19,18 +18,18 @@ from torch.autograd import forward_ad
 from bitfast.backends import requested_backend
 
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-"""Subclasses may want to see each operator."""
+"""The types of tensors that eager calls take. Subclasses may want to see each operator."""
 
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def may_launch(op: str, x: Tensor) -> bool:
-    """Say whether a call of ``op`` may launch Triton kernels by itself.
+    """Whether a call of ``op`` may launch Triton kernels without calling an operator.
 
-    It may where x is a plain tensor on a GPU, or on the CPU and the backend "triton" is demanded (a meta tensor
-    has nothing to launch a kernel on), and no compiler, tracer, mode, function transform or forward-mode
-    differentiation is at work. What else there is to ask has one answer for all calls of like arguments.
+    It may where x is a plain tensor on a GPU, or on the CPU with the backend "triton" demanded, and where no
+    compiler, tracer, mode, function transform or forward-mode differentiation is at work. All other conditions
+    depend on the metadata of the arguments only, and are looked at once.
     """
     return (
         type(x) in PLAIN_TYPES
@@ -40,7 +39,7 @@ def may_launch(op: str, x: Tensor) -> bool:
 
 
 def is_unwatched() -> bool:
-    """Say whether nobody but the caller and autograd would see an operator that is called now."""
+    """Whether nobody but the caller and autograd would see an operator call."""
     return not (
         torch.compiler.is_compiling()  # first: a compiler that traces this goes no further
         or _len_torch_dispatch_stack()
@@ -54,14 +53,14 @@ def is_unwatched() -> bool:
 Value = TypeVar("Value")
 
 
-class Bounded(dict[Hashable, Value], Generic[Value]):
-    """Keeps values by what the arguments of calls are like; when there are too many, it begins anew.
+class BoundedCache(dict[Hashable, Value], Generic[Value]):
+    """A dictionary that is cleared when it holds too many values.
 
-    Threads may share it: of two that make the same value at once, one value is kept.
+    Threads may share it. Where two make a value for one key at once, one of the values is kept.
     """
 
     def __init__(self, most: int) -> None:
-        """Keep at most ``most`` values."""
+        """Make a cache of at most ``most`` values."""
         super().__init__()
         self.most = most
 
@@ -73,11 +72,10 @@ class Bounded(dict[Hashable, Value], Generic[Value]):
         return value
 
 
-def is_unusual(*tensors: Tensor) -> bool:
-    """Say whether kernels cannot simply read at the address of a tensor.
+def has_unusual_memory(*tensors: Tensor) -> bool:
+    """Whether prepared kernels cannot read some tensor at its address.
 
-    It has no memory of its own, is to be read with its sign changed, or is not aligned to 16 bytes, which takes
-    other code.
+    It has no memory, is to be read with its sign changed (``is_neg``), or is not aligned to 16 bytes.
     """
     together = 0
     for x in tensors:
@@ -91,7 +89,7 @@ def is_unusual(*tensors: Tensor) -> bool:
 
 
 def current_stream(device: torch.device) -> int | None:
-    """Return the handle of the current stream of a device; None if another device is the current one."""
+    """Return the handle of a device's current stream; None if another device is the current one."""
     if device.type != "cuda":
         return 0
     assert _current_device is not None
@@ -99,17 +97,11 @@ def current_stream(device: torch.device) -> int | None:
     return _raw_stream(device.index) if _current_device() == device.index else None
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 __all__ = [
     "PLAIN_TYPES",
-    "Bounded",
+    "BoundedCache",
     "current_stream",
-    "is_unusual",
+    "has_unusual_memory",
     "is_unwatched",
     "may_launch",
-    "on",
 ]

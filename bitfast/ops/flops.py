@@ -1,6 +1,6 @@
-"""What torch's FlopCounterMode counts for the operators of our own: convolutions, as it counts its own.
+"""FLOP formulas of bitfast's convolution operators for torch's FlopCounterMode, which counts as for its own.
 
-Norms, activations, pools and the standardization of weights count for nothing there, whoever computes them.
+Norms, activations, pools and the standardization of weights count as zero there, as torch's own do.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def register_flop_formulas() -> None:
-    """Tell torch's counter of FLOPs about the convolutions, if it is loaded.
+    """Register the formulas with torch's FLOP counter, if that is loaded.
 
-    Loading it would load Triton. Models are counted right in any case: where a mode looks at each operator,
-    they use torch's own convolutions.
+    Loading it would load Triton. Models are counted right in any case: where a mode watches operators, they
+    use torch's own convolutions.
     """
     counter: Any = sys.modules.get(COUNTER)
     if counter is None:

@@ -17,17 +17,17 @@ from bitfast.backends import register_kernel, select_backend
 from bitfast.ops import group_norm_act_triton as kernels
 from bitfast.ops.common import (
     NATIVE_CPU_DTYPES,
-    announce_triton_kernels,
     autocast_dtype,
     complete_operator,
     define_operator,
+    register_triton_kernels,
     show_launches,
 )
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     connect_derivatives,
     refuse_derivatives,
-    run_underived,
-    wants_numbers_only,
 )
 from bitfast.ops.eager import may_launch
 from bitfast.ops.group_norm_act_contract import (
@@ -64,7 +64,7 @@ def group_norm_act(
     Args:
         x: Shape (N, C, H, W), floating point, any strides. N may be 0; C, H and W may not.
         weight: Shape (C,), floating point, may differ from x in dtype.
-        bias: Shape (C,), likewise.
+        bias: Shape (C,), floating point, may differ from x in dtype.
         num_groups: Divides C.
         eps: Added to the (biased) variance of each group.
         activation: "none", "relu", "gelu", "gelu_new" (tanh approximation) or "selu".
@@ -89,7 +89,7 @@ def group_norm_act(
         elif backend == "native" and _is_plain_inference(x):
             result = torch.empty_like(x)
             into = torch.ops.bitfast.group_norm_act_into.native
-            run_underived(into, x, None, *arguments[1:], None, result)
+            call_without_autograd(into, x, None, *arguments[1:], None, result)
         else:
             result = getattr(torch.ops.bitfast.group_norm_act, backend)(*arguments)[0]
     return result.to(autocast_dtype(x) or x.dtype)
@@ -104,9 +104,9 @@ def add_group_norm_act(
     eps: float = 1e-5,
     activation: str = "relu",
 ) -> tuple[Tensor, Tensor]:
-    """Return x + residual, and :func:`group_norm_act` of that sum (as it was rounded to its dtype).
+    """Return x + residual, and :func:`group_norm_act` of that sum (rounded to its dtype).
 
-    What a preactivation network needs between two blocks, reading and writing each tensor once.
+    A preactivation network needs both between two blocks. Each tensor is read and written once.
 
     Args:
         x, residual: Shape (N, C, H, W), floating point, of one dtype; any strides.
@@ -136,22 +136,22 @@ def add_group_norm_act(
 
 
 def _is_plain_inference(x: Tensor) -> bool:
-    """Say whether x is dense and no gradient, compiler or tracer has to see the operator.
+    """Whether x is dense, and neither autograd nor a compiler or tracer has to see the operator.
 
-    Then the form that returns nothing serves, which costs half as much to call.
+    Then ``group_norm_act_into``, which returns nothing, can be called: that costs half as much.
     """
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _are_dense(x)
 
 
 def _are_dense(*tensors: Tensor) -> bool:
-    """Say whether all are contiguous or all channels_last."""
+    """Whether all are contiguous or all channels_last."""
     return all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors) or all(
         x.is_contiguous() for x in tensors
     )
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast from the steps in between: they compute in float32, only the result is rounded."""
+    """Return a context without autocast: the op computes in float32, and only its result is cast."""
     if autocast_dtype(x) is None:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
@@ -169,7 +169,7 @@ def define_kernel(backend: str, forward: Any, add_forward: Any, backward: Any) -
 
 
 def _complete_native_kernel() -> None:
-    """Do the same for the operators that csrc/group_norm_act.cpp has defined."""
+    """Make the operators that csrc/group_norm_act.cpp defines differentiable and traceable."""
     complete_operator(OP, "native", SIGNATURE, fake)
     complete_operator(f"{OP}_", "native", IN_PLACE_SIGNATURE, lambda *_: None)
     complete_operator(f"{OP}_into", "native", INTO_SIGNATURE, lambda *_: None)
@@ -181,7 +181,7 @@ def _complete_native_kernel() -> None:
 
 
 def _connect_gradients(backend: str) -> None:
-    """Tell autograd how the operators of one backend belong together."""
+    """Make the forward operators of one backend differentiable by its backward operator."""
     backward_op = getattr(torch.ops.bitfast.group_norm_act_backward, backend)
     refuse_derivatives(f"{OP}_backward", backend)
 
@@ -190,8 +190,8 @@ def _connect_gradients(backend: str) -> None:
     ) -> Sequence[Tensor | None]:
         if grad is None:
             return grad_total, None, None
-        if wants_numbers_only(grad, grad_total):
-            return run_underived(
+        if can_use_backward_kernel(grad, grad_total):
+            return call_without_autograd(
                 backward_op, grad, grad_total, *ctx.saved_tensors, ctx.num_groups, ctx.activation
             )
         return differentiable_norm_gradients(
@@ -227,7 +227,7 @@ define_kernel("triton", kernels.forward, kernels.add_forward, kernels.backward)
 show_launches(OP, kernels.forward)
 show_launches(ADD_OP, kernels.add_forward)
 show_launches(f"{OP}_backward", kernels.backward)
-announce_triton_kernels(OP)
+register_triton_kernels(OP)
 
 
 # ---- native ---------------------------------------------------------------------------------------

@@ -21,34 +21,34 @@ SIGNATURE = (
     "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, str activation)"
     " -> (Tensor, Tensor, Tensor)"
 )
-"""What every kernel takes and returns: the result, and the mean and 1/std of each (image, group), in
+"""Of every backend's ``group_norm_act``. Returns the result, and the mean and 1/std of each (image, group), in
 float32 (float64 for float64 data)."""
 
 IN_PLACE_SIGNATURE = (
     "(Tensor(a!) x, Tensor? moments, Tensor weight, Tensor bias, int num_groups, float eps,"
     " str activation, Tensor? shortcut) -> ()"
 )
-"""The same in the memory of x, for inference. Only the native backend has it. See :func:`group_norm_act_into`
-for the moments and the shortcut."""
+"""Of ``group_norm_act_``, for inference: the result overwrites x. Only the native backend has it.
+csrc/group_norm_act.cpp describes ``moments`` and ``shortcut``."""
 
 INTO_SIGNATURE = (
     "(Tensor x, Tensor? moments, Tensor weight, Tensor bias, int num_groups, float eps, str activation,"
     " Tensor? shortcut, Tensor(a!) result) -> ()"
 )
-"""The same into memory that is there already."""
+"""Of ``group_norm_act_into``, for inference: fills ``result``. Only the native backend has it."""
 
 ADD_SIGNATURE = (
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, int num_groups, float eps,"
     " str activation) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-"""The same with a residual: x + residual, the result, and the statistics of the sum."""
+"""Of every backend's ``add_group_norm_act``. Returns x + residual, the result, and the sum's statistics."""
 
 BACKWARD_SIGNATURE = (
     "(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,"
     " int num_groups, str activation) -> (Tensor, Tensor, Tensor)"
 )
-"""What every backward kernel takes and returns: the gradients of x, weight and bias. For the form with a
-residual, x is the sum, and ``grad_total`` what reached the sum by another way, to be added."""
+"""Of every backend's ``group_norm_act_backward``. Returns the gradients of x, weight and bias. With a residual,
+x is the sum, and ``grad_total`` the gradient that reached the sum directly, which is added."""
 
 
 def check(
@@ -94,30 +94,22 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
 def fake(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a forward operator returns, without its numbers."""
+    """Return tensors without contents, like those that ``group_norm_act`` returns."""
     statistics = x.new_empty((x.shape[0], num_groups), dtype=reference.compute_dtype(x.dtype))
     result = torch.empty_like(x, memory_format=memory_format_of(x))
     return result, statistics, torch.empty_like(statistics)
 
 
 def add_fake(x: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the same of the form with a residual."""
+    """Return tensors without contents, like those that ``add_group_norm_act`` returns."""
     result, mean, rstd = fake(x, *arguments)
     return torch.empty_like(result), result, mean, rstd
 
 
 def fake_backward(
-    grad: Tensor,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    activation: str,
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a backward operator returns, without its numbers."""
+    """Return tensors without contents, like those that ``group_norm_act_backward`` returns."""
     grad_x = torch.empty_like(x, memory_format=memory_format_of(x))
     return grad_x, torch.empty_like(weight), torch.empty_like(bias)
 
@@ -145,8 +137,8 @@ def differentiable_norm_gradients(
     Args:
         inputs: x (or the sum), weight and bias.
         num_groups, eps, activation: As in the op.
-        grad: Of the result.
-        grad_total: What reached x by another way.
+        grad: The gradient of the result.
+        grad_total: The gradient that reached x (or the sum) directly; None if there is none.
     """
 
     def composite(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""group_norm_act in Triton: what the operators run, and eager calls that do without them."""
+"""group_norm_act in Triton: the operators' implementations, and eager calls that do without operators."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from bitfast.backends import requested_backend, select_backend
+from bitfast.kernels.launch import aligned_count, as_current
 from bitfast.memory_format import memory_format_of
-from bitfast.ops.common import run_launches
-from bitfast.ops.derivatives import run_underived, wants_numbers_only
-from bitfast.ops.eager import PLAIN_TYPES, Bounded, current_stream, is_unusual, is_unwatched, on
+from bitfast.ops.common import launch_kernels
+from bitfast.ops.derivatives import call_without_autograd, can_use_backward_kernel
+from bitfast.ops.eager import (
+    PLAIN_TYPES,
+    BoundedCache,
+    current_stream,
+    has_unusual_memory,
+    is_unwatched,
+)
 from bitfast.ops.group_norm_act_contract import (
     ADD_OP,
     OP,
@@ -35,7 +42,7 @@ def add_forward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward kernels; without a residual, the sum is x itself."""
+    """Launch the forward kernels; without a residual, the sum is x itself."""
     from bitfast.kernels import group_norm_act as kernels
 
     memory_format = memory_format_of(x)
@@ -60,12 +67,12 @@ def add_forward(
         mean=mean,
         rstd=rstd,
     )
-    run_launches(launches, x)
+    launch_kernels(launches, x)
     return total, result, mean, rstd
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernels."""
+    """Launch the forward kernels, without a residual."""
     _, result, mean, rstd = add_forward(x, None, *arguments)
     return result, mean, rstd
 
@@ -81,7 +88,7 @@ def backward(
     num_groups: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward kernels."""
+    """Launch the backward kernels."""
     from bitfast.kernels import group_norm_act as kernels
 
     memory_format = memory_format_of(x)
@@ -103,7 +110,7 @@ def backward(
         grad_weight=grads[1],
         grad_bias=grads[2],
     )
-    run_launches(launches, x)
+    launch_kernels(launches, x)
     return grads
 
 
@@ -119,10 +126,10 @@ def launch(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return x (plus the residual) and its norm, past the dispatcher; None where an operator is needed.
+    """Return x (plus the residual) and its norm without torch's dispatcher; None where an operator is needed.
 
-    One is needed for a tensor that is not dense, not aligned or not plain, and for another backend. The caller
-    has asked ``eager.may_launch`` about x, and checks the arguments where None is returned.
+    An operator is needed for tensors that are not dense, not aligned or not plain, and for another backend. The
+    caller has asked ``eager.may_launch`` about x, and checks the arguments itself if None is returned.
 
     Raises:
         TypeError, ValueError: As the op.
@@ -137,7 +144,7 @@ def launch(
                 type(residual), residual.shape, residual.stride(), residual.dtype, residual.device
             ),
         )  # fmt: skip
-    except (AttributeError, RuntimeError):  # no tensor, or one without strides
+    except (AttributeError, RuntimeError):  # not a tensor, or one without strides
         return None
     call = _calls.get(key, _UNKNOWN)
     if call is _UNKNOWN:
@@ -145,8 +152,8 @@ def launch(
         _calls.keep(key, call)
     if (
         call is None
-        or is_unusual(x, weight, bias)
-        or (residual is not None and is_unusual(residual))
+        or has_unusual_memory(x, weight, bias)
+        or (residual is not None and has_unusual_memory(residual))
     ):
         return None
     if torch.is_grad_enabled() and (
@@ -166,8 +173,8 @@ def launch(
     return total, result
 
 
-class Call:
-    """What calls of like arguments need; see :func:`launch` for the arguments."""
+class PreparedCall:
+    """The prepared launches for calls whose arguments have the same metadata; see :func:`launch` for these."""
 
     def __init__(
         self, x: Tensor, has_residual: bool, weight: Tensor, bias: Tensor, num_groups: int,
@@ -179,8 +186,8 @@ class Call:
         self.has_residual = has_residual
         self.num_groups, self.eps, self.activation = index(num_groups), float(eps), activation
         numbers = x.shape[0] * self.num_groups
-        self.statistics = -(-numbers // 4) * 4
-        """Numbers of either kind, with what keeps the second kind aligned."""
+        self.statistics = aligned_count(numbers)
+        """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self._settings = (
             tuple(x.shape), x.dtype, x.device, self.memory_format == torch.channels_last, self.num_groups
         )  # fmt: skip
@@ -224,10 +231,10 @@ class Call:
         bias: Tensor,
         keeps_statistics: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the sum (or x), the result, and the statistics if they are kept: one kind after the other."""
+        """Return the sum (or x), the result, and if they are kept the statistics: all means, then all 1/std."""
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self.forward(x, residual, weight, bias, keeps_statistics)
         result = torch.empty_like(x)
         total, residual_at = x, 0
@@ -254,14 +261,14 @@ class Call:
 
         Args:
             saved: x (or the sum), weight, bias and the statistics.
-            grad: Of the result; None if it was not used.
-            grad_total: What reached the sum by another way.
+            grad: The gradient of the result; None if the result was not used.
+            grad_total: The gradient that reached the sum directly, or None.
         """
         if grad is None:
             return grad_total, None, None
         if not torch.is_grad_enabled() and self._takes(saved, grad, grad_total):
             return self._launch_backward(saved, grad, grad_total)
-        if not wants_numbers_only(grad, grad_total):
+        if not can_use_backward_kernel(grad, grad_total):
             return differentiable_norm_gradients(
                 saved[:3], self.num_groups, self.eps, self.activation, grad, grad_total
             )
@@ -272,14 +279,12 @@ class Call:
         )
         operator = torch.ops.bitfast.group_norm_act_backward.triton
         settings = (self.num_groups, self.activation)
-        return run_underived(operator, grad, grad_total, *inputs, mean, rstd, *settings)
+        return call_without_autograd(operator, grad, grad_total, *inputs, mean, rstd, *settings)
 
     def _takes(self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None) -> bool:
-        """Say whether the tensors are such as the kernels are prepared for, and nobody watches."""
+        """Whether the prepared kernels can take the tensors, and nobody has to see an operator."""
         maps = (saved[0], grad) if grad_total is None else (saved[0], grad, grad_total)
-        if not is_unwatched() or is_unusual(
-            *maps, *saved[1:]
-        ):  # with what has no memory of its own
+        if not is_unwatched() or has_unusual_memory(*maps, *saved[1:]):
             return False
         for x in maps:
             if (
@@ -295,7 +300,7 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor]:
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self._launch_backward(saved, grad, grad_total)
         x, weight, bias, statistics = saved
         grad_x = torch.empty_like(x)
@@ -312,14 +317,14 @@ class Call:
         return grad_x, grad_weight, grad_bias
 
 
-_calls: Bounded[Call | None] = Bounded(most=1024)
-"""By what the arguments are like; None where an operator is needed."""
+_calls: BoundedCache[PreparedCall | None] = BoundedCache(most=1024)
+"""By the metadata of the arguments; None where an operator is needed."""
 
 _UNKNOWN: Any = object()
 
 
 def forget_calls() -> None:
-    """Let the next calls be planned anew."""
+    """Forget the prepared calls."""
     _calls.clear()
 
 
@@ -331,8 +336,8 @@ def _new_call(
     num_groups: int,
     eps: float,
     activation: str,
-) -> Call | None:
-    """Check the arguments and return what calls of their like need; None if that is an operator."""
+) -> PreparedCall | None:
+    """Check the arguments and return the prepared call; None if an operator is needed."""
     check(OP if residual is None else ADD_OP, x, weight, bias, num_groups, eps, activation)
     if residual is not None:
         check_residual(x, residual)
@@ -346,14 +351,14 @@ def _new_call(
         or not (weight.is_contiguous() and bias.is_contiguous())
     ):
         return None
-    return Call(x, residual is not None, weight, bias, num_groups, eps, activation)
+    return PreparedCall(x, residual is not None, weight, bias, num_groups, eps, activation)
 
 
 class GroupNormAct(torch.autograd.Function):
-    """The norm as one node of autograd's graph."""
+    """``group_norm_act`` as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, call: PreparedCall, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Return the result."""
         _, result, statistics = call.forward(x, None, weight, bias, keeps_statistics=True)
         ctx.call = call
@@ -368,11 +373,11 @@ class GroupNormAct(torch.autograd.Function):
 
 
 class AddGroupNormAct(torch.autograd.Function):
-    """The residual sum and its norm as one node."""
+    """``add_group_norm_act`` as one node of autograd's graph."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+        ctx: Any, call: PreparedCall, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the sum and the result."""
         total, result, statistics = call.forward(x, residual, weight, bias, keeps_statistics=True)

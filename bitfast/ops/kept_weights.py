@@ -1,8 +1,8 @@
-"""What was made of convolution weights for inference, kept until a weight changes.
+"""A store of what is computed from convolution weights for inference, kept until a weight changes.
 
-One store for all forms of a weight: standardized, or packed for the kernel that convolves with it. It has one
-rule of validity: the same parameter object, at the same address, of the same version, and nobody has said
-(:meth:`KeptWeights.drop`) that it changed in a way that torch does not count.
+It holds all forms of a weight: standardized, or packed for the kernel that convolves with it. A form is valid
+for the same parameter object, at the same address and of the same version, unless :meth:`KeptWeights.drop` was
+called because the weight changed in a way that torch does not count.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitfast.optimizer_steps import is_shared, watch_optimizers
+from bitfast.optimizer_steps import is_in_shared_memory, watch_optimizers
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair]
 """Stride, padding and dilation, each as (height, width)."""
 
 MOST_FORMS = 64
-"""Forms of one weight that are remembered: more than one may have led to the same tensor."""
+"""Forms of one weight that are kept at most; several forms may share a tensor."""
 
 MOST_TENSORS = 3
-"""Different tensors that are kept of one weight: of a few dtypes, or of image sizes that want other layouts."""
+"""Different tensors kept of one weight at most: for a few dtypes, or image sizes that need other layouts."""
 
 
 class Source(NamedTuple):
-    """A weight as it is at one moment."""
+    """The state of a weight at one moment."""
 
     version: int
     address: int
@@ -38,11 +38,11 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor) -> Source:
-        """Describe a weight that was not made in inference mode."""
+        """Return the present state of a weight, which must not be an inference tensor."""
         return cls(weight._version, weight.data_ptr(), weight.untyped_storage())
 
     def is_current(self, weight: Tensor) -> bool:
-        """Whether the weight is still what it was."""
+        """Whether the weight is still in this state."""
         return self.version == weight._version and self.address == weight.data_ptr()
 
 
@@ -50,20 +50,19 @@ class _Kept(NamedTuple):
     source: Source
     by_form: dict[Hashable, Tensor]
     alive: weakref.ref[Tensor]
-    """Takes the entry away when the weight dies."""
+    """Removes the entry when the weight dies."""
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether it was made of this weight, as that is now."""
+        """Whether this entry belongs to the weight in its present state."""
         return self.alive() is weight and self.source.is_current(weight)
 
 
 class KeptWeights:
-    """What is kept of this process's weights, as long as they live and are not changed.
+    """Keeps what is computed from weights, as long as these live and do not change.
 
     Attributes:
-        generation: Changes whenever anything was dropped, or :meth:`note_change` was called. Who holds what was
-            found here, and looks at the weights' versions and addresses by itself, need not look again for
-            what is kept while it stays the same.
+        generation: A counter that is raised when anything is dropped, and by :meth:`note_change`. While it
+            stays the same, whoever compares versions and addresses of weights himself need not ask here.
     """
 
     def __init__(self) -> None:
@@ -72,7 +71,7 @@ class KeptWeights:
         self._lock = threading.RLock()
 
     def find(self, weight: Tensor, form: Hashable) -> Tensor | None:
-        """Return what is kept of the weight in this form, if anything is, and the weight has not changed."""
+        """Return the kept form of a weight; None if there is none, or the weight has changed."""
         if weight.is_inference():  # torch does not count its changes
             return None
         kept = self._kept.get(id(weight))
@@ -81,7 +80,7 @@ class KeptWeights:
         return kept.by_form.get(form)
 
     def source_of(self, weight: Tensor) -> Source | None:
-        """Return what the kept forms of a weight were made of: another object once they were dropped."""
+        """Return the state that a weight's kept forms were made from, or None; a new object after a drop."""
         kept = self._kept.get(id(weight))
         return None if kept is None else kept.source
 
@@ -93,19 +92,18 @@ class KeptWeights:
         made: Tensor,
         same: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> Tensor:
-        """Keep what was made of a weight, and return it, or what is kept already and is the same.
+        """Keep a form of a weight; return it, or an equal tensor that is kept already.
 
-        Nothing is kept of a weight that another thread has changed meanwhile, or that other processes may
-        change.
+        Nothing is kept if another thread has changed the weight meanwhile, or other processes may change it.
 
         Args:
-            source: The weight as it was before.
+            source: The state of the weight before ``made`` was computed.
             weight: The weight.
-            form: How it was made.
-            made: What was made.
-            same: Whether two tensors hold the same: then other forms of the weight are looked through.
+            form: The key of the form.
+            made: The tensor to keep.
+            same: Whether two tensors are equal. If given, an equal tensor of another form is shared.
         """
-        if is_shared(weight) or not source.is_current(weight):
+        if is_in_shared_memory(weight) or not source.is_current(weight):
             return made
         watch_optimizers(self)
         with self._lock:
@@ -130,9 +128,9 @@ class KeptWeights:
         make: Callable[[], Tensor],
         same: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> Tensor:
-        """Return what ``make`` returns, which is kept; see :meth:`keep`.
+        """Return the kept form of a weight, or what ``make`` returns, which is then kept (see :meth:`keep`).
 
-        Nothing is kept of a weight that was made in inference mode: torch does not count its changes.
+        Nothing is kept of inference tensors, whose changes torch does not count.
         """
         if weight.is_inference():
             return make()
@@ -146,15 +144,15 @@ class KeptWeights:
         return self.keep(source, weight, form, made, same)
 
     def note_change(self) -> None:
-        """Let those who hold what was found here look again: a convolution was changed."""
+        """Raise the generation, because an attribute of a module was changed."""
         self.generation += 1
 
     def drop(self, weights: Iterable[Tensor]) -> None:
-        """Forget what was made of these weights, and free its memory."""
+        """Drop all forms of these weights, and free their memory."""
         self.drop_if_from({id(weight) for weight in weights})
 
     def drop_if_from(self, weights: set[int]) -> None:
-        """Forget what was made of the weights with these ids."""
+        """Drop all forms of the weights with these ids."""
         with self._lock:
             dropped = [self._kept.pop(key, None) for key in weights]
             self.generation += any(kept is not None for kept in dropped)

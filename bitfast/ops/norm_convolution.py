@@ -1,8 +1,8 @@
 """GroupNorm, activation and convolution in one pass; for inference on the CPU.
 
-The input is normalized and activated while it is packed for a product of matrices, a residual is added and
-the statistics of the result are taken while it is still in the cache. So between two convolutions of a
-preactivation block nothing is read or written but their results. 1x1 filters are plain products; 3x3 filters
+The input is normalized and activated while it is packed for a matrix product; a residual is added to the result
+and its statistics are computed while it is still in the cache. So between two convolutions of a preactivation
+block only their results are read and written. 1x1 filters are plain products; 3x3 filters
 take 16 multiplications for four outputs instead of 36, after Lavin & Gray, "Fast Algorithms for Convolutional
 Neural Networks", 2015 (https://arxiv.org/abs/1509.09308), in float32 only: rounded to bfloat16, the sums that
 it takes of its input would lose digits.
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from bitfast import extension
 from bitfast.backends import register_kernel, select_backend
 from bitfast.ops.common import NATIVE_CPU_DTYPES, complete_operator
-from bitfast.ops.derivatives import refuse_derivatives, run_underived
+from bitfast.ops.derivatives import call_without_autograd, refuse_derivatives
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.kept_weights import Geometry, kept_weights
-from bitfast.ops.packed_convolution import packs
+from bitfast.ops.packed_convolution import uses_packed_weights
 from bitfast.ops.weight_standardization import weight_standardization
 from bitfast.torch_state import unseen
 
@@ -39,24 +39,24 @@ SIGNATURE = (
     f"{_NORM}, Tensor packed, int out_channels, int kernel_size, int stride, bool wants_moments)"
     " -> (Tensor, Tensor)"
 )
-"""What the kernel takes and returns: the convolution and its moments (of no images if nobody wants them)."""
+"""Of ``norm_convolution``. Returns the convolution and its moments (of 0 images unless ``wants_moments``)."""
 
 ADD_SIGNATURE = (
     f"{_NORM}, Tensor packed, Tensor(a!) total, int kernel_size, int stride, bool wants_moments)"
     " -> Tensor"
 )
-"""The same, added to ``total`` in place; returns the moments of the sum."""
+"""Of ``norm_convolution_add_``: adds the convolution to ``total`` in place, and returns the sum's moments."""
 
 WIDEST_3X3 = 256 * 256
-"""Input times output channels up to which 3x3 filters run here: packed, they take 16/9 of their memory."""
+"""Input times output channels of a 3x3 filter, at most: packed, filters take 16/9 of their memory."""
 
 SMALLEST_3X3 = 4
-"""Pixels in each axis from which on 3x3 filters run here: on a smaller image most of a filter meets zeros, and
-what should cancel exactly then cancels but for roundings, against which the result is small."""
+"""Pixels along each axis of the input of a 3x3 filter, at least. On smaller images most taps meet padding, and
+terms that should cancel leave rounding errors that are not small against the result."""
 
 
 class Norm(NamedTuple):
-    """A GroupNorm with activation that is still to be applied to x; see ``group_norm_act``."""
+    """A GroupNorm with activation, to be applied to x; the arguments of ``group_norm_act``."""
 
     weight: Tensor
     bias: Tensor
@@ -77,12 +77,14 @@ def norm_convolution(
     """Convolve the normalized, activated x with the standardized weight, of which a packed copy is kept.
 
     Args:
-        x: Shape (N, in, H, W), channels_last, for which :func:`fuses` is true of dtype and device.
+        x: Shape (N, in, H, W), channels_last, of a device and a dtype for which :func:`uses_norm_convolution`
+            is true.
         moments: The mean and the (biased) variance of each image's channels: float64, shape (2, N, in). None:
             they are computed.
         norm: None: x is convolved as it is.
-        weight: Shape (out, in, height, width), not standardized, for which :func:`fits` is true. 3x3 filters
-            are padded with one zero on each side, after the norm.
+        weight: Shape (out, in, height, width), not standardized, for which
+            :func:`has_norm_convolution_kernel` is true. 3x3 filters are padded with one zero on each side,
+            after the norm.
         weight_eps: As in ``weight_standardization``.
         stride: In both axes.
         wants_moments: Also return the moments of the result.
@@ -92,7 +94,7 @@ def norm_convolution(
         or None.
     """
     packed = packed_filters(x, weight, weight_eps)
-    result, result_moments = run_underived(
+    result, result_moments = call_without_autograd(
         torch.ops.bitfast.norm_convolution.native,
         x, moments, *(norm or NO_NORM), packed, weight.shape[0], weight.shape[2], stride, wants_moments,
     )  # fmt: skip
@@ -119,7 +121,7 @@ def add_norm_convolution_(
             f"{OP}: total must have the {weight.shape[0]} channels that weight gives, got {tuple(total.shape)}"
         )
     packed = packed_filters(x, weight, weight_eps)
-    result = run_underived(
+    result = call_without_autograd(
         torch.ops.bitfast.norm_convolution_add_.native,
         x, moments, *(norm or NO_NORM), packed, total, weight.shape[2], stride, wants_moments,
     )  # fmt: skip
@@ -127,23 +129,25 @@ def add_norm_convolution_(
 
 
 NO_NORM = (None, None, 1, 0.0, "none")
-"""What the kernels are told where x is convolved as it is."""
+"""The norm arguments of the operators where x is convolved as it is."""
 
 
-def fuses(device_type: str, dtype: torch.dtype) -> bool:
-    """Say whether the functions above can serve such tensors, where no gradient is recorded.
+def uses_norm_convolution(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether :func:`norm_convolution` may be used for such tensors where no gradient is recorded.
 
-    They stand for three ops; they are not used where other backends of these are demanded.
+    It does the work of three ops, and is not used where another backend of one of them is demanded.
     """
     return (
         select_backend(OP, device_type, dtype) == "native"
-        and packs(device_type, dtype)
+        and uses_packed_weights(device_type, dtype)
         and select_backend(GROUP_NORM_ACT, device_type, dtype) == "native"
     )
 
 
-def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size) -> bool:
-    """Say whether there is a kernel for a convolution with such a parameter of inputs of this dtype.
+def has_norm_convolution_kernel(
+    weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size
+) -> bool:
+    """Whether there is a kernel for a convolution with this weight and geometry, of an input of this dtype.
 
     Args:
         size: Height and width of the input.
@@ -165,8 +169,8 @@ def fits(weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Siz
 
 
 @lru_cache
-def why_not_fused(dtype: torch.dtype) -> str | None:
-    """Say why no kernel of this dtype can run, or should, on this machine; None if one can."""
+def why_no_norm_convolution(dtype: torch.dtype) -> str | None:
+    """Return why the kernels of this dtype cannot, or should not, run on this machine; None if they should."""
     if dtype not in NATIVE_CPU_DTYPES:
         return f"the kernels are for float32 and bfloat16, not {dtype}"
     if extension.CPU.problem is not None:
@@ -179,7 +183,11 @@ def why_not_fused(dtype: torch.dtype) -> str | None:
 
 
 def packed_filters(x: Tensor, weight: Tensor, weight_eps: float) -> Tensor:
-    """Return the standardized weight, packed for inputs of the dtype of x; it is kept."""
+    """Return the standardized weight, packed for inputs of the dtype of x, from the kept weights.
+
+    Raises:
+        ValueError: weight and x differ in channels.
+    """
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
             f"{OP}: weight must have {x.shape[1]} input channels, as many as x; got {tuple(weight.shape)}"
@@ -188,7 +196,7 @@ def packed_filters(x: Tensor, weight: Tensor, weight_eps: float) -> Tensor:
 
 
 def packed_for(weight: Tensor, weight_eps: float, dtype: torch.dtype) -> Tensor:
-    """Return the standardized weight, packed for inputs of a dtype; it is kept."""
+    """Return the standardized weight, packed for inputs of a dtype, from the kept weights."""
 
     def make() -> Tensor:
         standardized = weight_standardization(weight, weight_eps, torch.float32).contiguous()
@@ -223,8 +231,13 @@ def _fake_add(x: Tensor, *rest: Any) -> Tensor:
 
 
 register_kernel(
-    OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: why_not_fused(torch.float32), unsuitable=why_not_fused
-)  # fmt: skip
+    OP,
+    "native",
+    "cpu",
+    NATIVE_CPU_DTYPES,
+    lambda: why_no_norm_convolution(torch.float32),
+    unsuitable=why_no_norm_convolution,
+)
 if extension.CPU.problem is None:
     complete_operator(OP, "native", SIGNATURE, _fake)
     complete_operator(f"{OP}_add_", "native", ADD_SIGNATURE, _fake_add)
@@ -234,9 +247,9 @@ if extension.CPU.problem is None:
 __all__ = [
     "Norm",
     "add_norm_convolution_",
-    "fits",
-    "fuses",
+    "has_norm_convolution_kernel",
     "norm_convolution",
     "packed_for",
-    "why_not_fused",
+    "uses_norm_convolution",
+    "why_no_norm_convolution",
 ]

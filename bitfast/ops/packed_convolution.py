@@ -1,8 +1,8 @@
 """Convolution with standardized weights that are kept packed for oneDNN; for inference on the CPU.
 
-oneDNN convolves fastest with weights laid out for the convolution at hand, and torch lays them out anew in
-each call. The operators that Inductor uses for weights laid out once are private to torch; they are used
-only where :func:`why_not_packed` has tried them, and everywhere else ``F.conv2d`` serves.
+oneDNN convolves fastest with weights packed (laid out) for the convolution at hand, and torch packs them anew
+in each call. Inductor's operators for weights that are packed once are private to torch. They are used only
+where :func:`why_not_packed` has tried them out; elsewhere ``F.conv2d`` is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bitfast.ops.derivatives import refusing_derivatives
 from bitfast.ops.kept_weights import Geometry, Pair, kept_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
-from bitfast.torch_state import is_dispatch_watched, unseen
+from bitfast.torch_state import constant_when_compiled, is_dispatch_watched, unseen
 
 OP = "packed_convolution"
 
@@ -34,7 +34,7 @@ def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry
     """Convolve x with the standardized weight, of which a packed copy is kept.
 
     Args:
-        x: Shape (N, in, H, W), for which :func:`can_pack` is true.
+        x: Shape (N, in, H, W), for which :func:`can_use_packed_weight` is true.
         weight: Shape (out, in, height, width), not standardized.
         eps: As in ``weight_standardization``.
         geometry: Stride, padding and dilation.
@@ -47,11 +47,11 @@ def packed_convolution(x: Tensor, weight: Tensor, eps: float, geometry: Geometry
     return _convolve(x, weight, eps, *geometry)
 
 
-def can_pack(x: Tensor, weight: Tensor) -> bool:
-    """Say whether :func:`packed_convolution` can serve: x is channels_last on a CPU, weight a parameter.
+def can_use_packed_weight(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`packed_convolution` can be used: x is channels_last on a CPU, and weight a parameter.
 
-    And no gradient is recorded. Weights that are computed anew for each call are not worth packing, nor is
-    anything once torch's oneDNN is switched off or the reference of ``weight_standardization`` is demanded.
+    Not where a gradient is recorded, torch's oneDNN is switched off, or the reference of
+    ``weight_standardization`` is demanded. Weights that are computed anew in each call are not worth packing.
     """
     return (
         not torch.is_grad_enabled()
@@ -59,15 +59,15 @@ def can_pack(x: Tensor, weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and weight.dtype in NATIVE_CPU_DTYPES
         and (torch.compiler.is_compiling() or not weight.is_inference())
-        and packs(x.device.type, x.dtype)
+        and uses_packed_weights(x.device.type, x.dtype)
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
-def packs(device_type: str, dtype: torch.dtype) -> bool:
-    """Say whether convolutions of such tensors run with packed weights where no gradient is recorded.
+def uses_packed_weights(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether convolutions of such tensors use packed weights where no gradient is recorded.
 
-    They do not where somebody looks at each operator, and would not know a packed convolution.
+    Not where a mode watches each operator, which would not know a packed convolution.
     """
     return (
         select_backend(OP, device_type, dtype) == "native"
@@ -78,25 +78,22 @@ def packs(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
+@constant_when_compiled
 def why_not_packed(dtype: torch.dtype) -> str | None:
-    """Say why convolutions of this dtype cannot run with packed weights on this machine; None if they can."""
+    """Return why convolutions of this dtype cannot use packed weights on this machine; None if they can."""
     return _why_not_packed(dtype)
 
 
+@constant_when_compiled
 def _is_onednn_on() -> bool:
-    """Say whether nobody has switched torch's oneDNN off (``torch.backends.mkldnn.flags``)."""
+    """Whether nobody has switched torch's oneDNN off (``torch.backends.mkldnn.flags``)."""
     return torch._C._get_mkldnn_enabled()
 
 
+@constant_when_compiled
 def _is_exporting() -> bool:
-    """Say whether ``torch.export`` traces; torch 2.11's own function, when traced, always says yes."""
+    """Whether ``torch.export`` traces. (When traced itself, torch 2.11's function always returns True.)"""
     return torch.compiler.is_exporting()
-
-
-# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton.
-why_not_packed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_onednn_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
@@ -112,7 +109,7 @@ def _why_not_packed(dtype: torch.dtype) -> str | None:
 
 
 def _try_out(dtype: torch.dtype) -> str | None:
-    """Say what is wrong with torch's packed convolutions of this dtype, None if nothing is."""
+    """Return what is wrong with torch's packed convolutions of this dtype; None if nothing is."""
     geometry = (1, 1), (1, 1), (1, 1)
     x = torch.linspace(-1, 1, 2 * 16 * 5 * 5).view(2, 16, 5, 5).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -120,8 +117,8 @@ def _try_out(dtype: torch.dtype) -> str | None:
     try:
         packed = _pack(weight, x.shape, geometry)
         total = torch.zeros_like(x)
-        run_packed_add(x, packed, total, geometry)
-        results = run_packed(x, packed, geometry), total
+        add_convolve_packed_(x, packed, total, geometry)
+        results = convolve_packed(x, packed, geometry), total
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this torch's packed convolutions cannot be used: {error}"
     expected = F.conv2d(x.float(), weight.float(), padding=1)
@@ -136,10 +133,10 @@ def _try_out(dtype: torch.dtype) -> str | None:
 def packed_weight(
     weight: Tensor, eps: float, geometry: Geometry, dtype: torch.dtype, shape: torch.Size
 ) -> Tensor:
-    """Return the standardized weight, packed for an input of this dtype and shape; it is kept.
+    """Return the standardized weight, packed for an input of this dtype and shape, from the kept weights.
 
-    How oneDNN packs a weight depends on the input's shape, and with weights packed otherwise it is many times
-    slower. So at a new shape a weight is packed again, and the outcome is kept if it differs.
+    How oneDNN packs a weight depends on the input's shape, and with a weight packed for another shape it may be
+    many times slower. So a weight is packed again for each new shape, and kept if the result differs.
     """
 
     def make() -> Tensor:
@@ -149,7 +146,7 @@ def packed_weight(
 
 
 def _hold_the_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two packed weights are the same, byte for byte; no if this torch does not let us see."""
+    """Whether two packed weights are equal, byte for byte; False if this torch does not show their bytes."""
     operators = torch.ops.mkldnn
     if not (a.is_mkldnn and b.is_mkldnn and a.dtype == b.dtype):
         return False
@@ -177,16 +174,16 @@ def _pack(weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     )
 
 
-def run_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve x with a packed weight, in inference; channels_last."""
+def convolve_packed(x: Tensor, packed: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve x with a packed weight, in inference. Both x and the result are channels_last."""
     stride, padding, dilation = geometry
     return torch.ops.mkldnn._convolution_pointwise.default._op(
         x, packed, None, padding, stride, dilation, 1, "none", [], ""
     )
 
 
-def run_packed_add(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry) -> None:
-    """Add the same to ``total`` in place."""
+def add_convolve_packed_(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry) -> None:
+    """Add :func:`convolve_packed` of x to ``total`` in place."""
     stride, padding, dilation = geometry
     torch.ops.mkldnn._convolution_pointwise_.binary._op(
         total, x, packed, None, padding, stride, dilation, 1, "add", 1.0, None, [], ""
@@ -197,7 +194,7 @@ def run_packed_add(x: Tensor, packed: Tensor, total: Tensor, geometry: Geometry)
 
 
 def _geometry(*pairs: Sequence[int]) -> Geometry:
-    """Return what the dispatcher may have made lists of as it was."""
+    """Return stride, padding and dilation as tuples, of which the dispatcher may have made lists."""
     stride, padding, dilation = ((first, second) for first, second in pairs)
     return stride, padding, dilation
 
@@ -206,7 +203,7 @@ def _convolve(
     x: Tensor, weight: Tensor, eps: float, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     geometry = _geometry(stride, padding, dilation)
-    return run_packed(x, packed_weight(weight, eps, geometry, x.dtype, x.shape), geometry)
+    return convolve_packed(x, packed_weight(weight, eps, geometry, x.dtype, x.shape), geometry)
 
 
 def _fake(
@@ -230,11 +227,11 @@ register_kernel(
 )  # fmt: skip
 
 __all__ = [
-    "can_pack",
+    "add_convolve_packed_",
+    "can_use_packed_weight",
+    "convolve_packed",
     "packed_convolution",
     "packed_weight",
-    "packs",
-    "run_packed",
-    "run_packed_add",
+    "uses_packed_weights",
     "why_not_packed",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
+from bitfast.memory_format import format_for
 from bitfast.ops.common import check_pair, complete_operator, define_operator
 from bitfast.ops.derivatives import refuse_derivatives
 from bitfast.torch_state import is_transformed
@@ -27,7 +28,7 @@ SIGNATURE = (
     " float[] rescale_factors, float[] mean, float[] std, ScalarType dtype, bool channels_last,"
     " int[] first_axes) -> Tensor"
 )
-"""What every backend takes and returns. The images are (H, W, C), of any strides. ``sizes`` is flat:
+"""Of every backend. The images are (H, W, C), of any strides. ``sizes`` is flat:
 height and width of image 0, of image 1, ...; so is ``offsets``: top and left. ``mean`` and ``std`` are
 both empty or hold a number per channel. ``first_axes`` holds the axis of each image that is resampled
 first: 0 for height, 1 for width."""
@@ -36,8 +37,8 @@ PIXELS_SIGNATURE = (
     "(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, int resample, Tensor? values,"
     " bool channels_last, int[] first_axes) -> Tensor"
 )
-"""What the extension takes: of uint8 images ``values`` (256, C) holds what each byte becomes; float32
-images, without it, are resized and cropped only."""
+"""Of the extension's operator. For uint8 images ``values`` (256, C) holds the value that each byte stands for;
+float32 images, without it, are only resized and cropped."""
 
 NATIVE_DTYPES = frozenset({torch.uint8, torch.float32, torch.bfloat16, torch.float16})
 
@@ -278,7 +279,7 @@ def _check_result(
 # ---- the contract of the kernels ----------------------------------------------------------------
 
 
-class Request(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a backend, as :data:`SIGNATURE` has them."""
 
     images: list[Tensor]
@@ -294,27 +295,27 @@ class Request(NamedTuple):
     first_axes: list[int]
 
     def empty_result(self) -> Tensor:
-        """Return what the results are to be written to."""
+        """Return a tensor without contents for the result."""
         return torch.empty(
             (len(self.images), self.images[0].shape[2], *self.crop),
             dtype=self.dtype,
             device=self.images[0].device,
-            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format,
+            memory_format=format_for(self.channels_last),
         )
 
     def rescale_normalize(self, pixels: Tensor) -> Tensor:
-        """Return what becomes of resized pixels, of shape (N, C, H, W)."""
+        """Rescale and normalize resized pixels, shape (N, C, H, W)."""
         return rescale_normalize(pixels, self.rescale_factors, self.mean, self.std, self.dtype)
 
     def values_of_bytes(self) -> Tensor:
-        """Return what becomes of each byte, shape (256, C), on the CPU."""
+        """Return the rescaled and normalized value of each byte, shape (256, C), on the CPU."""
         channels = self.images[0].shape[2]
         numbers = (tuple(self.rescale_factors), tuple(self.mean), tuple(self.std))
         return values_of_bytes(*numbers, channels, self.dtype)
 
 
 def _fake(*arguments: Any) -> Tensor:
-    return Request(*arguments).empty_result()
+    return Arguments(*arguments).empty_result()
 
 
 def _define(
@@ -326,7 +327,7 @@ def _define(
 
 _define("reference", reference.resize_normalize_forward)
 
-# ---- what becomes of resized pixels -------------------------------------------------------------
+# ---- rescaling and normalizing -----------------------------------------------------------------
 
 
 def rescale_normalize(
@@ -362,9 +363,9 @@ def values_of_bytes(
     channels: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return what :func:`rescale_normalize` makes of each byte, shape (256, C), on the CPU.
+    """Return :func:`rescale_normalize` of each byte, shape (256, C), on the CPU.
 
-    Read from such a table, results are exact whatever the arithmetic of a device.
+    Results that are read from this table are exact, whatever the arithmetic of the device.
     """
     with torch.inference_mode(False):  # the table outlives the mode it is made in
         pixels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, channels)
@@ -375,18 +376,18 @@ def values_of_bytes(
 
 
 def _native(*arguments: Any) -> Tensor:
-    request = Request(*arguments)
-    images = request.images
+    given = Arguments(*arguments)
+    images = given.images
     values = None
     if images[0].dtype == torch.uint8:
-        values = request.values_of_bytes()
+        values = given.values_of_bytes()
     else:
         images = [image.float() for image in images]
     pixels = torch.ops.bitfast.resize_normalize_pixels.native(
-        images, request.sizes, request.crop, request.offsets, request.resample, values,
-        request.channels_last, request.first_axes,
+        images, given.sizes, given.crop, given.offsets, given.resample, values,
+        given.channels_last, given.first_axes,
     )  # fmt: skip
-    return pixels if values is not None else request.rescale_normalize(pixels)
+    return pixels if values is not None else given.rescale_normalize(pixels)
 
 
 def _fake_pixels(
@@ -417,7 +418,7 @@ if extension.CPU.problem is None:  # then csrc/resize_normalize.cpp has defined 
 def _triton(*arguments: Any) -> Tensor:
     from bitfast.ops import resize_normalize_triton
 
-    return resize_normalize_triton.forward(Request(*arguments))
+    return resize_normalize_triton.forward(Arguments(*arguments))
 
 
 def _why_no_triton_on(device_type: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How the Triton kernels of ``resize_normalize`` are given a batch: tables of the host, and two launches."""
+"""resize_normalize in Triton: the tables of a batch are made on the host, then two kernels are launched."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bitfast import extension
-from bitfast.kernels.kept import is_capturing
-from bitfast.ops.common import run_launches, why_no_interpreter, why_no_triton
-from bitfast.ops.resize_normalize import Request
+from bitfast.kernels.device_cache import is_capturing
+from bitfast.ops.common import launch_kernels, why_no_interpreter, why_no_triton
+from bitfast.ops.resize_normalize import Arguments
 from bitfast.ops.staging import upload
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ NO_TABLES = "its tables of filters are made by the extension's CPU half, which i
 
 
 def why_unavailable_on_gpu() -> str | None:
-    """Say why the kernels cannot run on this machine's GPU; None when they can."""
+    """Return why the kernels cannot run on this machine's GPU; None if they can."""
     return why_no_triton() or _why_no_tables()
 
 
 def why_unavailable_on_cpu() -> str | None:
-    """Say why the kernels cannot run on CPU tensors; None in Triton's interpreter."""
+    """Return why the kernels cannot run on CPU tensors; None if Triton interprets them."""
     return why_no_interpreter() or _why_no_tables()
 
 
@@ -36,11 +36,11 @@ def _why_no_tables() -> str | None:
 
 
 Line = tuple[int, int, int, int]
-"""Size before, size after, the first output that is wanted, and how many."""
+"""How one axis is resampled: its size before and after, the first output that is wanted, and how many."""
 
 
-def forward(request: Request) -> Tensor:
-    """Run ``bitfast::resize_normalize.triton``; nothing waits for the device.
+def forward(arguments: Arguments) -> Tensor:
+    """Compute ``bitfast::resize_normalize.triton``. The host does not wait for the device.
 
     Raises:
         RuntimeError: a CUDA graph is being captured. Its replays would read tables of this batch's sizes
@@ -48,15 +48,15 @@ def forward(request: Request) -> Tensor:
     """
     from bitfast.kernels import resize_normalize as kernels
 
-    images, crop = request.images, request.crop
+    images, crop = arguments.images, arguments.crop
     device, channels = images[0].device, images[0].shape[2]
     if is_capturing():
         raise RuntimeError(
             "resize_normalize cannot be captured in a CUDA graph: preprocess before the capture"
         )
-    lines, tops, lefts = _lines(request)
+    lines, tops, lefts = _lines(arguments)
     stream = _stream(device)
-    starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), request.resample, device, stream)
+    starts, weights, axes = _tables(tuple(dict.fromkeys(lines)), arguments.resample, device, stream)
     pictures = [
         kernels.Picture(
             image,
@@ -64,18 +64,18 @@ def forward(request: Request) -> Tensor:
             axes.get(lines[2 * i + 1]),
             tops[i],
             lefts[i],
-            request.first_axes[i] == 0,
+            arguments.first_axes[i] == 0,
         )
         for i, image in enumerate(images)
     ]
-    plan = kernels.plan(pictures, (crop[0], crop[1]))
-    intermediate = torch.empty(max(plan.buffer_size, 1), dtype=torch.uint8, device=device)
-    plan.second_segments[:, 0] += plan.is_buffered * intermediate.data_ptr()
-    tables = upload([*plan[:4]], device)
-    values = _on_device(request.values_of_bytes(), device, stream)
-    result = request.empty_result()
+    host_tables = kernels.tables_for(pictures, (crop[0], crop[1]))
+    intermediate = torch.empty(max(host_tables.buffer_size, 1), dtype=torch.uint8, device=device)
+    host_tables.second_segments[:, 0] += host_tables.is_buffered * intermediate.data_ptr()
+    tables = upload([*host_tables[:4]], device)
+    values = _on_device(arguments.values_of_bytes(), device, stream)
+    result = arguments.empty_result()
     launches = []
-    if plan.buffer_size:
+    if host_tables.buffer_size:
         read = sum(image.numel() for image in images)
         launches.append(
             kernels.first_pass_launch(
@@ -86,29 +86,29 @@ def forward(request: Request) -> Tensor:
     launches.append(
         kernels.second_pass_launch(
             tables[3], tables[2], starts, weights, values,
-            intermediate=intermediate, result=result, channels_last=request.channels_last,
+            intermediate=intermediate, result=result, channels_last=arguments.channels_last,
         )
     )  # fmt: skip
-    run_launches(launches, intermediate)
+    launch_kernels(launches, intermediate)
     return result
 
 
-def _lines(request: Request) -> tuple[list[Line], list[int], list[int]]:
-    """Return the lines of each image, height and width in turns, and where they begin in the window."""
+def _lines(arguments: Arguments) -> tuple[list[Line], list[int], list[int]]:
+    """Return the lines of all images (height and width by turns), and their tops and lefts in the window."""
     lines: list[Line] = []
     begins: tuple[list[int], list[int]] = ([], [])
-    for i, image in enumerate(request.images):
+    for i, image in enumerate(arguments.images):
         for axis in (0, 1):
-            size, offset = request.sizes[2 * i + axis], request.offsets[2 * i + axis]
+            size, offset = arguments.sizes[2 * i + axis], arguments.offsets[2 * i + axis]
             first = min(max(offset, 0), size)
-            count = min(max(offset + request.crop[axis], first), size) - first
+            count = min(max(offset + arguments.crop[axis], first), size) - first
             lines.append((image.shape[axis], size, first, count))
             begins[axis].append(first - offset)
     return lines, begins[0], begins[1]
 
 
 def _stream(device: torch.device) -> int:
-    """Return the stream that is current, by which tables are kept: on another they may not be there yet."""
+    """Return the current stream. Tables are kept by stream: on another one their copy may not be done yet."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -116,7 +116,7 @@ def _stream(device: torch.device) -> int:
 def _tables(
     lines: tuple[Line, ...], resample: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor, dict[Line, Axis]]:
-    """Return the starts and weights of all lines, on the device, and each line's place in them."""
+    """Return the starts and weights of all lines, on the device, and where each line's are among them."""
     from bitfast.kernels.resize_normalize import Axis
 
     wanted = [line for line in lines if line[3] > 0]
@@ -138,5 +138,5 @@ def _tables(
 
 @lru_cache(maxsize=64)
 def _on_device(table: Tensor, device: torch.device, stream: int) -> Tensor:
-    """Return a table that is kept itself, on the device."""
+    """Return a copy of a table on the device."""
     return upload([table], device)[0]

@@ -1,7 +1,7 @@
 """TensorFlow's "same" padding, computed from the input's size, and max-pooling that pads as it reads.
 
 The rule is that of https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2: the output has
-ceil(size / stride) pixels, and where the zeros cannot be shared out evenly the odd one comes last.
+ceil(size / stride) pixels along each axis, and of an odd number of zeros the extra one comes last.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from bitfast.backends import register_kernel, requested_backend, select_backend
 from bitfast.memory_format import memory_format_of
 from bitfast.ops.common import check_nchw, check_pair, complete_operator, define_operator
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     connect_derivatives,
     refuse_derivatives,
-    run_underived,
-    wants_numbers_only,
 )
 from bitfast.reference import Ints
 
 OP = "same_padding"
 
 PAD_SIGNATURE = "(Tensor x, SymInt[] padding, float value) -> Tensor"
-"""What every kernel of the pad takes and returns. ``padding`` is (top, bottom, left, right); a negative
+"""Of every backend's ``same_pad``. ``padding`` is (top, bottom, left, right); a negative
 number crops, so that the gradient of a pad is the pad by the negated numbers."""
 
 MAX_POOL_SIGNATURE = (
     "(Tensor x, int[] kernel_size, int[] stride, int[] dilation, SymInt[] padding, float value,"
     " bool with_taps) -> (Tensor, Tensor)"
 )
-"""What every kernel of the pool takes and returns: the result, and if ``with_taps`` for each of its
-pixels the number of the window's pixel that it came from, row by row from 0, as int16 (else nothing, of
-shape (0,)). The first of equal pixels counts, a NaN beats all."""
+"""Of every backend's ``same_max_pool``. Returns the result, and if ``with_taps`` the tap of each of its pixels:
+the number, row by row from 0, of the window's pixel that was the maximum, int16 (otherwise shape (0,)). Of
+equal pixels the first counts; a NaN is larger than anything."""
 
 MAX_POOL_BACKWARD_SIGNATURE = (
     "(Tensor grad, Tensor taps, SymInt[] size, int[] kernel_size, int[] stride, int[] dilation,"
     " SymInt[] padding) -> Tensor"
 )
-"""What every backward kernel of the pool takes and returns: the gradient of x, of (height, width)
-``size``; what came from the padding is dropped."""
+"""Of every backend's ``same_max_pool_backward``. Returns the gradient of x, whose (height, width) is ``size``.
+Gradients of pixels of the padding are dropped."""
 
 MAX_WINDOW = torch.iinfo(torch.int16).max
-"""Most pixels that a pooling window may have."""
+"""Pixels of a pooling window, at most."""
 
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -142,7 +142,9 @@ def same_max_pool(
 def pad_for(
     shape: Ints, window: Window, value: float, device_type: str, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return what :func:`same_pad` does to tensors like this where no gradient is recorded, chosen once.
+    """Return a function that does what :func:`same_pad` does, for tensors of this shape and type.
+
+    The backend is chosen once. No gradient may be recorded where the function is called.
 
     Args:
         shape: (N, C, H, W).
@@ -173,7 +175,9 @@ def max_pool_for(
     device_type: str,
     dtype: torch.dtype,
 ) -> Callable[[Tensor], Tensor]:
-    """Return what :func:`same_max_pool` does to tensors like this where no gradient is recorded, chosen once.
+    """Return a function that does what :func:`same_max_pool` does, for tensors of this shape and type.
+
+    The backend is chosen once. No gradient may be recorded where the function is called.
 
     Args:
         shape, window, value, device_type, dtype: As in :func:`pad_for`.
@@ -198,8 +202,8 @@ def same_padding(size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) ->
     sides = []
     for n, k, s, d in zip(size, kernel_size, stride, dilation, strict=True):
         reach = (k - 1) * d
-        # What the last window lacks. Written with %, torch.export could not bound the padded size, and
-        # inductor would take minutes over it.
+        # The pixels that the last window lacks. Written with %, torch.export could not bound the padded size,
+        # and Inductor would need minutes for it.
         total = (n - 1) // s * s + reach + 1 - n
         if reach < s - 1:
             total = torch.sym_max(total, 0)
@@ -208,9 +212,9 @@ def same_padding(size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) ->
 
 
 def _padding_read(size: Ints, window: Window, padding: Ints) -> list[int]:
-    """Return the padding without the last rows and columns that no window reads (negative: of x).
+    """Return the padding without the last rows and columns that no window reads; negative where x is cropped.
 
-    Traced with a symbolic size, a pool that leaves nothing over needs no guard on whether it does.
+    A pool that reads every row and column needs no guard when it is traced with a symbolic size.
     """
     sides = []
     pooled = reference.pooled_size(size, *window, padding)
@@ -224,7 +228,7 @@ def _padding_read(size: Ints, window: Window, padding: Ints) -> list[int]:
 
 
 def _select(x: Tensor) -> str:
-    """Choose the backend; traced, and none demanded, plain shape arithmetic that compilers can fuse."""
+    """Choose the backend. For a compiler, which can fuse it, that is the reference if none is demanded."""
     if torch.compiler.is_compiling() and requested_backend(OP) is None:
         return "reference"
     return select_backend(OP, x.device.type, x.dtype)
@@ -336,22 +340,22 @@ def _save_taps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _connect_gradients(backend: str) -> None:
-    """Tell autograd how the operators of one backend belong together."""
+    """Make the operators of one backend differentiable."""
     pad = getattr(torch.ops.bitfast.same_pad, backend)
     pool_backward = getattr(torch.ops.bitfast.same_max_pool_backward, backend)
     refuse_derivatives("same_max_pool_backward", backend)
 
     def backward_of_pad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = pad if wants_numbers_only(grad) else reference.same_pad_forward
+        run = pad if can_use_backward_kernel(grad) else reference.same_pad_forward
         return run(grad, [-side for side in ctx.padding], 0.0), None, None
 
     def backward_of_pool(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if not ctx.with_taps:
             raise RuntimeError("same_max_pool has no gradient unless it ran with with_taps=True")
         arguments = (grad, *ctx.saved_tensors, ctx.size, *ctx.window, ctx.padding)
-        # Which pixel was the largest does not change with the gradient: that is all there is to differentiate.
-        if wants_numbers_only(grad):
-            grad_x = run_underived(pool_backward, *arguments)
+        # The taps do not depend on the gradient, in which the result is linear.
+        if can_use_backward_kernel(grad):
+            grad_x = call_without_autograd(pool_backward, *arguments)
         else:
             grad_x = reference.same_max_pool_backward(*arguments)
         return grad_x, *(None,) * 6

@@ -1,4 +1,4 @@
-"""From the host's memory to a GPU: a batch of images of any sizes in one asynchronous copy."""
+"""Copies a batch of images of any sizes from the host's memory to a GPU, in one asynchronous copy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Of each image in the packed batch, in bytes."""
+"""Each image in the packed batch begins at a multiple of so many bytes."""
 
 MOST_WASTE = 4 / 3
-"""Bytes that are copied over bytes that are needed, at most: those of RGB pixels in four bytes each."""
+"""Ratio of the bytes copied to the bytes needed, at most: that of RGB pixels of four bytes each."""
 
 
 class Place(NamedTuple):
@@ -40,11 +40,10 @@ class Place(NamedTuple):
 
 
 def upload(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return images on a device; those that are there already as they are.
+    """Return images on a device; those that are there already, as they are.
 
-    What lies on the CPU and is to go to a GPU is packed into pinned memory and travels in one copy, which
-    the current stream of the device orders before whatever uses it. The host waits for nothing: torch's
-    allocator of pinned memory keeps it until the copy is done.
+    Images that go from the CPU to a GPU are packed into pinned memory and copied at once, on the current stream
+    of the device. The host does not wait: torch's allocator keeps pinned memory until the copy is done.
 
     Args:
         images: Of any shapes, strides and dtypes.
@@ -66,10 +65,10 @@ def upload(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def dense_enough(image: Tensor) -> Tensor:
-    """Return an image whose memory, from its first to its last element, is worth copying as it is."""
+    """Return the image, or a contiguous copy if its memory has too many gaps to be copied as it is."""
     span = Place(0, tuple(image.shape), image.stride(), image.dtype).span
     needed = image.numel()
-    # A span shorter than the number of elements: some share their memory.
+    # The span is shorter than the number of elements if some share memory.
     return image if needed <= span <= MOST_WASTE * needed else image.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The one buffer that holds the results of several weights, or their gradients."""
+"""One buffer for the standardized weights of several convolutions, or for their gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from bitfast.memory_format import is_channels_last
 
 ALIGNMENT = 64
-"""Elements. Each weight begins at a multiple: in 16-bit types a cache line of 128 bytes."""
+"""Each weight begins at a multiple of so many elements: in 16-bit types at a cache line of 128 bytes."""
 
 
 def starts_of(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -42,7 +42,7 @@ def unpack(packed: Tensor, weights: Sequence[Tensor], channels_last: bool) -> li
 
 
 def pack(tensors: Sequence[Tensor], channels_last: bool, like: Sequence[Tensor]) -> Tensor:
-    """Return a buffer of which :func:`unpack` gives these tensors, shaped ``like`` the weights."""
+    """Return a buffer from which :func:`unpack` returns these tensors, which have the shapes of ``like``."""
     pieces = []
     for tensor, weight in zip(tensors, like, strict=True):
         if channels_last or is_channels_last(weight):

@@ -18,18 +18,18 @@ from bitfast.memory_format import laid_out
 from bitfast.ops import weight_standardization_triton as kernels
 from bitfast.ops.common import (
     NATIVE_CPU_DTYPES,
-    announce_triton_kernels,
     autocast_dtype,
     complete_operator,
     define_operator,
+    register_triton_kernels,
     show_launches,
 )
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     connect_derivatives,
     differentiable_gradients,
     refuse_derivatives,
-    run_underived,
-    wants_numbers_only,
 )
 from bitfast.ops.eager import may_launch
 from bitfast.ops.weight_buffer import ALIGNMENT, pack, starts_of, unpack
@@ -114,10 +114,10 @@ def weight_standardization_all(
 
 
 def standardizes_together(weight: Tensor) -> bool:
-    """Say whether the backend for such a weight gains from :func:`weight_standardization_all`.
+    """Whether the backend for such a weight is faster by :func:`weight_standardization_all`.
 
-    On a GPU it saves launches. On the CPU there are none to save, and one large buffer costs more time than
-    it saves: its pages come from the system anew each time.
+    On a GPU that saves launches. On the CPU it is slower: the pages of one large buffer come from the system
+    anew each time.
     """
     return select_backend(OP, weight.device.type, weight.dtype) == "triton"
 
@@ -146,7 +146,7 @@ NATIVE_BUFFER_ELEMENTS = 4 * 2**20
 
 
 def _parts(weights: Sequence[Tensor], most: int) -> list[list[Tensor]]:
-    """Cut weights into runs of at most so many elements, or of a single weight."""
+    """Cut weights into lists of at most ``most`` elements, or of a single weight."""
     parts: list[list[Tensor]] = []
     total = most
     for weight in weights:
@@ -159,7 +159,7 @@ def _parts(weights: Sequence[Tensor], most: int) -> list[list[Tensor]]:
 
 
 def _kernel_dtype(backend: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype to ask a kernel for: float32 where it cannot write the one that is wanted."""
+    """Return the dtype to ask a kernel for: float32 where it cannot write ``dtype``."""
     if backend == "native" and dtype is not None and dtype not in NATIVE_CPU_DTYPES:
         return torch.float32
     return dtype
@@ -187,8 +187,8 @@ def _connect_gradients(backend: str) -> None:
     refuse_derivatives(f"{OP}_backward", backend)
 
     def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if wants_numbers_only(grad):
-            return run_underived(backward_op, grad, *ctx.saved_tensors), None, None
+        if can_use_backward_kernel(grad):
+            return call_without_autograd(backward_op, grad, *ctx.saved_tensors), None, None
 
         def composite(weight: Tensor) -> Tensor:
             return reference.weight_standardization_forward(weight, ctx.eps, ctx.dtype)[0]
@@ -222,8 +222,10 @@ def _connect_all_gradients(backend: str) -> None:
 
     def run_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Sequence[Tensor | None] | None, ...]:
         *weights, mean, rstd = ctx.saved_tensors
-        if wants_numbers_only(grad):
-            packed = run_underived(backward_op, grad, weights, mean, rstd, ctx.channels_last)
+        if can_use_backward_kernel(grad):
+            packed = call_without_autograd(
+                backward_op, grad, weights, mean, rstd, ctx.channels_last
+            )
             return unpack(packed, weights, channels_last=False), None, None, None
 
         def composite(*weights: Tensor) -> Tensor:
@@ -268,10 +270,10 @@ define_all_kernel("reference", _reference_all, _reference_all_backward)
 
 define_kernel("triton", kernels.forward, kernels.backward)
 define_all_kernel("triton", kernels.all_forward, kernels.all_backward)
-# Not those of all weights: their table holds addresses, which exist only when they run.
+# Not for all weights: their table holds addresses, which exist only when the kernels are launched.
 show_launches(OP, kernels.forward)
 show_launches(f"{OP}_backward", kernels.backward)
-announce_triton_kernels(OP)
+register_triton_kernels(OP)
 
 
 # ---- native ---------------------------------------------------------------------------------------

@@ -16,23 +16,24 @@ OP = "weight_standardization"
 ALL_OP = "weight_standardization_all"
 
 SIGNATURE = "(Tensor weight, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)"
-"""What every kernel takes and returns: the result, and the mean and 1/std of each filter, in float32
-(float64 for float64 weights)."""
+"""Of every backend's ``weight_standardization``. Returns the result, and the mean and 1/std of each filter, in
+float32 (float64 for float64 weights)."""
 
 BACKWARD_SIGNATURE = "(Tensor grad, Tensor weight, Tensor mean, Tensor rstd) -> Tensor"
-"""What every backward kernel takes and returns: the gradient of weight."""
+"""Of every backend's ``weight_standardization_backward``. Returns the gradient of weight."""
 
 ALL_SIGNATURE = (
     "(Tensor[] weights, float eps, ScalarType? dtype, bool channels_last)"
     " -> (Tensor, Tensor, Tensor)"
 )
-"""The same of several weights: the results in one buffer, as ``starts_of`` says, and the statistics of
-all filters one after the other. With ``channels_last`` every result has that layout."""
+"""Of every backend's ``weight_standardization_all``. Returns the results in one buffer, where ``starts_of``
+says, and the statistics of all filters, in order. With ``channels_last`` every result has that layout."""
 
 ALL_BACKWARD_SIGNATURE = (
     "(Tensor grad, Tensor[] weights, Tensor mean, Tensor rstd, bool channels_last) -> Tensor"
 )
-"""What their backward takes and returns: the gradients in one buffer, in the layouts of the weights."""
+"""Of every backend's ``weight_standardization_all_backward``. Returns the gradients in one buffer, in the
+layouts of the weights."""
 
 
 def check(name: str, weight: Tensor, eps: float, dtype: torch.dtype | None) -> None:
@@ -50,7 +51,7 @@ def check(name: str, weight: Tensor, eps: float, dtype: torch.dtype | None) -> N
 
 
 def fake(weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a forward operator returns, without its numbers."""
+    """Return tensors without contents, like those that ``weight_standardization`` returns."""
     result = torch.empty_like(
         weight, dtype=dtype or weight.dtype, memory_format=memory_format_of(weight)
     )
@@ -59,14 +60,14 @@ def fake(weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor,
 
 
 def fake_backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Return what a backward operator returns, without its numbers."""
+    """Return a tensor without contents, like that of ``weight_standardization_backward``."""
     return torch.empty_like(weight, memory_format=memory_format_of(weight))
 
 
 def fake_all(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the forward operator of several weights returns, without its numbers."""
+    """Return tensors without contents, like those that ``weight_standardization_all`` returns."""
     like = weights[0]
     _, end = starts_of([weight.numel() for weight in weights])
     packed = like.new_empty((end,), dtype=dtype or like.dtype)
@@ -78,5 +79,5 @@ def fake_all(
 def fake_all_backward(
     grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
 ) -> Tensor:
-    """Return what its backward operator returns, without its numbers."""
+    """Return a tensor without contents, like that of ``weight_standardization_all_backward``."""
     return torch.empty_like(grad, dtype=weights[0].dtype)

@@ -1,4 +1,4 @@
-"""weight_standardization in Triton: what the operators run, and eager calls that do without them."""
+"""weight_standardization in Triton: the operators' implementations, and eager calls without operators."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from torch import Tensor
 
 from bitfast import reference
 from bitfast.backends import requested_backend, select_backend
+from bitfast.kernels.launch import aligned_count, as_current
 from bitfast.memory_format import memory_format_of
-from bitfast.ops.common import run_launches
+from bitfast.ops.common import launch_kernels
 from bitfast.ops.derivatives import (
+    call_without_autograd,
+    can_use_backward_kernel,
     differentiable_gradients,
-    run_underived,
-    wants_numbers_only,
 )
-from bitfast.ops.eager import PLAIN_TYPES, Bounded, current_stream, is_unusual, is_unwatched, on
+from bitfast.ops.eager import (
+    PLAIN_TYPES,
+    BoundedCache,
+    current_stream,
+    has_unusual_memory,
+    is_unwatched,
+)
 from bitfast.ops.weight_buffer import pack, starts_of, unpack
 from bitfast.ops.weight_standardization_contract import (
     OP,
@@ -35,18 +42,18 @@ if TYPE_CHECKING:
 
 
 def forward(weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel of one weight."""
+    """Launch the forward kernel of one weight."""
     from bitfast.kernels import weight_standardization as kernels
 
     weight = weight.contiguous(memory_format=memory_format_of(weight))
     result, mean, rstd = fake(weight, eps, dtype)
     launch = kernels.forward_launch(weight, eps, False, result=result, mean=mean, rstd=rstd)
-    run_launches([launch], weight)
+    launch_kernels([launch], weight)
     return result, mean, rstd
 
 
 def backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Run the backward kernel of one weight."""
+    """Launch the backward kernel of one weight."""
     from bitfast.kernels import weight_standardization as kernels
 
     memory_format = memory_format_of(weight)
@@ -54,14 +61,14 @@ def backward(grad: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor
     grad = grad.contiguous(memory_format=memory_format)
     result = torch.empty_like(weight)
     launch = kernels.backward_launch(grad, weight, mean, rstd, False, grad_weight=result)
-    run_launches([launch], weight)
+    launch_kernels([launch], weight)
     return result
 
 
 def all_forward(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel of all weights."""
+    """Launch the forward kernel of all weights."""
     from bitfast.kernels import weight_standardization as kernels
 
     weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
@@ -70,14 +77,14 @@ def all_forward(
     launches = kernels.forward_all_launches(
         weights, starts, eps, channels_last, result=result, mean=mean, rstd=rstd
     )
-    run_launches(launches, weights[0])
+    launch_kernels(launches, weights[0])
     return result, mean, rstd
 
 
 def all_backward(
     grad: Tensor, weights: Sequence[Tensor], mean: Tensor, rstd: Tensor, channels_last: bool
 ) -> Tensor:
-    """Run the backward kernel of all weights."""
+    """Launch the backward kernel of all weights."""
     from bitfast.kernels import weight_standardization as kernels
 
     weights = [w.contiguous(memory_format=memory_format_of(w)) for w in weights]
@@ -86,7 +93,7 @@ def all_backward(
     launches = kernels.backward_all_launches(
         grad.contiguous(), weights, starts, mean, rstd, channels_last, grad_weight=result
     )
-    run_launches(launches, weights[0])
+    launch_kernels(launches, weights[0])
     return result
 
 
@@ -96,10 +103,11 @@ def all_backward(
 def launch_all(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
 ) -> list[Tensor] | None:
-    """Return the results of several weights, past the dispatcher; None where operators are needed.
+    """Return the results of several weights without torch's dispatcher; None where operators are needed.
 
-    They are for weights that are not dense, not plain or not alike, for another backend, and for weights that
-    are first seen while a CUDA graph is recorded. The caller has asked ``eager.may_launch`` about the first.
+    Operators are needed for weights that are not dense, not plain or not of one dtype and device, for another
+    backend, and for weights that are first met while a CUDA graph is recorded. The caller has asked
+    ``eager.may_launch`` about the first weight.
 
     Raises:
         TypeError, ValueError: As the op.
@@ -112,7 +120,7 @@ def launch_all(
             *map(type, weights), *map(Tensor.stride, weights), *map(_FEATURES, weights),
             eps, dtype, channels_last, requested_backend(OP),
         )  # fmt: skip
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, or one without strides
+    except (AttributeError, RuntimeError, TypeError):  # not a tensor, or one without strides
         return None
     call = _calls.get(key, _UNKNOWN)
     if call is _UNKNOWN:
@@ -135,8 +143,8 @@ _FEATURES: Any = attrgetter("shape", "dtype", "device")
 _REQUIRES_GRAD: Any = attrgetter("requires_grad")
 
 
-class AllCall:
-    """What calls with like weights need; see :func:`launch_all` for the arguments."""
+class PreparedCallOfAll:
+    """The prepared launches for calls with weights of the same metadata; see :func:`launch_all`."""
 
     def __init__(
         self, weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
@@ -151,13 +159,13 @@ class AllCall:
         starts, self.end = starts_of([weight.numel() for weight in weights])
         self.starts = tuple(starts)
         rows = sum(filters.rows for filters in self.filters)
-        self.statistics = -(-rows // 4) * 4
-        """Numbers of either kind, with what keeps the second kind aligned."""
+        self.statistics = aligned_count(rows)
+        """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self.rows = rows
         self.results = self._places(weights, channels_last)
         self.gradients = self._places(weights, False)
-        self._forward: Bounded[Callable[..., None]] = Bounded(most=16)
-        self._backward: Bounded[Callable[..., None]] = Bounded(most=16)
+        self._forward: BoundedCache[Callable[..., None]] = BoundedCache(most=16)
+        self._backward: BoundedCache[Callable[..., None]] = BoundedCache(most=16)
 
     def _places(self, weights: Sequence[Tensor], channels_last: bool) -> list[tuple[Any, Any, Any]]:
         """Return shape, strides and offset of each weight in the buffer."""
@@ -167,14 +175,14 @@ class AllCall:
         return [(view.shape, view.stride(), view.storage_offset()) for view in views]
 
     def table_at(self, addresses: tuple[int, ...]) -> Table | None:
-        """Return the table of weights that lie there."""
+        """Return the kernels' table for weights at these addresses."""
         return self.kernels.table_at(self.filters, addresses, self.starts, self.device)
 
     def forward(self, table: Table) -> tuple[list[Tensor], Tensor]:
-        """Return the results, and the statistics of all filters: one kind after the other."""
+        """Return the results, and the statistics of all filters: all means, then all 1/std."""
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self.forward(table)
         count = table.programs.shape[0]
         run = self._forward.get(count)
@@ -195,13 +203,13 @@ class AllCall:
         Args:
             table: Of the weights.
             saved: The weights and the statistics.
-            grads: Of the results; None for each that was not used.
+            grads: The gradients of the results; None for each result that was not used.
         """
         *weights, statistics = saved
         given = [grad for grad in grads if grad is not None]
-        if not wants_numbers_only(*given):
+        if not can_use_backward_kernel(*given):
             return self._differentiable_gradients(weights, grads)
-        can_launch = is_unwatched() and not is_unusual(*given, statistics)
+        can_launch = is_unwatched() and not has_unusual_memory(*given, statistics)
         if not can_launch or table is None or set(map(type, given)) - PLAIN_TYPES:
             filled = [
                 torch.zeros_like(weight, dtype=self.result_dtype) if grad is None else grad
@@ -210,7 +218,7 @@ class AllCall:
             mean, rstd = statistics[: self.rows], statistics[self.statistics :][: self.rows]
             operator = torch.ops.bitfast.weight_standardization_all_backward.triton
             grad = pack(filled, self.channels_last, weights)
-            packed = run_underived(operator, grad, weights, mean, rstd, self.channels_last)
+            packed = call_without_autograd(operator, grad, weights, mean, rstd, self.channels_last)
             return unpack(packed, weights, channels_last=False)
         return self._launch_backward(table, statistics, grads)
 
@@ -219,7 +227,7 @@ class AllCall:
     ) -> list[Tensor]:
         stream = current_stream(self.device)
         if stream is None:
-            with on(self.device):
+            with as_current(self.device):
                 return self._launch_backward(table, statistics, grads)
         count = table.programs.shape[0]
         run = self._backward.get(count)
@@ -262,21 +270,21 @@ class AllCall:
         ]
 
 
-_calls: Bounded[AllCall | None] = Bounded(most=64)
-"""By what the weights are like; None where operators are needed."""
+_calls: BoundedCache[PreparedCallOfAll | None] = BoundedCache(most=64)
+"""By the metadata of the weights; None where operators are needed."""
 
 _UNKNOWN: Any = object()
 
 
 def forget_calls() -> None:
-    """Let the next calls be planned anew."""
+    """Forget the prepared calls."""
     _calls.clear()
 
 
 def _new_call(
     weights: Sequence[Tensor], eps: float, dtype: torch.dtype | None, channels_last: bool
-) -> AllCall | None:
-    """Check the arguments and return what calls of their like need; None if that is operators."""
+) -> PreparedCallOfAll | None:
+    """Check the arguments and return the prepared call; None if operators are needed."""
     for number, weight in enumerate(weights):
         check(f"weights[{number}]", weight, eps, dtype)
     first = weights[0]
@@ -287,14 +295,16 @@ def _new_call(
         or not all(w.is_contiguous(memory_format=memory_format_of(w)) for w in weights)
     ):
         return None
-    return AllCall(weights, eps, dtype, channels_last)
+    return PreparedCallOfAll(weights, eps, dtype, channels_last)
 
 
 class StandardizeAll(torch.autograd.Function):
-    """The preparation of all weights as one node of autograd's graph."""
+    """The standardization of all weights as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: AllCall, table: Table, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: PreparedCallOfAll, table: Table, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return the results."""
         results, statistics = call.forward(table)
         ctx.call = call

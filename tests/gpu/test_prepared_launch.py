@@ -79,7 +79,7 @@ def test_the_bits_of_an_ordinary_launch(way, offset):
         "weight" not in launch.arguments for launch in launches
     ))  # fmt: skip
     for launch in launches:
-        launch.run()
+        launch.launch()
     expected = norm.clear()
     for p, launch in zip(prepared, launches, strict=True):
         p(stream_of(), *addresses_of(launch))
@@ -109,7 +109,7 @@ def test_the_bits_of_an_ordinary_launch(way, offset):
 def test_a_prepared_norm_and_memory_that_is_used_again(way, shared):
     norm = Norm(WAYS[way])
     for launch in norm.launches():
-        launch.run()
+        launch.launch()
     expected = norm.clear()
     total = norm.total if shared == "nothing" else norm.x
     result = norm.residual if "result" in shared else norm.result
@@ -132,13 +132,13 @@ def test_sums_in_place_in_tiles_of_few_elements(channels, size):
     for _ in range(20):
         norm = Norm(shape)
         for launch in norm.launches():
-            launch.run()
+            launch.launch()
         expected = norm.clear()
         for launch in kernels.forward_launches(
             norm.x, norm.residual, norm.weight, norm.bias, 1e-5, "relu", True,
             total=norm.x, result=norm.residual, mean=norm.mean, rstd=norm.rstd,
         ):  # fmt: skip
-            launch.run()
+            launch.launch()
         actual = [norm.x, norm.residual, norm.mean, norm.rstd]
         assert all(map(torch.equal, actual, expected))
 

@@ -85,13 +85,13 @@ def test_the_weights_of_a_model_take_one_launch(monkeypatch):
     from bitfast.kernels.launch import Launch
 
     launches = []
-    run = Launch.run
+    run = Launch.launch
 
     def counted(self: Launch, kernel: object = None) -> None:
         launches.append(self)
         run(self, kernel)
 
-    monkeypatch.setattr(Launch, "run", counted)
+    monkeypatch.setattr(Launch, "launch", counted)
     weights = [draw(shape) for shape in shapes_of_r50x1()]
     actual = weight_standardization_all(weights, dtype=torch.bfloat16, channels_last=True)
     assert len(launches) == 1

@@ -1,4 +1,4 @@
-"""Modules that announce changes of themselves, so that who has read them need not look in each pass."""
+"""Modules that notify of changes of their attributes, so that a guard need not compare these in each pass."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 from bitfast.ops.kept_weights import kept_weights
 
 
-class Announcing(nn.Module):
-    """A module that lets those who have read it look again whenever one of its attributes is set or deleted."""
+class ChangeNotifier(nn.Module):
+    """A module that raises the generation of the kept weights when one of its attributes is set or deleted."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -21,4 +21,4 @@ class Announcing(nn.Module):
         kept_weights.note_change()
 
 
-__all__ = ["Announcing"]
+__all__ = ["ChangeNotifier"]

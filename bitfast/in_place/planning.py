@@ -1,4 +1,4 @@
-"""Which modules of a model become which of bitfast's, and which are left, before anything is changed."""
+"""Planning the changes of a model: which modules become which of bitfast's, and which are left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ RECIPES = {**transformers_modules.RECIPES, **timm_modules.RECIPES}
 ENTRIES = {**transformers_modules.ENTRIES, **timm_modules.ENTRIES}
 
 
-def plan(model: nn.Module) -> tuple[dict[nn.Module, Change], dict[nn.Module, str]]:
+def plan_changes(model: nn.Module) -> tuple[dict[nn.Module, Change], dict[nn.Module, str]]:
     """Return the change of each module that can be changed, and why the others cannot."""
     changes: dict[nn.Module, Change] = {}
     left: dict[nn.Module, str] = {}
-    for module in reversed(list(model.modules())):  # what is inside comes first
+    for module in reversed(list(model.modules())):  # inner modules first
         known = _known_class(type(module))
         if known is None:
             continue
@@ -34,12 +34,12 @@ def plan(model: nn.Module) -> tuple[dict[nn.Module, Change], dict[nn.Module, str
 
 
 def _known_class(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the first of a class and its bases that there is a recipe for."""
+    """Return the first class among a class and its bases that has a recipe; None if none has."""
     return next((base for base in cls.__mro__ if qualified_name(base) in RECIPES), None)
 
 
 def _require_as_written(module: nn.Module, known: type[nn.Module]) -> None:
-    """Raise UnsuitableError if a module computes something else than the class that is known."""
+    """Raise UnsuitableError if a module may compute something else than the known class."""
     if "forward" in module.__dict__:
         raise UnsuitableError("its forward was replaced")
     cls = type(module)
@@ -50,4 +50,4 @@ def _require_as_written(module: nn.Module, known: type[nn.Module]) -> None:
         raise UnsuitableError(f"it is a {cls.__name__}, a subclass that may compute something else")
 
 
-__all__ = ["plan"]
+__all__ = ["plan_changes"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bitfast import extension, use_backend
-from bitfast.kernels.kept import Kept
+from bitfast.kernels.device_cache import DeviceCache
 from bitfast.ops.kept_weights import kept_weights
 from bitfast.ops.resize_normalize import resize_normalize
 from bitfast.ops.weight_standardization import weight_standardization_all
@@ -204,18 +204,18 @@ def test_images_are_refused(capturing: None) -> None:
         resize_normalize([image], sizes=[(4, 4)], crop=(4, 4))
 
 
-# ---- Kept -----------------------------------------------------------------------------------------
+# ---- DeviceCache -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def made() -> tuple[Kept[Any], list[Any]]:
+def made() -> tuple[DeviceCache[Any], list[Any]]:
     calls: list[Any] = []
 
     def make(name: str) -> tuple[str, int]:
         calls.append(name)
         return name, threading.get_ident()
 
-    return Kept(make, most=2), calls
+    return DeviceCache(make, most=2), calls
 
 
 def test_what_is_kept_is_made_once_in_another_thread(made: Any) -> None:
@@ -257,7 +257,7 @@ def test_an_error_of_what_makes_it_is_raised_and_nothing_kept() -> None:
         calls.append(1)
         raise ValueError("no")
 
-    kept = Kept(make, most=1)
+    kept = DeviceCache(make, most=1)
     for _ in range(2):
         with pytest.raises(ValueError, match="no"):
             kept.get()

@@ -1,9 +1,9 @@
-"""Tensors that are kept on a device for later calls, and CUDA graphs.
+"""A cache of tensors on a device that is safe with CUDA graphs.
 
-A call may be recorded in a CUDA graph. Its allocations then lie in memory that belongs to the graph and is used
-for other tensors as soon as the call has ended; nothing that is kept may lie there. torch.compile's graphs
-("reduce-overhead") allocate there already in the calls before, and nothing says so: the allocator is told to
-serve the calling *thread* from the graph's memory. So what is kept is made in a thread of its own.
+While a call is recorded in a CUDA graph, its allocations lie in memory of the graph, which other tensors use as
+soon as the call has ended: what is kept must not lie there. torch.compile's graphs ("reduce-overhead") allocate
+there already in the calls before, which cannot be noticed: the allocator gives the calling *thread* the graph's
+memory. So what is kept is made in another thread.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Made = TypeVar("Made")
 
 
 def is_capturing() -> bool:
-    """Say whether the current stream records a CUDA graph."""
+    """Whether the current stream records a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class Kept(Generic[Made]):
-    """Keeps what a function makes on a device, by its arguments, as long as they are among the latest.
+class DeviceCache(Generic[Made]):
+    """Keeps what a function returns, by its arguments, for those used last.
 
-    While a CUDA graph is recorded nothing is made, for it would be copied from the host; and what is found then
-    stays for good, for each replay of the graph reads it again.
+    While a CUDA graph is recorded nothing new is made, since that would be a copy from the host. What is found
+    then is kept for good, since each replay of the graph reads it.
     """
 
     def __init__(self, make: Callable[..., Made], most: int) -> None:
-        """Keep at most ``most`` of what ``make`` returns, besides what graphs read."""
+        """Keep at most ``most`` results of ``make``, besides those that graphs read."""
         self._make = make
         self._most = most
         self._latest: OrderedDict[Hashable, Made] = OrderedDict()
@@ -40,7 +40,7 @@ class Kept(Generic[Made]):
         self._lock = threading.Lock()
 
     def get(self, *arguments: Hashable) -> Made | None:
-        """Return ``make(*arguments)``; None if it is not there yet and a graph is being recorded."""
+        """Return ``make(*arguments)``; None if it is not kept yet and a graph is being recorded."""
         is_recorded = is_capturing()
         with self._lock:
             found = self._find(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bitfast.kernels import group_norm_act as kernels
-from bitfast.kernels.group_norm_act import Plan, is_wide, plan
+from bitfast.kernels.group_norm_act import Tiling, choose_tiling, is_wide
 from bitfast.kernels.launch import H100, Device, ceil_div
 
 hypothesis = pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis")
@@ -26,13 +26,13 @@ shapes = st.tuples(
     multiprocessors=st.sampled_from([1, 64, 108, 132, 148]),
     megabytes=st.sampled_from([1, 40, 50, 60, 126]),
 )
-def test_a_plan_covers_everything_once(
+def test_a_tiling_covers_everything_once(
     shape, itemsize, is_channels_last, tensors, multiprocessors, megabytes
 ):
     batch, pixels, groups, per_group = shape
     channels = groups * per_group
     device = Device(multiprocessors, megabytes * 2**20)
-    p = plan(batch, pixels, channels, groups, itemsize, is_channels_last, tensors, device)
+    p = choose_tiling(batch, pixels, channels, groups, itemsize, is_channels_last, tensors, device)
     tile = p.block_pixels * p.block_groups * p.padded
     for n in (p.block_pixels, p.block_groups, p.padded, p.warps):
         assert n & (n - 1) == 0, f"{n} is no power of two"
@@ -50,29 +50,31 @@ def test_a_plan_covers_everything_once(
     else:
         assert p.programs == batch * blocks * p.splits
         assert p.splits == 1 or p.pixels_per_split % p.block_pixels == 0
-    assert p == plan(batch, pixels, channels, groups, itemsize, is_channels_last, tensors, device)
+    assert p == choose_tiling(
+        batch, pixels, channels, groups, itemsize, is_channels_last, tensors, device
+    )
 
 
-def plan_of(batch: int, side: int, channels: int, tensors: int = 1, itemsize: int = 2) -> Plan:
-    return plan(batch, side * side, channels, 32, itemsize, True, tensors, H100)
+def tiling_of(batch: int, side: int, channels: int, tensors: int = 1, itemsize: int = 2) -> Tiling:
+    return choose_tiling(batch, side * side, channels, 32, itemsize, True, tensors, H100)
 
 
-def test_the_plan_for_the_tensors_of_a_network():
-    assert plan_of(128, 7, 2048).one_tile
-    assert plan_of(128, 14, 1024).one_tile
-    large = plan_of(128, 56, 256)  # 205 MB: four times the L2 cache
+def test_the_tiling_for_the_tensors_of_a_network():
+    assert tiling_of(128, 7, 2048).one_tile
+    assert tiling_of(128, 14, 1024).one_tile
+    large = tiling_of(128, 56, 256)  # 205 MB: four times the L2 cache
     assert large.is_whole
     assert not large.one_tile
     at_work = large.programs * 56 * 56 * large.block_groups * large.padded * 2
     assert at_work <= H100.l2_bytes // 2
     assert large.programs >= H100.multiprocessors // 2
-    small = plan_of(1, 56, 256)
+    small = tiling_of(1, 56, 256)
     assert not small.is_whole
     assert small.programs >= H100.multiprocessors // 2
     # Rows are whole sectors, and 128 bytes where the batch fills the device.
-    for p in (large, small, plan_of(128, 14, 1024)):
+    for p in (large, small, tiling_of(128, 14, 1024)):
         assert p.block_groups * p.padded * 2 >= 32
-    assert plan_of(128, 14, 1024).block_groups * 32 * 2 == 128
+    assert tiling_of(128, 14, 1024).block_groups * 32 * 2 == 128
 
 
 def test_64_bit_offsets_are_chosen_where_32_bits_may_not_do():
@@ -80,8 +82,10 @@ def test_64_bit_offsets_are_chosen_where_32_bits_may_not_do():
     assert is_wide(2**31 // 64, 64, 256, 64)
     assert is_wide(2**31 // 64 - 1, 64, 256, 64)  # the last tile reaches past the end
     assert not is_wide(2**31 // 64 - 1000, 32, 256, 32)
-    assert plan(1, 2**25, 64, 32, 2, True, 1, H100).is_wide
-    assert not plan(2**20, 64, 64, 32, 2, True, 1, H100).is_wide  # many small images: 32 bits do
-    last = plan(1, 8192 * 8192, 31, 31, 2, True, 1, H100)
+    assert choose_tiling(1, 2**25, 64, 32, 2, True, 1, H100).is_wide
+    assert not choose_tiling(
+        2**20, 64, 64, 32, 2, True, 1, H100
+    ).is_wide  # many small images: 32 bits do
+    last = choose_tiling(1, 8192 * 8192, 31, 31, 2, True, 1, H100)
     assert (8192 * 8192 + last.block_pixels) * 31 >= 2**31 - 2**28
     assert last.is_wide == ((8192 * 8192 + last.block_pixels) * (31 + 32) >= 2**31)
