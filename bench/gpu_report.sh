@@ -31,9 +31,12 @@ step() {
         code=$? status=1
         if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then ended="out of time"; else ended="failed ($code)"; fi
     fi
-    line="$name: $ended after $(($(date +%s) - began)) s; $(tail -n 1 "$out/log.txt" | cut -c 1-120)"
-    echo "$line"
-    summary="$summary$line
+    note "$name: $ended after $(($(date +%s) - began)) s; $(tail -n 1 "$out/log.txt" | cut -c 1-120)"
+}
+
+note() {
+    echo "$1"
+    summary="$summary$1
 "
 }
 
@@ -52,14 +55,19 @@ step bench "$((${SECONDS_OF_BENCH:-240} + 90))" "$python" -m bench.run --device 
     --seconds "${SECONDS_OF_BENCH:-240}" --rounds 5 --output "$out/report.json" --markdown "$out/report.md" --charts "$out"
 # shellcheck disable=SC2086 # lists of words
 step tests 240 "$python" $pytest $spread tests/gpu $kernels
-# Without torch's cache every tensor is an allocation of its own, whose ends are watched. Calls that torch makes
-# to ask what the driver can do are no errors of ours.
-sanitizer="compute-sanitizer --error-exitcode 9 --print-limit 20"
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-# shellcheck disable=SC2086
-step memcheck 200 $sanitizer --tool memcheck --report-api-errors no "$python" $pytest $small $kernels
-# shellcheck disable=SC2086
-step racecheck 200 $sanitizer --tool racecheck "$python" $pytest $small $kernels
+if command -v compute-sanitizer > /dev/null
+then
+    # Without torch's cache every tensor is an allocation of its own, whose ends are watched. Calls that torch makes
+    # to ask what the driver can do are no errors of ours.
+    sanitizer="compute-sanitizer --error-exitcode 9 --print-limit 20"
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    # shellcheck disable=SC2086
+    step memcheck 200 $sanitizer --tool memcheck --report-api-errors no "$python" $pytest $small $kernels
+    # shellcheck disable=SC2086
+    step racecheck 200 $sanitizer --tool racecheck "$python" $pytest $small $kernels
+else
+    note "memcheck, racecheck: skipped, compute-sanitizer is not installed"
+fi
 
 printf '\n%s' "$summary" | tee -a "$out/log.txt"
 exit "$status"
