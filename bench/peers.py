@@ -78,5 +78,9 @@ def export(model: nn.Module, x: Tensor, path: Path) -> None:
     standardize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is the older one, and that sizes become constants
-        options = {"dynamo": False, "opset_version": OPSET, "do_constant_folding": True}
+        options: dict[str, Any] = {
+            "dynamo": False,
+            "opset_version": OPSET,
+            "do_constant_folding": True,
+        }
         torch.onnx.export(Outputs(model).eval(), (x,), str(path), **options)
