@@ -23,6 +23,9 @@ GRADIENT_LIMITS = {"float32": 5e-2, "float16": 1.0, "bfloat16": 1.0}
 """The same for the gradients of a whole network. Of its millions of ReLUs some have an argument so near to 0
 that rounding decides whether a gradient passes; in 16 bits they are many."""
 
+Errors = Callable[[Sequence[Tensor], Sequence[Tensor]], list[float]]
+"""Takes results and those in float64; returns how far they are off."""
+
 
 class WrongResultError(AssertionError):
     """A result is too far from what it should be, or not finite; it is not timed."""
@@ -40,26 +43,15 @@ Judge = Callable[[str, str, Sequence[Tensor]], Verdict]
 
 
 class Float64Judge:
-    """Compares results with those of float64. The first contestant of each dtype is its yardstick.
-
-    Args:
-        oracle: The results in float64.
-        limits: What yardsticks may be off by, by dtype.
-        errors_of: Returns the errors of some results; default: of each by itself.
-    """
+    """Compares results with those of float64. The first contestant of each dtype is its yardstick."""
 
     def __init__(
-        self,
-        oracle: Sequence[Tensor],
-        limits: Mapping[str, float] = LIMITS,
-        errors_of: Callable[[Sequence[Tensor], Sequence[Tensor]], list[float]] | None = None,
-    ) -> None:
-        self.oracle, self.limits = oracle, limits
-        self.errors_of = errors_of or each_error
+        self, oracle: Sequence[Tensor], limits: Mapping[str, float] = LIMITS, errors_of: Errors | None = None
+    ) -> None:  # fmt: skip
+        self.oracle, self.limits, self.errors_of = oracle, limits, errors_of or each_error
         self.yardsticks: dict[str, list[float]] = {}
 
     def __call__(self, name: str, dtype: str, results: Sequence[Tensor]) -> Verdict:
-        """Return the verdict; whether it is passed is :func:`check`'s to say."""
         errors = self.errors_of(results, self.oracle)
         yardsticks = self.yardsticks.get(dtype, [None] * len(errors))
         factor = OURS if name.startswith("bitfast") else PEERS
@@ -73,19 +65,13 @@ class Float64Judge:
 
 
 def each_error(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> list[float]:
-    """Return the relative error of each result."""
     return [relative_error(r, o) for r, o in zip(results, oracle, strict=True)]
 
 
 def overall_error(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> list[float]:
     """Return the root of the mean squared relative errors of several results, each counting alike.
 
-    Args:
-        results: One tensor of all numbers of the results, one after the other.
-        oracle: The results in float64, flat.
-
-    Raises:
-        WrongResultError: the number of numbers differs.
+    The results are one tensor of all their numbers, one after the other; those in float64 are flat.
     """
     (result,) = results
     sizes = [tensor.numel() for tensor in oracle]
@@ -96,11 +82,7 @@ def overall_error(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> list[f
 
 
 def relative_error(result: Tensor, oracle: Tensor) -> float:
-    """Return the norm of the difference over the norm of the oracle, both in float64.
-
-    Raises:
-        WrongResultError: the shapes differ.
-    """
+    """Return the norm of the difference over the norm of the oracle, both in float64."""
     if result.shape != oracle.shape:
         raise WrongResultError(f"shape {tuple(result.shape)} is not {tuple(oracle.shape)}")
     result, oracle = result.detach().double(), oracle.detach().double()
@@ -112,8 +94,7 @@ def allowed_error(dtype: str, yardstick: float | None, factor: float, limit: flo
 
     Args:
         dtype: In which it was computed.
-        yardstick: The relative error of the yardstick in that dtype; None: it is the yardstick, or there
-            is none.
+        yardstick: The yardstick's error in that dtype; None: the result is the yardstick, or there is none.
         factor: :data:`OURS` or :data:`PEERS`.
         limit: What the yardstick may have.
     """

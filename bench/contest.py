@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 from .accuracy import WrongResultError, check
 from .cases import Case, Contestant, NotInstalledError, Problem, Running
@@ -57,9 +58,11 @@ def run(
 
 def skipped(case: Case, note: str) -> Row:
     """Return the row of a case that was not begun."""
-    return Row(
-        case.kind, case.op, case.name, case.device, case.threads, "all", case.dtype, SKIPPED, note
-    )
+    return _row(case, "all", case.dtype, status=SKIPPED, note=note)
+
+
+def _row(case: Case, contestant: str, dtype: str, **found: Any) -> Row:
+    return Row(case.kind, case.op, case.name, case.device, case.threads, contestant, dtype, **found)
 
 
 def _with_base(case: Case, problem: Problem, base: Base | None) -> Iterator[Contestant]:
@@ -70,17 +73,12 @@ def _with_base(case: Case, problem: Problem, base: Base | None) -> Iterator[Cont
 
 
 def _admit(
-    case: Case,
-    problem: Problem,
-    contestant: Contestant,
-    admitted: dict[str, Running],
-    stack: ExitStack,
-) -> Row:
+    case: Case, problem: Problem, contestant: Contestant, admitted: dict[str, Running], stack: ExitStack
+) -> Row:  # fmt: skip
     """Start a contestant and check its results; what is missing, fails or is wrong gets a row only."""
-    row = Row(
-        case.kind, case.op, case.name, case.device, case.threads, contestant.name, contestant.dtype,
-        note=contestant.note, is_quick=case.is_quick, bytes=problem.bytes, flops=problem.flops,
-    )  # fmt: skip
+    told = {"note": contestant.note, "is_quick": case.is_quick}
+    counts = {"bytes": problem.bytes, "flops": problem.flops}
+    row = _row(case, contestant.name, contestant.dtype, **told, **counts)
     with ExitStack() as own:
         try:
             running = contestant.begin(own)
@@ -111,10 +109,7 @@ def _samples_of(
 
 
 def _with_fraction(row: Row, limits: Limits) -> Row:
-    """Return a row that has a time with its share of the limit that binds it.
-
-    It may be larger than 1 where everything fits into a cache.
-    """
+    """Return a row with its share of the limit that binds; above 1 where everything fits into a cache."""
     arithmetic = row.flops / limits.flops[row.dtype] if row.flops else 0.0
     copying = row.bytes / limits.bandwidth
     if row.seconds is None or not (arithmetic or copying):

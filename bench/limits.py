@@ -34,17 +34,13 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a GPU can do, or a CPU with one thread count.
+    """What a GPU can do, or a CPU with one thread count."""
 
-    Attributes:
-        flops: Floating-point operations per second by dtype ("float32", "bfloat16").
-        bandwidth: Bytes per second of a copy, read and written ones together.
-        probes: What each probe reached, by name: operations or bytes per second.
-    """
-
-    flops: dict[str, float]
-    bandwidth: float
-    probes: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float]  # floating-point operations per second by dtype ("float32", "bfloat16")
+    bandwidth: float  # bytes per second of a copy, read and written ones together
+    probes: dict[str, float] = field(
+        default_factory=dict
+    )  # what each one reached, in the same units
 
 
 def measure(device: str, threads: int) -> Limits:
@@ -72,16 +68,15 @@ def arithmetic_rates(device: str, dtype: str) -> dict[str, float]:
     rates = {f"{n}x{n} matrices": 2 * n**3 / fastest(partial(torch.mm, a, b))}
     if device == "cpu":
         for name, (channels, kernel, size) in CONVOLUTIONS.items():
-            x = torch.randn(8, channels, size, size, **options)
-            weight = torch.randn(channels, channels, kernel, kernel, **options)
-            x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+            shapes = (8, channels, size, size), (channels, channels, kernel, kernel)
+            drawn = (torch.randn(shape, **options) for shape in shapes)
+            x, weight = (each.contiguous(memory_format=torch.channels_last) for each in drawn)
             seconds = fastest(partial(F.conv2d, x, weight, padding=kernel // 2))
             rates[name] = 2 * x.numel() * weight[0].numel() / seconds
     return rates
 
 
 def fastest(function: Callable[[], Any]) -> float:
-    """Return the seconds of the fastest of some calls."""
     timer = host_timer(function)
     timer(1)
     times: list[float] = []

@@ -13,15 +13,10 @@ from torch import Tensor, nn
 
 from bitfast.commands.environment import package_version
 
-PEERS = {
-    "transformers": "transformers==4.56.2",
-    "timm": "timm",
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-    "torchvision": "torchvision",
-}
-"""What to tell pip, by distribution."""
-
+PEERS = ("transformers", "timm", "onnxruntime", "openvino", "torchvision")
+"""Distributions."""
+VERSIONS = {"transformers": "==4.56.2"}
+"""To ask pip for; of others any will do."""
 OPSET = 18
 
 
@@ -31,8 +26,7 @@ def installed() -> dict[str, str | None]:
 
 
 def how_to_install(name: str) -> str:
-    """Say what brings a peer that is missing."""
-    return f"pip install {PEERS[name]}"
+    return f"pip install {name}{VERSIONS.get(name, '')}"
 
 
 class Standardized(nn.Module):
@@ -43,19 +37,12 @@ class Standardized(nn.Module):
         flat = convolution.weight.reshape(1, convolution.out_channels, -1)
         weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=convolution.eps)
         self.weight = nn.Parameter(weight.reshape_as(convolution.weight).clone())
-        self.pad = convolution.pad
-        self.arguments = (
-            convolution.stride,
-            convolution.padding,
-            convolution.dilation,
-            convolution.groups,
-        )
+        self.pad = convolution.pad or nn.Identity()
+        names = ("stride", "padding", "dilation", "groups")
+        self.options = {name: getattr(convolution, name) for name in names}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve."""
-        if self.pad is not None:
-            x = self.pad(x)
-        return F.conv2d(x, self.weight, None, *self.arguments)
+        return F.conv2d(self.pad(x), self.weight, **self.options)
 
 
 def standardize(module: nn.Module) -> None:
@@ -75,7 +62,6 @@ class Outputs(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits, or the feature maps."""
         result = self.model(x)
         return (result.logits,) if "logits" in result else tuple(result.feature_maps)
 
@@ -92,11 +78,9 @@ def export(model: nn.Module, x: Tensor, path: Path) -> None:
     standardize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is the older one, and that sizes become constants
-        torch.onnx.export(
-            Outputs(model).eval(),
-            (x,),
-            str(path),
-            dynamo=False,
-            opset_version=OPSET,
-            do_constant_folding=True,
-        )
+        options: dict[str, Any] = {
+            "dynamo": False,
+            "opset_version": OPSET,
+            "do_constant_folding": True,
+        }
+        torch.onnx.export(Outputs(model).eval(), (x,), str(path), **options)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .report import documentation, duration
-from .rows import Report, Row
+from .rows import Report
 from .tables import table
 
 FOLDER = Path(__file__).resolve().parent
@@ -28,34 +28,28 @@ class Line(NamedTuple):
 
     text: str
     title: str
-    theirs: str
-    ours: str
+    theirs: str = "transformers"
+    ours: str = "bitfast"
 
 
-def _of_r50x1(text: str, case: str, dtype: str = "", ours: str = "bitfast") -> Line:
-    return Line(text, case, f"transformers{dtype}", f"{ours}{dtype}")
-
-
+R50X1, BFLOAT16 = "R50x1 224x224 batch", ("transformers bfloat16", "bitfast bfloat16")
 SUMMARY = (
-    *(
-        _of_r50x1(f"inference, batch {batch}, {dtype}", f"inference: R50x1 224x224 batch {batch}, 2 threads",
-                  "" if dtype == "float32" else f" {dtype}")
-        for batch in (1, 8)
-        for dtype in ("float32", "bfloat16")
-    ),
-    _of_r50x1("training step, batch 8, float32", "training: R50x1 224x224 batch 8, 2 threads"),
+    Line("inference, batch 1, float32", f"inference: {R50X1} 1, 2 threads"),
+    Line("inference, batch 1, bfloat16", f"inference: {R50X1} 1, 2 threads", *BFLOAT16),
+    Line("inference, batch 8, float32", f"inference: {R50X1} 8, 2 threads"),
+    Line("inference, batch 8, bfloat16", f"inference: {R50X1} 8, 2 threads", *BFLOAT16),
+    Line("training step, batch 8, float32", f"training: {R50X1} 8, 2 threads"),
     Line("32 photographs to `pixel_values`", "preprocessing: 32 photographs of mixed size, 2 threads",
-         "transformers slow", "bitfast"),
-    _of_r50x1("inference, batch 128, bfloat16, eager", "inference: R50x1 224x224 batch 128 bfloat16, GPU"),
-    _of_r50x1("inference, batch 128, bfloat16, bitfast in a CUDA graph",
-              "inference: R50x1 224x224 batch 128 bfloat16, GPU", ours="bitfast, CUDA graph"),
-    _of_r50x1("training step, batch 128, bfloat16, eager", "training: R50x1 224x224 batch 128 bfloat16, GPU"),
-    _of_r50x1("training step, batch 128, autocast, eager", "training: R50x1 224x224 batch 128 autocast, GPU"),
+         "transformers slow"),
+    Line("inference, batch 128, bfloat16, eager", f"inference: {R50X1} 128 bfloat16, GPU"),
+    Line("inference, batch 128, bfloat16, bitfast in a CUDA graph", f"inference: {R50X1} 128 bfloat16, GPU",
+         ours="bitfast, CUDA graph"),
+    Line("training step, batch 128, bfloat16, eager", f"training: {R50X1} 128 bfloat16, GPU"),
+    Line("training step, batch 128, autocast, eager", f"training: {R50X1} 128 autocast, GPU"),
 )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if it would")
     arguments = parser.parse_args(argv)
@@ -72,12 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def renew(text: str) -> str:
-    """Return a text with its tables made anew.
-
-    Raises:
-        ValueError: it has no place for one, or the JSON is of another format.
-        OSError: there is no such JSON.
-    """
+    """Return a text with its tables made anew; a ValueError tells that it has no place for one."""
     if not BLOCK.search(text):
         raise ValueError("no <!-- benchmark: results/NAME.json --> ... <!-- end --> in the text")
 
@@ -91,22 +80,17 @@ def renew(text: str) -> str:
 
 def summary(reports: Sequence[Report]) -> list[str]:
     """Return the lines of :data:`SUMMARY`; of a row that several reports have, that of the first."""
-    rows: dict[tuple[str, str], Row] = {}
-    for report in reports:
-        for row in report.rows:
-            rows.setdefault((row.title, row.contestant), row)
+    found = [row for report in reversed(reports) for row in report.rows]
+    rows = {(row.title, row.contestant): row for row in found}
     cells = []
     for line in SUMMARY:
         theirs, ours = (rows[line.title, name].seconds for name in (line.theirs, line.ours))
         if theirs is None or ours is None:
             raise ValueError(f"{line.title}: not both {line.theirs} and {line.ours} have a time")
         threads = rows[line.title, line.ours].threads
-        ratio = theirs / ours
-        digits = 2 if ratio < 10 else 1
         place = f"CPU, {threads} threads" if threads else "H100"
-        cells.append(
-            [line.text, place, *(duration(s, 3) for s in (theirs, ours)), f"{ratio:.{digits}f}x"]
-        )
+        ratio = f"{theirs / ours:.{2 if theirs / ours < 10 else 1}f}x"
+        cells.append([line.text, place, duration(theirs, 3), duration(ours, 3), ratio])
     return table(["", "device", "transformers", "bitfast", "ratio"], cells, "llrrr")
 
 

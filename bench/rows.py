@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from bitfast.commands import environment
 
+from .base import ROOT, git
 from .cases import place_of
 from .limits import Limits
 
@@ -27,51 +29,35 @@ TIMED, FAILED, MISSING, SKIPPED = "timed", "failed", "not installed", "skipped"
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant of one case.
-
-    Attributes:
-        kind, op, case, device, threads, is_quick: Of the case; see ``Case``.
-        contestant: By whom it was computed, in which dtype and form.
-        dtype: In which it computes.
-        status: :data:`TIMED`, :data:`FAILED`, :data:`MISSING` or :data:`SKIPPED`; only the first has times.
-        note: Why there are none, or what else is to be known.
-        seconds, quartiles: Per call, the median and the quartiles over the rounds.
-        ratio, ratio_quartiles: The baseline's time over this one's.
-        error, allowed_error: Relative to float64: the largest of the results', and what is allowed. For
-            images the largest difference from the processor of transformers that is replaced.
-        bytes, flops: The least that must be moved, and the operations; 0 where the case is not about them.
-        fraction: Of the machine's limit.
-        limit: Which limit that is, "arithmetic" or "copy".
-        first_result: Seconds from constructing to the first result, compilation included.
-        peak_memory: Bytes, of a process that does nothing else, or of a GPU.
-    """
+    """One contestant of one case; what :class:`~.cases.Case` has as well means the same."""
 
     kind: str
     op: str
     case: str
     device: str
     threads: int
-    contestant: str
-    dtype: str
-    status: str = TIMED
-    note: str = ""
+    contestant: str  # by whom it was computed, in which dtype and form
+    dtype: str  # in which that was
+    status: str = TIMED  # with others there are no times
+    note: str = ""  # why there are no times, or what else is to be known
     is_quick: bool = False
-    seconds: float | None = None
+    seconds: float | None = None  # per call, the median over the rounds
     quartiles: tuple[float, float] | None = None
-    ratio: float | None = None
+    ratio: float | None = None  # the baseline's time over this one's
     ratio_quartiles: tuple[float, float] | None = None
+    # Relative to float64, of the worst result; of images the largest difference from the processor of
+    # transformers that is replaced.
     error: float | None = None
     allowed_error: float | None = None
-    bytes: int = 0
-    flops: int = 0
-    fraction: float | None = None
-    limit: str | None = None
-    first_result: float | None = None
-    peak_memory: int | None = None
+    bytes: int = 0  # the least that must be moved; 0: the case is not about them
+    flops: int = 0  # likewise
+    fraction: float | None = None  # of the machine's limit
+    limit: str | None = None  # which that is, "arithmetic" or "copy"
+    first_result: float | None = None  # seconds from constructing to it, compilation included
+    peak_memory: int | None = None  # bytes, of a process that does nothing else, or of a GPU
 
     @property
     def is_ours(self) -> bool:
-        """Whether bitfast computed it."""
         return self.contestant.startswith("bitfast")
 
     @property
@@ -83,25 +69,24 @@ class Row:
 
     @property
     def title(self) -> str:
-        """The case in one line."""
         return f"{self.op}: {self.case}, {place_of(self.threads)}"
 
 
 @dataclass
 class Report:
-    """Everything that a run finds out.
+    """Everything that a run finds out."""
 
-    Attributes:
-        machine: Processor, GPU, versions, commit, date, and how many processes were busy at the start.
-        limits: By thread count; those of a GPU by 0.
-        peers: The version of each other runtime, or None: it is not installed.
-        rows: In the order of the cases.
-    """
+    machine: dict[str, Any]  # see :func:`machine`
+    limits: dict[int, Limits] = field(default_factory=dict)  # by thread count; of a GPU by 0
+    peers: dict[str, str | None] = field(default_factory=dict)  # versions; None: not installed
+    rows: list[Row] = field(default_factory=list)  # in the order of the cases
 
-    machine: dict[str, Any]
-    limits: dict[int, Limits] = field(default_factory=dict)
-    peers: dict[str, str | None] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    @property
+    def versions(self) -> dict[str, str | None]:
+        return {**self.machine["versions"], **self.peers}
+
+    def of_kind(self, *kinds: str) -> list[Row]:
+        return [row for row in self.rows if row.kind in kinds]
 
     def write(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
@@ -112,23 +97,16 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """Read JSON.
-
-        Raises:
-            ValueError: it is of another format.
-        """
+        """Read JSON; of another format it raises a ValueError."""
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is not of format {FORMAT}: make it anew with bitfast bench")
-        return cls(
-            content["machine"],
-            {int(threads): Limits(**limits) for threads, limits in content["limits"].items()},
-            content["peers"],
-            [Row(**row) for row in content["rows"]],
-        )
+        limits = {int(threads): Limits(**each) for threads, each in content["limits"].items()}
+        rows = [Row(**row) for row in content["rows"]]
+        return cls(content["machine"], limits, content["peers"], rows)
 
 
-def cases_of(rows: list[Row]) -> dict[str, list[Row]]:
+def cases_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Return the rows by title of their case, in order."""
     by_title: dict[str, list[Row]] = {}
     for row in rows:
@@ -136,11 +114,8 @@ def cases_of(rows: list[Row]) -> dict[str, list[Row]]:
     return by_title
 
 
-# ---- the machine --------------------------------------------------------------------------------
-
-
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Describe what the figures are measured on and with."""
+    """Describe what is measured on and with, and how many processes were busy at the start."""
     found = {
         "date": date.today().isoformat(),
         "commit": commit(),
@@ -153,27 +128,19 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": gpu.name,
-            "multiprocessors": gpu.multi_processor_count,
-            "l2_bytes": gpu.L2_cache_size,
-            "cudnn": torch.backends.cudnn.version(),
-        }
+        found |= {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count}
+        found |= {"l2_bytes": gpu.L2_cache_size, "cudnn": torch.backends.cudnn.version()}
     return found
 
 
-def commit(checkout: Path | None = None) -> str | None:
-    """Return the commit of a checkout (None: that of this file), "-dirty" if it has changes, or None.
+def commit() -> str | None:
+    """Return the commit of this checkout, "-dirty" if it has changes, or None.
 
     Where there is only a copy, without git's history, the variable BITFAST_COMMIT may say it.
     """
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    folder = Path(__file__).resolve().parent if checkout is None else checkout / "bench"
-    tracked = ["git", "ls-files", "--error-unmatch", "registry.py"]
     try:
         # An installation may lie within somebody else's checkout.
-        subprocess.run(tracked, cwd=folder, capture_output=True, check=True)
-        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        git(ROOT, "ls-files", "--error-unmatch", "bench/registry.py")
+        return git(ROOT, "describe", "--always", "--dirty", "--exclude", "*")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BITFAST_COMMIT") if checkout is None else None
-    return finished.stdout.strip()
+        return os.environ.get("BITFAST_COMMIT")

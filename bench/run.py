@@ -10,9 +10,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -34,47 +34,24 @@ exit status: 0 bitfast's results are right; 1 one of them is not, or failed; 2 w
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     from bitfast.cli import positive_integer
 
     add = parser.add_argument
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="where to compute (default: a GPU, if there is one)",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="some ops and one model, without what must be compiled: under two minutes",
-    )
+    count: dict[str, Any] = {"type": positive_integer, "metavar": "N"}
+    add("--device", choices=("cpu", "cuda"),
+        help="where to compute (default: a GPU, if there is one)")  # fmt: skip
+    add("--quick", action="store_true",
+        help="some ops and one model, without what must be compiled: under two minutes")  # fmt: skip
     add("--only", default="", metavar="TEXT", help="cases whose title contains it (see --list)")
     add("--list", action="store_true", help="print the cases' titles and stop")
-    add(
-        "--threads",
-        type=positive_integer,
-        nargs="+",
-        metavar="N",
+    add("--threads", nargs="+", **count,
         help="CPU threads; models and image processors run with each count, ops with the largest "
-        "(default: as many as torch chooses)",
-    )
-    add(
-        "--rounds",
-        type=positive_integer,
-        metavar="N",
-        help=f"samples of each contestant (default: {ROUNDS}; quick: {QUICK_ROUNDS})",
-    )
-    add(
-        "--base",
-        metavar="REV",
-        help="let the bitfast of another commit take part, in turns with this one's",
-    )
-    add(
-        "--seconds",
-        type=positive_integer,
-        metavar="N",
-        help="begin no case after these; the others are listed",
-    )
+        "(default: as many as torch chooses)")  # fmt: skip
+    add("--rounds", **count,
+        help=f"samples of each contestant (default: {ROUNDS}; quick: {QUICK_ROUNDS})")  # fmt: skip
+    add("--base", metavar="REV",
+        help="let the bitfast of another commit take part, in turns with this one's")  # fmt: skip
+    add("--seconds", **count, help="begin no case after these; the others are listed")
     add("--output", type=Path, metavar="FILE", help="write everything as JSON")
     add("--markdown", type=Path, metavar="FILE", help="write the table here too")
     add("--charts", type=Path, metavar="FOLDER", help="draw bar charts (PNG) into this folder")  # fmt: skip
@@ -84,36 +61,29 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark and return the exit status."""
     import torch
 
+    from . import registry
+
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available() and not arguments.list:
-        return usage_error("argument --device: torch sees no CUDA device")
-    thread_counts = sorted(set(arguments.threads or [torch.get_num_threads()]))
-    cases = select(device, arguments.only, arguments.quick, thread_counts)
+        return usage_error("--device: torch sees no CUDA device")
+    found = registry.cases(device, sorted(set(arguments.threads or [torch.get_num_threads()])))
+    cases = [case for case in found if arguments.only in case.title]
+    cases = [case for case in cases if case.is_quick or not arguments.quick]
     if not cases:
-        return usage_error(f"argument --only: no case's title contains {arguments.only!r}")
+        return usage_error(f"--only: no case's title contains {arguments.only!r}")
     if arguments.list:
         print("\n".join(case.title for case in cases))
         return SUCCESS
-    problem = unusable(arguments)
-    if problem is not None:
+    if problem := unusable(arguments):
         return usage_error(problem)
     from .workers import base_at
 
-    try:
-        with base_at(arguments.base) if arguments.base else nullcontext() as base:
-            return show(measure(cases, arguments, base), arguments)
-    except ValueError as error:
-        if (arguments.base and "commit" in str(error)) or "checkout" in str(error):
-            return usage_error(f"argument --base: {error}")
-        raise
-
-
-def select(device: str, text: str, is_quick: bool, thread_counts: Sequence[int]) -> list[Case]:
-    """Return the cases of a device whose titles contain the text."""
-    from . import registry
-
-    found = [case for case in registry.cases(device, thread_counts) if text in case.title]
-    return [case for case in found if case.is_quick] if is_quick else found
+    with ExitStack() as stack:
+        try:
+            base = stack.enter_context(base_at(arguments.base)) if arguments.base else None
+        except ValueError as error:
+            return usage_error(f"--base: {error}")
+        return show(measure(cases, arguments, base), arguments)
 
 
 def unusable(arguments: argparse.Namespace) -> str | None:
@@ -121,14 +91,14 @@ def unusable(arguments: argparse.Namespace) -> str | None:
     for name in ("output", "markdown"):
         path: Path | None = getattr(arguments, name)
         if path is not None and not path.absolute().parent.is_dir():
-            return f"argument --{name}: the folder {str(path.parent)!r} does not exist"
+            return f"--{name}: the folder {str(path.parent)!r} does not exist"
     if arguments.charts is not None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            return "argument --charts: matplotlib is not installed: pip install matplotlib"
+            return "--charts: matplotlib is not installed: pip install matplotlib"
         if arguments.charts.exists() and not arguments.charts.is_dir():
-            return f"argument --charts: {str(arguments.charts)!r} is not a folder"
+            return f"--charts: {str(arguments.charts)!r} is not a folder"
     return None
 
 
@@ -154,8 +124,7 @@ def measure(cases: Sequence[Case], arguments: argparse.Namespace, base: Base | N
             if time.monotonic() > end:
                 report.rows.append(contest.skipped(case, "out of time"))
             else:
-                known = report.limits.get(case.threads)
-                tell = bar.set_postfix_str
+                known, tell = report.limits.get(case.threads), bar.set_postfix_str
                 report.rows += contest.run(
                     case, known, rounds, base, tell, is_quick=arguments.quick
                 )
@@ -179,13 +148,9 @@ def show(report: Report, arguments: argparse.Namespace) -> int:
 
         for path in draw(report, arguments.charts):
             print(f"drew {path}", file=sys.stderr)
-    restless = [row for row in report.rows if row.spread > RESTLESS]
-    if restless:
-        print(
-            f"{len(restless)} of {len(report.rows)} times have quartiles more than {100 * RESTLESS:.0f} % "
-            "apart: the machine was busy with something else",
-            file=sys.stderr,
-        )
+    if restless := sum(row.spread > RESTLESS for row in report.rows):
+        share = f"{restless} of {len(report.rows)} times have quartiles more than {100 * RESTLESS:.0f} %"
+        print(f"{share} apart: the machine was busy with something else", file=sys.stderr)
     failures = [row for row in report.rows if row.status == rows.FAILED]
     for row in failures:
         print(f"{row.title}: {row.contestant} failed: {row.note}", file=sys.stderr)
@@ -193,17 +158,16 @@ def show(report: Report, arguments: argparse.Namespace) -> int:
 
 
 def usage_error(message: str) -> int:
-    """Print what is wrong with the arguments; return the exit status."""
-    print(f"bitfast bench: error: {message}", file=sys.stderr)
+    """Print which argument is wrong, and why; return the exit status."""
+    print(f"bitfast bench: error: argument {message}", file=sys.stderr)
     return USAGE_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line without ``bitfast`` and return the exit status."""
+    description, as_written = (__doc__ or "").splitlines()[0], argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description, epilog=EPILOG, formatter_class=as_written
     )
     add_arguments(parser)
     try:

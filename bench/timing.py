@@ -17,19 +17,12 @@ Timer = Callable[[int], float]
 
 
 class Summary(NamedTuple):
-    """A contestant's samples beside the baseline's.
+    """A contestant's samples beside the baseline's; without one there is no ratio."""
 
-    Attributes:
-        seconds: Per call, the median over the rounds.
-        quartiles: Of the seconds, the first and the third.
-        ratio: The baseline's median over this one's; None without a baseline.
-        ratio_quartiles: Of the single rounds' ratios.
-    """
-
-    seconds: float
+    seconds: float  # per call, the median over the rounds
     quartiles: tuple[float, float]
-    ratio: float | None
-    ratio_quartiles: tuple[float, float] | None
+    ratio: float | None  # of the medians, the baseline's over this one's
+    ratio_quartiles: tuple[float, float] | None  # of the single rounds' ratios
 
 
 def host_timer(function: Callable[[], Any]) -> Timer:
@@ -47,13 +40,12 @@ def kernel_samples(calls: Sequence[Callable[[], Any]]) -> list[float]:
         for call in calls:
             call()
 
-    milliseconds = do_bench_cudagraph(in_turns, rep=KERNEL_MILLISECONDS, return_mode="all")
-    return [each / 1e3 / len(calls) for each in milliseconds]
+    samples = do_bench_cudagraph(in_turns, rep=KERNEL_MILLISECONDS, return_mode="all")
+    return [milliseconds / 1e3 / len(calls) for milliseconds in samples]
 
 
 def calls_per_sample(timer: Timer) -> int:
-    """Return how many calls fill the shortest sample, after a few to warm up."""
-    timer(2)
+    timer(2)  # to warm up
     return max(1, int(SHORTEST_SAMPLE / timer(1)))
 
 
@@ -78,12 +70,11 @@ def take_turns(
 
 def summarize(seconds: list[float], baseline: list[float] | None) -> Summary:
     """Return what is said of the samples; those of the baseline are of the same rounds."""
-    median = statistics.median(seconds)
+    median, spread = statistics.median(seconds), quartiles(seconds)
     if baseline is None:
-        return Summary(median, quartiles(seconds), None, None)
-    ratios = [b / s for b, s in zip(baseline, seconds, strict=True)]
-    ratio = statistics.median(baseline) / median
-    return Summary(median, quartiles(seconds), ratio, quartiles(ratios))
+        return Summary(median, spread, None, None)
+    ratios = [theirs / ours for theirs, ours in zip(baseline, seconds, strict=True)]
+    return Summary(median, spread, statistics.median(baseline) / median, quartiles(ratios))
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
