@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from bitfast.commands.environment import package_version
 
 PEERS = ("transformers", "timm", "onnxruntime", "openvino", "torchvision")
 """Distributions."""
@@ -22,7 +22,11 @@ OPSET = 18
 
 def installed() -> dict[str, str | None]:
     """Return the version of each peer, None where it is not installed."""
-    return {name: package_version(name) for name in PEERS}
+    found: dict[str, str | None] = dict.fromkeys(PEERS)
+    for name in PEERS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def how_to_install(name: str) -> str:
