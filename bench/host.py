@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import statistics
 import subprocess
 import sys
 import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -30,11 +30,7 @@ from .tables import table
 from .torchvision_import import import_torchvision
 
 IMAGES = (1, 3, 32, 32)
-NARROW: dict[str, Any] = {
-    "embedding_size": 32,
-    "hidden_sizes": [32, 32, 32, 32],
-    "num_groups": 4,
-}
+NARROW: dict[str, Any] = {"embedding_size": 32, "hidden_sizes": [32] * 4, "num_groups": 4}
 """What differs from the default configuration in the network that microseconds are taken of."""
 
 WARM_UPS = 3
@@ -42,17 +38,12 @@ REPETITIONS = 50
 PASSES = 1000
 """Of which the fastest counts. A pass is short enough to fall between what else the machine does."""
 
-
 # ---- calls ----------------------------------------------------------------------------------------------
 
 
 def calls_of(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Count what a function makes Python and torch call; it is run some more times before.
-
-    Returns:
-        How many Python functions, functions written in C, and entries into torch's dispatcher, those that
-        operators make included and left out; and the names that stand behind most of them.
-    """
+    """Count what a warm function makes Python and torch call: Python functions, functions written in C, and
+    entries into torch's dispatcher, those that operators make included and left out; and by name the most."""
     for _ in range(WARM_UPS):
         function(*arguments)
     python, builtin = python_calls_of(function, *arguments)
@@ -104,12 +95,8 @@ def microseconds(repetitions: int, number: int, statement: str, **names: Any) ->
 
 
 def decisions_of(model: Any, images: Tensor) -> dict[str, float]:
-    """Time what is asked before a model's latest plan runs.
-
-    Returns:
-        Microseconds to know which "setting" it is; whether the "structure" (the modules) and the "parameters"
-        are what they were; and of these two, the "guard", together.
-    """
+    """Return the microseconds to know which "setting" a model's latest plan is for; whether the "structure"
+    (the modules) and the "parameters" are what they were; and of these two, the "guard", together."""
     from bitfast.execution.setting import planned_setting
 
     asked = {
@@ -123,7 +110,6 @@ def decisions_of(model: Any, images: Tensor) -> dict[str, float]:
 
 
 def latest_plan(model: Any) -> Any:
-    """Return the plan that a model has met last."""
     return model.plans.made()[-1]
 
 
@@ -140,8 +126,7 @@ def step_costs(model: Any, images: Tensor) -> list[dict[str, Any]]:
     with torch._C._AutoDispatchBelowAutograd():
         for part in latest_plan(model).parts:
             program = part.program
-            places: list[Any] = [None] * program.places
-            places[0] = x
+            places: list[Any] = [x, *[None] * (program.places - 1)]
             for name, call in zip(program.names, program.calls, strict=True):
                 before = list(places)
                 call(places)
@@ -150,20 +135,16 @@ def step_costs(model: Any, images: Tensor) -> list[dict[str, Any]]:
     steps = []
     for kind, costs in found.items():
         alone, whole = zip(*costs, strict=True)
-        python = None if None in alone else statistics.fmean(alone)
-        means = {"python": python, "whole": statistics.fmean(whole)}
+        means = {"python": None if None in alone else fmean(alone), "whole": fmean(whole)}
         steps.append({"kind": kind, "times": len(costs), **means})
     return steps
 
 
 def cost_of(call: Any, places: list[Any]) -> tuple[float | None, float]:
     """Return the microseconds of a call on these places, without its operator (or None) and with it."""
-
-    def timed() -> float:
-        # A result may take the place of what is read.
-        statement = "call(places.copy())"
-        return microseconds(REPETITIONS, 20, statement, call=call, places=places)
-
+    # A result may take the place of what is read.
+    copied = "call(places.copy())"
+    timed = partial(microseconds, REPETITIONS, 20, copied, call=call, places=places)
     whole = timed()
     with without_operators(call, places) as count:
         return timed() if count else None, whole
@@ -171,41 +152,33 @@ def cost_of(call: Any, places: list[Any]) -> tuple[float | None, float]:
 
 @contextmanager
 def without_operators(call: Any, places: list[Any]) -> Iterator[int]:
-    """Within the block, let a call's operators return at once what they returned in a run before.
-
-    Yields:
-        How many operators there are.
-    """
+    """Within the block, let a call's operators (their number is yielded) return at once what a run returned."""
     packed = torch.ops.mkldnn
     overloads = [packed._convolution_pointwise.default, packed._convolution_pointwise_.binary]
     cells = [c for c in call.__closure__ or () if isinstance(c.cell_contents, BuiltinFunctionType)]
     holders: list[tuple[Any, str]] = [(cell, "cell_contents") for cell in cells]
     holders += [(overload, "_op") for overload in overloads]
-    originals = [getattr(*holder) for holder in holders]
     results: dict[int, Any] = {}
 
-    def put(function_of: Callable[[int], Callable[..., Any]]) -> None:
-        for number, holder in enumerate(holders):
-            setattr(*holder, function_of(number))
-
-    def noting(number: int) -> Callable[..., Any]:
+    def noting(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            results[number] = originals[number](*arguments)
+            results[number] = original(*arguments)
             return results[number]
 
         return run
 
-    def returning(number: int) -> Callable[..., Any]:
-        result = results.get(number)
+    def returning(result: Any) -> Callable[..., Any]:
         return lambda *_: result
 
-    try:
-        put(noting)
+    with ExitStack() as stack:
+        for number, holder in enumerate(holders):
+            original = getattr(*holder)
+            stack.callback(setattr, *holder, original)
+            setattr(*holder, noting(number, original))
         call(places.copy())
-        put(returning)
+        for number, result in results.items():
+            setattr(*holders[number], returning(result))
         yield len(results)
-    finally:
-        put(originals.__getitem__)
 
 
 # ---- whole models ---------------------------------------------------------------------------------------
@@ -231,13 +204,13 @@ def measure(library: str) -> dict[str, Any]:
     return {**calls, "pass_us": pass_us}
 
 
+# That checkout's bitfast, and this one's way to measure it.
 MEASURE_BASE = """
 import json, sys, bitfast
 sys.path.insert(0, sys.argv[1])
 from bench import host
 print(json.dumps(host.measure("bitfast")))
 """
-"""That checkout's bitfast, and this one's way to measure it."""
 
 
 def measure_base(revision: str) -> dict[str, Any]:
@@ -264,11 +237,9 @@ def report(command: str, base: dict[str, Any] | None) -> dict[str, Any]:
     images, model, narrow = torch.randn(IMAGES), model_of("bitfast"), model_of("bitfast", **NARROW)
     model(images)
     narrow(images)
+    about = {"machine": machine(), "device": "CPU", "command": command, "threads": 1}
     return {
-        "machine": machine(),
-        "device": "CPU",
-        "command": command,
-        "threads": 1,
+        **about,
         "images": IMAGES,
         "narrow": NARROW,
         "models": models,
@@ -286,7 +257,6 @@ COUNTED = {
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return a report as tables."""
     models: dict[str, Any] = found["models"]
     passes = [(title, *(f"{m[key]:,}" for m in models.values())) for title, key in COUNTED.items()]
     times = (f"{m['pass_us'] / 1e3:.2f} ms" for m in models.values())
@@ -303,7 +273,6 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print the tables, write what is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON here")
     parser.add_argument("--base", metavar="REV", help="another commit, to be measured too")

@@ -1,12 +1,9 @@
 """``python -m bench.kernel_builds``: build the Triton kernels for three chips, without a GPU, and look inside.
 
-Every launch that the norms and weights of R50x1 and R152x4 take, and that batches of images do, is compiled
-ahead of time as Triton would compile it on the first call. From the machine code come registers, spills, shared
-memory and the width of every access to global memory.
-
-Each access of the PTX code carries the line of the kernel that asked for it, which says whether it is to a
-whole feature map or weight (these should be 16 bytes wide) or to a few numbers beside it. The machine code
-has the same accesses, but no such lines; there they are counted by width.
+Every launch of the norms and weights of R50x1 and R152x4, and of batches of images, is compiled ahead of time
+as Triton would compile it on the first call. Each access of its PTX code carries the line of the kernel that
+asked for it, which says whether it is to a whole feature map or weight (these should be 16 bytes wide) or to a
+few numbers beside it. The machine code has the same accesses, without lines: there they are counted by width.
 """
 
 from __future__ import annotations
@@ -64,11 +61,16 @@ def build(job: Job) -> dict[str, Any]:
     )
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": variant.warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = tool_output("cuobjdump", "-res-usage", file.name)
-        code = tool_output("cuobjdump", "-sass", file.name)
+        usage, code = (
+            subprocess.run(
+                [tool, show, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for show in ("-res-usage", "-sass")
+        )
     sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     in_code, local = machine_accesses(code)
     return {
@@ -78,14 +80,6 @@ def build(job: Job) -> dict[str, Any]:
         "code": by_width(in_code),
         "asked": by_width(asked_accesses(compiled.asm["ptx"])),
     }
-
-
-def tool_output(tool: str, *arguments: str) -> str:
-    """Run one of the CUDA tools that come with Triton."""
-    import triton
-
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 MACHINE_ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LD|ST|LDL|STL)((?:\.\w+)*) ")
@@ -99,9 +93,9 @@ def machine_accesses(code: str) -> tuple[Counter[tuple[str, int]], int]:
     for name, modifiers in MACHINE_ACCESS.findall(code):
         if name in ("LDL", "STL"):
             local += 1
-            continue
-        found = [MACHINE_WIDTHS[m] for m in modifiers.split(".") if m in MACHINE_WIDTHS]
-        counts["store" if name.startswith("ST") else "load", found[0] if found else 4] += 1
+        else:
+            found = (MACHINE_WIDTHS[m] for m in modifiers.split(".") if m in MACHINE_WIDTHS)
+            counts["store" if name.startswith("ST") else "load", next(found, 4)] += 1
     return counts, local
 
 
@@ -170,7 +164,6 @@ def category(file: str, line: int) -> str:
 
 @cache
 def functions_in(file: str) -> list[tuple[str, range]]:
-    """Return the name and the lines of each function of a file."""
     nodes = ast.walk(ast.parse("".join(linecache.getlines(file))))
     functions = (node for node in nodes if isinstance(node, ast.FunctionDef))
     return [(f.name, range(f.lineno, (f.end_lineno or f.lineno) + 1)) for f in functions]
@@ -180,10 +173,8 @@ def functions_in(file: str) -> list[tuple[str, range]]:
 
 
 def build_all(jobs: list[Job], workers: int) -> dict[str, dict[str, Any]]:
-    """Build in parallel, from nothing; return the results by variant and chip.
-
-    (A cached build may name lines of a file that has changed since.)
-    """
+    """Build in parallel, from nothing (cached builds may name lines that have changed); return the results by
+    variant and chip."""
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -213,7 +204,6 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the builds from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the part that the tests build")
     help_only = "variants whose title contains it; the others stay in the output as they are"
@@ -223,8 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
-    jobs = quick_jobs() if options.quick else all_jobs()
-    jobs = [job for job in jobs if options.only in job[0].title]
+    jobs = [j for j in (quick_jobs if options.quick else all_jobs)() if options.only in j[0].title]
     start = time.perf_counter()
     results = build_all(jobs, options.workers)
     print(f"{len(jobs)} builds in {time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -21,33 +22,25 @@ ARCHITECTURES = (80, 90, 100)
 BATCHES = {"R50x1": (1, 8, 128), "R152x4": (1, 16)}
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (Dtypes(FLOAT32, FLOAT32), Dtypes(BFLOAT16, FLOAT32), Dtypes(FLOAT16, FLOAT16))
-"""float32; 16 bits under autocast; 16 bits throughout. (The two 16-bit types give the same code but for the
-conversions.)"""
+"""float32; 16 bits under autocast; 16 bits throughout. (The 16-bit types differ in conversions alone.)"""
 
 TRITON_TYPES = {
     FLOAT32: "*fp32", BFLOAT16: "*bf16", FLOAT16: "*fp16",
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-PASSES = (False, True)
-"""Forward and backward."""
+PASSES = (False, True)  # forward and backward
 
 
 class Variant(NamedTuple):
-    """What one compilation depends on, besides the chip.
+    """What one compilation depends on, besides the chip."""
 
-    Attributes:
-        kernel: "module.function", within ``bitfast.kernels``.
-        signature: "name: type" of every parameter; the type is "constexpr" for constants.
-        aligned: The parameters that are multiples of 16.
-        constants: "name=value" of every constant.
-        warps: Per program.
-    """
-
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    aligned: tuple[str, ...]
-    constants: tuple[tuple[str, Any], ...]
-    warps: int
+    kernel: str  # "module.function", within ``bitfast.kernels``
+    signature: tuple[
+        tuple[str, str], ...
+    ]  # name and type of every parameter: constants are "constexpr"
+    aligned: tuple[str, ...]  # parameters that are multiples of 16
+    constants: tuple[tuple[str, Any], ...]  # name and value
+    warps: int  # per program
 
     @classmethod
     def of(cls, launch: Launch) -> Variant:
@@ -55,40 +48,32 @@ class Variant(NamedTuple):
         signature, aligned, constants = [], [], dict(launch.constants)
         for name in launch.kernel.arg_names:
             value: Any = launch.arguments.get(name)
+            address: Any = None  # or a number
             if name in constants:
                 kind = "constexpr"
             elif isinstance(value, Tensor):
-                kind = TRITON_TYPES[value.dtype]
-                if value.storage_offset() * value.element_size() % 16 == 0:
-                    aligned.append(name)
+                kind, address = TRITON_TYPES[value.dtype], value.storage_offset() * value.itemsize
             elif isinstance(value, float):
                 kind = "fp32"
             elif value == 1:
                 kind, constants[name] = "constexpr", 1
             else:
-                kind = "i32" if value < 2**31 else "i64"
-                if value % 16 == 0:
-                    aligned.append(name)
+                kind, address = "i32" if value < 2**31 else "i64", value
             signature.append((name, kind))
-        module = launch.kernel.fn.__module__.removeprefix("bitfast.kernels.")
-        return cls(
-            f"{module}.{launch.kernel.fn.__name__}",
-            tuple(signature),
-            tuple(aligned),
-            tuple(constants.items()),
-            launch.warps,
-        )
+            if address is not None and address % 16 == 0:
+                aligned.append(name)
+        function = launch.kernel.fn
+        kernel = f"{function.__module__.removeprefix('bitfast.kernels.')}.{function.__name__}"
+        constant = tuple(constants.items())
+        return cls(kernel, tuple(signature), tuple(aligned), constant, launch.warps)
 
     @property
     def title(self) -> str:
         """All of it in one line: the key of the table of results. ":16" marks multiples of 16."""
-        types = " ".join(
-            kind + (":16" if name in self.aligned else "")
-            for name, kind in self.signature
-            if kind != "constexpr"
-        )
+        types = {name: kind for name, kind in self.signature if kind != "constexpr"}
+        types |= {name: f"{types[name]}:16" for name in self.aligned}
         constants = " ".join(f"{name}={value}" for name, value in self.constants)
-        return f"{self.kernel}({types}) {constants} warps={self.warps}"
+        return f"{self.kernel}({' '.join(types.values())}) {constants} warps={self.warps}"
 
     @property
     def compute_type(self) -> str:
@@ -135,46 +120,34 @@ def other_launches(norms: Iterable[Norm], dtypes: Dtypes) -> Iterator[Launch]:
             yield from norm_launches(norm, batch, dtypes, backward=backward, activation=activation)
     for norm, backward in product(norms, PASSES):
         yield from norm_launches(norm, 8, dtypes, backward=backward, is_channels_last=False)
-    groups_of = {
-        Norm(64, 4096, 8192, True, True): 32,
-        Norm(2**25, 7, 7, True, True): 2**20,
-        Norm(2**20, 56, 56, True, True): 2**15,
-    }
-    for (norm, groups), backward in product(groups_of.items(), PASSES):
+    giants = ((64, 4096, 8192, 32), (2**25, 7, 7, 2**20), (2**20, 56, 56, 2**15))
+    for (channels, height, width, groups), backward in product(giants, PASSES):
+        norm = Norm(channels, height, width, True, True)
         yield from norm_launches(norm, 2, dtypes, backward=backward, groups=groups)
-    inference: Any = {"backward": False, "keeps_statistics": False}
+    inference = partial(norm_launches, dtypes=dtypes, backward=False, keeps_statistics=False)
     for (norm, batches), has_sum in product(batches_of.items(), (False, True)):
         norm = norm._replace(has_residual=has_sum, is_sum_used=has_sum)
-        for batch in batches:
-            yield from norm_launches(norm, batch, dtypes, **inference, in_place=has_sum)
+        yield from chain(*(inference(norm, batch, in_place=has_sum) for batch in batches))
 
 
 def image_launches(dtype: torch.dtype) -> Iterator[Launch]:
     """Yield the launches of batches of images, gray and colored, that are resized and normalized."""
-
-    def table(*shape: int, kind: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=kind, device="meta")
-
-    fields = len(image_kernels.FIELDS)
-    tables = (
-        table(640, 3, kind=torch.int32), table(2, fields, kind=torch.int64),
-        table(448, kind=torch.int32), table(9000, kind=torch.int32),
-    )  # fmt: skip
-    between = table(600_000, kind=torch.uint8)
+    empty = partial(torch.empty, device="meta")
+    numbers = partial(empty, dtype=torch.int32)
+    images = empty(2, len(image_kernels.FIELDS), dtype=torch.int64)
+    tables = numbers(640, 3), images, numbers(448), numbers(9000)
+    between = empty(600_000, dtype=torch.uint8)
     for channels in (1, 3):
         yield image_kernels.first_pass_launch(*tables, intermediate=between, channels=channels)
+        values = empty(256, channels, dtype=dtype)
         for channels_last, edge in product((False, True), (224, 225)):
+            result = empty(2, channels, edge, edge, dtype=dtype)
             yield image_kernels.second_pass_launch(
-                *tables,
-                table(256, channels, kind=dtype),
-                intermediate=between,
-                result=table(2, channels, edge, edge, kind=dtype),
-                channels_last=channels_last,
+                *tables, values, intermediate=between, result=result, channels_last=channels_last
             )
 
 
-Job = tuple[Variant, int]
-"""A variant and the chip to build it for."""
+Job = tuple[Variant, int]  # and the chip to build it for
 
 
 def all_jobs() -> list[Job]:
@@ -186,11 +159,8 @@ def all_jobs() -> list[Job]:
 
 
 def quick_jobs() -> list[Job]:
-    """Return a part of the sweep for every change.
-
-    Every kind of kernel in every dtype for every chip; and for one chip, under autocast to bfloat16, every
-    tile of the models, every activation, both layouts and 64-bit offsets.
-    """
+    """Return a part of the sweep for every change: every kind of kernel in every dtype for every chip; and for
+    one chip, under autocast to bfloat16, every tile of the models, activation, both layouts, 64-bit offsets."""
     jobs: dict[Any, Job] = {}
     for variant, architecture in all_jobs():
         values = {**dict(variant.signature), **dict(variant.constants)}
@@ -198,12 +168,8 @@ def quick_jobs() -> list[Job]:
         what = (values.get(name) for name in details)
         kind = (variant.kernel, variant.compute_type, architecture, *what)
         jobs.setdefault(kind, (variant, architecture))
-    dtypes = DTYPES[1]
-    launches = chain(
-        *(model_launches(model, dtypes) for model in BATCHES),
-        other_launches(norms_of("R50x1")[::5], dtypes),
-        image_launches(BFLOAT16),
-    )
-    for variant in variants_of(launches):
+    launches = [model_launches(model, DTYPES[1]) for model in BATCHES]
+    launches += [other_launches(norms_of("R50x1")[::5], DTYPES[1]), image_launches(BFLOAT16)]
+    for variant in variants_of(chain(*launches)):
         jobs.setdefault((variant.kernel, variant.constants, variant.warps), (variant, 90))
     return list(dict.fromkeys(jobs.values()))

@@ -15,7 +15,7 @@ import math
 import sys
 import timeit
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import bitfast
 from bitfast.ops.weight_standardization import weight_standardization
 
-from .accuracy import OURS, overall_error, relative_error
+from .accuracy import OURS, allowed_error, overall_error, relative_error
 from .cases import name_of
 from .rows import machine
 from .tables import table
@@ -37,15 +37,11 @@ from .torchvision_import import import_torchvision
 PARTS = {
     # Means and deviations of filters, and the arithmetic; the result is rounded to that of convolution.
     "standardization": "weight standardization",
-    # What is multiplied; sums are float32 everywhere.
-    "convolution": "convolution",
+    "convolution": "convolution",  # what is multiplied; sums are float32 everywhere
     # Means and deviations, or something wider, and the norm's arithmetic; the result is rounded once.
     "statistics": "GroupNorm statistics",
-    "residual": "residual addition",
-    "pooling": "pooling",
-    "classifier": "classifier",
-    "output": "output",
-}
+    "residual": "residual addition", "pooling": "pooling", "classifier": "classifier", "output": "output",
+}  # fmt: skip
 """The heads of the first table, by part of a network."""
 
 
@@ -60,10 +56,10 @@ class Mode(NamedTuple):
     @property
     def parts(self) -> dict[str, str]:
         """The dtype that each of :data:`PARTS` computes in."""
-        product = "tf32" if self.has_tf32 else name_of(self.result)
-        others = {"convolution": product, "classifier": product}
-        others |= {"standardization": "float32", "statistics": "float32"}
-        return {**dict.fromkeys(PARTS, name_of(self.result)), **others}
+        parts = dict.fromkeys(PARTS, name_of(self.result))
+        if self.has_tf32:
+            parts |= {"convolution": "tf32", "classifier": "tf32"}
+        return {**parts, "standardization": "float32", "statistics": "float32"}
 
     @property
     def result(self) -> torch.dtype:
@@ -73,20 +69,18 @@ class Mode(NamedTuple):
     @contextmanager
     def entered(self, device: str) -> Iterator[None]:
         """Within the block, models compute so; torch allows tf32 to convolutions unless it is told."""
-        backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
-        backends = [] if device == "cpu" else backends
-        before = [backend.allow_tf32 for backend in backends]
-        try:
-            for backend in backends:
-                backend.allow_tf32 = self.has_tf32
-            with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
-                yield
-        finally:
-            for backend, value in zip(backends, before, strict=True):
-                backend.allow_tf32 = value
+        with ExitStack() as stack:
+            if device != "cpu":
+                backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+                for backend in backends:
+                    stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+                    backend.allow_tf32 = self.has_tf32
+            if self.autocast:
+                stack.enter_context(torch.autocast(device, self.autocast))
+            yield
 
     def why_not(self, device: str) -> str:
-        """Return why the mode cannot run there; nothing if it can."""
+        """Return the reason that the mode cannot run there; nothing if it can."""
         return "needs a GPU" if self.has_tf32 and device == "cpu" else ""
 
 
@@ -106,14 +100,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPT-hybrid, bottleneck": (
         "BitBackbone",
         {
-            "layer_type": "bottleneck",
-            "global_padding": "same",
-            "embedding_dynamic_padding": True,
-            "depths": [3, 4, 9],
-            "out_features": ["stage1", "stage2", "stage3"],
+            "layer_type": "bottleneck", "global_padding": "same", "embedding_dynamic_padding": True,
+            "depths": [3, 4, 9], "out_features": ["stage1", "stage2", "stage3"],
         },
     ),
-}
+}  # fmt: skip
 """Class and configuration."""
 
 IMAGES = (2, 3, 96, 96)
@@ -179,7 +170,7 @@ def measured(name: str, mode: Mode, device: str, draws: int = DRAWS) -> dict[str
     if not note:
         errors = torch.tensor([errors_of_a_draw(name, mode, device) for _ in range(draws)])
         ours, theirs = errors.square().double().mean(0).sqrt().tolist()
-        allowed = OURS * theirs + torch.finfo(mode.result).eps / 2
+        allowed = allowed_error(name_of(mode.result), theirs, OURS, math.inf)
     errors_of = {"ours": ours, "transformers": theirs, "allowed": allowed}
     return {"model": name, "mode": mode.name, **errors_of, "note": note}
 
@@ -216,13 +207,10 @@ def standardization(kind: str, dtype: torch.dtype, device: str) -> dict[str, Any
     filters = filters.to(dtype)
     flat = filters.reshape(1, filters.shape[0], -1)
     theirs = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-8).view_as(filters)
+    results = {"ours": weight_standardization(filters), "transformers": theirs}
     oracle = weight_standardization(filters.double())
-    return {
-        "filters": kind,
-        "dtype": name_of(dtype),
-        "ours": relative_error(weight_standardization(filters), oracle),
-        "transformers": relative_error(theirs, oracle),
-    }
+    errors = {library: relative_error(result, oracle) for library, result in results.items()}
+    return {"filters": kind, "dtype": name_of(dtype), **errors}
 
 
 def convolution(dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -257,12 +245,12 @@ def report(command: str, draws: int = DRAWS) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the page."""
     machine, (batch, _, height, width) = found["machine"], found["images"]
     used = ", ".join(f"{n} {machine['versions'][n]}" for n in ("torch", "transformers", "triton"))
-    standardizations = [
-        (row["filters"], row["dtype"], scientific(row["ours"]), scientific(row["transformers"]))
-        for row in found["standardization"]
+    heads, rows = ["filters", "dtype", "bitfast", "as transformers"], found["standardization"]
+    cells = [
+        (r["filters"], r["dtype"], scientific(r["ours"]), scientific(r["transformers"]))
+        for r in rows
     ]
     sections = [
         "# Precision",
@@ -283,9 +271,7 @@ def markdown(found: dict[str, Any]) -> str:
         errors_table(found["rows"]),
         "## Standardization alone",
         "transformers standardizes in the dtype that filters are stored in, bitfast in float32 always.",
-        "\n".join(
-            table(["filters", "dtype", "bitfast", "as transformers"], standardizations, "llrr")
-        ),
+        "\n".join(table(heads, cells, "llrr")),
         "## float16 on a CPU",
         convolution_text(found),
     ]
@@ -299,12 +285,11 @@ def parts_table() -> str:
 
 
 def errors_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the errors of models, a line per model and mode."""
     lines: list[tuple[str, ...]] = []
     for row in rows:
-        ours, theirs = row["ours"], row["transformers"]
         cells = (row["note"], "", "")
         if not row["note"]:
+            ours, theirs = row["ours"], row["transformers"]
             cells = (scientific(ours), scientific(theirs), f"{ours / theirs:.2f}")
         lines.append((row["model"], row["mode"], *cells))
     heads = ["model", "mode", "bitfast", "transformers", "bitfast / transformers"]
@@ -312,7 +297,6 @@ def errors_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def convolution_text(found: dict[str, Any]) -> str:
-    """Say what torch does with convolutions in each dtype."""
     if found["device"] != "CPU":
         return "Not measured: the models ran on a GPU."
     convolutions = found["convolutions"]
@@ -341,10 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = report(" ".join(["python -m bench.precision", *arguments]), options.draws)
     page = markdown(found)
     print(page)
-    if options.output is not None:
-        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if options.markdown is not None:
-        options.markdown.write_text(page, encoding="utf-8")
+    content = json.dumps(found, indent=1) + "\n"
+    for path, text in ((options.output, content), (options.markdown, page)):
+        if path is not None:
+            path.write_text(text, encoding="utf-8")
     return int(any(map(is_wrong, found["rows"])))
 
 

@@ -6,6 +6,7 @@ On scikit-image's photograph "rocket". Prints the figures, and draws bench/resul
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage
@@ -16,11 +17,8 @@ from bitfast import BitImageProcessor, BitImageProcessorFast
 from .torchvision_import import import_torchvision
 
 PICTURE = Path(__file__).parent / "results" / "processor-difference.png"
-BYTES = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
-"""Results as they are after resizing and cropping, from 0 to 255."""
-
-DETAIL = slice(60, 124), slice(70, 134)
-"""The rows and columns that are enlarged."""
+BYTES = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}  # from 0 to 255
+DETAIL = slice(60, 124), slice(70, 134)  # the rows and columns that are enlarged
 
 
 def pixels(processor: type, image: Image.Image) -> np.ndarray:
@@ -29,13 +27,11 @@ def pixels(processor: type, image: Image.Image) -> np.ndarray:
 
 
 def describe(name: str, difference: np.ndarray) -> str:
-    """Say how large differences are."""
     share = 100 * (difference > 0).mean()
     return f"{name}: {share:.2f} % of the bytes differ, by at most {difference.max()}"
 
 
 def main() -> None:
-    """Compare, print and draw."""
     import_torchvision()
     import matplotlib
     from transformers.models.bit.image_processing_bit_fast import BitImageProcessorFast as Theirs
@@ -44,23 +40,19 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     image = Image.open(Path(skimage.__file__).parent / "data" / "rocket.jpg")
-    slow, fast, theirs = (
-        pixels(processor, image) for processor in (BitImageProcessor, BitImageProcessorFast, Theirs)
-    )
+    processors = (BitImageProcessor, BitImageProcessorFast, Theirs)
+    slow, fast, theirs = (pixels(processor, image) for processor in processors)
     crop, resampling = np.abs(slow - fast), np.abs(fast - theirs)
     print(describe("slow and fast (the crop)", crop))
     print(describe("fast and transformers' fast (the resampling)", resampling))
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.7))
-    panels = (
+    resampled = f"torchvision's resampling: up to {resampling.max()}"
+    panels: list[tuple[str, np.ndarray, dict[str, Any]]] = [
         ("slow (a detail)", slow[DETAIL], {}),
         ("fast: one pixel further", fast[DETAIL], {}),
         (f"their difference: up to {crop.max()} levels", crop.max(2), {"cmap": "magma"}),
-        (
-            f"torchvision's resampling: up to {resampling.max()}",
-            resampling.max(2),
-            {"cmap": "magma", "vmin": 0, "vmax": 2},
-        ),
-    )
+        (resampled, resampling.max(2), {"cmap": "magma", "vmin": 0, "vmax": 2}),
+    ]
     for axis, (title, content, options) in zip(axes, panels, strict=True):
         axis.imshow(content, **options)
         axis.set_title(title, fontsize=10)

@@ -1,8 +1,4 @@
-"""The norms and the convolution weights of whole models, and the kernel launches that they take.
-
-The network itself is run, forward and backward, on tensors without contents, so that what fuses with what
-is what it really fuses.
-"""
+"""The norms and the convolution weights of whole models, and the kernel launches that they take."""
 
 from __future__ import annotations
 
@@ -38,23 +34,16 @@ EPS = 1e-5
 
 
 class Norm(NamedTuple):
-    """One norm of a model.
-
-    Attributes:
-        channels, height, width: Of the feature map.
-        has_residual: A residual is added first, and the sum kept.
-        is_sum_used: The sum goes elsewhere too, so that the backward pass adds a gradient to its own.
-    """
+    """One norm of a model, and its feature map."""
 
     channels: int
     height: int
     width: int
-    has_residual: bool
-    is_sum_used: bool
+    has_residual: bool  # added first; the sum is kept
+    is_sum_used: bool  # elsewhere too, so that the backward pass adds a gradient to its own
 
     @property
     def pixels(self) -> int:
-        """Height times width."""
         return self.height * self.width
 
     @property
@@ -72,10 +61,13 @@ class Shapes(NamedTuple):
 
 @lru_cache
 def shapes_of(model: str, image_size: int) -> Shapes:
-    """Return what a model of ``MODELS`` runs on square images, by running it on one without contents."""
+    """Return what a model of ``MODELS`` runs on square images.
+
+    It runs, forward and backward, on tensors without contents: what is fused here is what it really fuses.
+    """
     weights: list[tuple[int, ...]] = []
     maps: list[Any] = []
-    residuals, used_sums = set[int](), set[int]()
+    residuals, used_sums = set[int](), set[int]()  # numbers of norms
 
     def standardize(weight: Tensor, *_: Any) -> Tensor:
         weights.append(tuple(weight.shape))
@@ -106,7 +98,6 @@ def shapes_of(model: str, image_size: int) -> Shapes:
 
 
 # ---- the launches that a model takes ----------------------------------------------------------------
-
 
 empty = partial(torch.empty, device="meta")
 
@@ -157,16 +148,13 @@ def weight_launch(
     shape: tuple[int, ...], dtypes: Dtypes, *, backward: bool, to_channels_last: bool
 ) -> Launch:
     """Return the launch for one contiguous weight."""
-    weight = empty(shape, dtype=dtypes.parameter)
-    result = empty(shape, dtype=dtypes.compute)
-    statistic = empty(shape[0])
+    weight, result = empty(shape, dtype=dtypes.parameter), empty(shape, dtype=dtypes.compute)
+    mean = rstd = empty(shape[0])
     if backward:
-        return weight_kernels.backward_launch(
-            result, weight, statistic, statistic, to_channels_last, grad_weight=weight
-        )
-    return weight_kernels.forward_launch(
-        weight, 1e-8, to_channels_last, result=result, mean=statistic, rstd=statistic
-    )
+        backward_launch = weight_kernels.backward_launch
+        return backward_launch(result, weight, mean, rstd, to_channels_last, grad_weight=weight)
+    launch = weight_kernels.forward_launch
+    return launch(weight, 1e-8, to_channels_last, result=result, mean=mean, rstd=rstd)
 
 
 def all_weights_launch(
@@ -177,12 +165,10 @@ def all_weights_launch(
     starts, end = starts_of([weight.numel() for weight in weights])
     table: Any = weight_kernels.table_of(weights, starts, to_channels_last)
     buffer = empty(end, dtype=dtypes.compute)
-    statistic = empty(sum(shape[0] for shape in shapes))
+    mean = rstd = empty(sum(shape[0] for shape in shapes))
     if backward:
-        return weight_kernels.backward_all_launch(
-            table, buffer, weights, statistic, statistic,
-            grad_weight=empty(end, dtype=dtypes.parameter),
-        )  # fmt: skip
-    return weight_kernels.forward_all_launch(
-        table, weights, 1e-8, result=buffer, mean=statistic, rstd=statistic
-    )
+        grads = empty(end, dtype=dtypes.parameter)
+        backward_launch = weight_kernels.backward_all_launch
+        return backward_launch(table, buffer, weights, mean, rstd, grad_weight=grads)
+    launch = weight_kernels.forward_all_launch
+    return launch(table, weights, 1e-8, result=buffer, mean=mean, rstd=rstd)

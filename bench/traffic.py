@@ -1,16 +1,16 @@
-"""``python -m bench.traffic``: kernel launches and bytes of the weights and norms of R50x1, as Markdown.
-
-Counted, not measured: from the launches as they are planned for an H100, which say what each reads and
-writes. Beside them stand the floor, which comes from the shapes alone, and the same work in plain PyTorch.
-"""
+"""``python -m bench.traffic``: kernel launches and bytes of the weights and norms of R50x1, as Markdown."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from math import prod
+from operator import add
+from typing import Any
 
 import torch
 
@@ -25,7 +25,9 @@ DTYPES = Dtypes(compute=torch.bfloat16, parameter=torch.float32)
 COMPUTE, PARAMETER = DTYPES.compute.itemsize, DTYPES.parameter.itemsize
 """Bytes per element."""
 
-NOTES = """\
+PAGE = """\
+# Bytes and launches
+
 R50x1 at 224x224, channels_last, bfloat16 with float32 parameters, launches as planned for an H100. Written
 by `python -m bench.traffic > bench/TRAFFIC.md`: counted from the launches, not measured.
 
@@ -43,7 +45,14 @@ by `python -m bench.traffic > bench/TRAFFIC.md`: counted from the launches, not 
 - The backward pass of the weights begins with a concatenation of the 53 gradients, which torch does in one
   launch (`torch.cat`); it is counted among ours, and not in the floor. Not counted on either side: changes of
   layout that convolutions ask for.
-"""
+
+## Weight preparation
+
+{}
+
+## The 49 norms
+
+{}"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class Cost:
         return Cost(self.launches + other.launches, self.bytes + other.bytes)
 
 
+Pass = tuple[Cost, int, Cost]
+"""What one pass costs: ours, the floor in bytes, and plain PyTorch."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a table: what is done, at which batch size (0: it does not matter), at which cost."""
@@ -66,16 +79,6 @@ class Row:
     ours: Cost
     floor: int
     plain: Cost
-
-
-Pass = tuple[Cost, int, Cost]
-"""What one pass costs: ours, the floor in bytes, and plain PyTorch."""
-
-
-def row(work: str, batch: int, passes: Iterable[Pass]) -> Row:
-    """Return the sum over passes."""
-    ours, floor, plain = zip(*passes, strict=True)
-    return Row(work, batch, sum(ours, Cost()), sum(floor), sum(plain, Cost()))
 
 
 def cost_of(launches: Iterable[Launch]) -> Cost:
@@ -103,66 +106,55 @@ def norm_pass(batch: int, backward: bool) -> Pass:
 
 def weight_pass(backward: bool) -> Pass:
     """Return what all weights cost; in plain PyTorch standardized and cast layer by layer."""
-    numel = sum(map(prod, WEIGHTS))
-    parameters = 2 if backward else 1
+    numel, parameters = sum(map(prod, WEIGHTS)), (1 + backward) * PARAMETER
     ours = cost_of([all_weights_launch(WEIGHTS, DTYPES, backward=backward)])
     if backward:  # the gradients are concatenated first
         ours += Cost(1, 2 * COMPUTE * numel)
-    standardization, cast = (parameters + 1) * PARAMETER, PARAMETER + COMPUTE
+    standardization, cast = parameters + PARAMETER, PARAMETER + COMPUTE
     plain = Cost(2 * len(WEIGHTS), numel * (standardization + cast))
-    return ours, numel * (parameters * PARAMETER + COMPUTE), plain
+    return ours, numel * (parameters + COMPUTE), plain
+
+
+def training_rows(forward_only: str, batch: int, cost_of_pass: Callable[[bool], Pass]) -> list[Row]:
+    """Return the row of the forward pass, and that of both passes."""
+    forward = cost_of_pass(False)
+    both: Any = map(add, forward, cost_of_pass(True))
+    return [Row(forward_only, batch, *forward), Row("training, forward and backward", batch, *both)]
 
 
 def weight_rows() -> list[Row]:
     """Return the rows of the weights, which do not depend on the batch."""
-    forward, backward = weight_pass(False), weight_pass(True)
-    return [
-        Row("inference, weights kept", 0, Cost(), 0, forward[2]),
-        row("training, forward", 0, [forward]),
-        row("training, forward and backward", 0, [forward, backward]),
-    ]
+    kept = Row("inference, weights kept", 0, Cost(), 0, weight_pass(False)[2])
+    return [kept, *training_rows("training, forward", 0, weight_pass)]
 
 
 def norm_rows() -> list[Row]:
-    """Return the rows of the norms."""
-    rows = []
-    for batch in BATCHES:
-        forward, backward = norm_pass(batch, False), norm_pass(batch, True)
-        rows.append(row("inference, or training forward", batch, [forward]))
-        rows.append(row("training, forward and backward", batch, [forward, backward]))
-    return rows
+    forward = "inference, or training forward"
+    rows = (training_rows(forward, batch, partial(norm_pass, batch)) for batch in BATCHES)
+    return list(chain(*rows))
 
 
-def markdown(rows: list[Row]) -> list[str]:
-    """Return rows as a table."""
-
-    def megabytes(count: int) -> str:
-        return f"{count / 1e6:,.1f} MB" if count else "0"
-
+def markdown(rows: list[Row]) -> str:
     heads = ["pass", "batch", "launches", "bytes", "floor", "bytes / floor"]
     heads += ["plain launches", "plain bytes", "plain / floor"]
     lines = []
     for r in rows:
+        sizes = (r.ours.bytes, r.floor, r.plain.bytes)
+        ours, floor, plain = (f"{size / 1e6:,.1f} MB" if size else "0" for size in sizes)
         ratios = [f"{c.bytes / r.floor:.2f}" if r.floor else "-" for c in (r.ours, r.plain)]
-        ours = r.ours.launches, megabytes(r.ours.bytes), megabytes(r.floor), ratios[0]
-        plain = r.plain.launches, megabytes(r.plain.bytes), ratios[1]
-        lines.append((r.work, r.batch or "any", *ours, *plain))
-    return table(heads, lines)
+        cells = [r.ours.launches, ours, floor, ratios[0], r.plain.launches, plain, ratios[1]]
+        lines.append((r.work, r.batch or "any", *cells))
+    return "\n".join(table(heads, lines))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead")
-    weights, norms = weight_rows(), norm_rows()
+    tables = {"weights": weight_rows(), "norms": norm_rows()}
     if parser.parse_args(arguments).json:
-        tables = {"weights": [asdict(r) for r in weights], "norms": [asdict(r) for r in norms]}
-        print(json.dumps(tables, indent=1))
-        return
-    lines = ["# Bytes and launches", "", *NOTES.splitlines(), ""]
-    lines += ["## Weight preparation", "", *markdown(weights), ""]
-    lines += ["## The 49 norms", "", *markdown(norms)]
-    print("\n".join(lines))
+        print(json.dumps(tables, default=asdict, indent=1))
+    else:
+        print(PAGE.format(*map(markdown, tables.values())))
 
 
 if __name__ == "__main__":
