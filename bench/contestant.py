@@ -55,7 +55,6 @@ class First(NamedTuple):
 
 
 def main() -> None:
-    """Serve the connection."""
     connection = Connection(int(sys.argv[1]))
     work = connection.recv()
     try:
@@ -145,7 +144,6 @@ def peak_memory(work: Work) -> int:
 
 
 def load_torch(work: Work) -> Loaded:
-    """Import what a model of transformers, timm, torchvision or bitfast needs."""
     import torch
 
     if work["threads"]:
@@ -191,12 +189,9 @@ def timm_model(timm: Any, folder: str) -> Any:
     from safetensors.torch import load_file
 
     names = {
-        "bit.embedder.convolution": "stem.conv",
-        "bit.encoder.stages": "stages",
-        "layers": "blocks",
-        "bit.norm": "norm",
-        "classifier.1": "head.fc",
-    }
+        "bit.embedder.convolution": "stem.conv", "bit.encoder.stages": "stages", "layers": "blocks",
+        "bit.norm": "norm", "classifier.1": "head.fc",
+    }  # fmt: skip
     model = timm.create_model("resnetv2_50x1_bit", num_classes=1000)
     state = {}
     for name, tensor in load_file(Path(folder) / "model.safetensors").items():
@@ -208,7 +203,6 @@ def timm_model(timm: Any, folder: str) -> Any:
 
 
 def inference_call(model: Any, images: Any, work: Work) -> Call:
-    """Return the forward pass."""
     import torch
 
     called = in_form(model, images, work)
@@ -246,7 +240,6 @@ def training_call(model: Any, images: Any, work: Work) -> Call:
 
 
 def in_form(model: Any, images: Any, work: Work) -> Any:
-    """Return what is called instead of the model."""
     if "compiled" in work["form"]:
         import torch
 
@@ -264,7 +257,6 @@ def in_form(model: Any, images: Any, work: Work) -> Any:
 
 
 def autocast(work: Work) -> Any:
-    """Return the context in which the model runs."""
     import torch
 
     enabled = "autocast" in work["form"]
@@ -296,7 +288,6 @@ def joined(tensors: list[Any], work: Work) -> np.ndarray:
 
 
 def load_onnxruntime(work: Work) -> Loaded:
-    """Import ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -317,7 +308,6 @@ def load_onnxruntime(work: Work) -> Loaded:
 
 
 def load_openvino(work: Work) -> Loaded:
-    """Import OpenVINO."""
     import openvino
 
     hints = {
@@ -341,7 +331,6 @@ def load_openvino(work: Work) -> Loaded:
 
 
 def joined_arrays(arrays: list[np.ndarray]) -> np.ndarray:
-    """Return all numbers of some arrays in one."""
     return np.concatenate([array.ravel() for array in arrays])
 
 

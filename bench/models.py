@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ from .torchvision_import import import_torchvision
 from .workers import Work, begin_process
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A contestant before its case is known; ``contestant.py`` says what the fields mean."""
 
     name: str
@@ -43,11 +42,11 @@ BASELINE = Entry("transformers", "transformers")
 """Every ratio on a CPU is to its time, whatever the dtype."""
 EVERYBODY = (
     BASELINE,
-    Entry("transformers compiled", "transformers", "float32", "compiled"),
+    Entry("transformers compiled", "transformers", form="compiled"),
     Entry("ONNX Runtime", "onnxruntime"),
     Entry("OpenVINO", "openvino"),
     Entry("bitfast", "bitfast"),
-    Entry("bitfast compiled", "bitfast", "float32", "compiled"),
+    Entry("bitfast compiled", "bitfast", form="compiled"),
     Entry("transformers bfloat16", "transformers", "bfloat16"),
     Entry("transformers bfloat16 compiled", "transformers", "bfloat16", "compiled"),
     Entry("OpenVINO bfloat16", "openvino", "bfloat16"),
@@ -57,17 +56,18 @@ EVERYBODY = (
 )
 """By dtype, each beginning with its yardstick. ONNX Runtime has no bfloat16 on the CPU."""
 EAGER = tuple(entry for entry in EVERYBODY if entry.form != "compiled")
-IN_PLACE = (
-    BASELINE,
-    Entry("timm", "timm"),
-    Entry("bitfast", "bitfast"),
-    Entry("bitfast in transformers", "transformers", "float32", "accelerated"),
-    Entry("bitfast in timm", "timm", "float32", "accelerated"),
-    Entry("transformers bfloat16", "transformers", "bfloat16"),
-    Entry("timm bfloat16", "timm", "bfloat16"),
-    Entry("bitfast bfloat16", "bitfast", "bfloat16"),
-    Entry("bitfast in transformers bfloat16", "transformers", "bfloat16", "accelerated"),
-    Entry("bitfast in timm bfloat16", "timm", "bfloat16", "accelerated"),
+IN_PLACE = tuple(
+    Entry(
+        name + dtype.replace("float32", "").replace("bfloat16", " bfloat16"), package, dtype, form
+    )
+    for dtype in ("float32", "bfloat16")
+    for name, package, form in (
+        ("transformers", "transformers", "eager"),
+        ("timm", "timm", "eager"),
+        ("bitfast", "bitfast", "eager"),
+        ("bitfast in transformers", "transformers", "accelerated"),
+        ("bitfast in timm", "timm", "accelerated"),
+    )
 )
 """What ``bitfast.accelerate`` makes of a model, beside bitfast's own."""
 IN_TRANSFORMERS = tuple(e for e in IN_PLACE if e.package == "transformers" and e.dtype == "float32")
@@ -125,7 +125,6 @@ class Network:
 
 
 def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
-    """Yield the cases of a device."""
     if device == "cuda":
         yield from gpu_cases()
         return
@@ -150,7 +149,7 @@ def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
 
 
 def gpu_entries(dtype: str, *, is_training: bool = False) -> tuple[Entry, ...]:
-    """Return who takes part where nothing must be compiled; ``dtype`` may be "autocast"."""
+    """Return who takes part where nothing must be compiled."""
     dtype, form = ("bfloat16", "autocast") if dtype == "autocast" else (dtype, "eager")
     theirs, ours = (Entry(p, p, dtype, form) for p in ("transformers", "bitfast"))
     if is_training:
@@ -262,12 +261,10 @@ class ModelJudge(Float64Judge):
     """Compares with float64 all that compute BiT's function, which torchvision's ResNet does not."""
 
     def __call__(self, name: str, dtype: str, results: Sequence[torch.Tensor]) -> Verdict:
-        """Return the verdict."""
         return Verdict(None, None) if "ResNet" in name else super().__call__(name, dtype, results)
 
 
 def reference_model(network: Network) -> Any:
-    """Return transformers' model, with random weights of which norms have some too."""
     import_torchvision()
     import transformers
 
@@ -323,21 +320,12 @@ def contestant_of(
     entry: Entry, network: Network, folder: Path, onnx_problem: str | None
 ) -> Contestant:
     """Return a contestant of a network whose files are in a folder."""
+    described = ("architecture", "device", "threads", "is_training", "checked")
+    files = {"folder": "checkpoint", "onnx": "model.onnx", "input": "input.npy", "grad": "grad.npy"}
     work = {
-        "package": entry.package,
-        "dtype": entry.dtype,
-        "form": entry.form,
-        "mode": entry.mode,
-        "is_channels_last": entry.is_channels_last,
-        "architecture": network.architecture,
-        "device": network.device,
-        "threads": network.threads,
-        "is_training": network.is_training,
-        "checked": network.checked,
-        "folder": str(folder / "checkpoint"),
-        "onnx": str(folder / "model.onnx"),
-        "input": str(folder / "input.npy"),
-        "grad": str(folder / "grad.npy"),
+        **entry._asdict(),
+        **{name: getattr(network, name) for name in described},
+        **{key: str(folder / name) for key, name in files.items()},
     }
 
     def begin(stack: ExitStack) -> Running:
@@ -359,7 +347,6 @@ def _not_installed(needed: str, stack: ExitStack) -> Running:
 
 
 def begin_here(work: Work, stack: ExitStack) -> Running:
-    """Begin a contestant in this process."""
     first = own_process.begin(work)
     results = [torch.from_numpy(array) for array in first.results]
     return Running(results, first.time, lambda: [], first.first_result, first.peak_memory)

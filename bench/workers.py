@@ -59,8 +59,6 @@ def begin_process(work: Work, checkout: Path | None, stack: ExitStack) -> Runnin
 
 
 class Worker:
-    """A contestant's process."""
-
     def __init__(self, work: Work, folder: Path, checkout: Path | None) -> None:
         # The path on which this process found what it imported.
         here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
