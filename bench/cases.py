@@ -23,12 +23,10 @@ Results = Tensor | Sequence[Tensor]
 
 
 def as_list(results: Results) -> list[Tensor]:
-    """Return one result or several as a list."""
     return [results] if isinstance(results, Tensor) else list(results)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -55,6 +53,10 @@ class Running:
     peak_memory: int | None = None
 
 
+Begin = Callable[[ExitStack], Running]
+"""Starts a contestant and returns its first results. What it holds goes with the stack."""
+
+
 @dataclass(frozen=True)
 class Contestant:
     """Who takes part in a case.
@@ -62,8 +64,7 @@ class Contestant:
     Attributes:
         name: For people; ours begins with "bitfast".
         dtype: In which it computes.
-        begin: Starts it and returns its first results. What it holds goes with the stack. Raises
-            NotInstalledError, or whatever is wrong with it.
+        begin: Raises NotInstalledError, or whatever is wrong with it.
         note: What else is to be known.
         is_compiled: Whether torch.compile has to work first, which takes long.
         work: For a process of its own, what it is told (see ``contestant.py``).
@@ -71,13 +72,13 @@ class Contestant:
 
     name: str
     dtype: str
-    begin: Callable[[ExitStack], Running]
+    begin: Begin
     note: str = ""
     is_compiled: bool = False
     work: dict[str, Any] | None = None
 
 
-def called(function: Callable[[int], Results], sets: int = 1) -> Callable[[ExitStack], Running]:
+def called(function: Callable[[int], Results], sets: int = 1) -> Begin:
     """Return what begins a function in this process.
 
     Args:
@@ -91,15 +92,16 @@ def called(function: Callable[[int], Results], sets: int = 1) -> Callable[[ExitS
         drawn_over = (result for result in as_list(function(0)) if result.is_floating_point())
         poison = [torch.full_like(result, torch.nan) for result in drawn_over]
         del poison
-        results = as_list(function(0))
+        results = [result.detach() for result in as_list(function(0))]
         in_turns = [partial(function, number) for number in range(sets)]
-        return Running(
-            [result.detach() for result in results],
-            host_timer(in_turns[0]),
-            partial(kernel_samples, in_turns),
-        )
+        return Running(results, host_timer(in_turns[0]), partial(kernel_samples, in_turns))
 
     return begin
+
+
+def calling(function: Callable[[], Results]) -> Begin:
+    """Return what begins a function that holds its input."""
+    return called(lambda _: function())
 
 
 @dataclass

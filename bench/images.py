@@ -8,9 +8,10 @@ contestants do less than a processor does, and show what resizing costs elsewher
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from bitfast import BitImageProcessor, BitImageProcessorFast
 
 from . import peers
 from .accuracy import Verdict, WrongResultError
-from .cases import Case, Contestant, NotInstalledError, Problem, Results, Running, as_list, called
+from .cases import Begin, Case, Contestant, NotInstalledError, Problem, Results, as_list, calling
 from .torchvision_import import import_torchvision
 
 SLOW, FAST = "transformers slow", "transformers fast"
@@ -58,39 +59,24 @@ Function = Callable[[], Results]
 
 def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
     """Yield the cases of a device."""
+    mixed = len(PHOTOGRAPHS)
     if device == "cpu":
-        for threads in thread_counts:
-            for images in SIZES:
-                for batch in BATCHES:
-                    if batch != len(PHOTOGRAPHS) or images != "512x512":
-                        is_quick = batch == len(PHOTOGRAPHS) and threads == max(thread_counts)
-                        name = f"{batch} {images}" if batch > 1 else f"1 of {images}"
-                        yield case_of(
-                            name,
-                            partial(cpu_problem, SIZES[images], batch),
-                            batch,
-                            threads,
-                            is_quick,
-                        )
+        for threads, (images, sizes), batch in product(thread_counts, SIZES.items(), BATCHES):
+            if batch != mixed or images != "512x512":
+                name = f"{batch} {images}" if batch > 1 else f"1 of {images}"
+                is_quick = batch == mixed and threads == max(thread_counts)
+                yield case_of(name, partial(cpu_problem, sizes, batch), batch, threads, is_quick)
         return
-    for batch in GPU_BATCHES:
-        for origin in ("decoded PIL images", "tensors on the GPU"):
-            make = partial(
-                gpu_problem, PHOTOGRAPHS, batch, EDGE, "cuda", origin.startswith("tensors")
-            )
-            yield case_of(
-                f"{batch} photographs of mixed size, {origin}",
-                make,
-                batch,
-                0,
-                batch == max(GPU_BATCHES),
-            )
+    for batch, origin in product(GPU_BATCHES, ("decoded PIL images", "tensors on the GPU")):
+        are_there = origin.startswith("tensors")
+        make = partial(gpu_problem, PHOTOGRAPHS, batch, EDGE, "cuda", are_there)
+        name = f"{batch} photographs of mixed size, {origin}"
+        yield case_of(name, make, batch, 0, batch == max(GPU_BATCHES))
 
 
 def case_of(
     name: str, make: Callable[[], Problem], batch: int, threads: int, is_quick: bool
 ) -> Case:
-    """Return one case."""
     return Case(
         "images", "preprocessing", name, "float32", lambda: nullcontext(make()),
         "cpu" if threads else "cuda", threads, is_quick=is_quick,
@@ -101,28 +87,26 @@ def case_of(
 def photographs(sizes: Sequence[tuple[int, int]], count: int) -> list[Image.Image]:
     """Draw images of these (width, height), over and over: noise, blurred as photographs are."""
     random = np.random.default_rng(0)
-
-    def photograph(width: int, height: int) -> Image.Image:
+    distinct = []
+    for width, height in sizes[:count]:
         coarse = random.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-    distinct = [photograph(*size) for size in sizes[:count]]
+        photograph = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        distinct.append(photograph)
     return list(islice(cycle(distinct), count))
 
 
+@dataclass
 class NearnessJudge:
-    """Compares results with others, element by element.
+    """Compares results with others, element by element: the largest difference, and what is allowed.
 
-    Args:
+    Attributes:
         expected: By contestant, what makes the expected results, and by how much others may differ. Who has
             no entry is not checked.
     """
 
-    def __init__(self, expected: Mapping[str, tuple[Function, float]]) -> None:
-        self.expected = expected
+    expected: Mapping[str, tuple[Function, float]]
 
     def __call__(self, name: str, dtype: str, results: Sequence[Tensor]) -> Verdict:
-        """Return the largest difference, and what is allowed."""
         if name not in self.expected:
             return Verdict(None, None)
         make, allowed = self.expected[name]
@@ -139,23 +123,28 @@ def processing(make: Callable[[], Any], images: list[Any], **options: Any) -> Fu
 
 
 def their_processor(name: str) -> Any:
-    """Return a processor class of transformers.
-
-    Raises:
-        NotInstalledError: transformers, or torchvision, is not.
-    """
+    """Return a processor class of transformers, or raise NotInstalledError."""
     needed = ("transformers", "torchvision")[: 2 if name == FAST else 1]
     missing = [peer for peer in needed if peers.installed()[peer] is None]
     if missing:
         raise NotInstalledError(" and ".join(map(peers.how_to_install, missing)))
     import_torchvision()
     if name == SLOW:
-        from transformers.models.bit.image_processing_bit import BitImageProcessor as Slow
+        from transformers.models.bit import image_processing_bit as slow
 
-        return Slow
-    from transformers.models.bit.image_processing_bit_fast import BitImageProcessorFast as Fast
+        return slow.BitImageProcessor
+    from transformers.models.bit import image_processing_bit_fast as fast
 
-    return Fast
+    return fast.BitImageProcessorFast
+
+
+def made_late(make: Callable[[], Function]) -> Begin:
+    """Return what makes a function and begins it: where its library is missing, the others still run."""
+    return lambda stack: calling(make())(stack)
+
+
+def contestant(name: str, begin: Begin, note: str = "") -> Contestant:
+    return Contestant(name, "float32", begin, note)
 
 
 def resized(image: Image.Image, edge: int = EDGE) -> tuple[int, int]:
@@ -176,10 +165,6 @@ def cpu_problem(kinds: Sequence[tuple[int, int]], batch: int) -> Problem:
     def theirs(name: str) -> Function:
         return processing(their_processor(name), images)
 
-    def begin_theirs(name: str, stack: ExitStack) -> Running:
-        function = theirs(name)
-        return called(lambda _: function())(stack)
-
     def in_pillow() -> Results:
         for image, size in zip(images, sizes, strict=True):
             image.resize(size, Image.Resampling.BICUBIC)
@@ -189,24 +174,22 @@ def cpu_problem(kinds: Sequence[tuple[int, int]], batch: int) -> Problem:
         pairs = zip(tensors, sizes, strict=True)
         return [F.interpolate(t, size[::-1], mode="bicubic", antialias=True) for t, size in pairs]
 
-    ours = {
-        OURS: (SLOW, BitImageProcessor, 0.0),
-        OURS_FAST: (FAST, BitImageProcessorFast, 2.01 * LEVEL),
-    }
     contestants = [
-        Contestant(name, "float32", partial(begin_theirs, name)) for name in (SLOW, FAST)
+        *(contestant(name, made_late(partial(theirs, name))) for name in (SLOW, FAST)),
+        contestant(PILLOW, calling(in_pillow)),
+        contestant(INTERPOLATE, calling(by_torch)),
     ]
-    for name, alone in ((PILLOW, in_pillow), (INTERPOLATE, by_torch)):
-        contestants.append(Contestant(name, "float32", called(lambda _, f=alone: f())))
     expected = {}
-    for name, (peer, processor, allowed) in ours.items():
-        function = processing(processor, images)
+    for name, peer, processor, allowed in (
+        (OURS, SLOW, BitImageProcessor, 0.0),
+        (OURS_FAST, FAST, BitImageProcessorFast, 2.01 * LEVEL),
+    ):
         note = ""
         try:
             expected[name] = theirs(peer), allowed
         except NotInstalledError:
             note = f"not checked against {peer}"
-        contestants.append(Contestant(name, "float32", called(lambda _, f=function: f()), note))
+        contestants.append(contestant(name, calling(processing(processor, images)), note))
     return Problem(contestants, NearnessJudge(expected))
 
 
@@ -223,32 +206,25 @@ def gpu_problem(
         images = [torch.from_numpy(np.array(p)).permute(2, 0, 1).to(device) for p in pictures]
     options = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
 
-    def begin_theirs(stack: ExitStack) -> Running:
-        function = processing(partial(their_processor(FAST), **options), images, device=device)
-        return called(lambda _: function())(stack)
+    def theirs() -> Function:
+        return processing(partial(their_processor(FAST), **options), images, device=device)
 
-    def begin_torchvision(stack: ExitStack) -> Running:
+    def by_torchvision() -> Function:
         their_processor(FAST)  # or it is not installed
-        function = torchvision_function(images, edge, device)
-        return called(lambda _: function())(stack)
+        return torchvision_function(images, edge, device)
 
     ours = processing(partial(BitImageProcessorFast, **options, device=device), images)
     contestants = [
-        Contestant(FAST, "float32", begin_theirs),
-        Contestant(TORCHVISION, "float32", begin_torchvision),
-        Contestant(OURS_FAST, "float32", called(lambda _: ours())),
+        contestant(FAST, made_late(theirs)),
+        contestant(TORCHVISION, made_late(by_torchvision)),
+        contestant(OURS_FAST, calling(ours)),
     ]
     # Others are compared with images that are cropped as they crop.
-    croppers = {FAST: lambda: their_processor(FAST)}
-    expected = {
-        c.name: (
-            partial(
-                with_pillow, pictures, edge, croppers.get(c.name, lambda: BitImageProcessorFast)
-            ),
-            0.0 if c.name == OURS_FAST else CLOSE,
-        )
-        for c in contestants
-    }
+    as_ours = partial(with_pillow, pictures, edge, lambda: BitImageProcessorFast)
+    as_theirs = partial(with_pillow, pictures, edge, lambda: their_processor(FAST))
+    expected: dict[str, tuple[Function, float]] = {
+        FAST: (as_theirs, CLOSE), TORCHVISION: (as_ours, CLOSE), OURS_FAST: (as_ours, 0.0)
+    }  # fmt: skip
     return Problem(contestants, NearnessJudge(expected))
 
 
