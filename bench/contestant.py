@@ -33,12 +33,7 @@ Call = Callable[[], Any]
 
 
 class Loaded(NamedTuple):
-    """What a package has to offer once it has been imported.
-
-    Attributes:
-        construct: Makes the model and returns what runs it.
-        array: Puts all numbers of a call's results into one array of float32.
-    """
+    """What makes a model of an imported package and returns what runs it; and its results in float32."""
 
     construct: Callable[[], Call]
     array: Callable[[Any], np.ndarray]
@@ -55,7 +50,6 @@ class First(NamedTuple):
 
 
 def main() -> None:
-    """Serve the connection."""
     connection = Connection(int(sys.argv[1]))
     work = connection.recv()
     try:
@@ -64,10 +58,10 @@ def main() -> None:
         first.results.clear()
         connection.send({"first_result": first.first_result, "peak_memory": first.peak_memory})
         while (wanted := connection.recv()) is not None:
-            seconds = (
-                first.kernels() if wanted == "kernels" and first.kernels else first.time(wanted)
-            )
-            connection.send({"seconds": seconds})
+            if wanted == "kernels" and first.kernels:
+                connection.send({"seconds": first.kernels()})
+            else:
+                connection.send({"seconds": first.time(wanted)})
     except EOFError:  # whoever asks has gone
         return
     except Exception as error:
@@ -76,7 +70,6 @@ def main() -> None:
 
 
 def begin(work: Work) -> First:
-    """Construct a model and call it twice."""
     loaded = LOADERS[work["package"]](work)
     before = memory_in_use(work)
     start = clock()
@@ -145,7 +138,6 @@ def peak_memory(work: Work) -> int:
 
 
 def load_torch(work: Work) -> Loaded:
-    """Import what a model of transformers, timm, torchvision or bitfast needs."""
     import torch
 
     if work["threads"]:
@@ -191,12 +183,9 @@ def timm_model(timm: Any, folder: str) -> Any:
     from safetensors.torch import load_file
 
     names = {
-        "bit.embedder.convolution": "stem.conv",
-        "bit.encoder.stages": "stages",
-        "layers": "blocks",
-        "bit.norm": "norm",
-        "classifier.1": "head.fc",
-    }
+        "bit.embedder.convolution": "stem.conv", "bit.encoder.stages": "stages", "layers": "blocks",
+        "bit.norm": "norm", "classifier.1": "head.fc",
+    }  # fmt: skip
     model = timm.create_model("resnetv2_50x1_bit", num_classes=1000)
     state = {}
     for name, tensor in load_file(Path(folder) / "model.safetensors").items():
@@ -208,7 +197,6 @@ def timm_model(timm: Any, folder: str) -> Any:
 
 
 def inference_call(model: Any, images: Any, work: Work) -> Call:
-    """Return the forward pass."""
     import torch
 
     called = in_form(model, images, work)
@@ -264,23 +252,19 @@ def in_form(model: Any, images: Any, work: Work) -> Any:
 
 
 def autocast(work: Work) -> Any:
-    """Return the context in which the model runs."""
     import torch
 
     enabled = "autocast" in work["form"]
-    return torch.autocast(
-        work["device"], getattr(torch, work["dtype"]) if enabled else None, enabled
-    )
+    dtype = getattr(torch, work["dtype"]) if enabled else None
+    return torch.autocast(work["device"], dtype, enabled)
 
 
 def outputs_of(result: Any) -> list[Any]:
     """Return the logits of a classifier, a depth, or the feature maps of a backbone."""
     if not isinstance(result, dict):
         return [result]
-    for name in ("logits", "predicted_depth"):
-        if name in result:
-            return [result[name]]
-    return list(result.feature_maps)
+    single = [result[name] for name in ("logits", "predicted_depth") if name in result]
+    return single or list(result["feature_maps"])
 
 
 def joined(tensors: list[Any], work: Work) -> np.ndarray:
@@ -296,7 +280,6 @@ def joined(tensors: list[Any], work: Work) -> np.ndarray:
 
 
 def load_onnxruntime(work: Work) -> Loaded:
-    """Import ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -307,9 +290,8 @@ def load_onnxruntime(work: Work) -> Loaded:
     x = np.load(work["input"])
 
     def construct() -> Call:
-        session = onnxruntime.InferenceSession(
-            work["onnx"], options, providers=["CPUExecutionProvider"]
-        )
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(work["onnx"], options, providers=providers)
         name = session.get_inputs()[0].name
         return lambda: session.run(None, {name: x})
 
@@ -317,7 +299,6 @@ def load_onnxruntime(work: Work) -> Loaded:
 
 
 def load_openvino(work: Work) -> Loaded:
-    """Import OpenVINO."""
     import openvino
 
     hints = {
@@ -341,7 +322,6 @@ def load_openvino(work: Work) -> Loaded:
 
 
 def joined_arrays(arrays: list[np.ndarray]) -> np.ndarray:
-    """Return all numbers of some arrays in one."""
     return np.concatenate([array.ravel() for array in arrays])
 
 

@@ -37,15 +37,11 @@ class WorkerError(RuntimeError):
 
 
 def begin_process(work: Work, checkout: Path | None, stack: ExitStack) -> Running:
-    """Start a contestant's process and wait for its first results; it ends with the stack.
+    """Start a contestant's process, which ends with the stack; return its first results or raise WorkerError.
 
     Args:
         work: What it is to do, without the place of its results.
         checkout: Of the bitfast that it imports; None: what this process has imported.
-        stack: Whose end is the process's.
-
-    Raises:
-        WorkerError: there are no results.
     """
     folder = Path(stack.enter_context(TemporaryDirectory()))
     output = folder / "output.npz"
@@ -70,22 +66,14 @@ class Worker:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", START, str(theirs.fileno()), str(CONTESTANT)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=checkout,
-                env={**environment, **needed_by(work, folder)},
-            )
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=checkout, env={**environment, **needed_by(work, folder)},
+            )  # fmt: skip
         theirs.close()
         self._connection.send(work)
 
     def time(self, wanted: Any) -> Any:
-        """Return the seconds that so many calls take, or samples of what "kernels" take.
-
-        Raises:
-            WorkerError: a call failed, or took too long.
-        """
+        """Return the seconds that so many calls take, or samples for "kernels"; or raise WorkerError."""
         try:
             self._connection.send(wanted)
         except OSError as error:
@@ -103,7 +91,6 @@ class Worker:
         self._connection.close()
 
     def answer(self, timeout: float) -> dict[str, Any]:
-        """Return what the process says next."""
         try:
             if not self._connection.poll(timeout):
                 raise WorkerError(f"no answer after {timeout:.0f} s")
@@ -139,12 +126,7 @@ def needed_by(work: Work, folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Base:
-    """The bitfast of another commit.
-
-    Attributes:
-        revision: As it was asked for.
-        folder: Of its checkout.
-    """
+    """The bitfast of another commit: as it was asked for, and the folder of its checkout."""
 
     revision: str
     folder: Path
