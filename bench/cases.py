@@ -79,12 +79,7 @@ class Contestant:
 
 
 def called(function: Callable[[int], Results], sets: int = 1) -> Begin:
-    """Return what begins a function in this process.
-
-    Args:
-        function: Takes the number of an input set.
-        sets: How many take turns, so that a GPU finds none of them in its cache.
-    """
+    """Return what begins a function of an input set's number; so many take turns, for the cache's sake."""
 
     def begin(_: ExitStack) -> Running:
         function(0)

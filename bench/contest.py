@@ -67,9 +67,10 @@ def _row(case: Case, contestant: str, dtype: str, **found: Any) -> Row:
 
 def _with_base(case: Case, problem: Problem, base: Base | None) -> Iterator[Contestant]:
     for contestant in problem.contestants:
-        yield contestant
         if base is not None and contestant.name.startswith("bitfast"):
-            yield base.contestant(case, contestant)
+            yield from base.pair(case, contestant)
+        else:
+            yield contestant
 
 
 def _admit(

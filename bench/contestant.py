@@ -33,12 +33,7 @@ Call = Callable[[], Any]
 
 
 class Loaded(NamedTuple):
-    """What a package has to offer once it has been imported.
-
-    Attributes:
-        construct: Makes the model and returns what runs it.
-        array: Puts all numbers of a call's results into one array of float32.
-    """
+    """What makes a model of an imported package and returns what runs it; and its results in float32."""
 
     construct: Callable[[], Call]
     array: Callable[[Any], np.ndarray]
@@ -63,10 +58,10 @@ def main() -> None:
         first.results.clear()
         connection.send({"first_result": first.first_result, "peak_memory": first.peak_memory})
         while (wanted := connection.recv()) is not None:
-            seconds = (
-                first.kernels() if wanted == "kernels" and first.kernels else first.time(wanted)
-            )
-            connection.send({"seconds": seconds})
+            if wanted == "kernels" and first.kernels:
+                connection.send({"seconds": first.kernels()})
+            else:
+                connection.send({"seconds": first.time(wanted)})
     except EOFError:  # whoever asks has gone
         return
     except Exception as error:
@@ -75,7 +70,6 @@ def main() -> None:
 
 
 def begin(work: Work) -> First:
-    """Construct a model and call it twice."""
     loaded = LOADERS[work["package"]](work)
     before = memory_in_use(work)
     start = clock()
@@ -177,11 +171,14 @@ def load_torch(work: Work) -> Loaded:
             images = images.contiguous(memory_format=torch.channels_last)
         if work["form"] == "accelerated":
             bitfast.accelerate(model)
-        if work["is_training"]:
-            return training_call(model.train(), images, work)
-        return inference_call(model.eval(), images, work)
+        return call_of(model.train(work["is_training"]), images, work)
 
-    return Loaded(construct, lambda tensors: joined(tensors, work))
+    def joined(tensors: list[Any]) -> np.ndarray:
+        if not work["is_training"]:
+            tensors = [tensor[: work["checked"]] for tensor in tensors]
+        return torch.cat([t.detach().float().flatten() for t in tensors]).cpu().numpy()
+
+    return Loaded(construct, joined)
 
 
 def timm_model(timm: Any, folder: str) -> Any:
@@ -202,44 +199,41 @@ def timm_model(timm: Any, folder: str) -> Any:
     return model
 
 
-def inference_call(model: Any, images: Any, work: Work) -> Call:
-    import torch
-
-    called = in_form(model, images, work)
-
-    def call() -> list[Any]:
-        with torch.no_grad(), autocast(work):
-            return outputs_of(called(images))
-
-    return call
-
-
-def training_call(model: Any, images: Any, work: Work) -> Call:
-    """Return the training step; its results are the gradients of all parameters.
+def call_of(model: Any, images: Any, work: Work) -> Call:
+    """Return the forward pass, or the training step, whose results are the gradients of all parameters.
 
     On a GPU a step of SGD belongs to it, of length 0: the same work, and the weights stay what was checked.
     """
     import torch
 
     called = in_form(model, images, work)
+    is_autocast = "autocast" in work["form"]
+    dtype = getattr(torch, work["dtype"]) if is_autocast else None
+
+    def forward() -> list[Any]:
+        with torch.autocast(work["device"], dtype, is_autocast):
+            return outputs_of(called(images))
+
+    if not work["is_training"]:
+        return torch.no_grad()(forward)
     grad = torch.from_numpy(np.load(work["grad"])).to(images.device)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0) if work["device"] == "cuda" else None
 
-    def call() -> list[Any]:
+    def step() -> list[Any]:
         for parameter in parameters:
             parameter.grad = None
-        with autocast(work):
-            (output,) = outputs_of(called(images))
+        (output,) = forward()
         output.backward(grad.to(output.dtype))
         if optimizer is not None:
             optimizer.step()
         return [parameter.grad for parameter in parameters]
 
-    return call
+    return step
 
 
 def in_form(model: Any, images: Any, work: Work) -> Any:
+    """Return what is called instead of the model."""
     if "compiled" in work["form"]:
         import torch
 
@@ -256,32 +250,12 @@ def in_form(model: Any, images: Any, work: Work) -> Any:
     return model
 
 
-def autocast(work: Work) -> Any:
-    import torch
-
-    enabled = "autocast" in work["form"]
-    return torch.autocast(
-        work["device"], getattr(torch, work["dtype"]) if enabled else None, enabled
-    )
-
-
 def outputs_of(result: Any) -> list[Any]:
     """Return the logits of a classifier, a depth, or the feature maps of a backbone."""
     if not isinstance(result, dict):
         return [result]
-    for name in ("logits", "predicted_depth"):
-        if name in result:
-            return [result[name]]
-    return list(result.feature_maps)
-
-
-def joined(tensors: list[Any], work: Work) -> np.ndarray:
-    """Return all numbers of some tensors in one array of float32; of results, those of the checked images."""
-    import torch
-
-    if not work["is_training"]:
-        tensors = [tensor[: work["checked"]] for tensor in tensors]
-    return torch.cat([t.detach().float().flatten() for t in tensors]).cpu().numpy()
+    single = [result[name] for name in ("logits", "predicted_depth") if name in result]
+    return single or list(result["feature_maps"])
 
 
 # ---- other runtimes -----------------------------------------------------------------------------
@@ -298,9 +272,8 @@ def load_onnxruntime(work: Work) -> Loaded:
     x = np.load(work["input"])
 
     def construct() -> Call:
-        session = onnxruntime.InferenceSession(
-            work["onnx"], options, providers=["CPUExecutionProvider"]
-        )
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(work["onnx"], options, providers=providers)
         name = session.get_inputs()[0].name
         return lambda: session.run(None, {name: x})
 

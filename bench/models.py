@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from .torchvision_import import import_torchvision
 from .workers import Work, begin_process
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """A contestant before its case is known; ``contestant.py`` says what the fields mean."""
 
     name: str
@@ -42,11 +43,11 @@ BASELINE = Entry("transformers", "transformers")
 """Every ratio on a CPU is to its time, whatever the dtype."""
 EVERYBODY = (
     BASELINE,
-    Entry("transformers compiled", "transformers", form="compiled"),
+    Entry("transformers compiled", "transformers", "float32", "compiled"),
     Entry("ONNX Runtime", "onnxruntime"),
     Entry("OpenVINO", "openvino"),
     Entry("bitfast", "bitfast"),
-    Entry("bitfast compiled", "bitfast", form="compiled"),
+    Entry("bitfast compiled", "bitfast", "float32", "compiled"),
     Entry("transformers bfloat16", "transformers", "bfloat16"),
     Entry("transformers bfloat16 compiled", "transformers", "bfloat16", "compiled"),
     Entry("OpenVINO bfloat16", "openvino", "bfloat16"),
@@ -57,10 +58,8 @@ EVERYBODY = (
 """By dtype, each beginning with its yardstick. ONNX Runtime has no bfloat16 on the CPU."""
 EAGER = tuple(entry for entry in EVERYBODY if entry.form != "compiled")
 IN_PLACE = tuple(
-    Entry(
-        name + dtype.replace("float32", "").replace("bfloat16", " bfloat16"), package, dtype, form
-    )
-    for dtype in ("float32", "bfloat16")
+    Entry(name + suffix, package, dtype, form)
+    for dtype, suffix in (("float32", ""), ("bfloat16", " bfloat16"))
     for name, package, form in (
         ("transformers", "transformers", "eager"),
         ("timm", "timm", "eager"),
@@ -76,18 +75,13 @@ TRAINING = (BASELINE, Entry("bitfast", "bitfast"))
 
 R50X1: dict[str, Any] = {"num_labels": 1000}
 R101X1: dict[str, Any] = {"num_labels": 1000, "depths": [3, 4, 23, 3]}
-R101X3: dict[str, Any] = {
-    **R101X1, "embedding_size": 192, "hidden_sizes": [768, 1536, 3072, 6144]
-}  # fmt: skip
+R101X3 = {**R101X1, "embedding_size": 192, "hidden_sizes": [768, 1536, 3072, 6144]}
 SAME: dict[str, Any] = {**R50X1, "global_padding": "same"}
 HYBRID: dict[str, Any] = {
-    "layer_type": "bottleneck",
-    "global_padding": "same",
-    "embedding_dynamic_padding": True,
-    "depths": [3, 4, 9],
-    "hidden_sizes": [256, 512, 1024, 2048],
+    "layer_type": "bottleneck", "global_padding": "same", "embedding_dynamic_padding": True,
+    "depths": [3, 4, 9], "hidden_sizes": [256, 512, 1024, 2048],
     "out_features": ["stage1", "stage2", "stage3"],
-}
+}  # fmt: skip
 """The backbone of DPT-hybrid."""
 
 
@@ -116,7 +110,6 @@ class Network:
     threads: int = 1
 
     def case(self, name: str, entries: Sequence[Entry], is_quick: bool = False) -> Case:
-        """Return the case of this network and these contestants."""
         return Case(
             "model", "training" if self.is_training else "inference", name, entries[0].dtype,
             partial(opened, self, entries), self.device, self.threads,
@@ -125,11 +118,12 @@ class Network:
 
 
 def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
+    """Yield the cases of a device."""
     if device == "cuda":
         yield from gpu_cases()
         return
     for threads in thread_counts:
-        on = {"threads": threads}
+        on: dict[str, Any] = {"threads": threads}
         for batch in (1, 8):
             r50 = Network(R50X1, batch, **on)
             yield r50.case(f"R50x1 224x224 batch {batch}", EVERYBODY, is_quick=batch == 1)
@@ -149,7 +143,7 @@ def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
 
 
 def gpu_entries(dtype: str, *, is_training: bool = False) -> tuple[Entry, ...]:
-    """Return who takes part where nothing must be compiled."""
+    """Return who takes part where nothing must be compiled; ``dtype`` may be "autocast"."""
     dtype, form = ("bfloat16", "autocast") if dtype == "autocast" else (dtype, "eager")
     theirs, ours = (Entry(p, p, dtype, form) for p in ("transformers", "bitfast"))
     if is_training:
@@ -158,64 +152,57 @@ def gpu_entries(dtype: str, *, is_training: bool = False) -> tuple[Entry, ...]:
     return theirs, in_last, ours, Entry("bitfast, CUDA graph", "bitfast", dtype, "captured")
 
 
-def compiled(
-    package: str, name: str, mode: str = "default", *, is_channels_last: bool = False
-) -> Entry:
+def compiled(package: str, name: str, mode: str = "default") -> Entry:
     """Return a contestant that is compiled, in bfloat16."""
-    return Entry(name, package, "bfloat16", "compiled", mode, is_channels_last)
+    return Entry(name, package, "bfloat16", "compiled", mode, name.endswith("channels_last"))
 
 
-COMPILED = (
-    compiled("bitfast", "bitfast compiled"),
-    compiled("transformers", "transformers compiled"),
+COMPILED = tuple(
+    compiled(package, f"{package} compiled") for package in ("bitfast", "transformers")
 )
 SAME_SIZE = (
-    compiled("timm", "timm compiled, channels_last", is_channels_last=True),
-    compiled("torchvision", "torchvision ResNet-50 compiled, channels_last", is_channels_last=True),
+    compiled("timm", "timm compiled, channels_last"),
+    compiled("torchvision", "torchvision ResNet-50 compiled, channels_last"),
 )
 """Not BiT's function in torchvision, but of its size: the bar to pass."""
+GPU_NETWORKS = {"R50x1": R50X1, "R101x3": R101X3}
+GPU_ROWS = (
+    ("R50x1", 128, "bfloat16", False), ("R50x1", 1, "bfloat16", False), ("R50x1", 8, "bfloat16", False),
+    ("R50x1", 128, "autocast", True), ("R50x1", 128, "bfloat16", True), ("R101x3", 16, "bfloat16", False),
+    ("R50x1", 128, "float16", False), ("R50x1", 1, "float16", False), ("R101x3", 16, "autocast", True),
+    ("R50x1", 8, "float16", False), ("R101x3", 16, "float16", False), ("R101x3", 16, "bfloat16", True),
+)  # fmt: skip
+"""Network, batch, dtype, whether it is trained: the most telling first."""
 
 
 def gpu_cases() -> Iterator[Case]:
-    """Yield the cases of a GPU, the most telling first; what must be compiled takes about a minute each."""
-    names = {id(R50X1): "R50x1", id(R101X3): "R101x3"}
-
-    def case(
-        settings: dict[str, Any],
-        batch: int,
-        dtype: str,
-        is_training: bool = False,
-        entries: Sequence[Entry] = (),
-        note: str = "",
-    ) -> Case:
-        network = Network(
-            settings, batch, is_training=is_training, checked=2, device="cuda", threads=0
-        )
-        everybody = gpu_entries(dtype, is_training=is_training)
-        name = f"{names[id(settings)]} 224x224 batch {batch} {dtype}{note}"
-        chosen = (everybody[0], *entries) if entries else everybody
-        return network.case(
-            name, chosen, is_quick=batch == 128 and not entries and dtype != "float16"
-        )
-
-    for batch in (128, 1, 8):
-        yield case(R50X1, batch, "bfloat16")
-    for dtype in ("autocast", "bfloat16"):
-        yield case(R50X1, 128, dtype, True)
-    yield case(R101X3, 16, "bfloat16")
-    for batch in (128, 1):
-        yield case(R50X1, batch, "float16")
-    yield case(R101X3, 16, "autocast", True)
-    yield case(R50X1, 8, "float16")
-    yield case(R101X3, 16, "float16")
-    yield case(R101X3, 16, "bfloat16", True)
-    yield case(R50X1, 128, "bfloat16", entries=(*COMPILED, *SAME_SIZE), note=", compiled")
-    yield case(R50X1, 1, "bfloat16", entries=COMPILED, note=", compiled")
-    in_autocast = tuple(Entry(e.name, e.package, e.dtype, "compiled autocast") for e in COMPILED)
-    yield case(R50X1, 128, "autocast", True, in_autocast, ", compiled")
+    """Yield the cases of a GPU; last those of what must be compiled, which takes about a minute each."""
+    for name, batch, dtype, is_training in GPU_ROWS:
+        entries = gpu_entries(dtype, is_training=is_training)
+        is_quick = batch == 128 and dtype != "float16"
+        yield gpu_case(name, batch, dtype, entries, is_training=is_training, is_quick=is_quick)
+    in_autocast = tuple(replace(entry, form="compiled autocast") for entry in COMPILED)
+    rows = [
+        (128, "bfloat16", (*COMPILED, *SAME_SIZE), "compiled"),
+        (1, "bfloat16", COMPILED, "compiled"),
+        (128, "autocast", in_autocast, "compiled"),
+    ]
     for batch, mode in ((128, "max-autotune-no-cudagraphs"), (1, "max-autotune")):
         tuned = compiled("transformers", f"transformers compiled ({mode})", mode)
-        yield case(R50X1, batch, "bfloat16", entries=(tuned,), note=", autotuned")
+        rows.append((batch, "bfloat16", (tuned,), "autotuned"))
+    for batch, dtype, compiled_entries, note in rows:
+        entries = (gpu_entries(dtype)[0], *compiled_entries)
+        is_training = dtype == "autocast"
+        yield gpu_case("R50x1", batch, dtype, entries, f", {note}", is_training=is_training)
+
+
+def gpu_case(
+    name: str, batch: int, dtype: str, entries: Sequence[Entry], note: str = "",
+    *, is_training: bool, is_quick: bool = False,
+) -> Case:  # fmt: skip
+    settings = GPU_NETWORKS[name]
+    network = Network(settings, batch, is_training=is_training, checked=2, device="cuda", threads=0)
+    return network.case(f"{name} 224x224 batch {batch} {dtype}{note}", entries, is_quick=is_quick)
 
 
 # ---- what a case's contestants are given --------------------------------------------------------
@@ -225,11 +212,7 @@ def gpu_cases() -> Iterator[Case]:
 def opened(network: Network, entries: Sequence[Entry]) -> Iterator[Problem]:
     """Draw weights and images, write them, and compute the results in float64."""
     if peers.installed()["transformers"] is None:
-        needed = (
-            f"transformers, whose model is the reference: {peers.how_to_install('transformers')}"
-        )
-        missing = partial(_not_installed, needed)
-        nobody = [Contestant(entry.name, entry.dtype, missing) for entry in entries]
+        nobody = [Contestant(entry.name, entry.dtype, without_reference) for entry in entries]
         yield Problem(nobody, Float64Judge([]))
         return
     with TemporaryDirectory() as temporary:
@@ -246,14 +229,13 @@ def opened(network: Network, entries: Sequence[Entry]) -> Iterator[Problem]:
             except Exception as error:  # the others still run
                 onnx_problem = f"no ONNX file: {type(error).__name__}: {error}"
         checked = x[: network.checked].double()
+        model, checked = model.to(network.device), checked.to(network.device)
         with FlopCounterMode(display=False) as counter:
-            oracle = exact_results(
-                model.to(network.device), checked.to(network.device), folder, network
-            )
-        del model
+            oracle = exact_results(model, checked, folder, network)
+        flops = counter.get_total_flops() * network.batch // len(checked)
+        del model, checked
         limits = GRADIENT_LIMITS if network.is_training else LIMITS
         contestants = [contestant_of(entry, network, folder, onnx_problem) for entry in entries]
-        flops = counter.get_total_flops() * network.batch // len(checked)
         yield Problem(contestants, ModelJudge(oracle, limits, overall_error), flops=flops)
 
 
@@ -265,20 +247,17 @@ class ModelJudge(Float64Judge):
 
 
 def reference_model(network: Network) -> Any:
+    """Return transformers' model, with random weights of which norms have some too."""
     import_torchvision()
     import transformers
 
     config = transformers.BitConfig(**network.settings)
     if network.architecture == "DPTForDepthEstimation":
         config = transformers.DPTConfig(
-            is_hybrid=True,
-            backbone_config=config,
-            backbone_featmap_shape=[1, 1024, 24, 24],
-            readout_type="project",
-            neck_hidden_sizes=[256, 512, 768, 768],
-            neck_ignore_stages=[0, 1],
-            backbone_out_indices=[2, 5, 8, 11],
-        )
+            is_hybrid=True, backbone_config=config, backbone_featmap_shape=[1, 1024, 24, 24],
+            readout_type="project", neck_hidden_sizes=[256, 512, 768, 768],
+            neck_ignore_stages=[0, 1], backbone_out_indices=[2, 5, 8, 11],
+        )  # fmt: skip
     model = getattr(transformers, network.architecture)(config).eval()
     randomize(model)
     return model
@@ -319,13 +298,13 @@ def exact_results(
 def contestant_of(
     entry: Entry, network: Network, folder: Path, onnx_problem: str | None
 ) -> Contestant:
-    """Return a contestant of a network whose files are in a folder."""
-    described = ("architecture", "device", "threads", "is_training", "checked")
-    files = {"folder": "checkpoint", "onnx": "model.onnx", "input": "input.npy", "grad": "grad.npy"}
     work = {
-        **entry._asdict(),
-        **{name: getattr(network, name) for name in described},
-        **{key: str(folder / name) for key, name in files.items()},
+        **asdict(entry),
+        **asdict(network),
+        "folder": str(folder / "checkpoint"),
+        "onnx": str(folder / "model.onnx"),
+        "input": str(folder / "input.npy"),
+        "grad": str(folder / "grad.npy"),
     }
 
     def begin(stack: ExitStack) -> Running:
@@ -333,20 +312,21 @@ def contestant_of(
             raise NotInstalledError(peers.how_to_install(entry.package))
         if entry.package in ("onnxruntime", "openvino") and onnx_problem is not None:
             raise RuntimeError(onnx_problem)
-        return (
-            begin_process(work, None, stack) if network.device == "cpu" else begin_here(work, stack)
-        )
+        if network.device == "cuda":
+            return begin_here(work, stack)
+        return begin_process(work, None, stack)
 
-    return Contestant(
-        entry.name, entry.dtype, begin, is_compiled="compiled" in entry.form, work=work
-    )
+    is_compiled = "compiled" in entry.form
+    return Contestant(entry.name, entry.dtype, begin, is_compiled=is_compiled, work=work)
 
 
-def _not_installed(needed: str, stack: ExitStack) -> Running:
-    raise NotInstalledError(needed)
+def without_reference(stack: ExitStack) -> Running:
+    how = peers.how_to_install("transformers")
+    raise NotInstalledError(f"transformers, whose model is the reference: {how}")
 
 
 def begin_here(work: Work, stack: ExitStack) -> Running:
+    """Begin a contestant in this process."""
     first = own_process.begin(work)
     results = [torch.from_numpy(array) for array in first.results]
     return Running(results, first.time, lambda: [], first.first_result, first.peak_memory)

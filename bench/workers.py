@@ -37,15 +37,11 @@ class WorkerError(RuntimeError):
 
 
 def begin_process(work: Work, checkout: Path | None, stack: ExitStack) -> Running:
-    """Start a contestant's process and wait for its first results; it ends with the stack.
+    """Start a contestant's process, which ends with the stack; return its first results or raise WorkerError.
 
     Args:
         work: What it is to do, without the place of its results.
         checkout: Of the bitfast that it imports; None: what this process has imported.
-        stack: Whose end is the process's.
-
-    Raises:
-        WorkerError: there are no results.
     """
     folder = Path(stack.enter_context(TemporaryDirectory()))
     output = folder / "output.npz"
@@ -68,22 +64,14 @@ class Worker:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", START, str(theirs.fileno()), str(CONTESTANT)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=checkout,
-                env={**environment, **needed_by(work, folder)},
-            )
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=checkout, env={**environment, **needed_by(work, folder)},
+            )  # fmt: skip
         theirs.close()
         self._connection.send(work)
 
     def time(self, wanted: Any) -> Any:
-        """Return the seconds that so many calls take, or samples of what "kernels" take.
-
-        Raises:
-            WorkerError: a call failed, or took too long.
-        """
+        """Return the seconds that so many calls take, or samples for "kernels"; or raise WorkerError."""
         try:
             self._connection.send(wanted)
         except OSError as error:
@@ -101,7 +89,6 @@ class Worker:
         self._connection.close()
 
     def answer(self, timeout: float) -> dict[str, Any]:
-        """Return what the process says next."""
         try:
             if not self._connection.poll(timeout):
                 raise WorkerError(f"no answer after {timeout:.0f} s")
@@ -137,24 +124,20 @@ def needed_by(work: Work, folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Base:
-    """The bitfast of another commit.
-
-    Attributes:
-        revision: As it was asked for.
-        folder: Of its checkout.
-    """
+    """The bitfast of another commit: as it was asked for, and the folder of its checkout."""
 
     revision: str
     folder: Path
 
-    def contestant(self, case: Case, ours: Contestant) -> Contestant:
-        """Return the contestant of the other commit, in a process of its own."""
+    def pair(self, case: Case, ours: Contestant) -> Iterator[Contestant]:
+        """Yield our contestant and that of the other commit, alike in processes of their own."""
         work = ours.work or {
             "package": "case", "device": case.device, "threads": case.threads, "case": case.title,
             "contestant": ours.name, "root": str(ROOT),
         }  # fmt: skip
-        begin = partial(begin_process, work, self.folder)
-        return replace(ours, name=f"{ours.name} at {self.revision}", begin=begin)
+        yield replace(ours, begin=partial(begin_process, work, None))
+        theirs = partial(begin_process, work, self.folder)
+        yield replace(ours, name=f"{ours.name} at {self.revision}", begin=theirs)
 
 
 @contextmanager

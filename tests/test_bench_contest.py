@@ -97,13 +97,14 @@ def test_where_plain_pytorch_is_wrong_ours_has_no_ratio() -> None:
 def test_the_other_commit_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(work: dict[str, Any], checkout: Any, stack: Any) -> Running:
         assert (work["case"], work["contestant"]) == ("op: case, 1 thread", "bitfast")
-        return Running([GOOD], lambda calls: 0.1 * calls, lambda: [])
+        seconds = 0.1 if checkout else 0.05
+        return Running([GOOD], lambda calls: seconds * calls, lambda: [])
 
     monkeypatch.setattr("bitfast.bench.workers.begin_process", begin)
     case = case_of(lambda: GOOD, lambda: GOOD)
     rows = contest.run(case, LIMITS, 2, Base("v1", "/nowhere"))  # type: ignore[arg-type]
     assert [row.contestant for row in rows] == ["plain PyTorch", "bitfast", "bitfast at v1"]
-    assert rows[2].seconds == pytest.approx(0.1)
+    assert [row.seconds for row in rows[1:]] == pytest.approx([0.05, 0.1])
     assert rows[2].ratio is not None
 
 
