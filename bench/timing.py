@@ -55,14 +55,15 @@ def take_turns(
     """Return the seconds per call of each contestant in each round.
 
     They take turns, so that what else the machine does meets all of them alike, in an order that is
-    reversed each round. A turn begins with a call that does not count: the caches, and the cores, on which
-    threads of the one before may still wait for work, become the contestant's own.
+    reversed each round. A turn begins with as many calls that do not count: the caches, and the cores, on
+    which threads of the one before may still wait for work, become the contestant's own. (With one such call a
+    norm of half a millisecond took up to three times as long in one of two processes that did the same.)
     """
     calls = {name: calls_per_sample(timer) for name, timer in timers.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for i in range(rounds):
         for name in list(timers)[:: -1 if i % 2 else 1]:
-            timers[name](1)
+            timers[name](calls[name])
             samples[name].append(timers[name](calls[name]) / calls[name])
         after_round()
     return samples
