@@ -20,8 +20,8 @@ PEERS = 4.0
 LIMITS = {"float32": 1e-4, "float16": 1e-1, "bfloat16": 1e-1}
 """What the yardstick's relative error may be: a deep network of random weights magnifies roundings."""
 GRADIENT_LIMITS = {"float32": 5e-2, "float16": 1.0, "bfloat16": 1.0}
-"""The same for the gradients of a whole network. Of its millions of ReLUs some have an argument so near to 0
-that rounding decides whether a gradient passes; in 16 bits they are many."""
+"""What a yardstick may be off by in the gradients of a whole network. Of its millions of ReLUs some have an
+argument so near to 0 that rounding decides whether a gradient passes; in 16 bits they are many."""
 
 Errors = Callable[[Sequence[Tensor], Sequence[Tensor]], list[float]]
 """Takes results and those in float64; returns how far they are off."""

@@ -147,7 +147,7 @@ VECTOR = re.compile(
 
 @cache
 def category(file: str, line: int) -> str:
-    """Say what an access is to, by the line of the kernel that it stands in.
+    """Return what an access is to, by the line of the kernel that it stands in.
 
     "vector": numbers per channel, group or filter, few beside the tensors themselves. "turned": the side of
     a weight where neighbouring threads have neighbouring filters' pixels, 4 bytes each by design.

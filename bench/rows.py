@@ -50,7 +50,7 @@ class Row:
     error: float | None = None
     allowed_error: float | None = None
     bytes: int = 0  # the least that must be moved; 0: the case is not about them
-    flops: int = 0  # likewise
+    flops: int = 0  # 0: it is not about arithmetic
     fraction: float | None = None  # of the machine's limit
     limit: str | None = None  # which that is, "arithmetic" or "copy"
     first_result: float | None = None  # seconds from constructing to it, compilation included

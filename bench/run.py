@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def unusable(arguments: argparse.Namespace) -> str | None:
-    """Say which of the files to be written cannot be, before anything is measured; None: all can."""
+    """Return why a file cannot be written, before anything is measured; None: all can be."""
     for name in ("output", "markdown"):
         path: Path | None = getattr(arguments, name)
         if path is not None and not path.absolute().parent.is_dir():

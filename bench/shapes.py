@@ -53,7 +53,7 @@ class Norm(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """A model's norms, in order of execution, and its standardized weights, likewise."""
+    """A model's norms and its standardized weights, each in order of execution."""
 
     norms: list[Norm]
     weights: list[tuple[int, ...]]
