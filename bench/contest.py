@@ -11,7 +11,7 @@ from .accuracy import WrongResultError, check
 from .cases import Case, Contestant, NotInstalledError, Problem, Running
 from .limits import Limits
 from .registry import opened
-from .rows import FAILED, MISSING, SKIPPED, Row
+from .rows import EVERYBODY, FAILED, MISSING, Row
 from .timing import summarize, take_turns
 from .workers import Base
 
@@ -38,7 +38,17 @@ def run(
         progress: Called after each contestant's check, and after each round.
         is_quick: Leave out what must be compiled.
     """
-    rounds = min(rounds, case.most_rounds or rounds)
+    try:
+        return _rows(
+            case, limits, min(rounds, case.most_rounds or rounds), base, progress, is_quick
+        )
+    except Exception as error:  # nor must one case's failure cost the others
+        return [not_run(case, FAILED, f"{type(error).__name__}: {error}")]
+
+
+def _rows(
+    case: Case, limits: Limits | None, rounds: int, base: Base | None, progress: Progress, is_quick: bool
+) -> list[Row]:  # fmt: skip
     with ExitStack() as stack:
         problem = stack.enter_context(opened(case))
         rows: dict[str, Row] = {}
@@ -48,7 +58,7 @@ def run(
         for contestant in _with_base(case, problem, base):
             rows[contestant.name] = _admit(case, problem, contestant, admitted, stack)
             progress(contestant.name)
-        samples = _samples_of(case, admitted, rounds, progress)
+        samples = _samples_of(case, admitted, rounds, progress) if admitted else {}
         baseline = samples.get(problem.contestants[0].name)
         for name, seconds in samples.items():
             row = replace(rows[name], **summarize(seconds, baseline)._asdict())
@@ -56,9 +66,9 @@ def run(
         return list(rows.values())
 
 
-def skipped(case: Case, note: str) -> Row:
-    """Return the row of a case that was not begun."""
-    return _row(case, "all", case.dtype, status=SKIPPED, note=note)
+def not_run(case: Case, status: str, note: str) -> Row:
+    """Return the one row of a case that nobody has a time of."""
+    return _row(case, EVERYBODY, case.dtype, status=status, note=note)
 
 
 def _row(case: Case, contestant: str, dtype: str, **found: Any) -> Row:
@@ -101,8 +111,6 @@ def _admit(
 def _samples_of(
     case: Case, admitted: dict[str, Running], rounds: int, progress: Progress
 ) -> dict[str, list[float]]:
-    if not admitted:
-        return {}
     if case.clock == "kernels":
         return {name: running.kernels() for name, running in admitted.items()}
     timers = {name: running.time for name, running in admitted.items()}

@@ -99,7 +99,9 @@ def op_table(rows: Iterable[Row]) -> list[str]:
     for group in cases_of(rows).values():
         by_name = {row.contestant: row for row in group}
         if OURS not in by_name:
-            lines.append([group[0].op, group[0].case, *[""] * 5, group[0].note, group[0].status])
+            lines.append(
+                [group[0].op, group[0].case, *[""] * 5, cell_text(group[0].note), group[0].status]
+            )
             continue
         plain, ours = pair = by_name.pop(PLAIN), by_name.pop(OURS)
         lines.append([

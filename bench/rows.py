@@ -24,6 +24,8 @@ from .limits import Limits
 FORMAT = 3
 """Of the JSON."""
 
+EVERYBODY = "all"
+"""The contestant of a case that was skipped, or failed as a whole."""
 TIMED, FAILED, MISSING, SKIPPED = "timed", "failed", "not installed", "skipped"
 
 

@@ -122,7 +122,7 @@ def measure(cases: Sequence[Case], arguments: argparse.Namespace, base: Base | N
         for case in cases:
             bar.set_description(case.title)
             if time.monotonic() > end:
-                report.rows.append(contest.skipped(case, "out of time"))
+                report.rows.append(contest.not_run(case, rows.SKIPPED, "out of time"))
             else:
                 known, tell = report.limits.get(case.threads), bar.set_postfix_str
                 report.rows += contest.run(
@@ -154,7 +154,8 @@ def show(report: Report, arguments: argparse.Namespace) -> int:
     failures = [row for row in report.rows if row.status == rows.FAILED]
     for row in failures:
         print(f"{row.title}: {row.contestant} failed: {row.note}", file=sys.stderr)
-    return FAILED if any(row.is_ours for row in failures) else SUCCESS
+    are_ours = [row.is_ours or row.contestant == rows.EVERYBODY for row in failures]
+    return FAILED if any(are_ours) else SUCCESS
 
 
 def usage_error(message: str) -> int:

@@ -118,8 +118,21 @@ def test_what_must_be_compiled_is_left_out_of_a_quick_run() -> None:
 
 
 def test_a_case_that_was_not_begun_has_a_row() -> None:
-    row = contest.skipped(case_of(lambda: GOOD, lambda: GOOD), "out of time")
+    row = contest.not_run(case_of(lambda: GOOD, lambda: GOOD), SKIPPED, "out of time")
     assert (row.status, row.note, row.title) == (SKIPPED, "out of time", "op: case, 1 thread")
+
+
+@pytest.mark.parametrize("clock", ["host", "kernels"])
+def test_a_case_that_fails_as_a_whole_has_a_row(
+    clock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> dict[str, list[float]]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(contest, "take_turns", fail)
+    monkeypatch.setattr("bitfast.bench.cases.kernel_samples", fail)
+    (row,) = contest.run(case_of(lambda: GOOD, lambda: GOOD, clock=clock), LIMITS, 1)
+    assert (row.contestant, row.status, row.note) == ("all", FAILED, "RuntimeError: out of memory")
 
 
 def test_the_rule() -> None:

@@ -118,3 +118,21 @@ def test_no_case_begins_after_the_time(run: Run, monkeypatch: pytest.MonkeyPatch
     assert status == 0
     assert "| dispatch | same_pad of one pixel, recorded by autograd | " in out
     assert "| out of time | skipped |" in out
+
+
+def test_a_case_that_cannot_be_drawn_leaves_the_others_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitfast.bench import limits, ops
+
+    def fail(is_recorded: bool) -> Any:
+        raise RuntimeError("out of | memory")
+
+    monkeypatch.setattr(ops, "dispatch_problem", fail)
+    monkeypatch.setattr(limits, "measure", lambda device, threads: limits.Limits({}, 1.0))
+    status, out, err = run(
+        "bench", "--only", "same_pad of one pixel", "--rounds", 1, "--threads", 1
+    )
+    assert status == 1
+    assert out.count("| RuntimeError: out of / memory | failed |") == 2
+    assert err.count("all failed: RuntimeError: out of | memory") == 2
