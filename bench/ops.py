@@ -22,9 +22,20 @@ from bitfast.ops.same_padding import same_max_pool, same_pad
 from bitfast.ops.weight_standardization import weight_standardization, weight_standardization_all
 
 from .accuracy import Float64Judge
-from .cases import OURS, PLAIN, Begin, Case, Contestant, Problem, Results, Running
-
-from .cases import as_list, called, calling, name_of  # isort: skip
+from .cases import (
+    OURS,
+    PLAIN,
+    Begin,
+    Case,
+    Contestant,
+    Problem,
+    Results,
+    Running,
+    as_list,
+    called,
+    calling,
+    name_of,
+)
 
 PLAIN_NCHW, COMPILED = f"{PLAIN} NCHW", f"{PLAIN} compiled"
 
