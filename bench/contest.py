@@ -58,7 +58,11 @@ def _rows(
         for contestant in _with_base(case, problem, base):
             rows[contestant.name] = _admit(case, problem, contestant, admitted, stack)
             progress(contestant.name)
-        samples = _samples_of(case, admitted, rounds, progress) if admitted else {}
+        if case.clock == "kernels":
+            samples = _kernel_samples(admitted, rows)
+        else:
+            timers = {name: running.time for name, running in admitted.items()}
+            samples = take_turns(timers, rounds, lambda: progress("in turns")) if timers else {}
         baseline = samples.get(problem.contestants[0].name)
         for name, seconds in samples.items():
             row = replace(rows[name], **summarize(seconds, baseline)._asdict())
@@ -108,13 +112,16 @@ def _admit(
     return replace(row, first_result=running.first_result, peak_memory=running.peak_memory)
 
 
-def _samples_of(
-    case: Case, admitted: dict[str, Running], rounds: int, progress: Progress
-) -> dict[str, list[float]]:
-    if case.clock == "kernels":
-        return {name: running.kernels() for name, running in admitted.items()}
-    timers = {name: running.time for name, running in admitted.items()}
-    return take_turns(timers, rounds, lambda: progress("in turns"))
+def _kernel_samples(admitted: dict[str, Running], rows: dict[str, Row]) -> dict[str, list[float]]:
+    """Time one contestant after the other; what cannot be captured in a graph fails, in its row."""
+    samples = {}
+    for name, running in admitted.items():
+        try:
+            samples[name] = running.kernels()
+        except Exception as error:
+            note = f"not captured: {type(error).__name__}: {error}"
+            rows[name] = replace(rows[name], status=FAILED, note=note)
+    return samples
 
 
 def _with_fraction(row: Row, limits: Limits) -> Row:

@@ -122,17 +122,28 @@ def test_a_case_that_was_not_begun_has_a_row() -> None:
     assert (row.status, row.note, row.title) == (SKIPPED, "out of time", "op: case, 1 thread")
 
 
-@pytest.mark.parametrize("clock", ["host", "kernels"])
-def test_a_case_that_fails_as_a_whole_has_a_row(
-    clock: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_case_that_fails_as_a_whole_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> dict[str, list[float]]:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(contest, "take_turns", fail)
-    monkeypatch.setattr("bitfast.bench.cases.kernel_samples", fail)
-    (row,) = contest.run(case_of(lambda: GOOD, lambda: GOOD, clock=clock), LIMITS, 1)
+    (row,) = contest.run(case_of(lambda: GOOD, lambda: GOOD), LIMITS, 1)
     assert (row.contestant, row.status, row.note) == ("all", FAILED, "RuntimeError: out of memory")
+
+
+def test_what_cannot_be_captured_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronizing = GOOD.clone()
+
+    def replay(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
+        if calls[0]() is synchronizing:
+            raise RuntimeError("it synchronizes")
+        return [0.5, 1.0, 1.5]
+
+    monkeypatch.setattr("bitfast.bench.cases.kernel_samples", replay)
+    case = case_of(lambda: synchronizing, lambda: GOOD, clock="kernels")
+    plain, ours = contest.run(case, None, 1)
+    assert (plain.status, plain.note) == (FAILED, "not captured: RuntimeError: it synchronizes")
+    assert (ours.status, ours.seconds, ours.ratio) == (TIMED, 1.0, None)
 
 
 def test_the_rule() -> None:
