@@ -29,10 +29,11 @@ MACROS = [
     ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # runs with torch 2.11 and everything after it
     ("Py_LIMITED_API", "0x030a0000"),
 ]
-# Machine code for the A100 and the H100, and PTX from which the driver compiles for what comes after.
+# Machine code for the A100 and the H100 (with the instructions that no other GPU has), and PTX from which the
+# driver compiles for what comes after.
 ARCHITECTURES = [
     "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_90a,code=sm_90a",
     "-gencode=arch=compute_90,code=compute_90",
 ]
 
@@ -72,7 +73,7 @@ def extensions(cuda_home: Path | None) -> list[Extension]:
     halves = [
         Extension(
             "bitfast._native",
-            glob("csrc/*.cpp"),
+            sorted(set(glob("csrc/*.cpp")) - set(glob("csrc/*_cuda.cpp"))),
             include_dirs=include_paths(),
             define_macros=MACROS,
             **torch_libraries,
@@ -83,7 +84,8 @@ def extensions(cuda_home: Path | None) -> list[Extension]:
         halves.append(
             Extension(
                 "bitfast._native_cuda",
-                glob("csrc/*.cu"),
+                # Kernels, and the operators that launch them.
+                sorted(glob("csrc/*.cu") + glob("csrc/*_cuda.cpp")),
                 include_dirs=[*include_paths(), str(cuda_home / "include")],
                 define_macros=[
                     *MACROS,

@@ -125,14 +125,14 @@ def test_the_wheel_serves_every_python_and_holds_everything(source: Path, tmp_pa
 
 
 def check_cuda_half(library: Path) -> None:
-    """Machine code for sm_80 and sm_90, and PTX, as the disassembler of Triton's wheel sees it."""
+    """Machine code for sm_80 and sm_90a, and PTX, as the disassembler of Triton's wheel sees it."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     output = subprocess.run(
         [cuobjdump, "--list-elf", "--list-ptx", library], capture_output=True, text=True, check=True
     ).stdout
-    for expected in (".sm_80.cubin", ".sm_90.cubin", ".sm_90.ptx"):
+    for expected in (".sm_80.cubin", ".sm_90a.cubin", ".sm_90.ptx"):
         assert expected in output, output
 
 

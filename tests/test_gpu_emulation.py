@@ -1,0 +1,73 @@
+"""The emulation of a GPU finds the faults that its header names, and none where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.emulated import at_page_end, call, emulate, library
+
+SOURCE = "tests/host/gpu_emulation_faults.cpp"
+FAULTS = [
+    "none", "no_barrier_before_read", "no_barrier_before_overwrite", "no_cluster_barrier", "shared_past_the_end",
+    "global_past_the_end", "misaligned_bulk_copy", "odd_bulk_copy", "uninitialised_barrier",
+    "barrier_without_arrival", "too_many_arrivals", "no_wait_for_copy", "no_fence_before_bulk_store",
+    "store_left_behind", "barrier_that_some_skip",
+]  # fmt: skip
+SEEDS = range(8)
+
+
+def run(entry: str, fault: str, seed: int) -> bool:
+    """Run a kernel; return whether its result is right."""
+    kernels = library(SOURCE)
+    emulate(kernels, seed=seed)
+    x = at_page_end(torch.arange(1.0, 257))
+    y = at_page_end(x, float("nan"))
+    call(getattr(kernels, entry), x, y, FAULTS.index(fault))
+    blocks = x.view(4, 64)
+    if entry == "reverse":
+        blocks = blocks.flip(1)
+    if entry == "swap_blocks":
+        blocks = blocks.view(2, 2, 64).flip(1).reshape(4, 64)
+    return torch.equal(y.view(4, 64), 2 * blocks)
+
+
+@pytest.mark.parametrize("entry", ["reverse", "swap_blocks", "double_in_bulk", "double_own"])
+def test_right_kernels(entry: str) -> None:
+    assert all(run(entry, "none", seed) for seed in SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "fault"),
+    [
+        ("reverse", "no_barrier_before_read"),
+        ("reverse", "no_barrier_before_overwrite"),
+        ("swap_blocks", "no_cluster_barrier"),
+        ("double_in_bulk", "no_wait_for_copy"),
+    ],
+)
+def test_a_missing_wait_gives_wrong_results(entry: str, fault: str) -> None:
+    right = [run(entry, fault, seed) for seed in SEEDS]
+    assert right.count(False) >= len(SEEDS) // 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "fault", "message"),
+    [
+        ("reverse", "shared_past_the_end", "a store is outside of shared memory"),
+        ("reverse", "global_past_the_end", "an access outside of memory"),
+        ("reverse", "barrier_that_some_skip", "threads wait for ever"),
+        ("double_in_bulk", "misaligned_bulk_copy", "a bulk copy is not aligned to 16 bytes"),
+        ("double_in_bulk", "odd_bulk_copy", "a bulk copy of 252 bytes"),
+        ("double_in_bulk", "uninitialised_barrier", "a barrier is not initialised"),
+        ("double_in_bulk", "barrier_without_arrival", "threads wait for ever"),
+        ("double_in_bulk", "too_many_arrivals", "a barrier is arrived at too often"),
+        ("double_in_bulk", "no_fence_before_bulk_store", "without fence_async_proxy"),
+        ("double_in_bulk", "store_left_behind", "without waiting for its asynchronous work"),
+        ("double_own", "no_wait_for_copy", "without waiting for its asynchronous work"),
+    ],
+)
+def test_a_fault_ends_the_launch(entry: str, fault: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run(entry, fault, 0)
+    assert run(entry, "none", 0), "the next launch is not affected"
