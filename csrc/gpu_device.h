@@ -86,6 +86,11 @@ BITFAST_GPU uint4 load_shared_16(const void* p) {
                : "memory");
   return v;
 }
+BITFAST_GPU uint2 load_shared_8(const void* p) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared_address(p)) : "memory");
+  return v;
+}
 BITFAST_GPU void store_shared_16(void* p, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");

@@ -514,6 +514,10 @@ inline uint4 load_shared_16(const void* p) {
   emulation::check_shared(p, 16, "a load");
   return load_aligned<uint4>(p);
 }
+inline uint2 load_shared_8(const void* p) {
+  emulation::check_shared(p, 8, "a load");
+  return load_aligned<uint2>(p);
+}
 inline void store_shared_16(void* p, uint4 v) {
   emulation::check_shared(p, 16, "a store");
   store_aligned(p, v);
