@@ -108,8 +108,7 @@ struct Forward {
       for (int v = lanes.lane; v < vectors; v += lanes.count) {
         float x[vector];
         unpack<T>(load_shared_16(filter + v * vector), x);
-#pragma unroll
-        for (int i = 0; i < vector; i += 2) sum[0] += x[i] + x[i + 1];
+        sum[0] += sum_of<vector>(x);
       }
       sum_over_lanes(sum, lanes, scratch);
       s = {sum[0] / static_cast<float>(e.row_elements()), 0.0f, 0.0f, 0.0f, 0.0f};
@@ -118,11 +117,9 @@ struct Forward {
       float x[vector];
       unpack<T>(load_shared_16(filter + v * vector), x);
 #pragma unroll
-      for (int i = 0; i < vector; ++i) {
-        const float d = x[i] - s.shift;
-        s.offsets += d;
-        s.squares = fused_multiply_add(d, d, s.squares);
-      }
+      for (int i = 0; i < vector; ++i) x[i] -= s.shift;
+      s.offsets += sum_of<vector>(x);
+      s.squares += dot<vector>(x, x);
     }
     if (piece.is_last_measured()) {
       float sums[2] = {s.offsets, s.squares};
@@ -292,10 +289,9 @@ struct Backward {
         read_weights<T, is_turned>(weights + row, place, e.taps, x);
         load_shared_numbers(gradients, row + place.tap * e.channels + place.channel, a.gradient_dtype, g);
 #pragma unroll
-        for (int i = 0; i < vector; ++i) {
-          sums.g += g[i];
-          sums.gh = fused_multiply_add(g[i], (x[i] - now.mean) * now.rstd, sums.gh);
-        }
+        for (int i = 0; i < vector; ++i) x[i] = (x[i] - now.mean) * now.rstd;
+        sums.g += sum_of<vector>(g);
+        sums.gh += dot<vector>(g, x);
       });
       if (now.piece.is_last_measured()) average(f, lanes, sums, scratch);
     }
@@ -324,7 +320,7 @@ struct Backward {
 
   static BITFAST_GPU float gradient(float x, float g, const Loaded& now, const Sums& means) {
     const float h = (x - now.mean) * now.rstd;
-    return now.rstd * (g - means.g - h * means.gh);
+    return now.rstd * fused_multiply_add(-h, means.gh, g - means.g);
   }
 
   static BITFAST_GPU void average(const Filters& f, const Lanes& lanes, Sums& sums, float* scratch) {

@@ -155,6 +155,26 @@ BITFAST_GPU void sum_over_lanes(float (&sums)[count], const Lanes& lanes, float*
   }
 }
 
+// Sums of a vector's numbers and products by halves: rounding errors stay smaller than one after the other.
+template <int count>
+BITFAST_GPU float sum_of(const float* x) {
+  if constexpr (count == 1) {
+    return x[0];
+  } else {
+    return sum_of<count / 2>(x) + sum_of<count / 2>(x + count / 2);
+  }
+}
+template <int count>
+BITFAST_GPU float dot(const float* x, const float* y) {
+  if constexpr (count == 1) {
+    return x[0] * y[0];
+  } else if constexpr (count == 2) {
+    return fused_multiply_add(x[0], y[0], x[1] * y[1]);
+  } else {
+    return dot<count / 2>(x, y) + dot<count / 2>(x + count / 2, y + count / 2);
+  }
+}
+
 // All threads of the block begin to copy; a multiple of 16 bytes.
 BITFAST_GPU void begin_copy(void* shared, const void* global, int bytes) {
   auto* to = static_cast<unsigned char*>(shared);
