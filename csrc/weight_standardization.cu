@@ -442,9 +442,6 @@ const char* launch_over(
 }  // namespace
 }  // namespace bitfast::weight_standardization
 
-// Writes the results into one buffer, and mean and 1/std of each filter.
-//
-// weights: call->count addresses. results: of the result's dtype. means, rstds: float32, one per filter, in order.
 BITFAST_ENTRY const char* bitfast_weight_standardization_forward(
     const bitfast::weight_standardization::Call* call, void* stream, const void* const* weights, void* results,
     float* means, float* rstds) {
@@ -464,10 +461,6 @@ BITFAST_ENTRY const char* bitfast_weight_standardization_forward(
   });
 }
 
-// Writes the gradients of the weights into one buffer, where Weight::start says, in the dtype and order of the weights.
-//
-// gradients: call->count addresses of the gradients of the results, each in its result's dtype and order; null stands for
-// zeros, and gives zeros.
 BITFAST_ENTRY const char* bitfast_weight_standardization_backward(
     const bitfast::weight_standardization::Call* call, void* stream, const void* const* weights,
     const void* const* gradients, const float* means, const float* rstds, void* weight_gradients) {

@@ -24,3 +24,20 @@ struct Call {
 };
 
 }  // namespace bitfast::weight_standardization
+
+// The entries. They launch on a stream of the current device and return null, or what went wrong.
+
+// Writes the results into one buffer, where Weight::start says, and mean and 1/std of each filter.
+//
+// weights: call->count addresses. results: of the result's dtype. means, rstds: one per filter, in order.
+extern "C" const char* bitfast_weight_standardization_forward(
+    const bitfast::weight_standardization::Call* call, void* stream, const void* const* weights, void* results,
+    float* means, float* rstds);
+
+// Writes the gradients of the weights into one buffer, where Weight::start says, in the dtype and order of the weights.
+//
+// gradients: call->count addresses of the gradients of the results, each in its result's dtype and order; null stands for
+// zeros, and gives zeros.
+extern "C" const char* bitfast_weight_standardization_backward(
+    const bitfast::weight_standardization::Call* call, void* stream, const void* const* weights,
+    const void* const* gradients, const float* means, const float* rstds, void* weight_gradients);

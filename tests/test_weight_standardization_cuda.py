@@ -1,8 +1,8 @@
-"""The CUDA kernels of weight_standardization, run on the CPU: tests/host/gpu_emulation.h stands in for the GPU."""
+"""The CUDA kernels of weight_standardization, run on the CPU by tests/host/gpu_emulation.h."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from bitfast.memory_format import laid_out
 from bitfast.ops import native_cuda
 from bitfast.ops.weight_buffer import ALIGNMENT, starts_of, unpack
 from bitfast.ops.weight_standardization_cuda import PreparedKernels, check_first_use
+from bitfast.ops.weight_standardization_eager import PreparedCallOfAll, StandardizeAll
 from tests.emulated import A100, H100, at_page_end, emulate, library
 from tests.feature_maps import DTYPES, LAYOUTS
 from tests.plain_ops import exact_standardization, plain_standardization
@@ -28,11 +29,10 @@ FEW = (90, 1, 227 * 1024)
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     emulated = library("csrc/weight_standardization.cu")
     monkeypatch.setattr(native_cuda, "library", lambda: emulated)
     emulate(emulated)
-    yield
 
 
 def on(device: tuple[int, int, int], seed: int = 0) -> None:
@@ -368,6 +368,63 @@ def test_what_cannot_be_launched_is_refused():
     with pytest.raises(RuntimeError, match="more than 65535 pixels"):
         forward([weight], channels_last=True)
     assert ALIGNMENT == 64, "start_unit in csrc/weight_standardization_pieces.h"
+
+
+# ---- eager calls ----------------------------------------------------------------------------------
+
+
+def standardize_all(call: PreparedCallOfAll, weights: Sequence[Tensor]) -> list[Tensor]:
+    addresses = [weight.data_ptr() for weight in weights]
+    return list(StandardizeAll.apply(call, call.launches.at(addresses), *weights))
+
+
+def reference_all(call: PreparedCallOfAll, weights: Sequence[Tensor]) -> list[Tensor]:
+    dtype, channels_last = call.result_dtype, call.channels_last
+    packed, _, _ = torch.ops.bitfast.weight_standardization_all.reference(
+        weights, call.eps, dtype, channels_last
+    )
+    return unpack(packed, weights, channels_last)
+
+
+SOME = [(5, 3, 7, 7), (9, 32, 3, 3), (16, 64, 1, 1), (2, 640, 3, 3)]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_eager_calls_give_what_the_operators_give(channels_last):
+    torch.manual_seed(7)
+    weights = [draw(shape, torch.float32, layout) for shape in SOME for layout in LAYOUTS]
+    leaves = [weight.requires_grad_() for weight in weights]
+    call = PreparedCallOfAll(leaves, EPS, torch.bfloat16, channels_last, "native")
+    # Of the result that is left out there is no gradient; others lie in whatever layout.
+    grads = [torch.randn(w.shape).bfloat16() for w in weights]
+    grads[1] = laid_out(grads[1], torch.channels_last)
+    grads[2] = torch.randn(3, 3, 9, 32).bfloat16().permute(2, 3, 0, 1)
+
+    def run(function: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        results = function(call, leaves)
+        return results, torch.autograd.grad(results[1:], leaves, grads[1:])
+
+    (results, gradients), (expected, expected_gradients) = run(standardize_all), run(reference_all)
+    for a, e in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, e)
+        assert a.stride() == e.stride()
+    for a, e in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+        assert a.stride() == e.stride()
+    assert not gradients[0].any()
+
+
+def test_second_derivatives():
+    leaves = [draw(shape, torch.float32, LAYOUTS[0]).requires_grad_() for shape in SOME[:2]]
+    call = PreparedCallOfAll(leaves, EPS, torch.float32, False, "native")
+
+    def run(function: Any) -> tuple[Tensor, ...]:
+        loss = sum(r.sin().sum() for r in function(call, leaves))
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for a, e in zip(run(standardize_all), run(reference_all), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()))
 
 
 def test_the_check_of_the_first_use():

@@ -1,4 +1,4 @@
-"""weight_standardization by the CUDA kernels of the extension: prepared calls, and the check of their first use."""
+"""weight_standardization by the extension's CUDA kernels: prepared calls, and the check of their first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitfast import reference
-from bitfast.memory_format import is_channels_last, laid_out
+from bitfast.memory_format import is_channels_last, laid_out, memory_format_of
 from bitfast.ops.first_use import difference
 from bitfast.ops.native_cuda import ADDRESS, DTYPES, entry
 from bitfast.ops.weight_buffer import starts_of, unpack
@@ -123,6 +123,48 @@ class PreparedKernels:
         )
 
 
+class CudaLaunches:
+    """``Launches`` of weight_standardization_eager.py. Gradients are read where they lie."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], eps: float, dtype: torch.dtype, channels_last: bool
+    ) -> None:
+        """Prepare for weights like these, which are dense, contiguous or channels_last."""
+        self._kernels = PreparedKernels(weights, eps, dtype, channels_last)
+        self._layouts = [
+            torch.channels_last if channels_last else memory_format_of(weight) for weight in weights
+        ]
+
+    def at(self, addresses: Sequence[int]) -> Sequence[int]:
+        """Return the addresses: nothing else is wanted."""
+        return addresses
+
+    def forward(
+        self, stream: int, weights: Sequence[int], result: int, mean: int, rstd: int
+    ) -> None:
+        """Launch the forward kernel."""
+        self._kernels.forward(stream, weights, result, mean, rstd)
+
+    def backward(
+        self,
+        stream: int,
+        weights: Sequence[int],
+        grads: Sequence[Tensor | None],
+        like: Sequence[object],
+        mean: int,
+        rstd: int,
+        grad_weight: int,
+    ) -> None:
+        """Launch the backward kernel."""
+        # Copies, where there are any, live until the kernel is launched; what takes their memory is behind it.
+        dense = [
+            None if grad is None else grad.contiguous(memory_format=layout)
+            for grad, layout in zip(grads, self._layouts, strict=True)
+        ]
+        addresses = [None if grad is None else grad.data_ptr() for grad in dense]
+        self._kernels.backward(stream, weights, addresses, mean, rstd, grad_weight)
+
+
 # ---- first use ------------------------------------------------------------------------------------
 
 
@@ -182,4 +224,4 @@ def _check(device: torch.device, weight_dtype: torch.dtype, dtype: torch.dtype) 
     return None
 
 
-__all__ = ["NATIVE_CUDA_DTYPES", "PreparedKernels", "check_first_use"]
+__all__ = ["NATIVE_CUDA_DTYPES", "CudaLaunches", "PreparedKernels", "check_first_use"]
