@@ -29,10 +29,15 @@ int32_t number_of(ScalarType dtype) {
   }
 }
 
+void check_device(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.device() == weight.device(), "all tensors must be on the device of the first weight");
+}
+
 std::vector<Weight> described(const std::vector<Tensor>& weights, bool channels_last) {
   std::vector<Weight> result;
   Place place;
   for (const Tensor& weight : weights) {
+    check_device(weight, weights[0]);
     const int64_t taps = is_turned(weight, channels_last) ? weight.size(2) * weight.size(3) : 1;
     result.push_back({weight.size(0), weight.numel() / weight.size(0) / taps, taps, place.values});
     place = place.after(weight);
@@ -83,6 +88,9 @@ struct CudaKernels {
   static void backward(
       const Tensor& grad, const std::vector<Tensor>& weights, const Tensor& mean, const Tensor& rstd,
       bool channels_last, const Tensor& result) {
+    for (const Tensor* x : {&grad, &mean, &rstd}) {
+      check_device(*x, weights[0]);
+    }
     const std::vector<Weight> shapes = described(weights, channels_last);
     const Call call = call_of(shapes, weights[0], grad, 0.0);
     std::vector<const void*> gradients;

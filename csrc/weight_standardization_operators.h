@@ -53,7 +53,6 @@ inline void check_alike(const std::vector<Tensor>& weights) {
   for (const Tensor& weight : weights) {
     check_weight(weight);
     STD_TORCH_CHECK(weight.scalar_type() == weights[0].scalar_type(), "weights must be of one dtype");
-    STD_TORCH_CHECK(weight.device() == weights[0].device(), "weights must be on one device");
   }
 }
 
