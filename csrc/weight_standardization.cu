@@ -1,10 +1,10 @@
 // weight_standardization on CUDA GPUs: all weights of a model in one launch, forward and backward.
 //
 // Persistent blocks take pieces of the weights in turn (weight_standardization_pieces.h), each from a stage of shared
-// memory, while the next one is on its way to another stage. So memory sees each weight once; only filters that are longer
-// than a stage are read twice, the second time from the L2 cache. The copies are cp.async, by all threads: the same code
-// for all GPUs from sm_80 on, and any rows of 16 bytes. What keeps memory busy are the bytes on their way, four to eight
-// blocks' stages of 9 to 37 KB on each multiprocessor; for that they need no copy engine.
+// memory, while the next one is on its way to another stage. So memory sees each weight once; only filters that are
+// longer than a stage are read twice, the second time from the L2 cache. The copies are cp.async, by all threads: the
+// same code for all GPUs from sm_80 on, and any rows of 16 bytes. What keeps memory busy are the bytes on their way,
+// four to eight blocks' stages of 9 to 37 KB on each multiprocessor; for that they need no copy engine.
 #include "weight_standardization_cuda.h"
 
 #include "weight_standardization_pieces.h"
@@ -14,11 +14,11 @@ namespace {
 
 constexpr int stages = 2;
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 // Variances do not cancel: they are taken around the mean (of a filter in chunks: around the mean of its first chunk,
-// which is at most as many standard deviations away as the root of the number of chunks). What rounding left over of the
-// mean, which matters where it is many standard deviations, is subtracted afterwards.
+// which is at most as many standard deviations away as the root of the number of chunks). What rounding left over of
+// the mean, which matters where it is many standard deviations, is subtracted afterwards.
 template <typename T>
 struct Forward {
   struct Arguments {
@@ -176,10 +176,11 @@ struct Forward {
   }
 };
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // With h = (w - mean) rstd and the gradient g of the result: dw = rstd (g - mean(g) - h mean(g h)), the means over a
-// filter. g lies in the order of the result, dw in that of the weight. A weight whose result got no gradient gets zeros.
+// filter. g lies in the order of the result, dw in that of the weight. A weight whose result got no gradient gets
+// zeros.
 template <typename T>
 struct Backward {
   struct Arguments {
@@ -296,7 +297,8 @@ struct Backward {
       if (now.piece.is_last_measured()) average(f, lanes, sums, scratch);
     }
     if (!now.piece.is_written()) return;
-    T* out = static_cast<T*>(a.weight_gradients) + static_cast<int64_t>(f.start) * start_unit + e.begin(now.piece.filter);
+    T* out = static_cast<T*>(a.weight_gradients);
+    out += static_cast<int64_t>(f.start) * start_unit + e.begin(now.piece.filter);
     for_each_vector<vector, is_turned>(e, lanes, [&](const Place& place) {
       float x[vector], g[vector];
       read_weights<T, is_turned>(weights + row, place, e.taps, x);
@@ -359,12 +361,12 @@ struct Backward {
   }
 };
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-// How a weight is computed. Filters of whole items share the threads so that each has as many numbers as it can hold, or
-// more than half as many.
+// How a weight is computed. Filters of whole items share the threads so that each has as many numbers as it can hold,
+// or more than half as many.
 Filters filters_of(const Weight& weight, bool is_aligned) {
   Filters f{};
   f.start = static_cast<uint32_t>(weight.start / start_unit);
@@ -381,7 +383,6 @@ Filters filters_of(const Weight& weight, bool is_aligned) {
     f.form = Form::any;
     f.lanes_log2 = f.fan_in <= 2048 ? 5 : 7;
   }
-  f.per_item = static_cast<uint8_t>(threads >> f.lanes_log2);
   return f;
 }
 
@@ -424,7 +425,8 @@ const char* launch_over(
       f = filters_of(weight, is_aligned(table.weights[i]) && aligned(first + i));
       f.first_item = static_cast<uint32_t>(items);
       f.first_filter = static_cast<uint32_t>(filters);
-      items += (weight.filters + f.per_item - 1) / f.per_item;
+      const int per_item = threads >> f.lanes_log2;
+      items += (weight.filters + per_item - 1) / per_item;
       filters += weight.filters;
       if (items > INT32_MAX || filters > INT32_MAX) return "the weights have too many filters";
     }

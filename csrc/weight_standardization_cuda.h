@@ -10,7 +10,7 @@ namespace bitfast::weight_standardization {
 struct Weight {
   int64_t filters;
   int64_t channels;
-  int64_t taps;   // 1 if the result has the order of the weight; else the weight has taps innermost, the result channels
+  int64_t taps;   // 1 if the result has the order of the weight; else that has taps innermost, the result channels
   int64_t start;  // where its results begin in the buffer of all, in elements: a multiple of 64
 };
 
@@ -36,8 +36,8 @@ extern "C" const char* bitfast_weight_standardization_forward(
 
 // Writes the gradients of the weights into one buffer, where Weight::start says, in the dtype and order of the weights.
 //
-// gradients: call->count addresses of the gradients of the results, each in its result's dtype and order; null stands for
-// zeros, and gives zeros.
+// gradients: call->count addresses of the gradients of the results, each in its result's dtype and order; null stands
+// for zeros, and gives zeros.
 extern "C" const char* bitfast_weight_standardization_backward(
     const bitfast::weight_standardization::Call* call, void* stream, const void* const* weights,
     const void* const* gradients, const float* means, const float* rstds, void* weight_gradients);

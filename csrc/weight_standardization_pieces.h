@@ -1,12 +1,12 @@
 // How the CUDA kernels of weight_standardization divide the work: weights into items, items into pieces.
 //
-// An item is what a block takes at a time: as many whole filters as its threads can hold, at most stage_elements numbers,
-// which are adjacent in memory. A filter that is longer is an item of its own, of several chunks, which the block reads
-// twice: to measure it, and to write it. A piece is what lies in shared memory at a time: an item, or a chunk. Items go to
-// blocks in turn.
+// An item is what a block takes at a time: as many whole filters as its threads can hold, at most stage_elements
+// numbers, which are adjacent in memory. A filter that is longer is an item of its own, of several chunks, which the
+// block reads twice: to measure it, and to write it. A piece is what lies in shared memory at a time: an item, or a
+// chunk. Items go to blocks in turn.
 //
-// All that a launch knows of its weights comes as an argument of the kernel: nothing is copied to the GPU beforehand, and a
-// CUDA graph can record it.
+// All that a launch knows of its weights comes as an argument of the kernel: nothing is copied to the GPU beforehand,
+// and a CUDA graph can record it.
 #pragma once
 
 #include "gpu.h"
@@ -35,9 +35,8 @@ struct Filters {
   uint32_t start;         // in the buffer of results, in units
   uint32_t fan_in;
   uint16_t taps;  // see Weight
-  uint8_t per_item;
-  Form form : 4;
-  uint8_t lanes_log2 : 4;  // threads that share a filter
+  Form form;
+  uint8_t lanes_log2;  // of the threads that share a filter: an item is threads >> lanes_log2 filters
 };
 static_assert(sizeof(Filters) == 20, "as small as can be, since arguments take 4 KB at most");
 
@@ -78,7 +77,7 @@ class Pieces {
     if (item_ >= items_) return {-1, 0, 0, 1};
     while (item_ >= static_cast<int64_t>(table_.filters[weight_ + 1].first_item)) ++weight_;
     const Filters& f = table_.filters[weight_];
-    Piece piece{weight_, static_cast<int>(item_ - f.first_item) * f.per_item, step_, 1};
+    Piece piece{weight_, static_cast<int>(item_ - f.first_item) * (threads >> f.lanes_log2), step_, 1};
     int steps = 1;
     if (f.form == Form::in_chunks) {
       const int each = channels_per_chunk(f.taps);
@@ -114,7 +113,7 @@ BITFAST_GPU Extent extent_of(const Table& table, const Piece& piece) {
   const Filters& f = table.filters[piece.weight];
   const int filters = static_cast<int>(table.filters[piece.weight + 1].first_filter - f.first_filter);
   const int channels = channels_of(f);
-  Extent e{min(static_cast<int>(f.per_item), filters - piece.filter), channels, f.taps, 0, channels};
+  Extent e{min(threads >> f.lanes_log2, filters - piece.filter), channels, f.taps, 0, channels};
   if (f.form == Form::in_chunks) {
     const int each = channels_per_chunk(f.taps);
     e.first_channel = piece.chunk() * each;
@@ -230,7 +229,7 @@ class Order {
   float groups_inverse_, vectors_inverse_;
 };
 
-// ---- numbers of which the dtype is known at run time -----------------------------------------------------------------
+// ---- numbers of which the dtype is known at run time ----------------------------------------------------------------
 
 template <typename T, int count>
 BITFAST_GPU void store_16_bit(void* data, int64_t index, const float (&numbers)[count]) {
