@@ -17,6 +17,7 @@ from bitfast.images.batch_feature import BatchFeature, parse_tensor_type
 from bitfast.images.inputs import (
     ChannelDimension,
     flatten_images,
+    need_no_reading,
     parse_channel_dimension,
     parse_size,
     raise_named,
@@ -37,6 +38,7 @@ from bitfast.images.processing_base import (
     replaced,
 )
 from bitfast.images.tensor_steps import TensorSteps
+from bitfast.images.tensor_tasks import sizes_after_resizing
 from bitfast.ops.staging import upload
 
 
@@ -73,7 +75,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         input_data_format: Layout of the arrays among the images; None: seen from each one's axis of 1 or 3
             channels. "none" says (H, W).
         device: Where to work, and where the results lie; None: where the images are. From the CPU to a
-            GPU all images go in one asynchronous copy.
+            GPU all images go together, in asynchronous copies.
         disable_grouping: Whether a step that a subclass replaces is called for each image, as a batch of one,
             rather than for all images of one size. Has no other effect.
         **kwargs: Unknown parameters are kept as attributes and saved.
@@ -254,8 +256,12 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         """Return images as tensors (C, H, W) on the device asked for, in lists where they are in lists."""
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
         nested = [isinstance(image, (list, tuple)) for image in images]
-        # All images go to a device in one copy, unless a subclass replaces the method that reads one.
-        at_once = device is not None and not any(nested) and not replaced(self, READING)
+        # All images go to a device together, unless a subclass replaces the method that reads one.
+        together = not any(nested) and not replaced(self, READING)
+        at_once = device is not None and together
+        is_usual = together and not replaced(self, {**METHODS, **CONVERTING})
+        if is_usual and need_no_reading(images, input_data_format):
+            return upload(images, torch.device(device)) if at_once else images
         read = partial(
             self._process_image,
             do_convert_rgb=do_convert_rgb,
@@ -354,7 +360,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
             }
         )
         tensor_steps.check_pixels(images, options, stacklevel=5)
-        recorded = any(map(tensor_steps.is_recorded, images))
+        recorded = torch.is_grad_enabled() and any(image.requires_grad for image in images)
         if do_resize and (recorded or replaced(self, RESIZING)):
             images = tensor_steps.call_by_shape(
                 images,
@@ -376,7 +382,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
                     )
                 return stack
 
-            shapes = tensor_steps.sizes_after_resizing(images, options)
+            shapes = sizes_after_resizing(images, options)
             before = Options(*options[:3], crop=None if crops else options.crop)
             images = list(tensor_steps.process_at_once(images, before))
             images = tensor_steps.call_by_shape(images, shapes, crop_and_rescale, disable_grouping)
@@ -396,6 +402,7 @@ CROPPING = _methods("center_crop")
 RESCALING = _methods(
     "rescale", "normalize", "rescale_and_normalize", "_fuse_mean_std_and_rescale_factor"
 )
+CONVERTING = _methods("convert_to_rgb")
 READING = _methods("_process_image")
 METHODS = _methods(
     *(*RESIZING, *CROPPING, *RESCALING, *READING),
