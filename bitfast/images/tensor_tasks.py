@@ -43,15 +43,19 @@ def tasks_of(images: Sequence[Tensor], options: Options) -> list[ImageTask]:
     Raises:
         ValueError: a size or a mean that does not fit an image; the message says which.
     """
-    maker = _TaskMaker(options)
+    makers: dict[Hashable, _TaskMaker] = {}
     known: dict[Hashable, ImageTask] = {}
     tasks: list[ImageTask] = []
     try:
         for image in images:
-            key = image.shape, image.dtype, image.device
-            task = known.get(key)
+            shape, dtype, device = image.shape, image.dtype, image.device
+            task = known.get((shape, dtype, device))
             if task is None:
-                task = known[key] = maker.task(*key)
+                channels, height, width = shape
+                kind = channels, dtype, device
+                if kind not in makers:
+                    makers[kind] = _TaskMaker(*kind, options)
+                task = known[shape, dtype, device] = makers[kind].task(height, width)
             tasks.append(task)
     except ValueError as error:
         raise_named(len(tasks), error)
@@ -59,45 +63,51 @@ def tasks_of(images: Sequence[Tensor], options: Options) -> list[ImageTask]:
 
 
 class _TaskMaker:
-    """Makes the tasks of one call."""
+    """Makes the tasks of images of one number of channels, dtype and device."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._rescalings: dict[Hashable, tuple[tuple[float, ...], ...]] = {}
-        self._kinds: dict[Hashable, Kind] = {}
+    def __init__(
+        self, channels: int, dtype: torch.dtype, device: torch.device, options: Options
+    ) -> None:
+        """Work out what does not depend on the size.
 
-    def task(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> ImageTask:
-        """Return the task of an image of this shape (C, H, W)."""
-        options = self._options
-        channels, height, width = shape
+        Raises:
+            ValueError: a mean or a standard deviation that does not fit.
+        """
+        self._options, self._device = options, device
+        self._channels = channels
         if options.mean is not None and channels == 1:
-            channels = max(_length(options.mean), _length(options.std))
-        factors, mean, std = self._rescaling(channels, dtype)
-        size = size_after_resizing(height, width, options)
+            self._channels = max(_length(options.mean), _length(options.std))
+        self._rescaling = _rescaling(self._channels, dtype, options)
         are_integers = not dtype.is_floating_point and dtype != torch.uint8
-        computed = torch.float64 if are_integers else dtype  # exact
-        changes_image = (
-            are_integers
-            or channels != shape[0]
-            or (options.nearest_mode is not None and size != (height, width))
-        )
-        crop = size if options.crop is None else options.crop
-        key = crop, channels, computed, device
-        if key not in self._kinds:
-            result = _computed_dtype(computed, bool(factors or mean), bool(mean))
-            recipe = Recipe(
-                crop, options.resample, factors, mean, std, result, pillow_version=WIDTH_FIRST
-            )
-            self._kinds[key] = Kind(recipe, channels, computed, device)
+        self._dtype = torch.float64 if are_integers else dtype  # exact
+        self._changes_images = are_integers or self._channels != channels
+        self._result_dtype = _result_dtype(dtype, options)
+        self._kinds: dict[tuple[int, int], Kind] = {}
+
+    def task(self, height: int, width: int) -> ImageTask:
+        """Return the task of an image of this size.
+
+        Raises:
+            ValueError: it cannot be resized so.
+        """
+        size = size_after_resizing(height, width, self._options)
+        crop = size if self._options.crop is None else self._options.crop
+        kind = self._kinds.get(crop)
+        if kind is None:
+            kind = self._kinds[crop] = self._kind(crop)
         offset = center_offset(size[0], crop[0]), center_offset(size[1], crop[1])
+        is_resized_first = self._options.nearest_mode is not None and size != (height, width)
         return ImageTask(
-            Task(size, offset, self._kinds[key]), changes_image, _result_dtype(dtype, options)
+            Task(size, offset, kind), self._changes_images or is_resized_first, self._result_dtype
         )
 
-    def _rescaling(self, channels: int, dtype: torch.dtype) -> tuple[tuple[float, ...], ...]:
-        if (channels, dtype) not in self._rescalings:
-            self._rescalings[channels, dtype] = _rescaling(channels, dtype, self._options)
-        return self._rescalings[channels, dtype]
+    def _kind(self, crop: tuple[int, int]) -> Kind:
+        factors, mean, std = self._rescaling
+        dtype = _computed_dtype(self._dtype, bool(factors or mean), bool(mean))
+        recipe = Recipe(
+            crop, self._options.resample, factors, mean, std, dtype, pillow_version=WIDTH_FIRST
+        )
+        return Kind(recipe, self._channels, self._dtype, self._device)
 
 
 # ---- sizes and offsets ---------------------------------------------------------------------------
