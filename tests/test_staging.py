@@ -162,3 +162,47 @@ def test_on_a_gpu() -> None:
     originals = images()
     for original, image in zip(originals, upload(originals, torch.device("cuda")), strict=True):
         assert torch.equal(image.cpu(), original)
+
+
+# ---- a GPU that copies late --------------------------------------------------------------------------
+
+
+class LateCopies:
+    """Stands in for a GPU: its memory is the CPU's, and it makes its copies one after the other, late."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pinned: list[int] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self._empty, self._copy = torch.empty, Tensor.copy_
+        monkeypatch.setattr(torch, "empty", self._new)
+        monkeypatch.setattr(Tensor, "copy_", lambda *args, **kwargs: self._late(*args, **kwargs))
+
+    def _new(
+        self, *size: int, device: object = None, pin_memory: bool = False, **kwargs: object
+    ) -> Tensor:
+        memory = self._empty(*size, **kwargs)
+        if pin_memory:
+            self.pinned.append(memory.data_ptr())
+        return memory
+
+    def _late(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        assert non_blocking
+        assert source.data_ptr() in self.pinned
+        self.copies.append((target, source))
+        return target
+
+    def finish(self) -> None:
+        for target, source in self.copies:
+            self._copy(target, source)
+
+
+@NEEDS_EXTENSION
+def test_copies_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    originals = [image for image in images() if staging._is_plain_memory(image)]
+    gpu = LateCopies(monkeypatch)
+    monkeypatch.setattr(staging.send, "__defaults__", (64,))
+    result = upload(originals, torch.device("cuda"))
+    assert len(gpu.copies) > 20
+    gpu.finish()
+    for original, image in zip(originals, result, strict=True):
+        assert torch.equal(image, original)

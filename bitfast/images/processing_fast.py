@@ -262,12 +262,11 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         is_usual = together and not replaced(self, {**METHODS, **CONVERTING})
         if is_usual and need_no_reading(images, input_data_format):
             return upload(images, torch.device(device)) if at_once else images
-        read = partial(
-            self._process_image,
-            do_convert_rgb=do_convert_rgb,
-            input_data_format=input_data_format,
-            device=None if at_once else device,
-        )
+        reading = {"do_convert_rgb": do_convert_rgb, "input_data_format": input_data_format}
+        if together:
+            read = partial(self._read_image, **reading, copies=replaced(self, METHODS))
+        else:
+            read = partial(self._process_image, **reading, device=device)
         tensors: list[Any] = []
         try:
             for image, is_list in zip(images, nested, strict=True):
@@ -288,12 +287,18 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         device: Any = None,
     ) -> Tensor:
         """Return one image as a tensor (C, H, W) on the device asked for."""
+        # Methods of a subclass may write into it, and it may be Pillow's memory.
+        copies = replaced(self, METHODS)
+        pixels = self._read_image(image, do_convert_rgb, input_data_format, copies)
+        return pixels if device is None else pixels.to(device)
+
+    def _read_image(
+        self, image: Any, do_convert_rgb: bool | None, input_data_format: Any, copies: bool
+    ) -> Tensor:
         pixels = read_tensor(
             self.convert_to_rgb(image) if do_convert_rgb else image, input_data_format
         )
-        if replaced(self, METHODS):  # who may write into it, and it may be Pillow's memory
-            pixels = pixels.clone(memory_format=torch.contiguous_format)
-        return pixels if device is None else pixels.to(device)
+        return pixels.clone(memory_format=torch.contiguous_format) if copies else pixels
 
     def convert_to_rgb(self, image: Any) -> Any:
         """Return a PIL image in mode "RGB", and anything else as it is.

@@ -109,11 +109,8 @@ def upload(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if not packed:
         return [image.to(device) for image in images]
     batch = pack([images[i] for i in packed])
-    views = batch.views(send(batch, device))
-    result = list(images)
-    for i, view in zip(packed, views, strict=True):
-        result[i] = view
-    return [image.to(device) for image in result]
+    views = dict(zip(packed, batch.views(send(batch, device)), strict=True))
+    return [views[i] if i in views else image.to(device) for i, image in enumerate(images)]
 
 
 def _is_plain_memory(image: Tensor) -> bool:
