@@ -155,6 +155,16 @@ def test_the_dispatcher_makes_no_difference(layout: str) -> None:
     assert torch.equal(result.cpu(), resize_normalize([i.cpu() for i in images], **arguments))
 
 
+def test_a_default_device_makes_no_difference() -> None:
+    filter_store.cache_clear()
+    values_of_bytes.cache_clear()
+    images = [random_image(1, (11, 9, 3), "HWC").to(DEVICE)]
+    with use_backend("triton"), torch.device("meta"):
+        result = resize_normalize(images, [(8, 7)], rescale_factor=1 / 255)
+    expected = resize_normalize([images[0].cpu()], [(8, 7)], rescale_factor=1 / 255)
+    assert torch.equal(result.cpu(), expected)
+
+
 def test_floating_images_are_not_for_it() -> None:
     image = torch.rand(4, 5, 3, device=DEVICE)
     with (

@@ -78,6 +78,11 @@ def test_pieces_follow_one_another_and_are_never_reused() -> None:
         assert torch.equal(view, original)
 
 
+def test_pieces_are_neither_small_nor_large_nor_few() -> None:
+    sizes = {1: 2**21, 2**24 - 1: 2**21, 2**25: 2**22, 2**25 + 1: 2**22, 2**27: 2**24, 2**40: 2**24}
+    assert {nbytes: staging.piece_size(nbytes) for nbytes in sizes} == sizes
+
+
 @NEEDS_EXTENSION
 @settings(max_examples=100)
 @given(st.data())
@@ -200,9 +205,9 @@ class LateCopies:
 def test_copies_may_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     originals = [image for image in images() if staging._is_plain_memory(image)]
     gpu = LateCopies(monkeypatch)
-    monkeypatch.setattr(staging.send, "__defaults__", (64,))
+    monkeypatch.setattr(staging, "SMALLEST_PIECE", 32)
     result = upload(originals, torch.device("cuda"))
-    assert len(gpu.copies) > 20
+    assert len(gpu.copies) > 8
     gpu.finish()
     for original, image in zip(originals, result, strict=True):
         assert torch.equal(image, original)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitfast.ops.staging import upload
 
-MOST_NUMBERS = 2**24
+MOST_NUMBERS = 2**23
 """When a device holds so many numbers of one filter, it forgets them, and begins anew with those in use."""
 
 FEWEST_NUMBERS = 2**16
@@ -86,7 +86,7 @@ class FilterStore:
 
     def _nothing(self) -> Filters:
         with torch.inference_mode(False):  # they outlive the mode they are made in
-            table = torch.empty((0, len(FIELDS)), dtype=torch.int64)
+            table = torch.empty((0, len(FIELDS)), dtype=torch.int64, device="cpu")
             numbers = torch.empty(FEWEST_NUMBERS, dtype=torch.int32, device=self._device)
         return Filters(table, numbers, 0)
 
@@ -104,7 +104,7 @@ class FilterStore:
         return Filters(table, numbers, used)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def filter_store(resample: int, device: torch.device, stream: int) -> FilterStore:
     """Return the filters of a kind on a device. On another stream their copy may not be done yet."""
     return FilterStore(resample, device)

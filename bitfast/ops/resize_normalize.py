@@ -425,7 +425,7 @@ def values_of_bytes(
     Results that are read from this table are exact, whatever the arithmetic of the device.
     """
     with torch.inference_mode(False):  # the table outlives the mode it is made in
-        pixels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, channels)
+        pixels = torch.arange(256, dtype=torch.uint8, device="cpu")[:, None].expand(256, channels)
         return rescale_normalize(pixels, rescale_factors, mean, std, dtype).contiguous()
 
 

@@ -20,8 +20,11 @@ from bitfast.ops.eager import is_unwatched
 ALIGNMENT = 16
 """Each image in the packed batch begins at a multiple of so many bytes."""
 
-PIECE = 2**24
-"""Bytes that are packed, and then copied, at a time."""
+SMALLEST_PIECE, LARGEST_PIECE = 2**21, 2**24
+"""Bytes that are packed, and then copied, at a time. A piece costs the host some 50 microseconds."""
+
+PIECES = 8
+"""Of a batch that is neither small nor large: neither packing the first nor copying the last overlaps."""
 
 
 class Batch(NamedTuple):
@@ -46,7 +49,7 @@ class Batch(NamedTuple):
         """
         for first in range(0, self.nbytes, size):
             end = min(first + size, self.nbytes)
-            piece = torch.empty(end - first, dtype=torch.uint8, pin_memory=pin_memory)
+            piece = torch.empty(end - first, dtype=torch.uint8, device="cpu", pin_memory=pin_memory)
             # From the last image that begins at or before it.
             wanted = slice(
                 max(bisect_right(self.starts, first) - 1, 0), bisect_left(self.starts, end)
@@ -81,11 +84,23 @@ def pack(images: list[Tensor]) -> Batch:
     return Batch(images, starts, strides, nbytes)
 
 
-def send(batch: Batch, device: torch.device, piece: int = PIECE) -> Tensor:
+def piece_size(nbytes: int) -> int:
+    """Return the size of the pieces of a batch: a power of two, as torch's allocator rounds pinned memory."""
+    wanted = max(nbytes // PIECES, 1)
+    return min(max(1 << (wanted.bit_length() - 1), SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def send(batch: Batch, device: torch.device, piece: int | None = None) -> Tensor:
     """Return the packed batch on a device: bytes, of which the last may be more than there are.
 
     To a GPU the copies are asynchronous, on its current stream.
+
+    Args:
+        batch: The images.
+        device: Where to.
+        piece: Bytes at a time; None: :func:`piece_size`.
     """
+    piece = piece_size(batch.nbytes) if piece is None else piece
     # So that the memory can be seen in any dtype.
     there = torch.empty(-(-batch.nbytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8, device=device)
     for first, packed in batch.pieces(piece, pin_memory=device.type == "cuda"):
