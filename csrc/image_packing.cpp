@@ -12,7 +12,14 @@
 
 #include "ceil_div.h"
 #include "in_parallel.h"
+#include "instruction_sets.h"
 #include "memory_format.h"
+
+namespace bitfast::image_packing {}  // the loops use its names
+
+#define BITFAST_LOOPS "image_packing_loops.h"
+#define BITFAST_OP image_packing
+#include "each_instruction_set.h"
 
 namespace bitfast::image_packing {
 namespace {
@@ -107,14 +114,8 @@ class Source {
       case 1:
         return copy_short_runs<1>(source, stride, count, target);
       case 3:
-        if (stride >= 4) {
-          // As Pillow has colors. The fourth byte that is copied along is between two pixels, and overwritten.
-          for (int64_t i = 0; i < count - 1; ++i) {
-            std::memcpy(target + i * 3, source + i * stride, 4);
-          }
-          source += (count - 1) * stride;
-          target += (count - 1) * 3;
-          count = 1;
+        if (stride == 4) {
+          return choose(BITFAST_EACH(drop_fourth_bytes))(source, count, target);
         }
         return copy_short_runs<3>(source, stride, count, target);
       case 4:
