@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -262,11 +262,15 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         is_usual = together and not replaced(self, {**METHODS, **CONVERTING})
         if is_usual and need_no_reading(images, input_data_format):
             return upload(images, torch.device(device)) if at_once else images
-        reading = {"do_convert_rgb": do_convert_rgb, "input_data_format": input_data_format}
+        how: dict[str, Any] = {
+            "do_convert_rgb": do_convert_rgb,
+            "input_data_format": input_data_format,
+        }
+        read: Callable[[Any], Tensor]
         if together:
-            read = partial(self._read_image, **reading, copies=replaced(self, METHODS))
+            read = partial(self._read_image, copies=replaced(self, METHODS), **how)
         else:
-            read = partial(self._process_image, **reading, device=device)
+            read = partial(self._process_image, device=device, **how)
         tensors: list[Any] = []
         try:
             for image, is_list in zip(images, nested, strict=True):
