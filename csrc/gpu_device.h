@@ -255,6 +255,12 @@ BITFAST_GPU T* keep_address(T* p) {
   asm volatile("" : "+l"(p));
   return p;
 }
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is needed, instead of
+// once before a loop that has no registers to spare.
+BITFAST_GPU int not_before_here(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 // ---- matrices --------------------------------------------------------------------------------------------------------
 

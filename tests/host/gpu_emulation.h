@@ -648,6 +648,7 @@ template <typename T>
 T* keep_address(T* p) {
   return p;
 }
+inline int not_before_here(int v) { return v; }
 
 // ---- matrices --------------------------------------------------------------------------------------------------------
 
