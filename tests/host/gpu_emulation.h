@@ -110,6 +110,7 @@ struct Warp {
   Meeting meeting;
   uint64_t slots[warp_size];
   uint32_t fragments[warp_size][6];
+  void* results[warp_size];  // where the lanes want what one of them computes for all
 };
 
 // Pages with a guard page before and after them; the bytes in use end where the last page does.
@@ -187,15 +188,22 @@ inline Machine machine;
   setcontext(&fiber.start);
 }
 
-inline void meet(Meeting& meeting, int threads) {
+// The last thread to arrive does the work for all of them.
+template <typename Work>
+void meet_and(Meeting& meeting, int threads, const Work& work) {
   ++machine.progress;
   const int generation = meeting.generation;
   if (++meeting.arrived == threads) {
+    work();
     meeting.arrived = 0;
     ++meeting.generation;
     return;
   }
   while (meeting.generation == generation) pause_thread();
+}
+
+inline void meet(Meeting& meeting, int threads) {
+  meet_and(meeting, threads, [] {});
 }
 
 inline Fiber& self() { return *machine.current; }
@@ -656,34 +664,51 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
   emulation::check_shared(row, 16, "a matrix's row");
   emulation::check_aligned(row, 16, "a matrix's row");
   auto& w = emulation::warp();
-  const int lane = emulation::lane();
-  w.slots[lane] = reinterpret_cast<uint64_t>(row);
-  sync_warp();
-  for (int i = 0; i < 4; ++i) {
-    fragment[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
-  }
-  sync_warp();
+  w.slots[emulation::lane()] = reinterpret_cast<uint64_t>(row);
+  w.results[emulation::lane()] = fragment;
+  emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
+    for (int lane = 0; lane < emulation::warp_size; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        static_cast<uint32_t*>(w.results[lane])[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
+      }
+    }
+  });
 }
 
 template <typename T>
 void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto& w = emulation::warp();
-  const int lane = emulation::lane();
-  uint32_t* mine = w.fragments[lane];
+  uint32_t* mine = w.fragments[emulation::lane()];
   for (int i = 0; i < 4; ++i) mine[i] = a[i];
   mine[4] = b0;
   mine[5] = b1;
-  sync_warp();
-  auto number = [](uint32_t word, int i) { return i % 2 ? high_number<T>(word) : low_number<T>(word); };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t left = w.fragments[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
-      const uint32_t right = w.fragments[column * 4 + k % 8 / 2][4 + k / 8];
-      c[i] += number(left, k) * number(right, k);
+  w.results[emulation::lane()] = c;
+  emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
+    float left[16][16], right[16][8], sums[16][8];
+    for (int lane = 0; lane < emulation::warp_size; ++lane) {
+      const uint32_t* words = w.fragments[lane];
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+        left[row][k] = low_number<T>(words[i]);
+        left[row][k + 1] = high_number<T>(words[i]);
+        sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = static_cast<float*>(w.results[lane])[i];
+      }
+      for (int i = 0; i < 2; ++i) {
+        right[lane % 4 * 2 + i * 8][lane / 4] = low_number<T>(words[4 + i]);
+        right[lane % 4 * 2 + i * 8 + 1][lane / 4] = high_number<T>(words[4 + i]);
+      }
     }
-  }
-  sync_warp();
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) sums[row][column] += left[row][k] * right[k][column];
+      }
+    }
+    for (int lane = 0; lane < emulation::warp_size; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        static_cast<float*>(w.results[lane])[i] = sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+      }
+    }
+  });
 }
 
 }  // namespace bitfast::gpu
