@@ -69,20 +69,28 @@ const char* run(const Call& call, Arguments& a, void* stream) {
   return launch<Kernel>(shape, a, stream);
 }
 
-template <typename T, typename Number>
+template <typename T, typename Number, template <typename, int> class Product, int narrow, int wide>
 const char* run_narrow_or_wide(const Call& call, Arguments& a, void* stream) {
-  constexpr int narrow = 64, wide = 112;
   if (tiles_of(call, narrow, a) * narrow < tiles_of(call, wide, a) * wide) {
     tiles_of(call, narrow, a);
-    return run<Stem<T, Number, narrow>>(call, a, stream);
+    return run<Stem<T, Number, Product<T, narrow>>>(call, a, stream);
   }
-  return run<Stem<T, Number, wide>>(call, a, stream);
+  return run<Stem<T, Number, Product<T, wide>>>(call, a, stream);
+}
+
+template <typename T, typename Number>
+const char* run_on_device(const Call& call, Arguments& a, void* stream) {
+  Device device;
+  if (const char* error = current_device(device)) return error;
+  // What is wide is made for images of 224 pixels. Groups of warps multiply 64 columns each.
+  if (device.capability == 90) return run_narrow_or_wide<T, Number, ByWarpGroups, 64, 128>(call, a, stream);
+  return run_narrow_or_wide<T, Number, ByWarps, 64, 112>(call, a, stream);
 }
 
 template <typename T>
 const char* run_for_images(const Call& call, Arguments& a, void* stream) {
   const bool is_float32 = call.image_dtype == static_cast<int32_t>(Dtype::float32);
-  return is_float32 ? run_narrow_or_wide<T, float>(call, a, stream) : run_narrow_or_wide<T, T>(call, a, stream);
+  return is_float32 ? run_on_device<T, float>(call, a, stream) : run_on_device<T, T>(call, a, stream);
 }
 
 }  // namespace
@@ -96,8 +104,7 @@ BITFAST_ENTRY const char* bitfast_stem(
   if (const char* problem = why_wrong(*call)) return problem;
   if (call->images == 0) return nullptr;
   Arguments a = {};
-  a.images = {images, call->height, call->width, call->image_stride, call->channel_stride, call->row_stride,
-              call->pixel_stride, reading_of(*call, images)};
+  a.images = images_of(*call, images);
   a.weight = weight;
   a.result = result;
   a.conv_height = call->conv_height;

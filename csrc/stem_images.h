@@ -23,11 +23,12 @@ enum class Reading : int {
   by_number,    // whatever the strides are
 };
 
-// The images as a kernel sees them.
+// The images as a kernel sees them; steps are in bytes.
 struct Images {
-  const void* data;
+  const unsigned char* data;
   int height, width;
-  int64_t image_stride, channel_stride, row_stride, pixel_stride;
+  int64_t image_step, channel_step, row_step, pixel_step;
+  int64_t part_step;  // from one third of a pair that is read as words to the next
   Reading reading;
 };
 
@@ -48,46 +49,57 @@ inline Reading reading_of(const Call& call, const void* images) {
   return is_planar ? Reading::planar : Reading::by_number;
 }
 
-// Two numbers next to each other.
-BITFAST_GPU void read_two(const Half* p, uint32_t* word) { word[0] = load_4(p); }
-BITFAST_GPU void read_two(const BFloat16* p, uint32_t* word) { word[0] = load_4(p); }
-BITFAST_GPU void read_two(const float* p, uint32_t* word) {
-  const uint2 two = load_8(p);
-  word[0] = two.x;
-  word[1] = two.y;
+inline Images images_of(const Call& call, const void* data) {
+  const bool is_float32 = call.image_dtype == static_cast<int32_t>(Dtype::float32);
+  const int64_t bytes = is_float32 ? 4 : 2;
+  const Reading reading = reading_of(call, data);
+  return {static_cast<const unsigned char*>(data), call.height, call.width, bytes * call.image_stride,
+          bytes * call.channel_stride, bytes * call.row_stride, bytes * call.pixel_stride,
+          reading == Reading::planar ? bytes * call.channel_stride : 2 * bytes, reading};
 }
 
-// Numbers apart from each other; nothing stands for zero.
-BITFAST_GPU void read_apart(const void* first, const void* second, const float*, uint32_t* word) {
-  word[0] = load_4(first);
-  word[1] = second == nullptr ? 0 : load_4(second);
+// Two numbers next to each other.
+template <typename Number>
+BITFAST_GPU void read_two(const unsigned char* p, uint32_t* word) {
+  if constexpr (sizeof(Number) == 4) {
+    const uint2 two = load_8(p);
+    word[0] = two.x;
+    word[1] = two.y;
+  } else {
+    word[0] = load_4(p);
+  }
 }
-template <typename T>
-BITFAST_GPU void read_apart(const void* first, const void* second, const T*, uint32_t* word) {
-  word[0] = load_2(first) | (second == nullptr ? 0 : load_2(second) << 16);
+
+// Numbers apart from each other; zero stands for a second that is not there.
+template <typename Number>
+BITFAST_GPU void read_apart(const unsigned char* first, bool has_second, int64_t step, uint32_t* word) {
+  if constexpr (sizeof(Number) == 4) {
+    word[0] = load_4(first);
+    word[1] = has_second ? load_4(first + step) : 0;
+  } else {
+    word[0] = load_2(first) | (has_second ? load_2(first + step) << 16 : 0);
+  }
 }
 
 // Pixels 2 * pair and 2 * pair + 1 of a row of the image; the row may lie outside, the pair may not.
 template <typename Number>
-BITFAST_GPU RawPair<Number> read_pair(const Images& images, const Number* image, int row, int pair) {
-  constexpr int words_of_two = RawPair<Number>::words / image_channels;
+BITFAST_GPU RawPair<Number> read_pair(const Images& images, const unsigned char* image, int row, int pair) {
+  constexpr int words_of_part = RawPair<Number>::words / image_channels;
   RawPair<Number> raw;
 #pragma unroll
   for (int i = 0; i < RawPair<Number>::words; ++i) raw.word[i] = 0;
   if (row < 0 || row >= images.height) return raw;
-  const Number* pixel = image + row * images.row_stride + 2 * pair * images.pixel_stride;
-  if (images.reading == Reading::by_number) {
-    const bool has_second = 2 * pair + 1 < images.width;
+  const unsigned char* at = image + row * images.row_step + 2 * pair * images.pixel_step;
+  const bool by_words = images.reading != Reading::by_number;
+  const int64_t step = by_words ? images.part_step : images.channel_step;
 #pragma unroll
-    for (int c = 0; c < image_channels; ++c) {
-      const Number* first = pixel + c * images.channel_stride;
-      read_apart(first, has_second ? first + images.pixel_stride : nullptr, first, raw.word + c * words_of_two);
+  for (int c = 0; c < image_channels; ++c, at += step) {
+    if (by_words) {
+      read_two<Number>(at, raw.word + c * words_of_part);
+    } else {
+      read_apart<Number>(at, 2 * pair + 1 < images.width, images.pixel_step, raw.word + c * words_of_part);
     }
-    return raw;
   }
-  const int64_t stride = images.reading == Reading::planar ? images.channel_stride : 2;
-#pragma unroll
-  for (int c = 0; c < image_channels; ++c) read_two(pixel + c * stride, raw.word + c * words_of_two);
   return raw;
 }
 
@@ -105,6 +117,19 @@ BITFAST_GPU uint4 pixels_of(const RawPair<Number>& raw, Reading reading) {
                ? make_uint4(v[0], v[1] & low, v[1] >> 16 | v[2] << 16, v[2] >> 16)
                : make_uint4((v[0] & low) | v[1] << 16, v[2] & low, v[0] >> 16 | (v[1] & high), v[2] >> 16);
   }
+}
+
+// Whether no number is infinite or NaN.
+template <typename T>
+BITFAST_GPU bool are_finite(const uint4& pixels) {
+  constexpr uint32_t exponent = std::is_same_v<T, BFloat16> ? 0x7f80u : 0x7c00u, both = exponent << 16 | exponent;
+  bool result = true;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bits = word_of(pixels, i) & both;
+    result &= (bits & 0xffffu) != exponent && bits >> 16 != exponent;
+  }
+  return result;
 }
 
 }  // namespace bitfast::stem

@@ -34,11 +34,12 @@ struct Arguments {
 struct Tile {
   int64_t image;
   int first_channel;
-  int first_step, last_step;   // of which results are written, first to last - 1
-  int first_result, results;   // columns
-  int first_column;            // of the convolution
-  int columns;                 // that the convolution has from there on; more may be computed
-  int before;                  // columns of zeros that the first pooling window has before that
+  int first_step, last_step;  // of which results are written, first to last - 1
+  uint16_t* result;           // its first channel and column, in row 0
+  int results;                // columns
+  int first_column;           // of the convolution
+  int columns;                // that the convolution has from there on; more may be computed
+  int before;                 // columns of zeros that the first pooling window has before that
 };
 
 BITFAST_GPU Tile tile_of(const Arguments& a) {
@@ -55,9 +56,11 @@ BITFAST_GPU Tile tile_of(const Arguments& a) {
   tile.image = block;
   tile.first_step = strip * a.steps_per_strip;
   tile.last_step = min(tile.first_step + a.steps_per_strip, a.steps);
-  tile.first_result = across == 0 ? 0 : a.first_tile_results + (across - 1) * a.tile_results;
-  tile.results = min(across == 0 ? a.first_tile_results : a.tile_results, a.result_width - tile.first_result);
-  const int wanted = a.pools ? 2 * tile.first_result - a.pool_left : tile.first_result;
+  const int first_result = across == 0 ? 0 : a.first_tile_results + (across - 1) * a.tile_results;
+  tile.results = min(across == 0 ? a.first_tile_results : a.tile_results, a.result_width - first_result);
+  const int64_t pixel = tile.image * a.result_height * a.result_width + first_result;
+  tile.result = static_cast<uint16_t*>(a.result) + pixel * a.channels + tile.first_channel;
+  const int wanted = a.pools ? 2 * first_result - a.pool_left : first_result;
   tile.first_column = max(wanted, 0);
   tile.before = tile.first_column - wanted;
   tile.columns = a.conv_width - tile.first_column;

@@ -250,7 +250,7 @@ def kernels_on_the_cpu(monkeypatch) -> Iterator[None]:
     }
     monkeypatch.setattr(backends, "_kernels", served)
     monkeypatch.setattr(native_cuda, "library", lambda: kernels)
-    with torch.no_grad(), use_backend(group_norm_act="triton", weight_standardization="triton"):
+    with torch.no_grad(), use_backend(group_norm_act="triton"):
         yield
 
 
