@@ -156,6 +156,7 @@ struct Multiply {
       multiply_add_64x64x16<BFloat16>(sums[0], left, matrix_at(b + 2 * k * k_step + skew + own, k_step, 128));
     }
     commit_products();
+    sync_block();
     if (fault == Fault::matrix_overwritten_too_early) store_shared_16(a + at * 16, make_uint4(0, 0, 0, 0));
     if (fault != Fault::no_wait_for_product) wait_products(sums);
     for (int j = 0; j < 8; ++j) {
