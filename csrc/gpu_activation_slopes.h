@@ -25,7 +25,7 @@ BITFAST_GPU float gelu_new_slope(float z) {
 
 BITFAST_GPU float selu_slope(float z) {
   constexpr float scale = 1.0507009873554805f, alpha = 1.6732632423543772f;
-  return z <= 0.0f ? scale * alpha * expf(z) : scale;  // as torch, where z is NaN
+  return z > 0.0f ? scale : scale * alpha * expf(z);  // NaN where z is NaN
 }
 
 // Turns gradients of results into gradients of what was activated, z. The gradient passes a ReLU where z is NaN.

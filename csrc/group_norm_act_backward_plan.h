@@ -69,8 +69,8 @@ inline OnChipPlan on_chip_plan(
   return plan;
 }
 
-// Bytes that cost as much as a unit's barriers and sums, during which a multiprocessor does little else.
-constexpr int64_t unit_overhead = 2048;
+// Bytes that cost as much as a unit's barriers and sums, during which a block does little else.
+constexpr int64_t unit_overhead(int cluster) { return cluster == 1 ? 2048 : 4096; }
 
 // A row of memory that is shorter than a cache line, or than a sector, is read less well.
 inline int64_t with_row_cost(int64_t bytes, int row_bytes) {
@@ -100,11 +100,12 @@ inline OnChipPlan choose_on_chip(
         if (channels % width != 0) continue;
         const OnChipPlan plan = on_chip_plan(threads, cluster, width, pixels, per_group, element_bytes, device);
         if (plan.threads == 0) continue;
-        const int blocks = blocks_of(threads);
         const int64_t units = images * (channels / width);
-        const int64_t resident = std::max(1, device.multiprocessors * blocks / cluster);
+        const int64_t resident = device.multiprocessors * blocks_of(threads) / cluster;
+        if (resident == 0) continue;
+        const int64_t blocks = std::min<int64_t>(blocks_of(threads), ceil_div(units * cluster, device.multiprocessors));
         const int64_t bytes = with_row_cost(plan.grad_at, width * element_bytes);
-        const int64_t cost = ceil_div(units, resident) * (blocks * bytes + unit_overhead);
+        const int64_t cost = ceil_div(units, resident) * (blocks * bytes + unit_overhead(cluster) / std::max<int64_t>(1, blocks));
         if (cost < least) {
           least = cost;
           best = plan;

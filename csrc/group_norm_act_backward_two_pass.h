@@ -291,7 +291,7 @@ struct MergeArguments {
 // The gradients of weight and bias: the sums over all rows. A block has 8 columns, which is a sector of memory.
 struct MergeSums {
   using Arguments = MergeArguments;
-  static constexpr int threads = 1024;
+  static constexpr int threads = 512;
   static constexpr int min_blocks = 1;
   static constexpr int capability = 80;
   static constexpr int columns = 8;
