@@ -363,6 +363,11 @@ RESIDUAL_NORM = Family(
     "group_norm_act", "with residual",
     plain_residual_norm, partial(add_group_norm_act, num_groups=GROUPS), partial(Inputs.with_norm, batches=2),
 )  # fmt: skip
+RESIDUAL_NORM_TRAINING = replace(
+    RESIDUAL_NORM,
+    is_training=True,
+    is_clear=lambda x, residual, *parameters: is_clear_of_the_kink(x + residual, *parameters),
+)
 WEIGHT = Family("weight_standardization", "", plain_standardizations, weight_standardization)
 WEIGHT_TRAINING = replace(WEIGHT, is_training=True)
 
@@ -463,12 +468,15 @@ def gpu_cases() -> Iterator[Case]:
         family = weights_family(WEIGHTS.op, WEIGHTS.form, dtype, **options)
         inputs = Inputs(ALL_WEIGHTS, dtype, NCHW, "cuda")
         yield family.case(inputs, 0, is_quick=row == telling, is_compiled=row == telling)
-    others = (RESIDUAL_NORM, NORM_TRAINING)
+    others = (RESIDUAL_NORM, NORM_TRAINING, RESIDUAL_NORM_TRAINING)
     yield from gpu_norms((NORM,), (128,), GPU_NORMS)
     yield from gpu_norms(others, (128,), GPU_NORMS[:1])
     for layout, dtype in product((CHANNELS_LAST, NCHW), (BFLOAT, FLOAT)):
         inputs = Inputs((128, *STEM[0][1:]), dtype, layout, "cuda")
         yield POOL.case(inputs, 0, is_quick=dtype is BFLOAT)
+        if layout == CHANNELS_LAST:
+            yield POOL_TRAINING.case(inputs, 0, is_quick=dtype is BFLOAT)
+            yield PAD.case(inputs, 0)
     makers = {
         "group_norm_act of 4 pixels": norm_dispatch_problem,
         "weight_standardization of 32 filters": weight_dispatch_problem,

@@ -1,7 +1,7 @@
 """Which implementation of each op is used: the registry, the default choice and the explicit override.
 
-A *backend* is one way to compute an op: ``"triton"`` (GPU kernels), ``"native"`` (the C++/CUDA
-extension) or ``"reference"`` (plain PyTorch, always there). By default the first of these that can
+A *backend* is one way to compute an op: ``"native"`` (the C++/CUDA extension), ``"triton"`` (GPU kernels)
+or ``"reference"`` (plain PyTorch, always there). By default the first of these that can
 take the tensor at hand is used. :func:`use_backend` demands one instead; where that one cannot be used, an
 error says why, and no other is tried.
 """
@@ -17,7 +17,7 @@ import torch
 
 from bitfast.torch_state import must_use_plain_pytorch
 
-BACKENDS = ("triton", "native", "reference")
+BACKENDS = ("native", "triton", "reference")
 """Every backend name, in order of preference."""
 
 CONVOLUTIONS = ("packed_convolution", "norm_convolution")
@@ -51,6 +51,9 @@ class Kernel:
 
     unsuitable: Callable[[torch.dtype], str | None] | None
     """Returns why this machine should not run a dtype, or None; itself None if it should run all of them."""
+
+    memory_format: torch.memory_format | None
+    """The only memory format that it takes, or None if it takes all."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,28 @@ def register_kernel(
     unavailable: Callable[[], str | None],
     on_demand: bool = False,
     unsuitable: Callable[[torch.dtype], str | None] | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> None:
     """Register that ``backend`` implements ``op`` for ``dtypes`` on ``device_type`` ("cpu", "cuda").
 
     ``bitfast/ops/<op>.py`` calls this once per kernel when it is imported. ``unavailable`` is called only when
     the op first meets such a tensor, so that nothing is loaded before. An ``on_demand`` kernel is never the
-    default. ``unsuitable`` is called with a dtype.
+    default. ``unsuitable`` is called with a dtype. ``memory_format`` is the only one that the kernel takes.
     """
-    _kernels[op, backend, device_type] = Kernel(dtypes, unavailable, on_demand, unsuitable)
+    _kernels[op, backend, device_type] = Kernel(
+        dtypes, unavailable, on_demand, unsuitable, memory_format
+    )
 
 
-def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """Return the backend that computes ``op`` for a tensor of this device type and dtype.
+def select_backend(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format | None = None,
+) -> str:
+    """Return the backend that computes ``op`` for a tensor of this device type, dtype and memory format.
+
+    Without a memory format: for a tensor in the format that the backend likes best.
 
     Under function transforms, forward-mode differentiation and ``torch.jit.trace``, which cannot see into
     kernels, that is the reference, also where another backend is demanded.
@@ -110,7 +123,7 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
     """
     requested = requested_backend(op)
     if requested is not None:
-        reason = why_unavailable(op, requested, device_type, dtype)
+        reason = why_unavailable(op, requested, device_type, dtype, memory_format)
         if reason is not None:
             raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}")
     if must_use_plain_pytorch():
@@ -119,7 +132,7 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype) -> str:
         return requested
     for backend in BACKENDS:
         if not _is_on_demand(op, backend, device_type) and (
-            why_unavailable(op, backend, device_type, dtype) is None
+            why_unavailable(op, backend, device_type, dtype, memory_format) is None
         ):
             return backend
     raise AssertionError("unreachable: the reference serves every tensor")
@@ -136,11 +149,15 @@ def requested_backend(op: str) -> str | None:
 
 
 def why_unavailable(
-    op: str, backend: str, device_type: str, dtype: torch.dtype | None = None
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> str | None:
     """Return why ``backend`` cannot compute ``op`` for such a tensor; None if it can.
 
-    With ``dtype=None``, why it cannot for any dtype.
+    With ``dtype=None``, why it cannot for any dtype; with ``memory_format=None``, for any memory format.
     """
     if backend == "reference":
         return None
@@ -150,6 +167,8 @@ def why_unavailable(
     if dtype is not None and dtype not in kernel.dtypes:
         supported = ", ".join(sorted(str(d) for d in kernel.dtypes))
         return f"it supports {supported}, not {dtype}"
+    if memory_format is not None and kernel.memory_format not in (None, memory_format):
+        return f"it supports {kernel.memory_format}, not {memory_format}"
     reason = kernel.unavailable()
     if reason is None and dtype is not None and kernel.unsuitable is not None:
         reason = kernel.unsuitable(dtype)

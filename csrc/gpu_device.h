@@ -347,6 +347,9 @@ const char* allow_shared_bytes(int shared_bytes) {
   if (const cudaError_t error = cudaGetDevice(&index)) return text_of(error);
   const std::lock_guard<std::mutex> lock(mutex);
   if (index < most && allowed[index] >= shared_bytes) return nullptr;
+  // Of the memory that is L1 cache or shared memory, the latter gets all that it can.
+  cudaFuncSetAttribute(
+      kernel<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) {
@@ -363,7 +366,7 @@ const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   struct Answer {
     int device, cluster, shared_bytes, clusters;
   };
-  constexpr int most = 32;
+  constexpr int most = 128;
   static std::mutex mutex;
   static Answer answers[most];
   static int count = 0;

@@ -86,9 +86,9 @@ def test_a_demand_concerns_one_thread() -> None:
     [
         (
             lambda: use_backend(),
-            "use_backend needs a backend; choose from triton, native, reference",
+            "use_backend needs a backend; choose from native, triton, reference",
         ),
-        (lambda: use_backend("cuda"), "unknown backend 'cuda'; choose from triton, native"),
+        (lambda: use_backend("cuda"), "unknown backend 'cuda'; choose from native, triton"),
         (lambda: use_backend(pooling="native"), "unknown op 'pooling'; choose from weight_"),
         (lambda: use_backend(same_padding="fast"), "unknown backend 'fast'"),
     ],
@@ -160,6 +160,22 @@ def test_the_cuda_half_says_why_it_is_not_loaded() -> None:
         assert extension.CUDA.problem == "this torch was built without CUDA"
     else:
         assert extension.CUDA.problem is None
+
+
+def test_a_kernel_of_one_memory_format_is_chosen_for_no_other(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_kernels", {})
+    channels_last, contiguous = torch.channels_last, torch.contiguous_format
+    register_kernel(
+        "group_norm_act", "native", "meta", frozenset({torch.float32}), lambda: None,
+        memory_format=channels_last,
+    )  # fmt: skip
+    chosen = [
+        select_backend("group_norm_act", "meta", torch.float32, memory_format)
+        for memory_format in (None, channels_last, contiguous)
+    ]
+    assert chosen == ["native", "native", "reference"]
+    with use_backend("native"), pytest.raises(BackendUnavailableError, match="channels_last, not"):
+        select_backend("group_norm_act", "meta", torch.float32, contiguous)
 
 
 # ---- Triton ---------------------------------------------------------------------------------------

@@ -9,11 +9,22 @@ from tests.emulated import at_page_end, call, emulate, library
 
 SOURCE = "tests/host/gpu_emulation_faults.cpp"
 FAULTS = [
-    "none", "no_barrier_before_read", "no_barrier_before_overwrite", "no_cluster_barrier", "shared_past_the_end",
-    "global_past_the_end", "misaligned_bulk_copy", "odd_bulk_copy", "uninitialised_barrier",
-    "barrier_without_arrival", "too_many_arrivals", "no_wait_for_copy", "no_fence_before_bulk_store",
-    "store_left_behind", "barrier_that_some_skip",
-]  # fmt: skip
+    "none",
+    "no_barrier_before_read",
+    "no_barrier_before_overwrite",
+    "no_cluster_barrier",
+    "shared_past_the_end",
+    "global_past_the_end",
+    "misaligned_bulk_copy",
+    "odd_bulk_copy",
+    "uninitialised_barrier",
+    "barrier_without_arrival",
+    "too_many_arrivals",
+    "no_wait_for_copy",
+    "no_fence_before_bulk_store",
+    "store_left_behind",
+    "barrier_that_some_skip",
+]
 SEEDS = range(8)
 
 

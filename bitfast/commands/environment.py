@@ -14,6 +14,7 @@ import torch
 import bitfast
 from bitfast import backends, extension
 from bitfast.execution.plan import why_no_plan
+from bitfast.ops import first_use
 from bitfast.ops.norm_convolution import why_no_norm_convolution
 from bitfast.ops.packed_convolution import why_not_packed
 
@@ -55,6 +56,7 @@ def describe() -> dict[str, Any]:
             for dtype in (torch.float32, torch.bfloat16)
         },
         "backends": [dataclasses.asdict(row) for row in backends.backend_table()],
+        "first_use": first_use.failures(),  # of the checks that the table has run
     }
 
 
@@ -134,7 +136,9 @@ def cuda_problem() -> str | None:
 
 
 def missing_kernels(found: dict[str, Any]) -> list[str]:
-    """Return what runs as plain PyTorch on a device of this machine though bitfast has a kernel, and why.
+    """Return which kernels of bitfast do not run on a device of this machine, and why.
+
+    These are the ops that run as plain PyTorch though there is a kernel, and kernels that give wrong results.
 
     Args:
         found: What :func:`describe` returned.
@@ -145,7 +149,8 @@ def missing_kernels(found: dict[str, Any]) -> list[str]:
         for row in found["backends"]
         if row["device"] in devices and row["default"] and row["backend"] == "reference"
     }
-    return [
+    wrong = [f"{op} on cuda: the native kernel {text}" for op, text in found["first_use"].items()]
+    return wrong + [
         f"{row['op']} on {row['device']}: the {row['backend']} kernel does not run: {row['reason']}"
         for row in found["backends"]
         if (row["op"], row["device"]) in slow
