@@ -3,12 +3,10 @@
 
 #include <cmath>
 
+#include "activation_kinds.h"
 #include "gpu.h"
 
 namespace bitfast::gpu {
-
-// As the Activation of activation.h, which includes headers of torch.
-enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_new = 3, selu = 4 };
 
 BITFAST_GPU float gelu_slope(float z) {
   const float probability = 0.5f * erfcf(-0.707106781f * z);

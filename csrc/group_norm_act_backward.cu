@@ -6,7 +6,7 @@
 #include "group_norm_act_backward_plan.h"
 #include "group_norm_act_backward_two_pass.h"
 
-namespace bitfast::group_norm_act {
+namespace bitfast::group_norm_act_backward {
 namespace {
 
 using Call = GroupNormActBackwardCall;
@@ -118,13 +118,19 @@ const char* merge_sums(const Call& call, const BackwardPlan& plan, const Address
   return launch<MergeSums>({MergeSums::blocks(call.channels), 1, MergeSums::shared_bytes}, arguments, stream);
 }
 
-const char* run_backward(const Call& call, const Addresses& at, void* stream) {
+bool are_aligned(const Addresses& at) {
   for (const void* map : {at.grad, at.grad_total, at.x, static_cast<const void*>(at.grad_x)}) {
-    if (reinterpret_cast<uintptr_t>(map) % 16 != 0) return "group_norm_act: a feature map is not aligned to 16 bytes";
+    if (reinterpret_cast<uintptr_t>(map) % 16 != 0) return false;
   }
+  return true;
+}
+
+const char* run_backward(const Call& call, const Addresses& at, void* stream) {
   Device device;
   BackwardPlan plan;
   if (const char* error = plan_call(call, plan, device)) return error;
+  const bool has_vectors = plan.on_chip.threads != 0 || plan.two_pass.vector > 1;
+  if (has_vectors && !are_aligned(at)) return "group_norm_act: a feature map is not aligned to 16 bytes";
   if (call.images > 0) {
     const auto run = plan.on_chip.threads != 0 ? run_on_chip : run_two_passes;
     if (const char* error = run(call, plan, at, stream)) return error;
@@ -133,21 +139,21 @@ const char* run_backward(const Call& call, const Addresses& at, void* stream) {
 }
 
 }  // namespace
-}  // namespace bitfast::group_norm_act
+}  // namespace bitfast::group_norm_act_backward
 
 BITFAST_ENTRY const char* bitfast_group_norm_act_backward_workspace(
-    const bitfast::group_norm_act::GroupNormActBackwardCall* call, int64_t* bytes) {
-  bitfast::group_norm_act::BackwardPlan plan;
+    const bitfast::group_norm_act_backward::GroupNormActBackwardCall* call, int64_t* bytes) {
+  bitfast::group_norm_act_backward::BackwardPlan plan;
   bitfast::gpu::Device device;
-  if (const char* error = bitfast::group_norm_act::plan_call(*call, plan, device)) return error;
+  if (const char* error = bitfast::group_norm_act_backward::plan_call(*call, plan, device)) return error;
   *bytes = (plan.rows * 2 * call->channels + plan.group_means) * static_cast<int64_t>(sizeof(float));
   return nullptr;
 }
 
 BITFAST_ENTRY const char* bitfast_group_norm_act_backward(
-    const bitfast::group_norm_act::GroupNormActBackwardCall* call, void* stream, const void* grad,
+    const bitfast::group_norm_act_backward::GroupNormActBackwardCall* call, void* stream, const void* grad,
     const void* grad_total, const void* x, const void* weight, const void* bias, const float* mean, const float* rstd,
     void* grad_x, void* grad_weight, void* grad_bias, void* workspace) {
-  return bitfast::group_norm_act::run_backward(
+  return bitfast::group_norm_act_backward::run_backward(
       *call, {grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias, workspace}, stream);
 }

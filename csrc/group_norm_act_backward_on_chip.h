@@ -14,7 +14,7 @@
 #include "gpu.h"
 #include "group_norm_act_backward_plan.h"
 
-namespace bitfast::group_norm_act {
+namespace bitfast::group_norm_act_backward {
 
 using namespace gpu;
 
@@ -394,4 +394,4 @@ struct OnChipBackward {
   BITFAST_GPU static void run(const Arguments& arguments) { OnChipThread<T, threads>(arguments).work(); }
 };
 
-}  // namespace bitfast::group_norm_act
+}  // namespace bitfast::group_norm_act_backward

@@ -8,7 +8,7 @@
 #include "ceil_div.h"
 #include "gpu.h"
 
-namespace bitfast::group_norm_act {
+namespace bitfast::group_norm_act_backward {
 
 // ---- on chip ---------------------------------------------------------------------------------------------------------
 
@@ -170,4 +170,4 @@ inline BackwardPlan plan_backward(
   return plan;
 }
 
-}  // namespace bitfast::group_norm_act
+}  // namespace bitfast::group_norm_act_backward

@@ -11,7 +11,7 @@
 #include "gpu_activation_slopes.h"
 #include "group_norm_act_backward_plan.h"
 
-namespace bitfast::group_norm_act {
+namespace bitfast::group_norm_act_backward {
 
 using namespace gpu;
 
@@ -326,4 +326,4 @@ struct MergeSums {
   }
 };
 
-}  // namespace bitfast::group_norm_act
+}  // namespace bitfast::group_norm_act_backward
