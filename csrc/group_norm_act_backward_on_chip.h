@@ -1,12 +1,12 @@
 // group_norm_act, backward: x and grad are read from memory once and stay on the chip until dx is written.
 //
-// A unit is a slice of an image: all its pixels, `width` of its channels, which are whole groups. The blocks of a cluster
-// share its pixels. Blocks stay and take one unit after the other. A thread has the same `vector` of channels (16 bytes) of
-// every `rows`-th pixel of its block's; each such piece is copied to shared memory by the very thread that reads it, so the
-// copies need no barrier. With dz, the gradient that the activation let pass:
+// A unit is a slice of an image: all its pixels, `width` of its channels, which are whole groups. The blocks of a
+// cluster share its pixels. Blocks stay and take one unit after the other. A thread has the same channels (16 bytes) of
+// every `rows`-th pixel of its block's; each such piece is copied to shared memory by the very thread that reads it, so
+// the copies need no barrier. With dz, the gradient that the activation let pass:
 //   First pass: sums of dz and dz (x - mean) for each channel. dz stays in registers.
-//   Then all threads of the block add up, the groups' sums are sent to all blocks of the cluster.
-//   Second pass: dx = scale dz - mean(scale dz) - (x - mean) rstd^2 mean(scale dz (x - mean)), with scale = weight rstd.
+//   Then all threads of the block add up, and the groups' sums are sent to all blocks of the cluster.
+//   Second pass: dx = scale dz - mean(scale dz) - (x - mean) rstd^2 mean(scale dz (x - mean)); scale = weight rstd.
 // Wherever a piece is used up, the next unit's is copied to its place, so that memory never idles: those of grad in the
 // first pass, those of x in the second. With a grad_total, its pieces take the place of grad's in between.
 #pragma once
@@ -202,7 +202,7 @@ struct OnChipThread {
     const bool passes_all = !a.is_relu;
 #pragma unroll
     for (int j = 0; j < batches; ++j) {
-      // Of all groups of copies that were committed before this pass, the last `batches` bring what it does not need yet.
+      // Of the groups of copies that were committed so far, the last ones bring what this batch does not need.
       wait_copies<batches - 1>();
       uint4 x[batch], grad[batch];
 #pragma unroll
@@ -241,10 +241,10 @@ struct OnChipThread {
     }
   }
 
-  // Adds the threads' sums up: for each channel of the block, in channel_sums (times scale), and in memory.
+  // Adds the threads' sums up: for each channel of the block, in channel_sums (times scale) and in memory.
   BITFAST_GPU void add_up_channels(int unit, int round) {
     if (plan.halves_warps) {
-      // Lanes that differ in bit 4 have the same channels: the lower takes the sums of dz of both, the upper the others.
+      // Lanes that differ in bit 4 have the same channels: the lower takes both sums of dz, the upper the others.
       const bool is_upper = thread & 16;
       float kept[vector];
 #pragma unroll
@@ -299,7 +299,7 @@ struct OnChipThread {
     }
   }
 
-  // What the second pass multiplies (x - mean) by, and what it subtracts, of each channel: [2][width].
+  // By what the second pass multiplies x - mean, and what it subtracts, of each channel: [2][width].
   BITFAST_GPU void make_coefficients(int round) const {
     const int groups = plan.width / plan.per_group;
     const float* from = mailbox + (round & 1) * plan.cluster * 2 * groups;

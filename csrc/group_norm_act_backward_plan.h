@@ -1,5 +1,5 @@
-// group_norm_act, backward: how a GPU is used, by shape and by the device's limits. Integer arithmetic only, as it runs in
-// each call.
+// group_norm_act, backward: how a GPU is used, by shape and by the device's limits. Integer arithmetic, as it runs in
+// each call: less than a microsecond.
 #pragma once
 
 #include <algorithm>
@@ -12,12 +12,14 @@ namespace bitfast::group_norm_act_backward {
 
 // ---- on chip ---------------------------------------------------------------------------------------------------------
 
-constexpr int most_pieces = 17;            // of 16 bytes, that a thread holds of x and of grad
+// Of 16 bytes, that a thread holds of x and of grad: as many as registers allow. An eighth of 56x56 pixels, and a half
+// of 28x28, over 24 rows of threads are 17, as are 14x14 over 12.
+constexpr int most_pieces = 17;
 constexpr int most_channels_per_thread = 2;  // whose parameters a thread reads
-constexpr int most_cluster = 8;            // more are not portable
+constexpr int most_cluster = 8;              // more are not portable
 
-// How the units of the on-chip kernel are cut; group_norm_act_backward_on_chip.h says what they are. Places are bytes from
-// the begin of shared memory, where x is.
+// How the units of the on-chip kernel are cut; group_norm_act_backward_on_chip.h says what they are. Places are bytes
+// from the begin of shared memory, where x is.
 struct OnChipPlan {
   int threads = 0;  // of a block; 0 if no unit fits
   int cluster = 1;
@@ -69,7 +71,7 @@ inline OnChipPlan on_chip_plan(
   return plan;
 }
 
-// Bytes that cost as much as a unit's barriers and sums, during which a block does little else.
+// Bytes that cost as much as a unit's barriers and sums, when a block does little else.
 constexpr int64_t unit_overhead(int cluster) { return cluster == 1 ? 2048 : 4096; }
 
 // A row of memory that is shorter than a cache line, or than a sector, is read less well.
@@ -78,9 +80,9 @@ inline int64_t with_row_cost(int64_t bytes, int row_bytes) {
 }
 
 // The units that keep the multiprocessors least busy: fewest bytes for the one that has the most to do. Of equals the
-// smaller block and cluster, as two blocks on a multiprocessor work while the other waits. No threads if none fits.
-// An image of 56x56x256 is cut into slices of 64 channels for clusters of 8, 28x28 into such for clusters of 2, 14x14 and
-// 7x7 into 128 for single blocks (bfloat16).
+// smaller block and cluster: of two blocks on a multiprocessor one works while the other waits. No threads if none fits.
+// In large batches of bfloat16, 56x56 pixels are cut into slices of 64 channels for clusters of 8, 28x28 into such for
+// clusters of 2, 14x14 into 128 channels and 7x7 into 256 for single blocks.
 inline OnChipPlan choose_on_chip(
     int64_t images, int64_t pixels, int64_t channels, int64_t groups, int element_bytes, const gpu::Device& device) {
   OnChipPlan best;
@@ -103,9 +105,10 @@ inline OnChipPlan choose_on_chip(
         const int64_t units = images * (channels / width);
         const int64_t resident = device.multiprocessors * blocks_of(threads) / cluster;
         if (resident == 0) continue;
-        const int64_t blocks = std::min<int64_t>(blocks_of(threads), ceil_div(units * cluster, device.multiprocessors));
+        const int64_t side_by_side = ceil_div(units * cluster, device.multiprocessors);
+        const int64_t blocks = std::clamp<int64_t>(side_by_side, 1, blocks_of(threads));
         const int64_t bytes = with_row_cost(plan.grad_at, width * element_bytes);
-        const int64_t cost = ceil_div(units, resident) * (blocks * bytes + unit_overhead(cluster) / std::max<int64_t>(1, blocks));
+        const int64_t cost = ceil_div(units, resident) * (blocks * bytes + unit_overhead(cluster) / blocks);
         if (cost < least) {
           least = cost;
           best = plan;
@@ -154,7 +157,7 @@ struct BackwardPlan {
   int64_t group_means = 0;  // numbers
 };
 
-// `is_simple`: the activation is a ReLU or none, whose dz is a number of the feature map's dtype.
+// is_simple: the activation is a ReLU or none, whose dz needs no rounding to the feature map's dtype.
 inline BackwardPlan plan_backward(
     int64_t images, int64_t pixels, int64_t channels, int64_t groups, int element_bytes, bool is_simple,
     const gpu::Device& device) {

@@ -1,8 +1,8 @@
 // group_norm_act, backward, for any GPU, activation and shape: x and grad are read twice.
 //
 // First the sums of dz and dz h over each tile of pixels, for each channel (dz: the gradient before the activation,
-// h = (x - mean) rstd); then their means over each group; then dx. Last, here and after the on-chip kernel, the sums of all
-// images and tiles are merged to the gradients of weight and bias. All in a fixed order.
+// h = (x - mean) rstd); then their means over each group; then dx. Last, here and after the on-chip kernel, the sums of
+// all images and tiles are merged to the gradients of weight and bias. All in a fixed order.
 #pragma once
 
 #include <type_traits>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor
 
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
+from bitfast.ops import native_cuda
+from bitfast.ops.group_norm_act_backward_cuda import (
+    CHECKED,
+    Call,
+    Case,
+    check_backward,
+    prepare_backward,
+)
 from tests.drawn_cases import NormCase, norm_cases
 from tests.emulated import A100, DTYPES, H100, at_page_end, call, emulate, library
 from tests.norm_backward import Arguments, drawn_arguments, plain_gradients
@@ -23,15 +32,6 @@ SOURCE = "csrc/group_norm_act_backward.cu"
 FEW = (90, 4, 227 * 1024)
 """An H100 with so few multiprocessors that clusters have several units to do, as in a batch of 128."""
 NAN = float("nan")
-
-
-class Call(ctypes.Structure):
-    """``GroupNormActBackwardCall`` of csrc/group_norm_act_backward_cuda.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "groups")),
-        *((name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "bias_dtype", "activation")),
-    ]
 
 
 def settings_of(arguments: Arguments) -> Call:
@@ -257,3 +257,65 @@ def test_what_is_refused() -> None:
         call(entry, ctypes.byref(settings_of(arguments)), None, *maps, *others, *results, None)
     with pytest.raises(RuntimeError, match="the sizes of the backward pass are wrong"):
         workspace_bytes(Call(1, 16, 8, 3, 0, 0, 0, 1))
+
+
+# ---- prepared calls, and the check before the first use -------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the emulated kernels in the place of the extension's."""
+    emulated = library(SOURCE)
+    emulate(emulated, FEW)
+    monkeypatch.setattr(native_cuda, "library", lambda: emulated)
+
+
+@pytest.mark.usefixtures("kernels", "poisoned")
+@pytest.mark.parametrize("has_total", [False, True])
+def test_a_prepared_call_gives_the_same_bits(has_total: bool) -> None:
+    arguments = drawn_arguments(
+        (2, 64, 9, 9), 32, torch.bfloat16, has_total=has_total, weight_dtype=torch.float16
+    )
+    *tensors, groups, activation = arguments
+    x, weight, bias = tensors[2:5]
+    prepared = prepare_backward(
+        x.shape, x.dtype, x.device, True, groups, activation, weight.dtype, bias.dtype,
+        has_grad_total=has_total,
+    )  # fmt: skip
+    results = [torch.full_like(t, NAN) for t in (x, weight, bias)]
+    for _ in range(2):
+        addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
+        prepared(0, *addresses)
+        for ours, theirs in zip(results, run(arguments, FEW), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_cannot_be_prepared() -> None:
+    arguments = ((1, 8, 4, 4), torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="need channels_last"):
+        prepare_backward(*arguments, False, 2, "relu", torch.float32, torch.float32)
+    with pytest.raises(RuntimeError, match="the sizes of the backward pass are wrong"):
+        prepare_backward(*arguments, True, 3, "relu", torch.float32, torch.float32)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_check_before_the_first_use_passes() -> None:
+    small = [case._replace(shape=(min(case.shape[0], 20), *case.shape[1:])) for case in CHECKED[1:]]
+    assert check_backward(torch.device("cpu"), small) is None
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_check_before_the_first_use_finds_what_differs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = reference.group_norm_act_backward
+
+    def wrong(*arguments: Any) -> tuple[Tensor, ...]:
+        grad_x, grad_weight, grad_bias = right(*arguments)
+        return grad_x, grad_weight, grad_bias * 1.1
+
+    monkeypatch.setattr(reference, "group_norm_act_backward", wrong)
+    problem = check_backward(torch.device("cpu"), [Case((2, 64, 5, 5), torch.bfloat16)])
+    assert problem is not None
+    assert "the error of grad_bias" in problem
