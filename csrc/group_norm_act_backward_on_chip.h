@@ -84,14 +84,16 @@ struct OnChipThread {
   static constexpr int batch = 2;  // pieces whose loads from shared memory are under way together
   static constexpr int batches = (most_pieces + batch - 1) / batch;
   static constexpr int turns = most_channels_per_thread;
+  static constexpr int slot_pitch = threads * 16;  // from a thread's piece to the next, in shared memory
 
   const OnChipArguments& a;
   const OnChipPlan& plan;
   const int thread, column, row, rank;
   int first_pixel, pieces;                // of the thread
-  int pitch, slot_pitch;                  // bytes from one piece to the next, in memory and in shared memory
+  int pitch;                              // from a piece to the next in memory, in bytes
   unsigned char *x_slots, *grad_slots;    // the thread's pieces
-  float *rows_sums, *parameters, *channel_sums, *mailbox, *coefficients;  // in shared memory
+  float *rows_sums, *parameters, *channel_sums, *coefficients, *mailbox;  // in shared memory
+  Barrier* barriers;                      // of the mailbox, in even and in odd rounds
   float sums[2 * vector];                 // of dz; of dz (x - mean)
   uint4 dz[most_pieces];
   uint32_t raw_weight[turns], raw_bias[turns];
@@ -109,15 +111,15 @@ struct OnChipThread {
     first_pixel = begin + row;
     pieces = row < plan.rows && first_pixel < end ? (end - first_pixel + plan.rows - 1) / plan.rows : 0;
     pitch = plan.rows * a.channels * static_cast<int>(sizeof(T));
-    slot_pitch = plan.rows * plan.vectors * 16;
     unsigned char* shared = shared_memory();
     x_slots = shared + thread * 16;
     grad_slots = shared + plan.grad_at + thread * 16;
     rows_sums = reinterpret_cast<float*>(shared + plan.rows_sums_at);
     parameters = reinterpret_cast<float*>(shared + plan.parameters_at);
     channel_sums = reinterpret_cast<float*>(shared + plan.channel_sums_at);
-    mailbox = reinterpret_cast<float*>(shared + plan.mailbox_at);
     coefficients = reinterpret_cast<float*>(shared + plan.coefficients_at);
+    mailbox = reinterpret_cast<float*>(shared + plan.mailbox_at);
+    barriers = reinterpret_cast<Barrier*>(shared + plan.barriers_at);
   }
 
   // Where the thread's first piece of a unit lies in a feature map, in bytes.
@@ -164,14 +166,6 @@ struct OnChipThread {
     }
   }
 
-  BITFAST_GPU void sync() const {
-    if (plan.cluster > 1) {
-      sync_cluster();
-    } else {
-      sync_block();
-    }
-  }
-
   BITFAST_GPU void begin(int unit) {
     const int64_t offset = offset_of(unit);
     const unsigned char* x = keep_address(a.x + offset);
@@ -187,8 +181,20 @@ struct OnChipThread {
     }
     read_parameters(unit);
     store_parameters(0);
-    sync();  // all blocks of the cluster have begun: their shared memory may be written to
+    if (plan.cluster == 1) {
+      sync_block();
+      return;
+    }
+    if (thread == 0) {
+      for (int i = 0; i < 2; ++i) init_barrier(barriers + i, 1);
+      fence_barrier_init();
+      for (int i = 0; i < 2; ++i) arrive_and_expect(barriers + i, mailbox_numbers() * 4);
+    }
+    sync_cluster();  // all blocks have begun: they can be sent numbers
   }
+
+  // Those of one round.
+  BITFAST_GPU int mailbox_numbers() const { return plan.cluster * 2 * (plan.width / plan.per_group); }
 
   // Takes in x and grad of a unit. `refill` (null: nothing) goes where grad was.
   BITFAST_GPU void first_pass(int round, const unsigned char* refill) {
@@ -267,6 +273,7 @@ struct OnChipThread {
     for (int i = thread; i < 2 * plan.width; i += threads) {
       const int kind = i >= plan.width, channel = i - kind * plan.width;
       float sum = 0.0f;
+#pragma unroll 4
       for (int r = 0; r < plan.summed_rows; ++r) sum += rows_sums[2 * r * plan.width + i];
       to[static_cast<int64_t>(kind) * a.channels + channel] = kind ? sum * rstd[channel] : sum;
       channel_sums[i] = sum * scale[channel];
@@ -277,7 +284,7 @@ struct OnChipThread {
   // Sends the block's sums of each group to all blocks of the cluster: [sender][kind][group].
   BITFAST_GPU void send_group_sums(int round) const {
     const int groups = plan.width / plan.per_group;
-    float* to = mailbox + (round & 1) * plan.cluster * 2 * groups + rank * 2 * groups;
+    float* to = mailbox + (round & 1) * mailbox_numbers() + rank * 2 * groups;
     // Eight lanes add up; then each of them sends to one block.
     const int lane = thread % 8;
     for (int first = 0; first < 2 * groups; first += threads / 8) {
@@ -285,13 +292,14 @@ struct OnChipThread {
       float sum = 0.0f;
       if (item < 2 * groups) {
         const float* from = channel_sums + (item >= groups) * plan.width + item % groups * plan.per_group;
+#pragma unroll 4
         for (int c = lane; c < plan.per_group; c += 8) sum += from[c];
       }
 #pragma unroll
       for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
       if (item < 2 * groups && lane < plan.cluster) {
         if (plan.cluster > 1) {
-          store_remote(to + item, lane, sum);
+          send_remote(to + item, lane, sum, barriers + (round & 1));
         } else {
           to[item] = sum;
         }
@@ -299,14 +307,26 @@ struct OnChipThread {
     }
   }
 
+  // Waits for the sums of all blocks. Even and odd rounds have a barrier each: no block is two rounds ahead of another.
+  BITFAST_GPU void receive_group_sums(int round) const {
+    if (plan.cluster == 1) {
+      sync_block();
+      return;
+    }
+    Barrier* barrier = barriers + (round & 1);
+    wait_for_remote(barrier, round / 2 % 2);
+    if (thread == 0) arrive_and_expect(barrier, mailbox_numbers() * 4);
+  }
+
   // By what the second pass multiplies x - mean, and what it subtracts, of each channel: [2][width].
   BITFAST_GPU void make_coefficients(int round) const {
     const int groups = plan.width / plan.per_group;
-    const float* from = mailbox + (round & 1) * plan.cluster * 2 * groups;
+    const float* from = mailbox + (round & 1) * mailbox_numbers();
     const float* rstd = parameters_of(round) + 3 * plan.width;
     for (int channel = thread; channel < plan.width; channel += threads) {
       const int group = channel / plan.per_group;
       float sum = 0.0f, product = 0.0f;
+#pragma unroll 4
       for (int sender = 0; sender < plan.cluster; ++sender) {
         sum += from[2 * sender * groups + group];
         product += from[(2 * sender + 1) * groups + group];
@@ -376,7 +396,7 @@ struct OnChipThread {
       add_up_channels(unit, round);
       send_group_sums(round);
       if (has_next) store_parameters(round + 1);
-      sync();
+      receive_group_sums(round);
       make_coefficients(round);
       second_pass(round, keep_address(a.grad_x + here), has_next, next_x, next_grad);
     }

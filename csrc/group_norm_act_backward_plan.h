@@ -30,7 +30,9 @@ struct OnChipPlan {
   bool halves_warps = false;  // whether a warp's halves have the same channels
   int summed_rows = 0;
   float inverse_count = 0;  // 1 / numbers in a group
-  int grad_at = 0, rows_sums_at = 0, parameters_at = 0, channel_sums_at = 0, mailbox_at = 0, coefficients_at = 0;
+  int data_bytes = 0;  // of a block's part of x
+  int grad_at = 0, rows_sums_at = 0, parameters_at = 0, channel_sums_at = 0, coefficients_at = 0;
+  int barriers_at = 0, mailbox_at = 0;
   int shared_bytes = 0;
 };
 
@@ -52,14 +54,20 @@ inline OnChipPlan on_chip_plan(
   plan.halves_warps = 16 % plan.vectors == 0;
   plan.summed_rows = plan.halves_warps ? plan.rows / 2 : plan.rows;
   plan.inverse_count = static_cast<float>(1.0 / (static_cast<double>(pixels) * per_group));
-  const int data = static_cast<int>(most_pixels) * plan.vectors * 16, row = width * static_cast<int>(sizeof(float));
+  // A slot for each thread and piece; the last pieces are few, and so are their slots if no thread idles.
+  const int slots = plan.rows * plan.vectors == threads
+                        ? static_cast<int>(most_pixels) * plan.vectors
+                        : static_cast<int>(ceil_div(most_pixels, plan.rows)) * threads;
+  const int data = slots * 16, row = width * static_cast<int>(sizeof(float));
   const int mailbox = 2 * cluster * 2 * (width / per_group) * static_cast<int>(sizeof(float));
+  plan.data_bytes = static_cast<int>(most_pixels) * plan.vectors * 16;
   plan.grad_at = data;
   plan.rows_sums_at = plan.grad_at + data;
   plan.parameters_at = plan.rows_sums_at + plan.summed_rows * 2 * row;
   plan.channel_sums_at = plan.parameters_at + 2 * 4 * row;
   plan.coefficients_at = plan.channel_sums_at + 2 * row;
-  plan.mailbox_at = plan.coefficients_at + 2 * row;
+  plan.barriers_at = plan.coefficients_at + 2 * row;
+  plan.mailbox_at = plan.barriers_at + 16;
   plan.shared_bytes = plan.mailbox_at + mailbox;
   constexpr int reserved = 1024;  // by the hardware, for each block
   const int blocks = blocks_of(threads);
@@ -107,7 +115,7 @@ inline OnChipPlan choose_on_chip(
         if (resident == 0) continue;
         const int64_t side_by_side = ceil_div(units * cluster, device.multiprocessors);
         const int64_t blocks = std::clamp<int64_t>(side_by_side, 1, blocks_of(threads));
-        const int64_t bytes = with_row_cost(plan.grad_at, width * element_bytes);
+        const int64_t bytes = with_row_cost(plan.data_bytes, width * element_bytes);
         const int64_t cost = ceil_div(units, resident) * (blocks * bytes + unit_overhead(cluster) / blocks);
         if (cost < least) {
           least = cost;
