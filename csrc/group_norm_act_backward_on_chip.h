@@ -350,13 +350,21 @@ struct OnChipThread {
 #pragma unroll
     for (int j = 0; j < batches; ++j) {
       if (has_total) wait_copies<batches - 1>();
+      uint4 x[batch];
 #pragma unroll
-      for (int k = j * batch; k < min(j * batch + batch, most_pieces); ++k) {
-        if (k < pieces) {
+      for (int u = 0; u < batch; ++u) {
+        const int k = j * batch + u;
+        if (k < most_pieces && k < pieces) x[u] = load_shared_16(x_slots + k * slot_pitch);
+      }
+#pragma unroll
+      for (int u = 0; u < batch; ++u) {
+        const int k = j * batch + u;
+        if (k < most_pieces && k < pieces) {
           float result[vector], gradient[vector];
-          unpack<T>(load_shared_16(x_slots + k * slot_pitch), result);
-          keep_packed(dz[k]);
-          unpack<T>(dz[k], gradient);
+          unpack<T>(x[u], result);
+          uint4 masked = dz[k < most_pieces ? k : 0];
+          keep_packed(masked);
+          unpack<T>(masked, gradient);
 #pragma unroll
           for (int i = 0; i < vector; ++i) {
             const float centered = result[i] - mean[i];
