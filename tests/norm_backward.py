@@ -24,14 +24,15 @@ def drawn_arguments(
     weight_dtype: torch.dtype = torch.float32,
     bias_dtype: torch.dtype = torch.float32,
     layout: torch.memory_format = torch.channels_last,
+    device: str = "cpu",
 ) -> Arguments:
     """Return random arguments of ``group_norm_act_backward``, with the statistics of x."""
-    x, grad, grad_total = (torch.randn(shape).to(memory_format=layout).to(dtype) for _ in range(3))
-    x += mean
-    weight, bias = (
-        (torch.rand(shape[1]) + 0.5).to(weight_dtype),
-        torch.randn(shape[1]).to(bias_dtype),
+    x, grad, grad_total = (
+        torch.randn(shape, device=device).to(dtype=dtype, memory_format=layout) for _ in range(3)
     )
+    x += mean
+    weight = (torch.rand(shape[1], device=device) + 0.5).to(weight_dtype)
+    bias = torch.randn(shape[1], device=device).to(bias_dtype)
     grad = away_from_kinks(grad, x, weight, bias, groups, activation)
     _, *statistics = reference.group_norm_act_forward(x, weight, bias, groups, 1e-5, activation)
     return grad, grad_total if has_total else None, x, weight, bias, *statistics, groups, activation

@@ -50,6 +50,13 @@ def workspace_bytes(call_settings: Call) -> int:
     return wanted.value
 
 
+def on_chip_cluster(arguments: Arguments, device: tuple[int, int, int]) -> float:
+    """Return how many blocks share a slice of an image; not a whole number where that does not fit on chip."""
+    emulate(library(SOURCE), device)
+    images, channels = arguments[2].shape[:2]
+    return workspace_bytes(settings_of(arguments)) / (images * 2 * channels * 4)
+
+
 def run(
     arguments: Arguments, device: tuple[int, int, int] = H100, seed: int = 0
 ) -> tuple[Tensor, ...]:
@@ -186,6 +193,14 @@ def test_odd_shapes(shape: tuple[int, int, int, int], groups: int) -> None:
     torch.manual_seed(0)
     dtype = torch.float16 if shape[1] == 600 else torch.float32
     check(partial(drawn_arguments, shape, groups, dtype, has_total=True), FEW, count=2)
+
+
+def test_a_large_image_takes_large_blocks() -> None:
+    torch.manual_seed(0)
+    device = (90, 8, 227 * 1024)
+    draw = partial(drawn_arguments, (2, 8, 170, 170), 4, torch.bfloat16, has_total=True)
+    assert on_chip_cluster(draw(), device) == 8
+    check(draw, device)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

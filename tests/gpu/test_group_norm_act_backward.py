@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,15 +18,13 @@ pytestmark = pytest.mark.skipif(
     extension.CUDA.problem is not None, reason=f"no CUDA kernels: {extension.CUDA.problem}"
 )
 
+draw = partial(drawn_arguments, device="cuda")
+
 RESNET = [
     (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28),
     (256, 14), (512, 14), (1024, 14), (512, 7), (2048, 7),
 ]  # fmt: skip
 OTHERS = [((2, 96, 7, 5), 4), ((3, 36, 1, 1), 12), ((1, 35, 9, 11), 7), ((2, 8, 230, 230), 2)]
-
-
-def on_card(arguments: Arguments) -> Arguments:
-    return tuple(t.cuda() if isinstance(t, Tensor) else t for t in arguments)  # type: ignore[return-value]
 
 
 def run(arguments: Arguments) -> tuple[Tensor, ...]:
@@ -33,7 +33,6 @@ def run(arguments: Arguments) -> tuple[Tensor, ...]:
 
 
 def check(arguments: Arguments) -> None:
-    arguments = on_card(arguments)
     x = arguments[2]
     plain, exact = (plain_gradients(arguments, dtype) for dtype in (x.dtype, torch.float64))
     found = run(arguments)
@@ -51,19 +50,19 @@ def test_the_check_before_the_first_use() -> None:
 @pytest.mark.parametrize(("channels", "side"), RESNET)
 def test_the_shapes_of_resnet(channels: int, side: int, images: int) -> None:
     shape = (images, channels, side, side)
-    check(drawn_arguments(shape, 32, torch.bfloat16, mean=1.5, has_total=side in (28, 7)))
+    check(draw(shape, 32, torch.bfloat16, mean=1.5, has_total=side in (28, 7)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_other_shapes(activation: str, dtype: torch.dtype) -> None:
     for shape, groups in OTHERS:
-        check(drawn_arguments(shape, groups, dtype, activation, has_total=True))
+        check(draw(shape, groups, dtype, activation, has_total=True))
 
 
 def test_another_layout() -> None:
-    check(drawn_arguments((2, 64, 9, 9), 32, torch.float32, layout=torch.contiguous_format))
-    grad, _, x, *others = on_card(drawn_arguments((2, 64, 9, 9), 32, torch.bfloat16))
+    check(draw((2, 64, 9, 9), 32, torch.float32, layout=torch.contiguous_format))
+    grad, _, x, *others = draw((2, 64, 9, 9), 32, torch.bfloat16)
     shifted = torch.empty(grad.numel() + 1, dtype=grad.dtype, device="cuda")[1:]
     shifted = shifted.as_strided(grad.shape, grad.stride()).copy_(grad)
     for ours, theirs in zip(
@@ -73,7 +72,7 @@ def test_another_layout() -> None:
 
 
 def test_the_same_bits_each_time() -> None:
-    arguments = on_card(drawn_arguments((64, 256, 28, 28), 32, torch.bfloat16, has_total=True))
+    arguments = draw((64, 256, 28, 28), 32, torch.bfloat16, has_total=True)
     first = run(arguments)
     for _ in range(5):
         for ours, theirs in zip(run(arguments), first, strict=True):
@@ -85,19 +84,15 @@ def test_offsets_of_more_than_32_bits() -> None:
     needed = 4 * images * channels * side * side * 2
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip("too little memory")
-    x, grad = (
-        torch.empty(
-            (images, channels, side, side), dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last
-        ).normal_()
-        for _ in range(2)
-    )  # fmt: skip
+    x = torch.empty((images, side, side, channels), dtype=torch.bfloat16, device="cuda")
+    x, grad = (like.normal_().permute(0, 3, 1, 2) for like in (x, torch.empty_like(x)))
     weight, bias = torch.rand(channels, device="cuda"), torch.zeros(channels, device="cuda")
     mean, rstd = torch.zeros(images, 32, device="cuda"), torch.ones(images, 32, device="cuda")
     settings = (32, "none")
     grad_x, *_ = run((grad, None, x, weight, bias, mean, rstd, *settings))
     last = slice(images - 1, images)
-    expected = reference.group_norm_act_backward(
-        grad[last].double(), None, x[last].double(), weight.double(), bias.double(), mean[last], rstd[last], *settings
-    )  # fmt: skip
+    maps = (grad[last].double(), None, x[last].double())
+    others = (weight.double(), bias.double(), mean[last], rstd[last])
+    expected = reference.group_norm_act_backward(*maps, *others, *settings)
     error = (grad_x[last].double() - expected[0]).norm() / expected[0].norm()
     assert error < 2**-8
