@@ -155,6 +155,23 @@ BITFAST_GPU void wait_for(Barrier* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Sends a number to the shared memory of a block of the cluster, to whose barrier that is four bytes. Both are given by
+// the addresses that they have in this block.
+BITFAST_GPU void send_remote(float* p, int rank, float v, Barrier* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   address_in_block(p, rank)),
+               "r"(__float_as_uint(v)), "r"(address_in_block(barrier, rank))
+               : "memory");
+}
+// As wait_for, where other blocks of the cluster send.
+BITFAST_GPU void wait_for_remote(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again_%=:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again_%=;\n\t}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
 // Copies from global to shared memory; addresses and bytes are multiples of 16.
 BITFAST_GPU void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -72,7 +72,8 @@ struct Copy {
   void* to;
   const void* from;
   uint32_t bytes;
-  uint64_t* barrier;  // of bulk copies to shared memory
+  uint64_t* barrier;
+  float sent = 0;  // what is copied if `from` is null
 };
 
 // Asynchronous work of a thread, in groups, done as late as its waits allow.
@@ -285,7 +286,7 @@ inline void deliver_some_copies() {
     std::swap(copies[machine.below(copies.size())], copies.back());
     const Copy copy = copies.back();
     copies.pop_back();
-    memcpy(copy.to, copy.from, copy.bytes);
+    memcpy(copy.to, copy.from == nullptr ? &copy.sent : copy.from, copy.bytes);
     auto& state = *reinterpret_cast<BarrierState*>(copy.barrier);
     state.pending -= static_cast<int32_t>(copy.bytes);
     advance(state);
@@ -587,6 +588,14 @@ inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
 inline void wait_for(Barrier* barrier, uint32_t parity) {
   while (emulation::state_of(barrier).phase == parity) emulation::pause_thread();
 }
+
+inline void send_remote(float* p, int rank, float v, Barrier* barrier) {
+  emulation::check_aligned(p, 4, "a number that is sent");
+  uint64_t* theirs = emulation::in_block(barrier, rank);
+  emulation::state_of(theirs);
+  emulation::machine.bulk_copies.push_back({emulation::in_block(p, rank), nullptr, 4, theirs, v});
+}
+inline void wait_for_remote(Barrier* barrier, uint32_t parity) { wait_for(barrier, parity); }
 
 inline void check_bulk(const void* shared, const void* global, uint32_t bytes) {
   emulation::check_shared(shared, bytes, "a bulk copy");
