@@ -110,7 +110,7 @@ Columns inside_columns(const Window& window, int64_t tap_column, int64_t width, 
 }
 
 // Replaces the best values so far, and the taps that they came from, by those of `tap` where these beat them.
-template <typename T>
+template <typename T, typename Tap>
 BITFAST_FOR_EACH_CPU void update_best(
     const T* values, int64_t stride, int64_t count, Tap tap, float* best, Tap* best_tap) {
   if (best_tap == nullptr) {
@@ -131,7 +131,7 @@ BITFAST_FOR_EACH_CPU void update_best(
 // Pools one row. A pixel has `depth` adjacent values: all channels where they are innermost, else one.
 // `image` is the first row of the input plane, whose rows and pixels are `row_stride` and `pixel_stride`
 // apart.
-template <typename T>
+template <typename T, typename Tap>
 void pool_row(
     const T* image, Size in, int64_t row_stride, int64_t pixel_stride, int64_t depth, const Window& window,
     T pad, int64_t out_row, int64_t out_width, float* best, Tap* best_tap) {
@@ -140,10 +140,11 @@ void pool_row(
   if (best_tap != nullptr) {
     std::fill(best_tap, best_tap + out_width * depth, Tap{0});
   }
-  Tap tap = 0;
+  int number = 0;
   for (int64_t i = 0; i < window.kernel_height; ++i) {
     const int64_t y = out_row * window.stride_height - window.top + i * window.dilation_height;
-    for (int64_t j = 0; j < window.kernel_width; ++j, ++tap) {
+    for (int64_t j = 0; j < window.kernel_width; ++j, ++number) {
+      const Tap tap = static_cast<Tap>(number);
       const Columns columns =
           inside(y, in.height) ? inside_columns(window, j, in.width, out_width) : Columns{0, 0};
       const int64_t before = columns.first * depth, after = columns.last * depth;
@@ -166,7 +167,7 @@ void pool_row(
   }
 }
 
-template <typename T>
+template <typename T, typename Tap>
 void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& result, Tap* taps) {
   const Size in = size_of(x), out = size_of(result);
   const Planes planes = planes_of(x);
@@ -206,7 +207,7 @@ void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& res
 // ---- max-pool backward ------------------------------------------------------------------------------
 
 // Adds `count` gradients to the sums of input pixels `stride` apart, where the maximum came from `tap`.
-template <typename T>
+template <typename T, typename Tap>
 BITFAST_FOR_EACH_CPU void add_gradients(
     const T* grad, const Tap* taps, Tap tap, int64_t count, int64_t stride, float* sum) {
   for (int64_t i = 0; i < count; ++i) {
@@ -216,7 +217,7 @@ BITFAST_FOR_EACH_CPU void add_gradients(
 }
 
 // Sums up for one row of the input the gradients of the windows that reach it.
-template <typename T>
+template <typename T, typename Tap>
 void gather_row(
     const T* grad, const Tap* taps, Size pooled, int64_t depth, const Window& window, int64_t in_row,
     int64_t in_width, float* sum) {
@@ -246,7 +247,7 @@ void gather_row(
   }
 }
 
-template <typename T>
+template <typename T, typename Tap>
 void gather_planes(const Tensor& grad, const Tensor& taps, const Window& window, const Tensor& result) {
   const Size in = size_of(result), pooled = size_of(taps);
   const Planes planes = planes_of(taps);
@@ -277,19 +278,30 @@ struct CpuKernels {
     explicit DeviceGuard(const Tensor&) {}
   };
 
-  template <typename T>
-  static void pad(const Tensor& x, const Padding& padding, T value, const Tensor& result) {
-    pad_planes<T>(x, padding, value, result);
+  static void pad(const Tensor& x, const Padding& padding, float value, const Tensor& result) {
+    dispatch_floating(x.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      pad_planes<T>(x, padding, static_cast<T>(value), result);
+    });
   }
 
-  template <typename T>
-  static void pool(const Tensor& x, const Window& window, T pad, const Tensor& result, Tap* taps) {
-    pool_planes<T>(x, window, pad, result, taps);
+  static void pool(const Tensor& x, const Window& window, float value, const Tensor& result, const Tensor* taps) {
+    dispatch_floating(x.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      dispatch_taps(window, [&](auto first) {
+        using Tap = decltype(first);
+        Tap* tap_data = taps == nullptr ? nullptr : static_cast<Tap*>(taps->mutable_data_ptr());
+        pool_planes<T, Tap>(x, window, static_cast<T>(value), result, tap_data);
+      });
+    });
   }
 
-  template <typename T>
   static void pool_backward(const Tensor& grad, const Tensor& taps, const Window& window, const Tensor& result) {
-    gather_planes<T>(grad, taps, window, result);
+    dispatch_floating(grad.scalar_type(), [&](auto zero) {
+      dispatch_taps(window, [&](auto first) {
+        gather_planes<decltype(zero), decltype(first)>(grad, taps, window, result);
+      });
+    });
   }
 };
 
