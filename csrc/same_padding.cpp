@@ -110,9 +110,10 @@ Columns inside_columns(const Window& window, int64_t tap_column, int64_t width, 
 }
 
 // Replaces the best values so far, and the taps that they came from, by those of `tap` where these beat them.
-template <typename T, typename Tap>
+// Taps are as wide as values here, so that vectors hold as many of both.
+template <typename T>
 BITFAST_FOR_EACH_CPU void update_best(
-    const T* values, int64_t stride, int64_t count, Tap tap, float* best, Tap* best_tap) {
+    const T* values, int64_t stride, int64_t count, int32_t tap, float* best, int32_t* best_tap) {
   if (best_tap == nullptr) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(values[i * stride]);
@@ -131,20 +132,19 @@ BITFAST_FOR_EACH_CPU void update_best(
 // Pools one row. A pixel has `depth` adjacent values: all channels where they are innermost, else one.
 // `image` is the first row of the input plane, whose rows and pixels are `row_stride` and `pixel_stride`
 // apart.
-template <typename T, typename Tap>
+template <typename T>
 void pool_row(
     const T* image, Size in, int64_t row_stride, int64_t pixel_stride, int64_t depth, const Window& window,
-    T pad, int64_t out_row, int64_t out_width, float* best, Tap* best_tap) {
+    T pad, int64_t out_row, int64_t out_width, float* best, int32_t* best_tap) {
   const auto tap_at = [&](int64_t i) { return best_tap == nullptr ? nullptr : best_tap + i; };
   std::fill(best, best + out_width * depth, -INFINITY);
   if (best_tap != nullptr) {
-    std::fill(best_tap, best_tap + out_width * depth, Tap{0});
+    std::fill(best_tap, best_tap + out_width * depth, 0);
   }
-  int number = 0;
+  int32_t tap = 0;
   for (int64_t i = 0; i < window.kernel_height; ++i) {
     const int64_t y = out_row * window.stride_height - window.top + i * window.dilation_height;
-    for (int64_t j = 0; j < window.kernel_width; ++j, ++number) {
-      const Tap tap = static_cast<Tap>(number);
+    for (int64_t j = 0; j < window.kernel_width; ++j, ++tap) {
       const Columns columns =
           inside(y, in.height) ? inside_columns(window, j, in.width, out_width) : Columns{0, 0};
       const int64_t before = columns.first * depth, after = columns.last * depth;
@@ -192,14 +192,18 @@ void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& res
   torch::stable::parallel_for(
       0, x.size(0) * planes.per_image * out.height, rows_per_task(cost), [&](int64_t begin, int64_t end) {
         std::vector<float> best(row_length);
+        std::vector<int32_t> best_taps(taps == nullptr ? 0 : row_length);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t plane = r / out.height;
           const T* image = source + plane / planes.per_image * x.stride(0) +
               plane % planes.per_image * x.stride(1);
           pool_row(
               image, in, x.stride(2), x.stride(3), depth, window, pad, r % out.height, out.width,
-              best.data(), taps == nullptr ? nullptr : taps + r * row_length);
+              best.data(), taps == nullptr ? nullptr : best_taps.data());
           std::copy(best.begin(), best.end(), target + r * row_length);
+          if (taps != nullptr) {
+            std::copy(best_taps.begin(), best_taps.end(), taps + r * row_length);
+          }
         }
       });
 }

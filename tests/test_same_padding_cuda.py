@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench import host
 from bitfast import reference
 from bitfast.memory_format import is_channels_last, memory_format_of
 from bitfast.ops import native_cuda, same_padding
@@ -341,3 +342,14 @@ def test_plans_prepare_a_call_for_each_layout(on_the_cpu, monkeypatch) -> None:
         for _ in range(2):
             assert torch.equal(pool(x), reference.same_max_pool(x, *STEM, [1, 1, 1, 1], 0.0))
             assert torch.equal(pad(x), reference.same_pad_forward(x, [1, 1, 1, 1], 0.5))
+
+
+def test_what_calls_cost_the_host(on_the_cpu, monkeypatch) -> None:
+    """Few Python functions, and torch's dispatcher for memory only."""
+    monkeypatch.setattr(same_padding, "select_backend", lambda *_: "native")
+    x = make((1, 8, 4, 4), layout=torch.channels_last, seed=0)
+    pool = same_padding.max_pool_for(x.shape, STEM, None, 0.0, "cuda", x.dtype)
+    with torch.no_grad():
+        counted = host.calls_of(pool, x)
+    assert counted["python_calls"] <= 6, counted["python_calls_most"]
+    assert counted["operators_most"] == {"aten::empty_strided": 1}
