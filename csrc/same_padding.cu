@@ -59,7 +59,7 @@ bool has_pool_strips(const SamePaddingCall& call, std::initializer_list<const vo
 
 int narrow(int64_t n) { return static_cast<int>(n); }
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 const char* pad_strips(const SamePaddingCall& call, void* stream, const void* x, void* result) {
   const int64_t vectors = call.channels / vector_of(call);

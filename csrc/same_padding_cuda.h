@@ -1,4 +1,5 @@
-// The functions of csrc/same_padding.cu, which operators and prepared calls share. They return null, or what went wrong.
+// The functions of csrc/same_padding.cu, which operators and prepared calls share.
+// They return null, or what went wrong.
 #pragma once
 
 #include <cstdint>

@@ -64,7 +64,7 @@ BITFAST_GPU uint32_t word_of_number(float value, Dtype dtype) {
   }
 }
 
-// ---- pad -------------------------------------------------------------------------------------------------------------
+// ---- pad ------------------------------------------------------------------------------------------------------------
 
 // Bits: an unsigned integer of the dtype's size.
 template <typename Bits, typename Index>
@@ -91,7 +91,7 @@ struct PadElements {
   }
 };
 
-// ---- max-pool --------------------------------------------------------------------------------------------------------
+// ---- max-pool -------------------------------------------------------------------------------------------------------
 
 template <typename T, typename Index>
 struct PoolElements {
@@ -139,7 +139,7 @@ struct PoolElements {
   }
 };
 
-// ---- max-pool backward -----------------------------------------------------------------------------------------------
+// ---- max-pool backward ----------------------------------------------------------------------------------------------
 
 // An input pixel gathers the gradients of the windows whose maximum it was, in the order of its taps.
 template <typename T, typename Index>
@@ -177,7 +177,7 @@ struct GatherElements {
   }
 };
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 // What a launch over the elements of a padded or pooled map reads and writes.
 template <typename Index>

@@ -14,7 +14,8 @@
 
 namespace bitfast::same_padding {
 
-// A tap is the number of a pixel within its window, row by row: uint8 in windows of up to byte_window pixels, else int16.
+// A tap is the number of a pixel within its window, row by row:
+// uint8 in windows of up to byte_window pixels, else int16.
 constexpr int64_t byte_window = 256;
 constexpr int64_t max_window = std::numeric_limits<int16_t>::max();
 

@@ -34,7 +34,7 @@ BITFAST_GPU Strip own_strip(const Strips& strips) {
       static_cast<int>(strip - image * strips.per_image) * strips.rows_per_strip};
 }
 
-// ---- pad -------------------------------------------------------------------------------------------------------------
+// ---- pad ------------------------------------------------------------------------------------------------------------
 
 // Of any dtype.
 struct PadStrips {
@@ -78,7 +78,7 @@ struct PadStrips {
   }
 };
 
-// ---- max-pool 3x3, stride 2 ------------------------------------------------------------------------------------------
+// ---- max-pool 3x3, stride 2 -----------------------------------------------------------------------------------------
 
 // Three neighbouring pixels of a row: those of a window.
 struct Pixels {
@@ -240,7 +240,7 @@ struct PoolStrips {
   }
 };
 
-// ---- max-pool 3x3, stride 2, backward --------------------------------------------------------------------------------
+// ---- max-pool 3x3, stride 2, backward -------------------------------------------------------------------------------
 
 // Number k of a word of four bytes.
 template <typename T>
@@ -269,8 +269,8 @@ struct Windows {
   Taps<T> taps[2];
 };
 
-// Rows of the padded map are 2q + 1 and 2q + 2, for a number q, so that they lie in the windows of the pooled rows q and
-// q + 1 and in no others; columns are paired likewise. A thread makes the four pixels of such a pair of pairs, from four
+// The rows 2q + 1 and 2q + 2 of the padded map lie in the windows of the pooled rows q and q + 1, and in no others.
+// Columns are paired likewise. A thread makes the four pixels where such a pair of rows meets one of columns, from four
 // windows, two of which serve the next pair of rows too. Sums are taken in the order of the taps.
 template <typename T>
 struct GatherStrips {
