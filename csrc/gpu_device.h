@@ -80,6 +80,7 @@ BITFAST_GPU void store_16(void* p, uint4 v) {
 BITFAST_GPU void store_8(void* p, uint2 v) {
   asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
+BITFAST_GPU void store_4(void* p, uint32_t v) { asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 
 BITFAST_GPU uint4 load_shared_16(const void* p) {
   uint4 v;

@@ -538,6 +538,7 @@ inline uint32_t load_2(const void* p) { return load_aligned<uint16_t>(p); }
 inline uint4 load_written_16(const void* p) { return load_aligned<uint4>(p); }
 inline void store_16(void* p, uint4 v) { store_aligned(p, v); }
 inline void store_8(void* p, uint2 v) { store_aligned(p, v); }
+inline void store_4(void* p, uint32_t v) { store_aligned(p, v); }
 
 inline uint4 load_shared_16(const void* p) {
   emulation::check_shared(p, 16, "a load");
