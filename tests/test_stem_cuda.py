@@ -390,6 +390,7 @@ def test_a_plan_calls_the_kernel(kernels_on_the_cpu, kind) -> None:
     output = model(images, output_hidden_states=True)
     expected_names = MODELS[kind][1]
     assert names_of(model)[: len(expected_names)] == expected_names
+    assert plans(model)[0].parts[0].program.takes_any_layout
     assert torch.equal(images, before)
     with use_backend("reference"):
         plain = model(images, output_hidden_states=True)
