@@ -256,6 +256,12 @@ BITFAST_GPU T* keep_address(T* p) {
   return p;
 }
 
+// Keeps the compiler from holding what follows from a value in registers instead of recomputing it.
+BITFAST_GPU int recompute_from(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---- matrices --------------------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.

@@ -8,7 +8,7 @@ namespace {
 
 using gpu::LaunchShape;
 
-// As many clusters as work at once, each with as many images to do.
+// As many clusters as work at once, each with as many images to do, of one slice.
 template <typename Kernel>
 const char* launch_clusters(
     const GroupNormActCall& c, const ClusterPlan& plan, const Tensors& tensors, void* stream) {
@@ -20,20 +20,22 @@ const char* launch_clusters(
   a.bias_dtype = static_cast<Dtype>(c.bias_dtype);
   a.activation = static_cast<Activation>(c.activation);
   a.eps = c.eps;
-  a.images = c.images;
+  a.images = static_cast<int>(c.images);
   a.slices = plan.slices;
   a.pixels = static_cast<int>(c.pixels);
   a.channels = static_cast<int>(c.channels);
   a.groups = static_cast<int>(c.groups);
+  a.pitch = a.channels * (16 / vector_of(c));
+  a.image_bytes = a.pixels * a.pitch;
   a.cluster = plan.cluster;
   a.block_pixels = a.pixels / plan.cluster;
   a.blocks_with_one_more = a.pixels % plan.cluster;
   LaunchShape shape{0, plan.cluster, plan.shared.bytes, plan.threads};
   int64_t clusters = 0;
   if (const char* error = gpu::resident_clusters<Kernel>(shape, clusters)) return error;
-  const int64_t units = c.images * plan.slices;
-  const int64_t rounds = ceil_div(units, clusters);
-  shape.blocks = ceil_div(units, rounds) * plan.cluster;
+  const int64_t at_once = std::max<int64_t>(1, clusters / plan.slices);
+  const int64_t rounds = ceil_div(c.images, at_once);
+  shape.blocks = ceil_div(c.images, rounds) * plan.slices * plan.cluster;
   return gpu::launch<Kernel>(shape, a, stream);
 }
 

@@ -44,13 +44,14 @@ inline bool is_sliceable(const GroupNormActCall& c, int64_t groups, int most_vec
 // as there are, up to 8. Images that 8 blocks cannot hold are cut into slices of channels, as long as rows of them have
 // 256 bytes.
 inline ClusterPlan plan_clusters(const GroupNormActCall& c, const Device& device) {
-  constexpr int most_threads = 512, most_blocks = 8, shortest_row = 256;
+  constexpr int most_threads = 512, shortest_row = 256;
   constexpr int64_t small_block = 50 * 1024, large_block = 100 * 1024;
   const int vector = vector_of(c);
   const int64_t group_channels = c.channels / c.groups;
   ClusterPlan plan;
   plan.parts = group_channels % vector == 0 ? 1 : vector / 2;
   if (device.capability < 90 || !c.is_aligned || group_channels % (vector / plan.parts) != 0) return plan;
+  if (c.images * c.groups > INT32_MAX || c.pixels * c.channels * 16 / vector > INT32_MAX) return plan;
   for (int64_t slices = 1; slices <= c.groups; ++slices) {
     const int64_t groups = c.groups / slices, row = groups * group_channels * 16 / vector;
     if (slices > 1 && row < shortest_row) return plan;
@@ -63,19 +64,21 @@ inline ClusterPlan plan_clusters(const GroupNormActCall& c, const Device& device
     int cluster = 1;
     while (2 * cluster <= widest && block_bytes(cluster) > block) cluster *= 2;
     while (2 * cluster <= widest && 2 * cluster * slices * c.images <= device.multiprocessors) cluster *= 2;
-    const bool is_small = block_bytes(cluster) <= small_block && row <= 256 * 16;
-    const bool fill_device = cluster * slices * c.images > device.multiprocessors;
-    const int threads = is_small && fill_device ? 256 : most_threads;
-    const Layout layout = layout_of(
-        static_cast<int>(groups * group_channels), static_cast<int>(group_channels), vector, plan.parts, threads);
-    const SharedPlan shared = shared_plan(static_cast<int>(ceil_div(c.pixels, cluster)), layout);
-    if (shared.bytes > device.shared_bytes_per_block) continue;
-    plan.slices = static_cast<int>(slices);
-    plan.cluster = cluster;
-    plan.threads = threads;
-    plan.layout = layout;
-    plan.shared = shared;
-    return plan;
+    for (; cluster <= widest; cluster *= 2) {
+      const bool is_small = block_bytes(cluster) <= small_block && row <= 256 * 16;
+      const bool are_many = 2 * cluster * slices * c.images > device.multiprocessors;
+      const int threads = is_small && are_many ? 256 : most_threads;
+      const Layout layout = layout_of(
+          static_cast<int>(groups * group_channels), static_cast<int>(group_channels), vector, plan.parts, threads);
+      const SharedPlan shared = shared_plan(static_cast<int>(ceil_div(c.pixels, cluster)), layout);
+      if (shared.bytes > device.shared_bytes_per_block) continue;
+      plan.slices = static_cast<int>(slices);
+      plan.cluster = cluster;
+      plan.threads = threads;
+      plan.layout = layout;
+      plan.shared = shared;
+      return plan;
+    }
   }
   return plan;
 }

@@ -72,8 +72,16 @@ struct Groups {
   int of[parts];
 
   BITFAST_GPU Groups(const Layout& l, const Place& place) {
+    int group = place.vector * parts / l.parts_per_group;
+    int part = place.vector * parts - group * l.parts_per_group;
 #pragma unroll
-    for (int p = 0; p < parts; ++p) of[p] = min((place.vector * parts + p) / l.parts_per_group, l.groups - 1);
+    for (int p = 0; p < parts; ++p) {
+      of[p] = min(group, l.groups - 1);
+      if (++part == l.parts_per_group) {
+        part = 0;
+        ++group;
+      }
+    }
   }
 };
 
@@ -149,9 +157,9 @@ BITFAST_GPU float add_members(float v, int members) {
 // After a barrier that follows Sums::leave.
 template <typename Use>
 BITFAST_GPU void for_each_group(const float2* sums, const Layout& l, const Use& use) {
-  const int thread = static_cast<int>(threadIdx.x), member = thread & (l.members - 1);
-  const int at_once = static_cast<int>(blockDim.x) / l.members;
-  const int count = l.rows * l.parts_per_group, pitch = l.groups * l.parts_per_group;
+  const int thread = gpu::recompute_from(static_cast<int>(threadIdx.x)), member = thread & (l.members - 1);
+  const int at_once = gpu::recompute_from(static_cast<int>(blockDim.x)) / l.members;
+  const int count = gpu::recompute_from(l.rows) * l.parts_per_group, pitch = gpu::recompute_from(l.groups) * l.parts_per_group;
   for (int from = 0; from < l.groups; from += at_once) {
     const int group = from + thread / l.members;
     float first = 0.0f, second = 0.0f;

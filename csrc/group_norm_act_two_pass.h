@@ -102,7 +102,7 @@ struct TileMomentsKernel {
     auto* pivots = reinterpret_cast<float*>(gpu::shared_memory() + a.pivots);
     const int64_t at = tile.element(a) + place.vector * vector_size<T>;
     const int64_t first = place.is_active ? tile.begin + place.lane : tile.end;
-    constexpr int unroll = 4;
+    constexpr int unroll = adds ? 2 : 4;  // as many as the registers hold
 
     // The mean of the first pixels is the pivot of all.
     const int64_t some = min(tile.end, tile.begin + unroll * l.lanes);
@@ -122,7 +122,7 @@ struct TileMomentsKernel {
 
     sums.begin(pivots, groups);
     for (int64_t pixel = first; pixel < tile.end; pixel += unroll * l.lanes) {
-      uint4 v[unroll], residual[unroll];
+      uint4 v[unroll] = {}, residual[unroll] = {};  // without values the registers would be taken all the time
 #pragma unroll
       for (int i = 0; i < unroll; ++i) {
         const int64_t element = at + (pixel + i * l.lanes) * a.channels;

@@ -63,8 +63,14 @@ def run(
         is_aligned=all(t.data_ptr() % 16 == 0 for t in maps),
     )  # fmt: skip
     bytes_needed = ctypes.c_int64()
-    call(kernels().bitfast_group_norm_act_workspace, ctypes.byref(settings), ctypes.byref(bytes_needed))
-    workspace = at_page_end(torch.empty(bytes_needed.value // 4), NAN) if bytes_needed.value else None
+    call(
+        kernels().bitfast_group_norm_act_workspace,
+        ctypes.byref(settings),
+        ctypes.byref(bytes_needed),
+    )
+    workspace = (
+        at_page_end(torch.empty(bytes_needed.value // 4), NAN) if bytes_needed.value else None
+    )
     statistic = torch.empty(images, groups)
     mean, rstd = (at_page_end(statistic, NAN) if keeps_statistics else None for _ in range(2))
     call(

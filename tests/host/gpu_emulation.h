@@ -650,6 +650,8 @@ T* keep_address(T* p) {
   return p;
 }
 
+inline int recompute_from(int v) { return v; }
+
 // ---- matrices --------------------------------------------------------------------------------------------------------
 
 inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
