@@ -20,7 +20,7 @@ from bitfast.torch_state import must_use_plain_pytorch
 BACKENDS = ("native", "triton", "reference")
 """Every backend name, in order of preference."""
 
-CONVOLUTIONS = ("packed_convolution", "norm_convolution")
+CONVOLUTIONS = ("packed_convolution", "norm_convolution", "stem")
 """Ops that do the work of several others, in inference. A general demand for "native" or "triton" does not
 concern them; a demand for the reference of an op whose work they do keeps them from being used."""
 

@@ -301,6 +301,37 @@ def _window_starts(pooled: Tensor, stride: Ints) -> tuple[Tensor, Tensor]:
     return row[:, None], column
 
 
+# ---- stem ---------------------------------------------------------------------------------------
+
+STEM_KERNEL, STEM_POOL = 7, 3
+"""Height and width of the stem's filters and of its pooling window. The stride of both is 2."""
+
+
+def stem_size(size: Ints, padding: Ints, pool_padding: Ints | None) -> tuple[int, int]:
+    """Return (height, width) of what the stem makes of images of this size."""
+    for kernel, sides in ((STEM_KERNEL, padding), (STEM_POOL, pool_padding)):
+        if sides is not None:
+            size = pooled_size(size, (kernel, kernel), (2, 2), (1, 1), sides)
+    height, width = size
+    return height, width
+
+
+def stem_forward(
+    images: Tensor, filters: Tensor, padding: Ints, pool_padding: Ints | None
+) -> Tensor:
+    """Convolve images, rounded to the dtype of the filters, with stride 2; pad with zeros and max-pool.
+
+    ``filters`` have shape (out, 7, 8, 4): the last channel is not theirs, and neither is the first of the eight
+    pixels if the padding on the left is odd, else the last. The result is channels_last.
+    """
+    first = padding[2] % 2
+    weight = filters[:, :, first : first + STEM_KERNEL, :3].permute(0, 3, 1, 2)
+    result = F.conv2d(same_pad_forward(images.to(filters.dtype), padding, 0.0), weight, stride=2)
+    if pool_padding is not None:
+        result = F.max_pool2d(same_pad_forward(result, pool_padding, 0.0), STEM_POOL, 2)
+    return result.contiguous(memory_format=torch.channels_last)
+
+
 # ---- resize_normalize ---------------------------------------------------------------------------
 
 PRECISION_BITS = 32 - 8 - 2

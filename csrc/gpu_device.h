@@ -22,6 +22,9 @@ BITFAST_GPU uint32_t shared_address(const void* p) { return static_cast<uint32_t
 
 BITFAST_GPU void sync_block() { __syncthreads(); }
 
+// The same; returns whether the condition holds for any thread of the block.
+BITFAST_GPU bool sync_block_or(bool condition) { return __syncthreads_or(condition) != 0; }
+
 BITFAST_GPU void sync_warp() { __syncwarp(); }
 
 // Synchronizes `threads` threads of the block that name the same barrier, 1 to 15.
@@ -152,6 +155,23 @@ BITFAST_GPU void wait_for(Barrier* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Sends a number to the shared memory of a block of the cluster, to whose barrier that is four bytes. Both are given by
+// the addresses that they have in this block.
+BITFAST_GPU void send_remote(float* p, int rank, float v, Barrier* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   address_in_block(p, rank)),
+               "r"(__float_as_uint(v)), "r"(address_in_block(barrier, rank))
+               : "memory");
+}
+// As wait_for, where other blocks of the cluster send.
+BITFAST_GPU void wait_for_remote(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again_%=:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again_%=;\n\t}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
 // Copies from global to shared memory; addresses and bytes are multiples of 16.
 BITFAST_GPU void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -255,6 +275,12 @@ BITFAST_GPU T* keep_address(T* p) {
   asm volatile("" : "+l"(p));
   return p;
 }
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is needed, instead of
+// once before a loop that has no registers to spare.
+BITFAST_GPU int not_before_here(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 // Keeps the compiler from holding what follows from a value in registers instead of recomputing it.
 BITFAST_GPU int recompute_from(int v) {
@@ -287,6 +313,76 @@ BITFAST_GPU void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uin
   }
 #undef BITFAST_MMA
 }
+
+// ---- matrices in shared memory (capability 90 exactly) -----------------------------------------------------------------
+//
+// Four warps, the first of which is a multiple of four, multiply together, all with the same matrices. What ordinary
+// stores have written there must have been fenced (fence_async_proxy) before a barrier. These instructions are only in the
+// machine code for sm_90a.
+
+// Where a matrix of 16-bit numbers lies: in parts of 8 rows of 16 bytes, one after the other.
+using MatrixPlace = uint64_t;
+
+// `k_step`: bytes to the part with the next 8 numbers of each row, `row_step`: to that with the next 8 rows; address and
+// steps are multiples of 16.
+BITFAST_GPU MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
+  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | static_cast<uint64_t>(k_step >> 4) << 16 |
+         static_cast<uint64_t>(row_step >> 4) << 32;
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define BITFAST_WGMMA(...) asm volatile(__VA_ARGS__)
+#else
+#define BITFAST_WGMMA(...) __trap()
+#endif
+
+// Lets the compiler neither move sums over this place nor copy them.
+template <int count>
+BITFAST_GPU void keep_sums(float (&c)[count][8][4]) {
+#pragma unroll
+  for (int i = 0; i < count * 8 * 4; ++i) asm volatile("" : "+f"(c[i / 32][i / 4 % 8][i % 4])::"memory");
+}
+
+// Before products, whose sums nothing else may touch from here until they have been waited for.
+template <int count>
+BITFAST_GPU void begin_products(float (&c)[count][8][4]) {
+  keep_sums(c);
+  BITFAST_WGMMA("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Begins c (64x64) += a (64x16) * b (64x16, transposed). c[j] is a warp's part of columns 8 * j to 8 * j + 7, as of
+// multiply_add_16x8x16: of the first warp the first 16 rows, of the second the next.
+template <typename T>
+BITFAST_GPU void multiply_add_64x64x16(float (&c)[8][4], MatrixPlace a, MatrixPlace b) {
+#define BITFAST_SUMS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define BITFAST_PRODUCT(type)                                                                                         \
+  BITFAST_WGMMA(                                                                                                      \
+      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, 1, 0;\n\t"                                                          \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                     \
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"  \
+      "%29,%30,%31}, %32, %33, adds, 1, 1, 0, 0;\n\t}"                                                                \
+      : BITFAST_SUMS(0), BITFAST_SUMS(1), BITFAST_SUMS(2), BITFAST_SUMS(3), BITFAST_SUMS(4), BITFAST_SUMS(5),         \
+        BITFAST_SUMS(6), BITFAST_SUMS(7)                                                                              \
+      : "l"(a), "l"(b))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    BITFAST_PRODUCT("bf16");
+  } else {
+    BITFAST_PRODUCT("f16");
+  }
+#undef BITFAST_PRODUCT
+#undef BITFAST_SUMS
+}
+
+// Ends a group of products.
+BITFAST_GPU void commit_products() { BITFAST_WGMMA("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all groups of products; c holds their sums from here on.
+template <int count>
+BITFAST_GPU void wait_products(float (&c)[count][8][4]) {
+  BITFAST_WGMMA("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  keep_sums(c);
+}
+#undef BITFAST_WGMMA
 
 // ---- launches --------------------------------------------------------------------------------------------------------
 

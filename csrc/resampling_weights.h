@@ -1,5 +1,5 @@
 // What each pixel of a resampled line is made of: the tables of Pillow's filters,
-// for the CPU kernels and, as the operator resampling_tables, for those of other devices.
+// for the CPU kernels and, by the operator resize_filters, for those of other devices.
 #pragma once
 
 #include <cstdint>

@@ -8,18 +8,17 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 #include <map>
 #include <optional>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "in_parallel.h"
 #include "instruction_sets.h"
 #include "kernel_dtypes.h"
 #include "memory_format.h"
+#include "resize_request.h"
 
 #include "no_fp_contraction.h"
 
@@ -35,79 +34,7 @@ constexpr int64_t rows_per_band = 16;
 // More than one, so that others take over the bands of a thread that is held up.
 constexpr int64_t bands_per_thread = 2;
 
-// What is asked for, as bitfast/ops/resize_normalize.py describes it.
-struct Request {
-  const std::vector<Tensor>& images;
-  const std::vector<int64_t>&sizes, &crop, &offsets;
-  int64_t resample;
-  const std::vector<int64_t>& first_axes;
-};
-
-// ---- geometry ---------------------------------------------------------------------------------------
-
-// The part of a window that lies in a line of `size` pixels, and where that part begins in the window.
-std::pair<Line, int64_t> line_within(int64_t in_size, int64_t size, int64_t offset, int64_t window) {
-  const int64_t first = std::clamp<int64_t>(offset, 0, size);
-  const int64_t last = std::clamp(offset + window, first, size);
-  return {{in_size, size, first, last - first}, std::clamp<int64_t>(first - offset, 0, window)};
-}
-
-// How each image is to be resized.
-struct Geometry {
-  std::vector<Line> rows, columns;
-  std::vector<int64_t> top, left;
-};
-
-Geometry geometry_of(const Request& request) {
-  const auto& [images, sizes, crop, offsets, resample, first_axes] = request;
-  Geometry geometry;
-  for (size_t i = 0; i < images.size(); ++i) {
-    const auto [rows, top] = line_within(images[i].size(0), sizes[2 * i], offsets[2 * i], crop[0]);
-    const auto [columns, left] = line_within(images[i].size(1), sizes[2 * i + 1], offsets[2 * i + 1], crop[1]);
-    geometry.rows.push_back(rows);
-    geometry.columns.push_back(columns);
-    geometry.top.push_back(top);
-    geometry.left.push_back(left);
-  }
-  return geometry;
-}
-
-void check_filter(int64_t resample) {
-  STD_TORCH_CHECK(0 <= resample && resample <= 5, "resample must be one of Pillow's filters, 0 to 5, got ", resample);
-}
-
-void check_request(const Request& request) {
-  const auto& [images, sizes, crop, offsets, resample, first_axes] = request;
-  const size_t count = images.size();
-  STD_TORCH_CHECK(
-      count > 0 && sizes.size() == 2 * count && offsets.size() == 2 * count && first_axes.size() == count,
-      "sizes, offsets and first_axes must fit the number of images, which is at least 1");
-  STD_TORCH_CHECK(crop.size() == 2 && crop[0] > 0 && crop[1] > 0, "crop must be a positive height and width");
-  check_filter(resample);
-  STD_TORCH_CHECK(
-      *std::min_element(sizes.begin(), sizes.end()) > 0 && *std::max_element(sizes.begin(), sizes.end()) <= INT32_MAX,
-      "sizes must be from 1 to ", INT32_MAX);
-  for (const Tensor& image : images) {
-    STD_TORCH_CHECK(
-        image.dim() == 3 && image.numel() > 0 && image.size(2) == images[0].size(2) &&
-            image.scalar_type() == images[0].scalar_type(),
-        "images must have shape (H, W, C), none of them 0, and one dtype and C");
-    STD_TORCH_CHECK(
-        image.size(0) <= INT32_MAX && image.size(1) <= INT32_MAX, "images must have sides up to ", INT32_MAX);
-  }
-}
-
 // ---- tables -----------------------------------------------------------------------------------------
-
-template <typename Function>
-void in_parallel(int64_t count, const Function& function) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) {
-      function(i);
-    }
-  });
-}
 
 // The axis of each line, once for all images that have the same line.
 template <typename Weight>
@@ -207,11 +134,11 @@ void fill(const std::vector<Plan<Pixel>>& plans, const Element* values, const Te
 
 // Calls function(plans), with one for each image.
 template <typename Pixel, typename Function>
-void with_plans(const Request& request, const Function& function) {
+void with_plans(const Request& request, Filter filter, const Function& function) {
   using Weight = typename WeightOf<Pixel>::type;
   const std::vector<Tensor>& images = request.images;
   const Geometry geometry = geometry_of(request);
-  const std::map<Line, Axis<Weight>> axes = axes_of<Weight>(geometry, static_cast<Filter>(request.resample));
+  const std::map<Line, Axis<Weight>> axes = axes_of<Weight>(geometry, filter);
   std::vector<Plan<Pixel>> plans;
   for (size_t i = 0; i < images.size(); ++i) {
     const Line &rows = geometry.rows[i], &columns = geometry.columns[i];
@@ -235,14 +162,14 @@ Tensor empty_batch(const Request& request, ScalarType dtype, bool channels_last)
       first.device(), channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-Tensor resize_bytes(const Request& request, const Tensor& values, bool channels_last) {
+Tensor resize_bytes(const Request& request, Filter filter, const Tensor& values, bool channels_last) {
   STD_TORCH_CHECK(
       values.dim() == 2 && values.size(0) == 256 && values.size(1) == request.images[0].size(2),
       "values must have shape (256, C)");
   Tensor result = empty_batch(request, values.scalar_type(), channels_last);
   const Tensor by_channel = torch::stable::contiguous(torch::stable::transpose(values, 0, 1));
   const void* data = by_channel.const_data_ptr();
-  with_plans<uint8_t>(request, [&](const auto& plans) {
+  with_plans<uint8_t>(request, filter, [&](const auto& plans) {
     switch (values.element_size()) {
       case 1:
         return fill(plans, static_cast<const uint8_t*>(data), result);
@@ -259,9 +186,11 @@ Tensor resize_bytes(const Request& request, const Tensor& values, bool channels_
   return result;
 }
 
-Tensor resize_floats(const Request& request, bool channels_last) {
+Tensor resize_floats(const Request& request, Filter filter, bool channels_last) {
   Tensor result = empty_batch(request, ScalarType::Float, channels_last);
-  with_plans<float>(request, [&](const auto& plans) { fill(plans, static_cast<const float*>(nullptr), result); });
+  with_plans<float>(request, filter, [&](const auto& plans) {
+    fill(plans, static_cast<const float*>(nullptr), result);
+  });
   return result;
 }
 
@@ -271,60 +200,15 @@ Tensor resize_normalize_pixels(
     const std::vector<Tensor>& images, const std::vector<int64_t>& sizes, const std::vector<int64_t>& crop,
     const std::vector<int64_t>& offsets, int64_t resample, const std::optional<Tensor>& values, bool channels_last,
     const std::vector<int64_t>& first_axes) {
-  const Request request{images, sizes, crop, offsets, resample, first_axes};
+  const Request request{images, sizes, crop, offsets, first_axes};
   check_request(request);
+  check_filter(resample);
+  const Filter filter = static_cast<Filter>(resample);
   STD_TORCH_CHECK(
       images[0].scalar_type() == (values ? ScalarType::Byte : ScalarType::Float),
       "images must be uint8 with values, float32 without");
-  return values ? resize_bytes(request, *values, channels_last) : resize_floats(request, channels_last);
-}
-
-// The tables of several lines, one after the other, for kernels elsewhere: int32 starts, int32 weights (those
-// of a line being taps x count, so that threads with neighbouring outputs read neighbouring numbers), and int64
-// taps of each line. `lines` is flat: in_size, out_size, first, count.
-std::tuple<Tensor, Tensor, Tensor> resampling_tables(const std::vector<int64_t>& lines, int64_t resample) {
-  STD_TORCH_CHECK(lines.size() % 4 == 0, "lines must hold four numbers each");
-  check_filter(resample);
-  const auto line_at = [&](size_t i) {
-    const int64_t* numbers = lines.data() + 4 * i;
-    return Line{numbers[0], numbers[1], numbers[2], numbers[3]};
-  };
-  std::vector<Axis<int32_t>> axes(lines.size() / 4);
-  for (size_t i = 0; i < axes.size(); ++i) {
-    const Line line = line_at(i);
-    STD_TORCH_CHECK(
-        0 < line.in_size && line.in_size <= INT32_MAX && 0 <= line.first && 0 < line.count &&
-            line.first + line.count <= line.out_size && line.out_size <= INT32_MAX,
-        "a line must be (in_size, out_size, first, count) with outputs that exist");
-  }
-  in_parallel(axes.size(), [&](int64_t i) {
-    axes[i] = make_axis<int32_t>(line_at(i), static_cast<Filter>(resample));
-  });
-  int64_t starts = 0, weights = 0;
-  for (const auto& axis : axes) {
-    starts += axis.count;
-    weights += axis.count * axis.taps;
-  }
-  const auto empty = [](int64_t size, ScalarType dtype) {
-    return torch::stable::empty(
-        {&size, 1}, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt,
-        std::nullopt);
-  };
-  const std::tuple<Tensor, Tensor, Tensor> result{
-      empty(starts, ScalarType::Int), empty(weights, ScalarType::Int), empty(axes.size(), ScalarType::Long)};
-  int32_t* start = static_cast<int32_t*>(std::get<0>(result).mutable_data_ptr());
-  int32_t* weight = static_cast<int32_t*>(std::get<1>(result).mutable_data_ptr());
-  int64_t* taps = static_cast<int64_t*>(std::get<2>(result).mutable_data_ptr());
-  for (const auto& axis : axes) {
-    start = std::copy(axis.starts.begin(), axis.starts.end(), start);
-    for (int64_t t = 0; t < axis.taps; ++t) {
-      for (int64_t i = 0; i < axis.count; ++i) {
-        *weight++ = axis.weights[i * axis.stride + t];
-      }
-    }
-    *taps++ = axis.taps;
-  }
-  return result;
+  return values ? resize_bytes(request, filter, *values, channels_last)
+                : resize_floats(request, filter, channels_last);
 }
 
 }  // namespace
@@ -333,15 +217,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
   m.def(
       "resize_normalize_pixels.native(Tensor[] images, SymInt[] sizes, SymInt[] crop, SymInt[] offsets, "
       "int resample, Tensor? values, bool channels_last, int[] first_axes) -> Tensor");
-  m.def("resampling_tables.native(int[] lines, int resample) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
   m.impl("resize_normalize_pixels.native", TORCH_BOX(&resize_normalize_pixels));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(bitfast, CompositeExplicitAutograd, m) {
-  m.impl("resampling_tables.native", TORCH_BOX(&resampling_tables));
 }
 
 }  // namespace bitfast::resize_normalize

@@ -146,7 +146,6 @@ def pictures() -> list[Wrong]:
         arguments = (list(images), list(sizes), list(crop), [0, 0], resample, values, False, [0])
         return Wrong("resize_normalize_pixels", arguments, words)
 
-    tables = "resampling_tables"
     return [
         resize("sizes, offsets and first_axes must fit the number of images, which is at least 1", []),
         resize("crop must be a positive height and width", crop=(0, 2)),
@@ -159,12 +158,46 @@ def pictures() -> list[Wrong]:
         resize("images must be uint8 with values, float32 without", values=None),
         resize("values must have shape (256, C)", values=values[1:]),
         resize("values must have elements of 1, 2, 4 or 8 bytes", values=values.to(torch.complex128)),
-        Wrong(tables, ([1, 2, 3], 0), "lines must hold four numbers each"),
+    ]  # fmt: skip
+
+
+def image_plans() -> list[Wrong]:
+    """Return wrong calls of what plans resize_normalize for other devices, and packs images for them."""
+    image, known = torch.zeros(3, 3, 3, dtype=torch.uint8), torch.zeros(0, 9, dtype=torch.int64)
+    filters, pack, places = "resize_filters", "pack_images", "packed_places"
+
+    def plan(words: str, images: Any = (image,), known: Tensor = known, tile: Any = (8, 256),
+             crop: Any = (2, 2), first_axes: Any = (0,), channels_first: bool = False) -> Wrong:  # fmt: skip
+        sizes = [2, 2] * len(images)
+        arguments = (images, sizes, crop, sizes, first_axes, channels_first, known, tile, False)
+        return Wrong("resize_plan", arguments, words)
+
+    table = "the table of filters must be int64 of shape (lines, 9), contiguous, on the CPU"
+    piece = torch.zeros(4, dtype=torch.uint8)
+    return [
+        plan("sizes, offsets and first_axes must fit the number of images, which is at least 1", first_axes=()),
+        plan("crop must be a positive height and width", crop=(0, 2)),
+        plan("images must have shape (C, H, W), none of them 0, and one dtype and C", [image[0]],
+             channels_first=True),
+        plan("images must be uint8", [image.float()]),
+        plan("tile must be two positive numbers", tile=(8,)),
+        plan(table, known=known[:, 1:]),
+        plan(table, known=known.int()),
+        plan("a row of a result must have fewer than 2147483647 numbers, and a column fewer rows",
+             crop=(2, 2**31 // 3)),
+        Wrong(filters, (known, [1, 2, 3], 0, 0), "lines must hold four numbers each"),
         Wrong(
-            tables,
-            ([4, 2, 1, 2], 0),
+            filters,
+            (known, [4, 2, 1, 2], 0, 0),
             "a line must be (in_size, out_size, first, count) with outputs that exist"
         ),
+        Wrong(filters, (known, [], 7, 0), "resample must be one of Pillow's filters, 0 to 5, got 7"),
+        Wrong(filters, (known.int(), [], 0, 0), table),
+        Wrong(places, ([image], 0), "alignment must be at least 1"),
+        Wrong(places, ([image.to("meta")], 16), "images must be on the CPU"),
+        Wrong(pack, ([image.to("meta")], [0], 0, piece), "images must be on the CPU"),
+        Wrong(pack, ([image], [], 0, piece), "starts must hold one number for each image"),
+        Wrong(pack, ([image], [0], 0, piece.int()), "piece must be uint8, contiguous, on the CPU"),
     ]  # fmt: skip
 
 
@@ -263,7 +296,7 @@ def main() -> None:
     The last call fails within torch, on memory that no machine has: torch's headers say so.
     """
     torch.ops.load_library(sys.argv[1])
-    calls = [*norms(), *weights(), *paddings(), *pictures(), *convolutions()]
+    calls = [*norms(), *weights(), *paddings(), *pictures(), *image_plans(), *convolutions()]
     too_large = Wrong("same_pad", (X, [2**40, 2**40, 0, 0], 0.0), "")
     print(json.dumps([(w.operator, what_is_said(w), w.words) for w in (*calls, too_large)]))
 

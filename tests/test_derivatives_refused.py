@@ -24,7 +24,10 @@ OPERATORS = torch.ops.bitfast
 WITHOUT_TENSORS = {
     "bitfast::instruction_set",
     "bitfast::norm_convolution_problem",
-    "bitfast::resampling_tables.native",  # of integers
+    "bitfast::pack_images.native",  # copies bytes
+    "bitfast::packed_places.native",  # integers only, as the next two
+    "bitfast::resize_filters.native",
+    "bitfast::resize_plan.native",
 }
 
 pytestmark = NEEDS_EXTENSION

@@ -41,7 +41,7 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("way", ["one tile", "split"])
+@pytest.mark.parametrize("way", ["whole", "split"])
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FORMS)

@@ -24,6 +24,14 @@ FAULTS = [
     "no_fence_before_bulk_store",
     "store_left_behind",
     "barrier_that_some_skip",
+    "wrong_row_step",
+    "misaligned_matrix",
+    "matrix_past_the_end",
+    "different_matrices",
+    "no_fence_before_product",
+    "product_not_begun",
+    "no_wait_for_product",
+    "matrix_overwritten_too_early",
 ]
 SEEDS = range(8)
 
@@ -32,18 +40,30 @@ def run(entry: str, fault: str, seed: int) -> bool:
     """Run a kernel; return whether its result is right."""
     kernels = library(SOURCE)
     emulate(kernels, seed=seed)
+    if entry == "multiply":
+        return run_product(fault)
     x = at_page_end(torch.arange(1.0, 257))
     y = at_page_end(x, float("nan"))
     call(getattr(kernels, entry), x, y, FAULTS.index(fault))
     blocks = x.view(4, 64)
     if entry == "reverse":
         blocks = blocks.flip(1)
-    if entry == "swap_blocks":
+    if entry in ("swap_blocks", "send_blocks"):
         blocks = blocks.view(2, 2, 64).flip(1).reshape(4, 64)
     return torch.equal(y.view(4, 64), 2 * blocks)
 
 
-@pytest.mark.parametrize("entry", ["reverse", "swap_blocks", "double_in_bulk", "double_own"])
+def run_product(fault: str) -> bool:
+    a, b = (at_page_end(torch.randint(-8, 9, (64, 32)).bfloat16()) for _ in range(2))
+    c = at_page_end(torch.empty(64, 64), float("nan"))
+    call(library(SOURCE).multiply, a, b, c, FAULTS.index(fault))
+    return torch.equal(c, a.float() @ b.float().mT)
+
+
+KERNELS = ["reverse", "swap_blocks", "send_blocks", "double_in_bulk", "double_own", "multiply"]
+
+
+@pytest.mark.parametrize("entry", KERNELS)
 def test_right_kernels(entry: str) -> None:
     assert all(run(entry, "none", seed) for seed in SEEDS)
 
@@ -54,10 +74,13 @@ def test_right_kernels(entry: str) -> None:
         ("reverse", "no_barrier_before_read"),
         ("reverse", "no_barrier_before_overwrite"),
         ("swap_blocks", "no_cluster_barrier"),
+        ("send_blocks", "no_wait_for_copy"),
         ("double_in_bulk", "no_wait_for_copy"),
+        ("multiply", "wrong_row_step"),
+        ("multiply", "matrix_overwritten_too_early"),
     ],
 )
-def test_a_missing_wait_gives_wrong_results(entry: str, fault: str) -> None:
+def test_a_missing_wait_or_a_wrong_step_gives_wrong_results(entry: str, fault: str) -> None:
     right = [run(entry, fault, seed) for seed in SEEDS]
     assert right.count(False) >= len(SEEDS) // 2
 
@@ -68,6 +91,8 @@ def test_a_missing_wait_gives_wrong_results(entry: str, fault: str) -> None:
         ("reverse", "shared_past_the_end", "a store is outside of shared memory"),
         ("reverse", "global_past_the_end", "an access outside of memory"),
         ("reverse", "barrier_that_some_skip", "threads wait for ever"),
+        ("send_blocks", "no_cluster_barrier", "a barrier is not initialised"),
+        ("send_blocks", "barrier_without_arrival", "threads wait for ever"),
         ("double_in_bulk", "misaligned_bulk_copy", "a bulk copy is not aligned to 16 bytes"),
         ("double_in_bulk", "odd_bulk_copy", "a bulk copy of 252 bytes"),
         ("double_in_bulk", "uninitialised_barrier", "a barrier is not initialised"),
@@ -76,9 +101,21 @@ def test_a_missing_wait_gives_wrong_results(entry: str, fault: str) -> None:
         ("double_in_bulk", "no_fence_before_bulk_store", "without fence_async_proxy"),
         ("double_in_bulk", "store_left_behind", "without waiting for its asynchronous work"),
         ("double_own", "no_wait_for_copy", "without waiting for its asynchronous work"),
+        ("multiply", "misaligned_matrix", "a matrix is not aligned to 16 bytes"),
+        ("multiply", "matrix_past_the_end", "a matrix is outside of shared memory"),
+        ("multiply", "different_matrices", "the threads of a warp multiply different matrices"),
+        ("multiply", "no_fence_before_product", "a product meets shared memory that was written"),
+        ("multiply", "product_not_begun", "a product without begin_products"),
+        ("multiply", "no_wait_for_product", "without waiting for its asynchronous work"),
     ],
 )
 def test_a_fault_ends_the_launch(entry: str, fault: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         run(entry, fault, 0)
     assert run(entry, "none", 0), "the next launch is not affected"
+
+
+def test_products_of_shared_memory_are_for_one_generation_only() -> None:
+    emulate(library(SOURCE), (100, 148, 227 * 1024))
+    with pytest.raises(RuntimeError, match="this GPU has no products of shared memory"):
+        run_product("none")

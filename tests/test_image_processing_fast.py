@@ -348,6 +348,21 @@ def test_integers_of_other_types(kind: str, resample: int, do_normalize: bool) -
         assert_close(torch.from_numpy(array * 200), input_data_format="channels_last", **deep)
 
 
+def test_integers_and_floating_numbers_of_one_batch_are_rescaled_each_in_its_way() -> None:
+    """They are computed in one dtype, but the factor is rounded for integers alone."""
+    plain = {"do_resize": False, "do_center_crop": False, "do_normalize": False}
+    image = torch.arange(3 * 40 * 50).view(3, 40, 50) % 256
+    images = [image, image.double(), image.int(), image.float(), image.to(torch.uint8)]
+    for batch in (images, images[::-1]):
+        for one, result in zip(
+            batch, pixel_values(BitImageProcessorFast(), batch, **plain), strict=True
+        ):
+            assert_close(one, exact=True, **plain)
+            (alone,) = pixel_values(BitImageProcessorFast(), one, **plain)
+            assert result.dtype == alone.dtype
+            assert torch.equal(result, alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint16])
 def test_cubes_do_not_wrap_integers_around(dtype: torch.dtype) -> None:
     high = 1 if dtype == torch.bool else torch.iinfo(dtype).max

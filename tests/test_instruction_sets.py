@@ -39,6 +39,6 @@ def test_the_kernels_are_right_on_lower_instruction_sets(name):
     code = "import torch, bitfast; print(torch.ops.bitfast.instruction_set())"
     assert run(["-c", code], capability).stdout.strip() == name
     ops = ("group_norm_act", "weight_standardization", "resize_normalize")
-    files = [f"tests/test_{op}_native.py" for op in ops]
+    files = ["tests/test_staging.py", *(f"tests/test_{op}_native.py" for op in ops)]
     outcome = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files], capability)
     assert outcome.returncode == 0, outcome.stdout[-4000:]

@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.kernels import resize_normalize as kernels
-from bitfast.ops import resize_normalize_triton
+from bitfast.ops.resize_filters import filter_store
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize, values_of_bytes
 from tests.drawn_cases import resize_arguments
 from tests.guarded import poisoned_memory
 from tests.image_layouts import LAYOUTS, random_image
 from tests.interpreter import DEVICE
 from tests.requirements import NEEDS_EXTENSION
+from tests.resize_plans import plan_with
 from tests.test_resize_normalize_native import memory_between_walls, tensor_at
 
 pytestmark = NEEDS_EXTENSION
@@ -84,22 +86,16 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
     """Windows that fill their last tiles, and that do not; the buffer between the passes as well."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = [random_image(i, (7 + i, 9, 3), "HWC").to(DEVICE) for i in range(2)]
-    axes: dict[Any, kernels.Axis]
-    lines = [(i.shape[axis], window[axis], 0, window[axis]) for i in images for axis in (0, 1)]
-    starts, weights, axes = resize_normalize_triton._tables(
-        tuple(dict.fromkeys(lines)), 3, images[0].device, 0
+    plan, filters = filter_store(3, images[0].device, 0).plan(
+        lambda known: plan_with(known, images, [*window] * 2, window, first_axes=[1, 0])
     )
-    pictures = [
-        kernels.Picture(image, axes[lines[2 * i]], axes[lines[2 * i + 1]], 0, 0, bool(i))
-        for i, image in enumerate(images)
-    ]
-    tables = kernels.tables_for(pictures, window)
-    between = torch.full((tables.buffer_size + 128,), 77, dtype=torch.uint8, device=DEVICE)
+    between = torch.full((plan.between.numel() + 128,), 77, dtype=torch.uint8, device=DEVICE)
     inside = between[64:-64]
-    tables.second_segments[:, 0] += tables.is_buffered * inside.data_ptr()
-    segments_a, programs_a, segments_b, programs_b = (t.to(DEVICE) for t in tables[:4])
+    first, second = kernels.tables_of(plan.tables.to(DEVICE), plan.places)
+    is_buffered = first.segments[:, 0] != 0
+    second.segments[:, 0] += is_buffered * (inside.data_ptr() - plan.between.data_ptr())
     kernels.first_pass_launch(
-        programs_a, segments_a, starts, weights, intermediate=inside, channels=3
+        first.programs, first.segments, filters, filters, intermediate=inside, channels=3
     ).launch()
     assert (between[:64] == 77).all()
     assert (between[-64:] == 77).all()
@@ -109,7 +105,7 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
     result = memory[64:-64].as_strided(shape, like.stride())
     values = values_of_bytes((), (), (), 3, torch.float32).to(DEVICE)
     kernels.second_pass_launch(
-        programs_b, segments_b, starts, weights, values,
+        second.programs, second.segments, filters, filters, values,
         intermediate=inside, result=result, channels_last=channels_last,
     ).launch()  # fmt: skip
     assert memory[:64].isnan().all()
@@ -125,53 +121,6 @@ def test_nothing_is_written_past_the_ends(channels_last: bool, window: tuple[int
         assert torch.equal(result[i], expected[0])
 
 
-def test_an_axis_that_stays_needs_no_pass() -> None:
-    image = random_image(1, (20, 9, 3), "HWC").to(DEVICE)
-    line = (9, 9, 2, 5)
-    _, _, axes = resize_normalize_triton._tables((line, (20, 7, 0, 7)), 3, image.device, 0)
-    width, height = axes[line], axes[20, 7, 0, 7]
-    assert width.is_unchanged
-    assert width.first_input == 2
-    tables = kernels.tables_for([kernels.Picture(image, height, width, 0, 0, False)], (7, 5))
-    assert tables.buffer_size == 0
-    assert tables.first_programs.numel() == 0
-
-
-def test_the_tables_are_those_of_the_reference(seed: int) -> None:
-    from bitfast.reference import PRECISION_BITS, resampling_weights
-
-    random = np.random.default_rng(seed)
-    for _ in range(300):
-        before, after = random.integers(1, 400, 2).tolist()
-        resample = int(random.integers(1, 6))
-        first = int(random.integers(0, after))
-        count = int(random.integers(1, after - first + 1))
-        line = [before, after, first, count]
-        starts, weights, taps = torch.ops.bitfast.resampling_tables.native(line, resample)
-        table = torch.zeros(count, before, dtype=torch.int64)
-        places = starts.long()[:, None] + torch.arange(int(taps))
-        table.scatter_add_(1, places, weights.view(-1, count).T.long())
-        if before == after:
-            expected = torch.eye(before, dtype=torch.int64)[first : first + count] << PRECISION_BITS
-        else:
-            index, weight = resampling_weights(before, after, resample)
-            scaled = weight * (1 << PRECISION_BITS)
-            rounded = (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc().long()
-            expected = torch.zeros(after, before, dtype=torch.int64)
-            expected.scatter_add_(1, index.T, rounded.T)
-            expected = expected[first : first + count]
-        assert torch.equal(table, expected), line
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [([3, 4, 0], "four numbers"), ([3, 4, 2, 3], "outputs that exist"), ([0, 4, 0, 1], "outputs that")],
-)  # fmt: skip
-def test_tables_of_lines_that_do_not_exist(lines: list[int], message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.bitfast.resampling_tables.native(lines, 3)
-
-
 def test_opcheck() -> None:
     images = [random_image(i, (6 + i, 9, 3), "HWC").to(DEVICE) for i in range(2)]
     arguments = (
@@ -179,6 +128,41 @@ def test_opcheck() -> None:
         True, [0, 1],
     )  # fmt: skip
     torch.library.opcheck(torch.ops.bitfast.resize_normalize.triton, arguments)
+
+
+@pytest.mark.parametrize("layout", ["HWC", "CHW"])
+def test_the_dispatcher_makes_no_difference(layout: str) -> None:
+    """An eager call plans and launches by itself; a mode that watches operators gets to see one."""
+    images = [random_image(i, (11 + i, 9, 3), "HWC").to(DEVICE) for i in range(2)]
+    if layout == "CHW":
+        images = [image.permute(2, 0, 1) for image in images]
+    arguments: dict[str, Any] = {"sizes": [(8, 7)] * 2, "crop": (6, 9), "layout": layout}
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with use_backend("triton"):
+        result = resize_normalize(images, **arguments)
+        with Watch():
+            watched = resize_normalize(images, **arguments)
+    assert torch.ops.bitfast.resize_normalize.triton in seen
+    assert torch.equal(result, watched)
+    assert torch.equal(result.cpu(), resize_normalize([i.cpu() for i in images], **arguments))
+
+
+def test_a_default_device_makes_no_difference() -> None:
+    filter_store.cache_clear()
+    values_of_bytes.cache_clear()
+    images = [random_image(1, (11, 9, 3), "HWC").to(DEVICE)]
+    with use_backend("triton"), torch.device("meta"):
+        result = resize_normalize(images, [(8, 7)], rescale_factor=1 / 255)
+    expected = resize_normalize([images[0].cpu()], [(8, 7)], rescale_factor=1 / 255)
+    assert torch.equal(result.cpu(), expected)
 
 
 def test_floating_images_are_not_for_it() -> None:

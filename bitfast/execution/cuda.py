@@ -22,6 +22,7 @@ from bitfast.execution.graph import is_recorded_by_others
 from bitfast.execution.program import RESERVED, Places, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape
+from bitfast.execution.stem import FusedStem, fused_stem
 from bitfast.execution.steps import (
     IMAGES,
     Block,
@@ -60,18 +61,21 @@ def serves(device_type: str, dtype: torch.dtype) -> bool:
 def lower(blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
     """Emit the calls of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
     steps = [step for block in blocks for step in block]
-    lowering = _Lowering(builder, setting)
+    lowering = _Lowering(builder, setting, fused_stem(steps, builder, setting))
     lowering.begin(steps)
-    for step in steps:
+    for step in lowering.after_stem(steps):
         lowering.lower(step)
 
 
 class _Lowering:
     """Lowers steps, one after the other, to calls of a :class:`ProgramBuilder`."""
 
-    def __init__(self, builder: ProgramBuilder, setting: Setting) -> None:
+    def __init__(
+        self, builder: ProgramBuilder, setting: Setting, stem: FusedStem | None = None
+    ) -> None:
         self.builder = builder
         self.setting = setting
+        self.stem = stem
         self.dtype, self.device = setting.compute_dtype, setting.device
         self.numbers: dict[nn.Module, int] = {}
         """The index of each convolution's weight in the list of weights."""
@@ -80,7 +84,11 @@ class _Lowering:
         """Emit the first call, which puts the stream and the weights into their places."""
         convolutions = [step.convolution for step in steps if isinstance(step, Convolve)]
         self.numbers = {convolution: n for n, convolution in enumerate(convolutions)}
-        kept_by_module = kept_standardized(convolutions, channels_last=True)
+        stem = self.stem
+        as_they_are = [c for c in convolutions if stem is None or c is not stem.convolution]
+        kept_by_module = kept_standardized(as_they_are, channels_last=True)
+        if stem is not None:
+            kept_by_module[stem.convolution] = stem.kept_filters(self.setting)
         kept = [kept_by_module[convolution] for convolution in convolutions]
         index = self.device.index
 
@@ -90,9 +98,32 @@ class _Lowering:
             if is_recorded_by_others():
                 # The graph is replayed without asking whether weights have changed.
                 fresh = recorded_weights(convolutions, channels_last=True)
+                if stem is not None:
+                    fresh[stem.convolution] = stem.prepared(fresh[stem.convolution])
                 places[WEIGHTS] = [fresh[convolution] for convolution in convolutions]
 
         self.builder.emit("begin", call)
+
+    def after_stem(self, steps: Sequence[Step]) -> Sequence[Step]:
+        """Emit the call for the steps that the op ``stem`` does, if there are any; return the others."""
+        stem, builder = self.stem, self.builder
+        if stem is None:
+            return steps
+        for step in stem.steps:
+            builder.find_shape(step)
+        first, last = stem.steps[0], stem.steps[-1]
+        source, number = builder.place(first.source), self.numbers[stem.convolution]
+        builder.free_after(first)
+        builder.free_after(last)
+        result = builder.new(last.result)
+        run = stem.function(self.setting)
+
+        def call(places: Places) -> None:
+            places[result] = run(places[STREAM], places[source], places[WEIGHTS][number])
+
+        builder.emit("stem", call)
+        builder.takes_any_layout = builder.is_last_read(first, first.source)
+        return steps[len(stem.steps) :]
 
     def lower(self, step: Step) -> None:
         is_uneven = self.builder.find_shape(step)

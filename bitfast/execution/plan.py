@@ -57,7 +57,7 @@ class Lowering(Protocol):
 
         Args:
             blocks: In order; none calls a module.
-            builder: Of the program, whose input is channels_last.
+            builder: Of the program, whose input is channels_last unless the builder is told otherwise.
             setting: A setting for which :meth:`serves` is true.
 
         Raises:
@@ -110,6 +110,8 @@ class Plan:
         values = [steps.outputs[number] for number in request.wanted]
         wanted = list(dict.fromkeys(values))
         self.parts = _Planner(steps, setting, lowering, wanted, slice_bytes).parts()
+        first = self.parts[0]
+        self._takes_any_layout = isinstance(first, _ProgramPart) and first.program.takes_any_layout
         # A stage without blocks returns its input, so that two outputs may be one value.
         self._repeated = [wanted.index(v) for v in values] if len(wanted) < len(values) else None
         parameters.note_what_is_kept()
@@ -133,7 +135,9 @@ class Plan:
         return self._execute(images)
 
     def _execute(self, images: Tensor) -> Results:
-        x = images.contiguous(memory_format=torch.channels_last)
+        x = images
+        if not self._takes_any_layout:
+            x = images.contiguous(memory_format=torch.channels_last)
         outputs: list[Tensor] = []
         for part in self.parts:
             more, x = part.execute(x)

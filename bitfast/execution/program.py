@@ -32,12 +32,14 @@ class Program(NamedTuple):
         names: What each call does, for people.
         places: How many places they need.
         outputs: The places of the values that are returned.
+        takes_any_layout: Whether the input may have any strides; else it must be channels_last.
     """
 
     calls: tuple[Call, ...]
     names: tuple[str, ...]
     places: int
     outputs: tuple[int, ...]
+    takes_any_layout: bool = False
 
     def execute(self, x: Tensor) -> list[Tensor]:
         """Return the outputs for an input."""
@@ -63,6 +65,9 @@ class ProgramBuilder:
         kept: The values that the program returns.
         shared: Values that must not be overwritten, because others may hold them.
         reserved: How many places the lowering uses for itself.
+
+    Attributes:
+        takes_any_layout: Set by a lowering whose calls take the input in any layout, not only channels_last.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class ProgramBuilder:
         reserved: int = 0,
     ) -> None:
         self.shapes: dict[int, Shape] = {source: shape}
+        self.takes_any_layout = False
         self._kept = kept
         self._shared = shared
         self._calls: list[Call] = []
@@ -184,7 +190,9 @@ class ProgramBuilder:
     def program(self) -> Program:
         """Return the program."""
         outputs = tuple(self._places[value] for value in self._kept)
-        return Program(tuple(self._calls), tuple(self._names), self._size, outputs)
+        return Program(
+            tuple(self._calls), tuple(self._names), self._size, outputs, self.takes_any_layout
+        )
 
 
 __all__ = ["NOTHING", "RESERVED", "UNUSED", "Call", "Places", "Program", "ProgramBuilder"]

@@ -19,9 +19,12 @@ from bitfast.kernels.device_cache import is_capturing
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.kept_weights import Source, kept_weights
+from bitfast.ops.stem import OP as STEM
+from bitfast.ops.stem import prepare_filters
 from bitfast.ops.weight_standardization import (
     OP,
     standardizes_together,
+    weight_standardization,
     weight_standardization_all,
 )
 
@@ -101,6 +104,25 @@ def kept_standardized(
     return results
 
 
+def kept_stem_filters(
+    convolution: WeightStandardizedConv2d, dtype: torch.dtype, padding: tuple[int, ...]
+) -> Tensor:
+    """Return the standardized weight as the op ``stem`` takes it for this padding, from the kept weights.
+
+    The weight must not be an inference tensor.
+    """
+    weight, eps = convolution.weight, convolution.eps
+    backend = select_backend(OP, weight.device.type, weight.dtype)
+
+    def make() -> Tensor:
+        return make_for_keeping(
+            lambda: prepare_filters(weight_standardization(weight, eps, dtype), padding),
+            weight.device,
+        )
+
+    return kept_weights.get(weight, (STEM, backend, eps, dtype, padding[2] % 2), make)
+
+
 def form_of(convolution: WeightStandardizedConv2d, channels_last: bool) -> tuple[object, ...]:
     """Return the key under which a standardized weight is kept."""
     weight = convolution.weight
@@ -171,6 +193,7 @@ __all__ = [
     "Weights",
     "form_of",
     "kept_standardized",
+    "kept_stem_filters",
     "make_for_keeping",
     "recorded_weights",
     "standardized_weights",

@@ -15,7 +15,7 @@ from bitfast.ops.resize_normalize import INSTALLED_PILLOW, resize_normalize
 
 
 class Recipe(NamedTuple):
-    """The arguments of ``resize_normalize`` that images of one kind share.
+    """The arguments of ``resize_normalize`` besides the images, their sizes and offsets.
 
     Attributes:
         crop: (height, width) of the result.
@@ -37,51 +37,69 @@ class Recipe(NamedTuple):
     pillow_version: tuple[int, ...] = INSTALLED_PILLOW
 
 
-class Job(NamedTuple):
-    """An image to be processed, and how.
+class Kind(NamedTuple):
+    """What all images of one call of ``resize_normalize`` share: the recipe, and what they are."""
+
+    recipe: Recipe
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Task(NamedTuple):
+    """How an image is to be processed.
 
     Attributes:
-        image: Shape (H, W, C), uint8 or floating.
         size: (height, width) after resizing.
         offset: (top, left) of the crop in the resized image.
-        recipe: The other arguments.
+        kind: Of the image.
     """
 
-    image: Tensor
     size: tuple[int, int]
     offset: tuple[int, int]
-    recipe: Recipe
+    kind: Kind
 
 
-def process(jobs: Sequence[Job]) -> Tensor | list[Tensor]:
-    """Return the results: one tensor (N, ...) if all images are of one kind, else a list of tensors."""
-    kinds: dict[tuple[Recipe, int, torch.dtype, torch.device], list[int]] = {}
-    for i, job in enumerate(jobs):
-        kind = job.recipe, job.image.shape[2], job.image.dtype, job.image.device
-        kinds.setdefault(kind, []).append(i)
+def process(
+    images: Sequence[Tensor], tasks: Sequence[Task], layout: str = "HWC"
+) -> Tensor | list[Tensor]:
+    """Return the results: one tensor (N, ...) if all images are of one kind, else a list of tensors.
+
+    Args:
+        images: Shape (H, W, C) or (C, H, W), by ``layout``; uint8 or floating.
+        tasks: One for each image.
+        layout: "HWC" or "CHW".
+    """
+    first = tasks[0].kind
+    if all(task.kind is first for task in tasks):
+        return _process_alike(images, tasks, layout)
+    kinds: dict[Kind, list[int]] = {}
+    for i, task in enumerate(tasks):
+        kinds.setdefault(task.kind, []).append(i)
     if len(kinds) == 1:
-        return _process_alike(jobs)
-    results: list[Tensor] = [jobs[0].image] * len(jobs)
+        return _process_alike(images, tasks, layout)
+    results = list(images)
     for members in kinds.values():
-        batch = _process_alike([jobs[i] for i in members])
+        batch = _process_alike([images[i] for i in members], [tasks[i] for i in members], layout)
         for i, result in zip(members, batch, strict=True):
             results[i] = result
     return results
 
 
-def _process_alike(jobs: Sequence[Job]) -> Tensor:
-    recipe = jobs[0].recipe
+def _process_alike(images: Sequence[Tensor], tasks: Sequence[Task], layout: str) -> Tensor:
+    recipe = tasks[0].kind.recipe
     batch = resize_normalize(
-        [job.image for job in jobs],
-        [job.size for job in jobs],
+        images,
+        [task.size for task in tasks],
         recipe.crop,
         recipe.resample,
         recipe.factors,
         recipe.mean or None,
         recipe.std or None,
-        offsets=[job.offset for job in jobs],
+        offsets=[task.offset for task in tasks],
         dtype=recipe.dtype,
         memory_format=format_for(recipe.channels_last),
+        layout=layout,
         pillow_version=recipe.pillow_version,
     )
     return batch.permute(0, 2, 3, 1) if recipe.channels_last else batch

@@ -226,6 +226,20 @@ def read_tensor(image: Any, input_data_format: Any) -> Tensor:
     return pixels
 
 
+def need_no_reading(images: Sequence[Any], input_data_format: Any) -> bool:
+    """Whether :func:`read_tensor` would certainly return each image as it is: tensors of bytes (C, H, W)."""
+    if set(map(type, images)) != {Tensor} or {image.dtype for image in images} != {torch.uint8}:
+        return False
+    shapes = {image.shape for image in images}
+    if set(map(len, shapes)) != {3} or min(map(min, shapes)) < 1:
+        return False
+    if input_data_format == ChannelDimension.FIRST:
+        return True
+    return input_data_format is None and all(
+        shape[0] in INFERRED_CHANNELS and shape[2] not in INFERRED_CHANNELS for shape in shapes
+    )
+
+
 def to_tensor(image: np.ndarray) -> Tensor:
     """Return an array as a tensor, without a copy if possible; not to be written to."""
     if not image.dtype.isnative or min(image.strides, default=0) < 0:

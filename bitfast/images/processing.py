@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitfast.images import transforms
 from bitfast.images.batch_feature import BatchFeature, parse_tensor_type
-from bitfast.images.batches import Job, Recipe, check_resized_size, parse_crop_size, process
+from bitfast.images.batches import Kind, Recipe, Task, check_resized_size, parse_crop_size, process
 from bitfast.images.inputs import (
     ChannelDimension,
     check_finite,
@@ -372,17 +372,19 @@ def _is_made_of_bytes(image: np.ndarray, options: Options) -> bool:
 def _all_at_once(
     arrays: list[np.ndarray], layouts: list[ChannelDimension], options: Options
 ) -> Tensor | list[Tensor]:
-    jobs = []
-    for i, (image, layout) in enumerate(zip(arrays, layouts, strict=True)):
+    images, tasks = [], []
+    for i, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
         try:
-            jobs.append(_job(image, layout, options))
+            image, task = _task(array, layout, options)
         except ValueError as error:
             raise ValueError(f"images[{i}]: {error}") from error
-    return process(jobs)
+        images.append(image)
+        tasks.append(task)
+    return process(images, tasks)
 
 
-def _job(image: np.ndarray, layout: ChannelDimension, options: Options) -> Job:
-    """Return the job of taking the steps of an image (H, W, C).
+def _task(image: np.ndarray, layout: ChannelDimension, options: Options) -> tuple[Tensor, Task]:
+    """Return an image (H, W, C) as a tensor, and the task of taking its steps.
 
     Raises:
         ValueError: pixels that cannot be bytes; a mean or standard deviation that does not fit.
@@ -415,7 +417,8 @@ def _job(image: np.ndarray, layout: ChannelDimension, options: Options) -> Job:
     )
     # Floor division: an odd remainder leaves the window one pixel nearer to the top and left.
     offset = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
-    return Job(to_tensor(image), size, offset, recipe)
+    tensor = to_tensor(image)
+    return tensor, Task(size, offset, Kind(recipe, channels, tensor.dtype, tensor.device))
 
 
 # ---- arguments ----------------------------------------------------------------------------------

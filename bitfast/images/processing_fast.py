@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from bitfast.images.batch_feature import BatchFeature, parse_tensor_type
 from bitfast.images.inputs import (
     ChannelDimension,
     flatten_images,
+    need_no_reading,
     parse_channel_dimension,
     parse_size,
     raise_named,
@@ -37,6 +38,7 @@ from bitfast.images.processing_base import (
     replaced,
 )
 from bitfast.images.tensor_steps import TensorSteps
+from bitfast.images.tensor_tasks import sizes_after_resizing
 from bitfast.ops.staging import upload
 
 
@@ -73,7 +75,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         input_data_format: Layout of the arrays among the images; None: seen from each one's axis of 1 or 3
             channels. "none" says (H, W).
         device: Where to work, and where the results lie; None: where the images are. From the CPU to a
-            GPU all images go in one asynchronous copy.
+            GPU all images go together, in asynchronous copies.
         disable_grouping: Whether a step that a subclass replaces is called for each image, as a batch of one,
             rather than for all images of one size. Has no other effect.
         **kwargs: Unknown parameters are kept as attributes and saved.
@@ -254,14 +256,21 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         """Return images as tensors (C, H, W) on the device asked for, in lists where they are in lists."""
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
         nested = [isinstance(image, (list, tuple)) for image in images]
-        # All images go to a device in one copy, unless a subclass replaces the method that reads one.
-        at_once = device is not None and not any(nested) and not replaced(self, READING)
-        read = partial(
-            self._process_image,
-            do_convert_rgb=do_convert_rgb,
-            input_data_format=input_data_format,
-            device=None if at_once else device,
-        )
+        # All images go to a device together, unless a subclass replaces the method that reads one.
+        together = not any(nested) and not replaced(self, READING)
+        at_once = device is not None and together
+        is_usual = together and not replaced(self, {**METHODS, **CONVERTING})
+        if is_usual and need_no_reading(images, input_data_format):
+            return upload(images, torch.device(device)) if at_once else images
+        how: dict[str, Any] = {
+            "do_convert_rgb": do_convert_rgb,
+            "input_data_format": input_data_format,
+        }
+        read: Callable[[Any], Tensor]
+        if together:
+            read = partial(self._read_image, copies=replaced(self, METHODS), **how)
+        else:
+            read = partial(self._process_image, device=device, **how)
         tensors: list[Any] = []
         try:
             for image, is_list in zip(images, nested, strict=True):
@@ -282,12 +291,18 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
         device: Any = None,
     ) -> Tensor:
         """Return one image as a tensor (C, H, W) on the device asked for."""
+        # Methods of a subclass may write into it, and it may be Pillow's memory.
+        copies = replaced(self, METHODS)
+        pixels = self._read_image(image, do_convert_rgb, input_data_format, copies)
+        return pixels if device is None else pixels.to(device)
+
+    def _read_image(
+        self, image: Any, do_convert_rgb: bool | None, input_data_format: Any, copies: bool
+    ) -> Tensor:
         pixels = read_tensor(
             self.convert_to_rgb(image) if do_convert_rgb else image, input_data_format
         )
-        if replaced(self, METHODS):  # who may write into it, and it may be Pillow's memory
-            pixels = pixels.clone(memory_format=torch.contiguous_format)
-        return pixels if device is None else pixels.to(device)
+        return pixels.clone(memory_format=torch.contiguous_format) if copies else pixels
 
     def convert_to_rgb(self, image: Any) -> Any:
         """Return a PIL image in mode "RGB", and anything else as it is.
@@ -354,7 +369,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
             }
         )
         tensor_steps.check_pixels(images, options, stacklevel=5)
-        recorded = any(map(tensor_steps.is_recorded, images))
+        recorded = torch.is_grad_enabled() and any(image.requires_grad for image in images)
         if do_resize and (recorded or replaced(self, RESIZING)):
             images = tensor_steps.call_by_shape(
                 images,
@@ -376,7 +391,7 @@ class BitImageProcessorFast(TensorSteps, ImageProcessor):
                     )
                 return stack
 
-            shapes = tensor_steps.sizes_after_resizing(images, options)
+            shapes = sizes_after_resizing(images, options)
             before = Options(*options[:3], crop=None if crops else options.crop)
             images = list(tensor_steps.process_at_once(images, before))
             images = tensor_steps.call_by_shape(images, shapes, crop_and_rescale, disable_grouping)
@@ -396,6 +411,7 @@ CROPPING = _methods("center_crop")
 RESCALING = _methods(
     "rescale", "normalize", "rescale_and_normalize", "_fuse_mean_std_and_rescale_factor"
 )
+CONVERTING = _methods("convert_to_rgb")
 READING = _methods("_process_image")
 METHODS = _methods(
     *(*RESIZING, *CROPPING, *RESCALING, *READING),

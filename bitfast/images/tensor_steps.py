@@ -6,28 +6,23 @@ Images are (C, H, W), of any sizes, dtypes and devices; the single steps also ta
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfast.images import transforms
-from bitfast.images.batches import Job, Recipe, check_resized_size, parse_crop_size, process
-from bitfast.images.inputs import (
-    check_range,
-    raise_named,
-    resized_size,
-    size_with_aspect_ratio,
-    size_within,
-)
+from bitfast.images.batches import Task, parse_crop_size, process
+from bitfast.images.inputs import check_range
 from bitfast.images.parameters import Options, parse_resize
+from bitfast.images.tensor_tasks import (
+    WIDTH_FIRST,
+    center_offset,
+    size_after_resizing,
+    tasks_of,
+)
 from bitfast.ops.resize_normalize import RESAMPLE_NAMES, resize_normalize
-
-WIDTH_FIRST = (12, 1)
-"""The last version of Pillow that always resamples along the width first, as torchvision does."""
 
 TRUNCATED = frozenset({torch.uint16, torch.uint32, torch.uint64})
 """Integer dtypes that torchvision truncates, not rounds, after it has resized them as floating numbers."""
@@ -43,7 +38,7 @@ def check_pixels(images: Sequence[Tensor], options: Options, stacklevel: int) ->
         return
     ranges = []
     for i, image in enumerate(images):
-        if image.device.type == "cpu" and image.dtype != torch.uint8:
+        if image.dtype != torch.uint8 and image.is_cpu:
             # torch compares neither bool nor unsigned integers of more than 8 bits.
             pixels = image.detach() if image.is_floating_point() else image.double()
             low, high = (float(value) for value in pixels.aminmax())
@@ -73,146 +68,46 @@ def process_at_once(images: Sequence[Tensor], options: Options) -> Tensor | list
     """
     if options[3:] == Options()[3:] and options.size is None:
         return list(images)
-    jobs: list[Job] = []
-    try:
-        for image in images:
-            jobs.append(_job(image.detach().permute(1, 2, 0), options))
-    except ValueError as error:
-        raise_named(len(jobs), error)
-    dtypes = [_result_dtype(image.dtype, options) for image in images]
-    results = process(jobs)
-    if isinstance(results, Tensor) and set(dtypes) == {results.dtype}:
+    given = tasks_of(images, options)
+    tasks = [task.task for task in given]
+    if any(task.changes_image for task in given):
+        pairs = zip(images, given, strict=True)
+        images = [_changed(i, t.task, options) if t.changes_image else i for i, t in pairs]
+    images = [image.detach() if image.requires_grad else image for image in images]
+    results = process(images, tasks, layout="CHW")
+    if isinstance(results, Tensor) and {task.dtype for task in given} == {results.dtype}:
         return results
-    return [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
+    return [result.to(task.dtype) for result, task in zip(results, given, strict=True)]
 
 
-def size_after_resizing(height: int, width: int, options: Options) -> tuple[int, int]:
-    """Return (height, width) of an image after it has been resized, if it is to be.
-
-    Raises:
-        ValueError: ``options.size`` does not say; a line of the image would vanish, or more pixels come out
-            than Pillow opens.
-    """
-    size = options.size
-    if size is None:
-        return height, width
-    if set(size) == {"shortest_edge", "longest_edge"}:
-        result = size_with_aspect_ratio(height, width, size["shortest_edge"], size["longest_edge"])
-    elif "max_height" in size:
-        result = size_within(height, width, size["max_height"], size["max_width"])
-    else:
-        result = resized_size(height, width, size)
-    if min(result) < 1:
-        raise ValueError(f"{width}x{height} pixels would be resized to {result[1]}x{result[0]}")
-    check_resized_size(height, width, result)
-    return result
-
-
-def sizes_after_resizing(images: Sequence[Tensor], options: Options) -> list[tuple[int, int]]:
-    """Return :func:`size_after_resizing` of each image; an error says of which."""
-    sizes: list[tuple[int, int]] = []
-    try:
-        for image in images:
-            sizes.append(size_after_resizing(image.shape[1], image.shape[2], options))
-    except ValueError as error:
-        raise_named(len(sizes), error)
-    return sizes
-
-
-def _job(image: Tensor, options: Options) -> Job:
-    """Return the job of taking the steps of an image (H, W, C)."""
-    height, width, channels = image.shape
-    if options.mean is not None and channels == 1:
-        channels = max(_length(options.mean), _length(options.std))
-        image = image.expand(height, width, channels)
-    factors, mean, std = _rescaling(channels, image.dtype, options)
-    size = size_after_resizing(height, width, options)
+def _changed(image: Tensor, task: Task, options: Options) -> Tensor:
+    """Return an image (C, H, W) as ``resize_normalize`` takes it, resized already where that does not do it."""
+    image = image.detach().expand(task.kind.channels, -1, -1)
     given = image.dtype
-    are_integers = not image.is_floating_point() and given != torch.uint8
-    if are_integers:
-        image = image.double()  # exact
-    if size != (height, width):
-        if options.nearest_mode is not None:
-            batch = image.permute(2, 0, 1)[None]
-            image = F.interpolate(batch, size, mode=options.nearest_mode)[0].permute(1, 2, 0)
-        elif are_integers:
-            image = _resize_integers(image, size, options.resample, given)
-    crop = size if options.crop is None else options.crop
-    dtype = _computed_dtype(image.dtype, bool(factors or mean), bool(mean))
-    recipe = Recipe(crop, options.resample, factors, mean, std, dtype, pillow_version=WIDTH_FIRST)
-    return Job(image, size, (_offset(size[0], crop[0]), _offset(size[1], crop[1])), recipe)
+    image = image.to(task.kind.dtype)
+    if task.size == tuple(image.shape[1:]):
+        return image
+    if options.nearest_mode is not None:
+        return F.interpolate(image[None], task.size, mode=options.nearest_mode)[0]
+    if image.dtype != given:
+        return _resize_integers(image, task.size, options.resample, given)
+    return image
 
 
 def _resize_integers(
     image: Tensor, size: tuple[int, int], resample: int, dtype: torch.dtype
 ) -> Tensor:
-    """Resize integers that are no bytes, shape (H, W, C) of float64, which have been of ``dtype``.
+    """Resize integers that are no bytes, shape (C, H, W) of float64, which have been of ``dtype``.
 
     As in torchvision, they are floating numbers meanwhile, and then rounded (:data:`TRUNCATED` toward 0).
     Where cubes overshoot the dtype's range they stop at its ends, while torchvision lets them wrap around.
     """
     (resized,) = resize_normalize(
-        [image.float()], [size], resample=resample, pillow_version=WIDTH_FIRST
+        [image.float()], [size], resample=resample, layout="CHW", pillow_version=WIDTH_FIRST
     )
     low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     whole = resized.trunc() if dtype in TRUNCATED else resized.round()
-    return whole.double().clamp(low, high).permute(1, 2, 0)
-
-
-def _offset(have: int, want: int) -> int:
-    """Return where a window of ``want`` pixels begins in ``have``; negative: zeros come first.
-
-    As torchvision has it: halves go to the even number, and a smaller image stands nearer to the top and
-    left in its window.
-    """
-    return round((have - want) / 2) if have >= want else -((want - have) // 2)
-
-
-def _rescaling(
-    channels: int, dtype: torch.dtype, options: Options
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-    """Return factors, mean and std for an image of this dtype, such that rounding is that of tensors.
-
-    Rescaled and normalized at once, the statistics are divided by the factor, as float32 numbers.
-    """
-    if options.mean is None:
-        if options.factor is None:
-            return (), (), ()
-        # The op's product is of float64 numbers, and exact if these are float32 numbers.
-        exact = dtype == torch.float64
-        return (options.factor if exact else float(np.float32(options.factor)),), (), ()
-    inverse = np.float32(1) if options.factor is None else np.float32(1.0 / options.factor)
-    mean, std = transforms.statistics(
-        _one_for_all(options.mean),
-        _one_for_all(options.std),
-        channels,
-        np.float32,
-        ("image_mean", "image_std"),
-    )
-    return (), tuple((mean * inverse).tolist()), tuple((std * inverse).tolist())
-
-
-def _length(values: Any) -> int:
-    return len(values) if isinstance(values, Collection) else 1
-
-
-def _one_for_all(values: Any) -> Any:
-    """Return the number if there is only one, for every channel; otherwise the values as they are."""
-    return next(iter(values)) if _length(values) == 1 and isinstance(values, Collection) else values
-
-
-def _computed_dtype(image: torch.dtype, is_scaled: bool, is_normalized: bool) -> torch.dtype:
-    """Return the dtype in which the op returns an image of this dtype."""
-    if is_normalized or (is_scaled and not image.is_floating_point):
-        return torch.float32
-    return image
-
-
-def _result_dtype(image: torch.dtype, options: Options) -> torch.dtype:
-    """Return the dtype of the result for an image that was given in this one."""
-    return _computed_dtype(
-        image, options.factor is not None or options.mean is not None, options.mean is not None
-    )
+    return whole.double().clamp(low, high)
 
 
 # ---- single steps -------------------------------------------------------------------------------
@@ -286,13 +181,14 @@ def _interpolate(
 
 def is_recorded(images: Tensor) -> bool:
     """Whether autograd records operations on these images."""
-    return torch.is_grad_enabled() and images.requires_grad
+    return images.requires_grad and torch.is_grad_enabled()
 
 
 def center_crop(images: Tensor, height: int, width: int) -> Tensor:
     """Cut (height, width) out of the center of images (..., C, H, W); zeros surround what is smaller."""
     top, left = (
-        _offset(have, want) for have, want in zip(images.shape[-2:], (height, width), strict=True)
+        center_offset(have, want)
+        for have, want in zip(images.shape[-2:], (height, width), strict=True)
     )
     inside = images[..., max(top, 0) : top + height, max(left, 0) : left + width]
     if inside.shape[-2:] == (height, width):

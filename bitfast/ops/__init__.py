@@ -9,6 +9,7 @@ from bitfast.ops import (  # noqa: F401
     packed_convolution,
     resize_normalize,
     same_padding,
+    stem,
     weight_standardization,
 )
 from bitfast.ops.flops import register_flop_formulas

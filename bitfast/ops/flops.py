@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfast import reference
+
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -50,10 +52,16 @@ def _packed_convolution(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **_
     return _products(out_val, weight.shape)
 
 
+def _stem(images: Tensor, filters: Tensor, padding: list[int], *_: Any, **__: Any) -> int:
+    size = reference.stem_size(images.shape[2:], padding, None)
+    return 2 * images.shape[0] * prod(size) * filters.shape[0] * 3 * reference.STEM_KERNEL**2
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "norm_convolution": _norm_convolution,
     "norm_convolution_add_": _norm_convolution_add,
     "packed_convolution": _packed_convolution,
+    "stem": _stem,
 }
 """By the operator's name."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import PIL
@@ -19,6 +20,7 @@ from bitfast.backends import register_kernel, select_backend
 from bitfast.memory_format import format_for
 from bitfast.ops.common import check_pair, complete_operator, define_operator
 from bitfast.ops.derivatives import refuse_derivatives
+from bitfast.ops.eager import PLAIN_TYPES, may_launch
 from bitfast.torch_state import is_transformed
 
 OP = "resize_normalize"
@@ -41,6 +43,8 @@ PIXELS_SIGNATURE = (
 float32 images, without it, are only resized and cropped."""
 
 NATIVE_DTYPES = frozenset({torch.uint8, torch.float32, torch.bfloat16, torch.float16})
+
+LAYOUTS = ("HWC", "CHW")
 
 RESAMPLE_NAMES = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "BOX", "HAMMING")
 """Pillow's filters; each one's number is its position here."""
@@ -102,7 +106,9 @@ def resize_normalize(
         ValueError: any other argument that is not as described; an image that requires a gradient.
     """
     images = list(images)
-    _check_images(images, layout)
+    are_plain = _are_plain_images(images, layout)
+    if not are_plain:
+        _check_images(images, layout)
     pairs = _check_sizes(images, sizes, crop)
     window = pairs[0] if crop is None else check_pair(OP, "crop", crop)
     corners = _check_offsets(offsets, pairs, window)
@@ -111,29 +117,40 @@ def resize_normalize(
     channels = images[0].shape[layout.index("C")]
     mean, std = _check_normalization(mean, std, channels)
     _check_result(images[0].dtype, dtype, memory_format, not factors and not mean)
+    axes = first_resampled_axes(images, layout, pairs, pillow_version)
+    backend = select_backend(OP, images[0].device.type, images[0].dtype)
+    numbers = (
+        list(chain.from_iterable(pairs)), list(window), list(chain.from_iterable(corners)), resample, factors,
+        mean, std, dtype, memory_format == torch.channels_last, axes,
+    )  # fmt: skip
+    if backend == "triton" and are_plain and may_launch(OP, images[0]):
+        from bitfast.ops import resize_normalize_triton
+
+        return resize_normalize_triton.forward(Arguments(images, *numbers, layout))
     if layout == "CHW":
         images = [image.permute(1, 2, 0) for image in images]
-    backend = select_backend(OP, images[0].device.type, images[0].dtype)
     # Through the dispatcher even for the reference: one call per batch costs nothing, and it keeps
     # the resampling tables, which need numbers, out of what torch.compile traces.
     operator = getattr(torch.ops.bitfast.resize_normalize, backend)
     run = reference.resize_normalize_forward if is_transformed() else operator
-    return run(
-        images,
-        [edge for pair in pairs for edge in pair],
-        list(window),
-        [edge for corner in corners for edge in corner],
-        resample,
-        factors,
-        mean,
-        std,
-        dtype,
-        memory_format == torch.channels_last,
-        [
-            first_resampled_axis(image.shape[0], image.shape[1], height, width, pillow_version)
-            for image, (height, width) in zip(images, pairs, strict=True)
-        ],
-    )
+    return run(images, *numbers)
+
+
+def first_resampled_axes(
+    images: Sequence[Tensor],
+    layout: str,
+    sizes: Sequence[tuple[int, int]],
+    pillow_version: tuple[int, ...],
+) -> list[int]:
+    """Return :func:`first_resampled_axis` of each image."""
+    if pillow_version < (12, 2):
+        return [1] * len(images)
+    h, w = layout.index("H"), layout.index("W")
+    shapes = (image.shape for image in images)
+    return [
+        first_resampled_axis(shape[h], shape[w], height, width, pillow_version)
+        for shape, (height, width) in zip(shapes, sizes, strict=True)
+    ]
 
 
 def first_resampled_axis(
@@ -154,10 +171,40 @@ def first_resampled_axis(
 
 
 # ---- argument checks ----------------------------------------------------------------------------
+# A batch that is as it should be is seen to be so as a whole; else each image is looked at, for the message.
+
+
+def _are_plain_images(images: list[Tensor], layout: str) -> bool:
+    """Whether these are certainly images as they should be, of no subclass of tensors."""
+    if torch.compiler.is_compiling() or layout not in LAYOUTS:
+        return False
+    if not images or not PLAIN_TYPES.issuperset(map(type, images)):
+        return False
+    kinds = {(image.shape, image.dtype, image.device, image.requires_grad) for image in images}
+    shapes, dtypes, devices, requiring = map(set, zip(*kinds, strict=True))
+    axis = layout.index("C")
+    return (
+        len(dtypes) == len(devices) == 1
+        and not any(requiring)
+        and all(dtype == torch.uint8 or dtype.is_floating_point for dtype in dtypes)
+        and set(map(len, shapes)) == {3}
+        and len({shape[axis] for shape in shapes}) == 1
+        and min(map(min, shapes)) > 0
+    )
+
+
+def _are_plain_pairs(pairs: Sequence[tuple[int, int]]) -> bool:
+    """Whether these are certainly tuples of two integers."""
+    return (
+        not torch.compiler.is_compiling()
+        and set(map(type, pairs)) == {tuple}
+        and set(map(len, pairs)) == {2}
+        and set(map(type, chain.from_iterable(pairs))) == {int}
+    )
 
 
 def _check_images(images: list[Tensor], layout: str) -> None:
-    if layout not in ("HWC", "CHW"):
+    if layout not in LAYOUTS:
         raise ValueError(f'{OP}: layout must be "HWC" or "CHW", got {layout!r}')
     if not images:
         raise ValueError(f"{OP}: images must hold at least one image, got none")
@@ -199,9 +246,11 @@ def _check_sizes(
             f"{OP}: sizes must hold one (height, width) for each of the {len(images)} images,"
             f" got {len(sizes)}"
         )
-    pairs = [check_pair(OP, f"sizes[{i}]", size) for i, size in enumerate(sizes)]
-    for i, pair in enumerate(pairs):
-        if crop is None and pair != pairs[0]:
+    pairs = list(sizes)
+    if not (_are_plain_pairs(pairs) and min(map(min, pairs)) > 0):
+        pairs = [check_pair(OP, f"sizes[{i}]", size) for i, size in enumerate(sizes)]
+    for i, pair in enumerate(pairs if crop is None else ()):
+        if pair != pairs[0]:
             raise ValueError(
                 f"{OP}: sizes[{i}] must equal sizes[0], {pairs[0]}, where crop is None, got {pair}"
             )
@@ -221,6 +270,8 @@ def _check_offsets(
             f"{OP}: offsets must hold one (top, left) for each of the {len(sizes)} images,"
             f" got {len(offsets)}"
         )
+    if _are_plain_pairs(offsets):
+        return list(offsets)
     for i, offset in enumerate(offsets):
         if len(offset) != 2 or not all(isinstance(edge, int) for edge in offset):
             raise ValueError(f"{OP}: offsets[{i}] must be two integers (top, left), got {offset!r}")
@@ -293,11 +344,18 @@ class Arguments(NamedTuple):
     dtype: torch.dtype
     channels_last: bool
     first_axes: list[int]
+    layout: str = "HWC"
+    """Of the images; "CHW" only where the Triton kernels are launched without the dispatcher."""
+
+    @property
+    def channels(self) -> int:
+        """Of every image."""
+        return self.images[0].shape[self.layout.index("C")]
 
     def empty_result(self) -> Tensor:
         """Return a tensor without contents for the result."""
         return torch.empty(
-            (len(self.images), self.images[0].shape[2], *self.crop),
+            (len(self.images), self.channels, *self.crop),
             dtype=self.dtype,
             device=self.images[0].device,
             memory_format=format_for(self.channels_last),
@@ -309,9 +367,8 @@ class Arguments(NamedTuple):
 
     def values_of_bytes(self) -> Tensor:
         """Return the rescaled and normalized value of each byte, shape (256, C), on the CPU."""
-        channels = self.images[0].shape[2]
         numbers = (tuple(self.rescale_factors), tuple(self.mean), tuple(self.std))
-        return values_of_bytes(*numbers, channels, self.dtype)
+        return values_of_bytes(*numbers, self.channels, self.dtype)
 
 
 def _fake(*arguments: Any) -> Tensor:
@@ -368,7 +425,7 @@ def values_of_bytes(
     Results that are read from this table are exact, whatever the arithmetic of the device.
     """
     with torch.inference_mode(False):  # the table outlives the mode it is made in
-        pixels = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, channels)
+        pixels = torch.arange(256, dtype=torch.uint8, device="cpu")[:, None].expand(256, channels)
         return rescale_normalize(pixels, rescale_factors, mean, std, dtype).contiguous()
 
 

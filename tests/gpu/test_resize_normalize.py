@@ -86,7 +86,7 @@ def test_equals_the_cpu(dtype: torch.dtype, layout: str) -> None:
         assert torch.equal(result.cpu(), expected)
 
 
-def test_images_come_in_one_copy_and_nothing_waits() -> None:
+def test_images_come_together_and_nothing_waits() -> None:
     images = [torch.from_numpy(np.array(image)) for image in photographs(16)]
     device = torch.device("cuda")
     upload(images, device)  # what is allocated first may wait
@@ -95,6 +95,34 @@ def test_images_come_in_one_copy_and_nothing_waits() -> None:
     for image, there in zip(images, moved, strict=True):
         assert torch.equal(there.cpu(), image)
     assert len({there.untyped_storage().data_ptr() for there in moved}) == 1
+
+
+def test_pieces_of_many_batches_do_not_meet() -> None:
+    """Pinned memory is used again while copies of earlier batches may still be under way."""
+    device = torch.device("cuda")
+    batches = [
+        [torch.randint(256, (900, 1300, 3), dtype=torch.uint8)[:, i:] for i in range(20)]
+        for _ in range(4)
+    ]
+    upload(batches[0], device)
+    with without_waiting():
+        moved = [upload(images, device) for images in batches]
+    for images, there in zip(batches, moved, strict=True):
+        for image, copy in zip(images, there, strict=True):
+            assert torch.equal(copy.cpu(), image)
+
+
+def test_filters_are_kept_for_the_next_batches() -> None:
+    """Lines are added behind those that kernels under way may be reading."""
+    images = photographs(8)
+    tensors = upload([torch.from_numpy(np.array(image)) for image in images], torch.device("cuda"))
+    results = []
+    for edge in range(20, 220, 4):
+        sizes = [(edge, 2 * edge)] * 8
+        results.append((sizes[0], resize_normalize(tensors, sizes, dtype=torch.uint8)))
+    for (height, width), result in results:
+        expected = [np.array(image.resize((width, height), Image.BICUBIC)) for image in images]
+        assert np.array_equal(result.permute(0, 2, 3, 1).cpu().numpy(), np.stack(expected))
 
 
 def test_a_processor_makes_nothing_wait() -> None:

@@ -72,7 +72,8 @@ struct Copy {
   void* to;
   const void* from;
   uint32_t bytes;
-  uint64_t* barrier;  // of bulk copies to shared memory
+  uint64_t* barrier;
+  float sent = 0;  // what is copied if `from` is null
 };
 
 // Asynchronous work of a thread, in groups, done as late as its waits allow.
@@ -102,6 +103,8 @@ struct Fiber {
   unsigned thread = 0;
   Block* block = nullptr;
   Groups copies, stores, products;
+  bool may_multiply = false;  // since begin_products
+  unsigned products_begun = 0;
   const unsigned char* written_first = nullptr;  // shared memory written since the last fence of the async proxy
   const unsigned char* written_last = nullptr;
 };
@@ -110,6 +113,8 @@ struct Warp {
   Meeting meeting;
   uint64_t slots[warp_size];
   uint32_t fragments[warp_size][6];
+  std::vector<std::pair<uint64_t, uint64_t>> products;  // the matrices of each that a lane has begun
+  void* results[warp_size];  // where the lanes want what one of them computes for all
 };
 
 // Pages with a guard page before and after them; the bytes in use end where the last page does.
@@ -138,6 +143,8 @@ struct Block {
   size_t shared_bytes;
   GuardedPages shared;
   Meeting meeting, some[16];
+  bool any_holds = false;  // of sync_block_or
+  bool* or_results[1024];
   std::vector<Warp> warps;
   int rank = 0;
 };
@@ -187,15 +194,22 @@ inline Machine machine;
   setcontext(&fiber.start);
 }
 
-inline void meet(Meeting& meeting, int threads) {
+// The last thread to arrive does the work for all of them.
+template <typename Work>
+void meet_and(Meeting& meeting, int threads, const Work& work) {
   ++machine.progress;
   const int generation = meeting.generation;
   if (++meeting.arrived == threads) {
+    work();
     meeting.arrived = 0;
     ++meeting.generation;
     return;
   }
   while (meeting.generation == generation) pause_thread();
+}
+
+inline void meet(Meeting& meeting, int threads) {
+  meet_and(meeting, threads, [] {});
 }
 
 inline Fiber& self() { return *machine.current; }
@@ -272,7 +286,7 @@ inline void deliver_some_copies() {
     std::swap(copies[machine.below(copies.size())], copies.back());
     const Copy copy = copies.back();
     copies.pop_back();
-    memcpy(copy.to, copy.from, copy.bytes);
+    memcpy(copy.to, copy.from == nullptr ? &copy.sent : copy.from, copy.bytes);
     auto& state = *reinterpret_cast<BarrierState*>(copy.barrier);
     state.pending -= static_cast<int32_t>(copy.bytes);
     advance(state);
@@ -389,7 +403,11 @@ inline void prepare_cluster(const Stacks& stacks, int64_t first_block) {
     b.rank = static_cast<int>(rank);
     b.meeting = {};
     for (Meeting& meeting : b.some) meeting = {};
-    for (Warp& w : b.warps) w.meeting = {};
+    for (Warp& w : b.warps) {
+      w.meeting = {};
+      w.products.clear();
+    }
+    b.any_holds = false;
     memset(b.shared.begin, 0xff, b.shared.used);  // NaN in any dtype
   }
   blockIdx.x = static_cast<unsigned>(first_block);
@@ -465,6 +483,17 @@ const char* launch(const LaunchShape& shape, const typename Kernel::Arguments& a
 
 inline unsigned char* shared_memory() { return emulation::block().shared.begin; }
 inline void sync_block() { emulation::meet(emulation::block().meeting, emulation::machine.threads); }
+inline bool sync_block_or(bool condition) {
+  auto& b = emulation::block();
+  b.any_holds |= condition;
+  bool result = false;
+  b.or_results[threadIdx.x] = &result;
+  emulation::meet_and(b.meeting, emulation::machine.threads, [&b] {
+    for (int i = 0; i < emulation::machine.threads; ++i) *b.or_results[i] = b.any_holds;
+    b.any_holds = false;
+  });
+  return result;
+}
 inline void sync_warp() { emulation::meet(emulation::warp().meeting, emulation::warp_size); }
 inline void sync_some(int barrier, int threads) {
   if (barrier < 1 || barrier > 15) emulation::fault("barrier %d is not one of 1 to 15", barrier);
@@ -561,6 +590,14 @@ inline void wait_for(Barrier* barrier, uint32_t parity) {
   while (emulation::state_of(barrier).phase == parity) emulation::pause_thread();
 }
 
+inline void send_remote(float* p, int rank, float v, Barrier* barrier) {
+  emulation::check_aligned(p, 4, "a number that is sent");
+  uint64_t* theirs = emulation::in_block(barrier, rank);
+  emulation::state_of(theirs);
+  emulation::machine.bulk_copies.push_back({emulation::in_block(p, rank), nullptr, 4, theirs, v});
+}
+inline void wait_for_remote(Barrier* barrier, uint32_t parity) { wait_for(barrier, parity); }
+
 inline void check_bulk(const void* shared, const void* global, uint32_t bytes) {
   emulation::check_shared(shared, bytes, "a bulk copy");
   emulation::check_aligned(shared, 16, "a bulk copy");
@@ -649,6 +686,7 @@ template <typename T>
 T* keep_address(T* p) {
   return p;
 }
+inline int not_before_here(int v) { return v; }
 
 inline int recompute_from(int v) { return v; }
 
@@ -658,34 +696,135 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
   emulation::check_shared(row, 16, "a matrix's row");
   emulation::check_aligned(row, 16, "a matrix's row");
   auto& w = emulation::warp();
-  const int lane = emulation::lane();
-  w.slots[lane] = reinterpret_cast<uint64_t>(row);
-  sync_warp();
-  for (int i = 0; i < 4; ++i) {
-    fragment[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
-  }
-  sync_warp();
+  w.slots[emulation::lane()] = reinterpret_cast<uint64_t>(row);
+  w.results[emulation::lane()] = fragment;
+  emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
+    for (int lane = 0; lane < emulation::warp_size; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        static_cast<uint32_t*>(w.results[lane])[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
+      }
+    }
+  });
 }
 
 template <typename T>
 void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto& w = emulation::warp();
-  const int lane = emulation::lane();
-  uint32_t* mine = w.fragments[lane];
+  uint32_t* mine = w.fragments[emulation::lane()];
   for (int i = 0; i < 4; ++i) mine[i] = a[i];
   mine[4] = b0;
   mine[5] = b1;
-  sync_warp();
-  auto number = [](uint32_t word, int i) { return i % 2 ? high_number<T>(word) : low_number<T>(word); };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t left = w.fragments[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
-      const uint32_t right = w.fragments[column * 4 + k % 8 / 2][4 + k / 8];
-      c[i] += number(left, k) * number(right, k);
+  w.results[emulation::lane()] = c;
+  emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
+    float left[16][16], right[16][8], sums[16][8];
+    for (int lane = 0; lane < emulation::warp_size; ++lane) {
+      const uint32_t* words = w.fragments[lane];
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+        left[row][k] = low_number<T>(words[i]);
+        left[row][k + 1] = high_number<T>(words[i]);
+        sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = static_cast<float*>(w.results[lane])[i];
+      }
+      for (int i = 0; i < 2; ++i) {
+        right[lane % 4 * 2 + i * 8][lane / 4] = low_number<T>(words[4 + i]);
+        right[lane % 4 * 2 + i * 8 + 1][lane / 4] = high_number<T>(words[4 + i]);
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) sums[row][column] += left[row][k] * right[k][column];
+      }
+    }
+    for (int lane = 0; lane < emulation::warp_size; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        static_cast<float*>(w.results[lane])[i] = sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+      }
+    }
+  });
+}
+
+// ---- matrices in shared memory -----------------------------------------------------------------------------------------
+
+using MatrixPlace = uint64_t;  // the fields of the hardware's descriptor; addresses count from the block's shared memory
+
+inline MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
+  emulation::check_shared(shared, 128, "a matrix");
+  emulation::check_aligned(shared, 16, "a matrix");
+  if ((k_step | row_step) % 16 != 0 || k_step < 0 || row_step < 0 || k_step >= 1 << 18 || row_step >= 1 << 18) {
+    emulation::fault("steps of %d and %d bytes do not fit a matrix", k_step, row_step);
+  }
+  const auto address = static_cast<uint64_t>(static_cast<const unsigned char*>(shared) - shared_memory());
+  return address >> 4 | static_cast<uint64_t>(k_step >> 4) << 16 | static_cast<uint64_t>(row_step >> 4) << 32;
+}
+
+namespace emulation {
+
+// Row `row` of the part with numbers 8 * part to 8 * part + 7 of each row.
+inline const unsigned char* matrix_row(MatrixPlace place, int row, int part) {
+  const auto field = [place](int bit) { return static_cast<int>(place >> bit & 0x3fff) << 4; };
+  const unsigned char* at = shared_memory() + field(0) + part * field(16) + row / 8 * field(32) + row % 8 * 16;
+  check_shared(at, 16, "a matrix");
+  return at;
+}
+
+template <typename T>
+void read_matrix_row(MatrixPlace place, int row, float (&numbers)[16]) {
+  for (int part = 0; part < 2; ++part) {
+    const auto* words = reinterpret_cast<const uint32_t*>(matrix_row(place, row, part));
+    for (int i = 0; i < 4; ++i) {
+      numbers[8 * part + 2 * i] = low_number<T>(words[i]);
+      numbers[8 * part + 2 * i + 1] = high_number<T>(words[i]);
     }
   }
-  sync_warp();
+}
+
+inline void check_matrix(MatrixPlace place) {
+  for (int part = 0; part < 2; ++part) {
+    for (int row = 0; row < 64; row += 8) check_fenced(matrix_row(place, row, part), 128, "a product");
+  }
+}
+
+// The lanes of a warp must name the same matrices.
+inline void check_same_matrices(MatrixPlace a, MatrixPlace b) {
+  auto& all = warp().products;
+  const unsigned number = self().products_begun++;
+  if (number == all.size()) all.emplace_back(a, b);
+  if (all[number] != std::make_pair(a, b)) fault("the threads of a warp multiply different matrices");
+}
+
+}  // namespace emulation
+
+template <int count>
+void begin_products(float (&)[count][8][4]) {
+  emulation::self().may_multiply = true;
+}
+
+template <typename T>
+void multiply_add_64x64x16(float (&c)[8][4], MatrixPlace a, MatrixPlace b) {
+  if (emulation::machine.device.capability != 90) emulation::fault("this GPU has no products of shared memory");
+  if (!emulation::self().may_multiply) emulation::fault("a product without begin_products");
+  emulation::check_same_matrices(a, b);
+  if (emulation::lane() == 0) {
+    emulation::check_matrix(a);
+    emulation::check_matrix(b);
+  }
+  emulation::self().products.open.push_back([&c, a, b] {
+    const int lane = emulation::lane(), first_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
+    float left[2][16], right[16];
+    for (int half = 0; half < 2; ++half) emulation::read_matrix_row<T>(a, first_row + 8 * half, left[half]);
+    for (int i = 0; i < 16; ++i) {
+      emulation::read_matrix_row<T>(b, i / 2 * 8 + lane % 4 * 2 + i % 2, right);
+      for (int half = 0; half < 2; ++half) {
+        for (int k = 0; k < 16; ++k) c[i / 2][half * 2 + i % 2] += left[half][k] * right[k];
+      }
+    }
+  });
+}
+inline void commit_products() { emulation::self().products.commit(); }
+template <int count>
+void wait_products(float (&)[count][8][4]) {
+  emulation::self().products.wait(0);
+  emulation::self().may_multiply = false;
 }
 
 }  // namespace bitfast::gpu

@@ -1,0 +1,118 @@
+// group_norm_act_backward.native on CUDA tensors; csrc/group_norm_act.cpp has its schema.
+#include "errors.h"
+
+#include "group_norm_act_backward_cuda.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+
+#include "activation.h"
+#include "checks.h"
+#include "memory_format.h"
+
+namespace bitfast::group_norm_act_backward {
+namespace {
+
+// The number of gpu::Dtype.
+int32_t number_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::BFloat16:
+      return 1;
+    case ScalarType::Half:
+      return 2;
+    default:
+      STD_TORCH_CHECK(false, "the native CUDA kernels support float32, bfloat16 and float16");
+  }
+}
+
+void check_feature_map(const char* name, const Tensor& map, const Tensor& x) {
+  STD_TORCH_CHECK(map.dim() == 4 && map.scalar_type() == x.scalar_type(), name, " must be like x");
+  STD_TORCH_CHECK(have_same_shape(map, x), name, " must have the shape of x");
+  STD_TORCH_CHECK(map.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+}
+
+void check_arguments(
+    const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups) {
+  check_feature_maps(x);
+  check_num_groups(x, num_groups);
+  check_feature_map("grad", grad, x);
+  if (grad_total.has_value()) {
+    check_feature_map("grad_total", *grad_total, x);
+  }
+  for (const Tensor* parameter : {&weight, &bias}) {
+    STD_TORCH_CHECK(
+        parameter->dim() == 1 && parameter->size(0) == x.size(1), "weight and bias must have shape (C,)");
+  }
+  check_statistics(mean, rstd, x.size(0) * num_groups, "of shape (N, num_groups)");
+  for (const Tensor* tensor : {&weight, &bias, &mean, &rstd}) {
+    STD_TORCH_CHECK(tensor->get_device_index() == x.get_device_index(), "all tensors must be on the device of x");
+  }
+}
+
+// The same numbers, dense with channels innermost, at an address that the kernels can read vectors from.
+Tensor readable(const Tensor& map) {
+  const Tensor dense = torch::stable::contiguous(map, MemoryFormat::ChannelsLast);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0;
+  return is_aligned ? dense : torch::stable::clone(dense);
+}
+
+void check_launch(const char* problem) { STD_TORCH_CHECK(problem == nullptr, problem); }
+
+void* current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
+    const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+  check_arguments(grad, grad_total, x, weight, bias, mean, rstd, num_groups);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  GroupNormActBackwardCall call = {};
+  call.images = x.size(0);
+  call.pixels = x.size(2) * x.size(3);
+  call.channels = x.size(1);
+  call.groups = num_groups;
+  call.dtype = number_of(x);
+  call.weight_dtype = number_of(weight);
+  call.bias_dtype = number_of(bias);
+  call.activation = static_cast<int32_t>(activation_named(activation));
+  int64_t bytes = 0;
+  check_launch(bitfast_group_norm_act_backward_workspace(&call, &bytes));
+
+  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  const Tensor dense_x = readable(x), dense_grad = readable(grad);
+  const std::optional<Tensor> dense_total =
+      grad_total.has_value() ? std::optional<Tensor>(readable(*grad_total)) : std::nullopt;
+  const Tensor dense_weight = torch::stable::contiguous(weight), dense_bias = torch::stable::contiguous(bias);
+  // With one channel or one pixel both formats are the same memory, and the result has the strides of x.
+  const bool are_formats_alike = call.channels == 1 || call.pixels == 1;
+  const MemoryFormat format = are_formats_alike ? memory_format_of(x) : MemoryFormat::ChannelsLast;
+  const Tensor grad_x = empty_4d({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), x.device(), format);
+  const Tensor grad_weight = torch::stable::new_empty(weight, {call.channels});
+  const Tensor grad_bias = torch::stable::new_empty(bias, {call.channels});
+  check_launch(bitfast_group_norm_act_backward(
+      &call, current_stream(x), dense_grad.const_data_ptr(),
+      dense_total.has_value() ? dense_total->const_data_ptr() : nullptr, dense_x.const_data_ptr(),
+      dense_weight.const_data_ptr(), dense_bias.const_data_ptr(), static_cast<const float*>(mean.const_data_ptr()),
+      static_cast<const float*>(rstd.const_data_ptr()), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
+      grad_bias.mutable_data_ptr(), workspace.mutable_data_ptr()));
+  return {torch::stable::contiguous(grad_x, memory_format_of(x)), grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bitfast, CUDA, m) {
+  m.impl("group_norm_act_backward.native", TORCH_BOX(&group_norm_act_backward));
+}
+
+}  // namespace bitfast::group_norm_act_backward
