@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfast.ops.group_norm_act_cuda import forward_call
+from bitfast.ops.group_norm_act_cuda import Call
 from tests.emulated import at_page_end, call, library
 
 NAN = float("nan")
@@ -58,7 +58,7 @@ def run(
     if residual is not None and total is None:
         total = at_page_end(x, NAN)
     maps = [t for t in (x, residual, total, result) if t is not None]
-    settings: Any = forward_call(
+    settings: Any = Call.of(
         (images, channels, height, width), x.dtype, groups, eps, activation, weight.dtype, bias.dtype,
         is_aligned=all(t.data_ptr() % 16 == 0 for t in maps),
     )  # fmt: skip
@@ -84,9 +84,7 @@ def launch_shape(
     images: int, side: int, channels: int, groups: int = 32, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[int, int, int]:
     """Return (slices, cluster, threads), or (0, slices, tiles) of the kernels in two launches."""
-    settings = forward_call(
-        (images, channels, side, side), dtype, groups, 1e-5, "relu", dtype, dtype
-    )
+    settings = Call.of((images, channels, side, side), dtype, groups, 1e-5, "relu", dtype, dtype)
     shape = (ctypes.c_int64 * 3)()
     call(kernels().bitfast_group_norm_act_shape, ctypes.byref(settings), ctypes.byref(shape))
     return tuple(shape)  # type: ignore[return-value]
