@@ -288,6 +288,12 @@ BITFAST_GPU int not_before_here(int v) {
   return v;
 }
 
+// Keeps the compiler from holding what follows from a value in registers instead of recomputing it.
+BITFAST_GPU int recompute_from(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---- matrices --------------------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
@@ -466,18 +472,19 @@ const char* allow_shared_bytes(int shared_bytes) {
 template <typename Kernel>
 const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   struct Answer {
-    int device, cluster, shared_bytes, clusters;
+    int device, cluster, shared_bytes, threads, clusters;
   };
   constexpr int most = 128;
   static std::mutex mutex;
   static Answer answers[most];
   static int count = 0;
+  const int threads = threads_of<Kernel>(shape);
   int index = 0;
   if (const cudaError_t error = cudaGetDevice(&index)) return text_of(error);
   const std::lock_guard<std::mutex> lock(mutex);
   for (int i = 0; i < count; ++i) {
     const Answer& a = answers[i];
-    if (a.device == index && a.cluster == shape.cluster && a.shared_bytes == shape.shared_bytes) {
+    if (a.device == index && a.cluster == shape.cluster && a.shared_bytes == shape.shared_bytes && a.threads == threads) {
       clusters = a.clusters;
       return nullptr;
     }
@@ -489,13 +496,13 @@ const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   cudaError_t error;
   if (shape.cluster > 1) {
     cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config = launch_config(one, Kernel::threads, attribute, nullptr);
+    cudaLaunchConfig_t config = launch_config(one, threads, attribute, nullptr);
     error = cudaOccupancyMaxActiveClusters(&found, kernel<Kernel>, &config);
   } else {
     Device device;
     if (const char* problem = current_device(device)) return problem;
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &found, kernel<Kernel>, Kernel::threads, static_cast<size_t>(shape.shared_bytes));
+        &found, kernel<Kernel>, threads, static_cast<size_t>(shape.shared_bytes));
     found *= device.multiprocessors;
   }
   if (error != cudaSuccess) {
@@ -503,7 +510,7 @@ const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
     return text_of(error);
   }
   if (found < 1) return "the launch shape does not fit on the CUDA device";
-  if (count < most) answers[count++] = {index, shape.cluster, shape.shared_bytes, found};
+  if (count < most) answers[count++] = {index, shape.cluster, shape.shared_bytes, threads, found};
   clusters = found;
   return nullptr;
 }
@@ -515,7 +522,7 @@ const char* launch(const LaunchShape& shape, const typename Kernel::Arguments& a
   if (shape.blocks > INT32_MAX) return "too many blocks for one launch";
   if (const char* error = allow_shared_bytes<Kernel>(shape.shared_bytes)) return error;
   cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = launch_config(shape, Kernel::threads, attribute, stream);
+  const cudaLaunchConfig_t config = launch_config(shape, threads_of<Kernel>(shape), attribute, stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel<Kernel>, arguments);
   if (error != cudaSuccess) cudaGetLastError();
   return text_of(error);

@@ -3,7 +3,6 @@
 
 #include "group_norm_act_backward_cuda.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,24 +12,11 @@
 
 #include "activation.h"
 #include "checks.h"
+#include "cuda_tensors.h"
 #include "memory_format.h"
 
 namespace bitfast::group_norm_act_backward {
 namespace {
-
-// The number of gpu::Dtype.
-int32_t number_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::BFloat16:
-      return 1;
-    case ScalarType::Half:
-      return 2;
-    default:
-      STD_TORCH_CHECK(false, "the native CUDA kernels support float32, bfloat16 and float16");
-  }
-}
 
 void check_feature_map(const char* name, const Tensor& map, const Tensor& x) {
   STD_TORCH_CHECK(map.dim() == 4 && map.scalar_type() == x.scalar_type(), name, " must be like x");
@@ -57,13 +43,6 @@ void check_arguments(
   }
 }
 
-// The same numbers, dense with channels innermost, at an address that the kernels can read vectors from.
-Tensor readable(const Tensor& map) {
-  const Tensor dense = torch::stable::contiguous(map, MemoryFormat::ChannelsLast);
-  const bool is_aligned = reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0;
-  return is_aligned ? dense : torch::stable::clone(dense);
-}
-
 // A parameter as the kernels take it: float64 as float32.
 Tensor readable_parameter(const Tensor& parameter) {
   const bool is_double = parameter.scalar_type() == ScalarType::Double;
@@ -73,14 +52,6 @@ Tensor readable_parameter(const Tensor& parameter) {
 Tensor in_dtype_of(const Tensor& parameter, const Tensor& gradient) {
   const ScalarType dtype = parameter.scalar_type();
   return gradient.scalar_type() == dtype ? gradient : torch::stable::to(gradient, dtype);
-}
-
-void check_launch(const char* problem) { STD_TORCH_CHECK(problem == nullptr, problem); }
-
-void* current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
@@ -105,10 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
   const Tensor dense_x = readable(x), dense_grad = readable(grad);
   const std::optional<Tensor> dense_total =
       grad_total.has_value() ? std::optional<Tensor>(readable(*grad_total)) : std::nullopt;
-  // With one channel or one pixel both formats are the same memory, and the result has the strides of x.
-  const bool are_formats_alike = call.channels == 1 || call.pixels == 1;
-  const MemoryFormat format = are_formats_alike ? memory_format_of(x) : MemoryFormat::ChannelsLast;
-  const Tensor grad_x = empty_4d({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), x.device(), format);
+  const Tensor grad_x = empty_channels_last(x);
   const Tensor grad_weight = torch::stable::new_empty(dense_weight, {call.channels});
   const Tensor grad_bias = torch::stable::new_empty(dense_bias, {call.channels});
   check_launch(bitfast_group_norm_act_backward(
@@ -118,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
       static_cast<const float*>(rstd.const_data_ptr()), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
       grad_bias.mutable_data_ptr(), workspace.mutable_data_ptr()));
   return {
-      format == memory_format_of(x) ? grad_x : torch::stable::contiguous(grad_x), in_dtype_of(weight, grad_weight),
+      memory_format_of(grad_x) == memory_format_of(x) ? grad_x : torch::stable::contiguous(grad_x), in_dtype_of(weight, grad_weight),
       in_dtype_of(bias, grad_bias)};
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 from bitfast.kernels import group_norm_act as kernels
 from bitfast.kernels import group_norm_act_tiling as tiling
 from bitfast.kernels.launch import Device
-from bitfast.ops.group_norm_act_triton import forget_calls
+from bitfast.ops.group_norm_act_eager import forget_calls
 
 WAYS: dict[str, dict[str, int]] = {
     "whole": {},

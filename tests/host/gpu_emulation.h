@@ -466,7 +466,7 @@ template <typename Kernel>
 const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   const Device& device = emulation::machine.device;
   const int by_memory = device.shared_bytes_per_multiprocessor / (shape.shared_bytes + 1024);
-  const int by_threads = 2048 / Kernel::threads;
+  const int by_threads = 2048 / threads_of<Kernel>(shape);
   clusters = static_cast<int64_t>(device.multiprocessors) * std::min(by_memory, by_threads) / shape.cluster;
   return clusters > 0 ? nullptr : "the launch shape does not fit on the device";
 }
@@ -475,7 +475,8 @@ template <typename Kernel>
 const char* launch(const LaunchShape& shape, const typename Kernel::Arguments& arguments, void*) {
   if (shape.blocks == 0) return nullptr;
   if (emulation::machine.device.capability < Kernel::capability) return "the device is too old for the kernel";
-  return emulation::run_grid(shape, Kernel::threads, [&arguments] { Kernel::run(arguments); });
+  if (threads_of<Kernel>(shape) > Kernel::threads) return "more threads than the kernel is compiled for";
+  return emulation::run_grid(shape, threads_of<Kernel>(shape), [&arguments] { Kernel::run(arguments); });
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
@@ -691,6 +692,8 @@ T* keep_address(T* p) {
   return p;
 }
 inline int not_before_here(int v) { return v; }
+
+inline int recompute_from(int v) { return v; }
 
 // ---- matrices --------------------------------------------------------------------------------------------------------
 
