@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
       static_cast<const float*>(rstd.const_data_ptr()), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
       grad_bias.mutable_data_ptr(), workspace.mutable_data_ptr()));
   return {
-      memory_format_of(grad_x) == memory_format_of(x) ? grad_x : torch::stable::contiguous(grad_x), in_dtype_of(weight, grad_weight),
+      torch::stable::contiguous(grad_x, memory_format_of(x)), in_dtype_of(weight, grad_weight),
       in_dtype_of(bias, grad_bias)};
 }
 
