@@ -185,9 +185,10 @@ def has_kernel(op: str, backend: str, device_type: str) -> bool:
 
 def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
     kernel = _kernels.get((op, backend, device_type))
-    if kernel is None or isinstance(kernel.on_demand, bool):
-        return kernel is not None and kernel.on_demand
-    return kernel.on_demand()
+    if kernel is None:
+        return False
+    on_demand = kernel.on_demand
+    return on_demand if isinstance(on_demand, bool) else on_demand()
 
 
 @contextmanager

@@ -48,14 +48,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
   check_arguments(grad, grad_total, x, weight, bias, mean, rstd, num_groups);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor dense_weight = readable_parameter(weight), dense_bias = readable_parameter(bias);
   GroupNormActBackwardCall call = {};
   call.images = x.size(0);
   call.pixels = x.size(2) * x.size(3);
   call.channels = x.size(1);
   call.groups = num_groups;
   call.dtype = number_of(x);
-  call.weight_dtype = number_of(weight);
-  call.bias_dtype = number_of(bias);
+  call.weight_dtype = number_of(dense_weight);
+  call.bias_dtype = number_of(dense_bias);
   call.activation = static_cast<int32_t>(activation_named(activation));
   int64_t bytes = 0;
   check_launch(bitfast_group_norm_act_backward_workspace(&call, &bytes));
@@ -64,17 +65,18 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
   const Tensor dense_x = readable(x), dense_grad = readable(grad);
   const std::optional<Tensor> dense_total =
       grad_total.has_value() ? std::optional<Tensor>(readable(*grad_total)) : std::nullopt;
-  const Tensor dense_weight = torch::stable::contiguous(weight), dense_bias = torch::stable::contiguous(bias);
   const Tensor grad_x = empty_channels_last(x);
-  const Tensor grad_weight = torch::stable::new_empty(weight, {call.channels});
-  const Tensor grad_bias = torch::stable::new_empty(bias, {call.channels});
+  const Tensor grad_weight = torch::stable::new_empty(dense_weight, {call.channels});
+  const Tensor grad_bias = torch::stable::new_empty(dense_bias, {call.channels});
   check_launch(bitfast_group_norm_act_backward(
       &call, current_stream(x), dense_grad.const_data_ptr(),
       dense_total.has_value() ? dense_total->const_data_ptr() : nullptr, dense_x.const_data_ptr(),
       dense_weight.const_data_ptr(), dense_bias.const_data_ptr(), static_cast<const float*>(mean.const_data_ptr()),
       static_cast<const float*>(rstd.const_data_ptr()), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
       grad_bias.mutable_data_ptr(), workspace.mutable_data_ptr()));
-  return {torch::stable::contiguous(grad_x, memory_format_of(x)), grad_weight, grad_bias};
+  return {
+      torch::stable::contiguous(grad_x, memory_format_of(x)), torch::stable::to(grad_weight, weight.scalar_type()),
+      torch::stable::to(grad_bias, bias.scalar_type())};
 }
 
 }  // namespace
