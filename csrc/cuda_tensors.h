@@ -32,6 +32,12 @@ inline Tensor readable(const Tensor& map) {
   return is_aligned(dense) ? dense : torch::stable::clone(dense);
 }
 
+// A parameter as the kernels read it: dense, and in float32 if they do not know its dtype.
+inline Tensor readable_parameter(const Tensor& parameter) {
+  const bool is_double = parameter.scalar_type() == ScalarType::Double;
+  return torch::stable::contiguous(is_double ? torch::stable::to(parameter, ScalarType::Float) : parameter);
+}
+
 // A new tensor with channels innermost, for a result that will have the shape and the format of x.
 inline Tensor empty_channels_last(const Tensor& x) {
   // With one channel or one pixel both formats are the same memory, and the result has the strides of x.

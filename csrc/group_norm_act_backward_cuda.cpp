@@ -43,12 +43,6 @@ void check_arguments(
   }
 }
 
-// A parameter as the kernels take it: float64 as float32.
-Tensor readable_parameter(const Tensor& parameter) {
-  const bool is_double = parameter.scalar_type() == ScalarType::Double;
-  return torch::stable::contiguous(is_double ? torch::stable::to(parameter, ScalarType::Float) : parameter);
-}
-
 Tensor in_dtype_of(const Tensor& parameter, const Tensor& gradient) {
   const ScalarType dtype = parameter.scalar_type();
   return gradient.scalar_type() == dtype ? gradient : torch::stable::to(gradient, dtype);

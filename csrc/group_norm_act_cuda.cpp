@@ -50,6 +50,7 @@ void check_arguments(const Tensor& x, const Norm& norm) {
 void launch(
     const Tensor& x, const Tensor* residual, const Norm& norm, const Tensor* total, const Tensor& result, float* mean,
     float* rstd) {
+  const Tensor weight = readable_parameter(norm.weight), bias = readable_parameter(norm.bias);
   GroupNormActCall call = {};
   call.images = x.size(0);
   call.pixels = x.size(2) * x.size(3);
@@ -58,11 +59,10 @@ void launch(
   call.eps = static_cast<float>(norm.eps);
   call.activation = static_cast<int32_t>(activation_named(norm.activation));
   call.dtype = number_of(x);
-  call.weight_dtype = number_of(norm.weight);
-  call.bias_dtype = number_of(norm.bias);
+  call.weight_dtype = number_of(weight);
+  call.bias_dtype = number_of(bias);
   call.is_aligned = is_aligned(x) && is_aligned(result) && (residual == nullptr || is_aligned(*residual)) &&
                     (total == nullptr || is_aligned(*total));
-  const Tensor weight = torch::stable::contiguous(norm.weight), bias = torch::stable::contiguous(norm.bias);
   int64_t bytes = 0;
   check_launch(bitfast_group_norm_act_workspace(&call, &bytes));
   std::optional<Tensor> workspace;

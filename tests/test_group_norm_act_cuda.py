@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitfast import reference
 from bitfast.activations import ACTIVATIONS
-from tests.emulated import A100, H100, at_page_end, emulate
+from bitfast.ops import group_norm_act_eager as eager
+from bitfast.ops import native_cuda
+from bitfast.ops.group_norm_act_cuda import Case, Forward, check_forward, prepare_forward
+from tests.emulated import A100, H100, at_page_end, emulate, library
 from tests.feature_maps import DTYPES
-from tests.group_norm_act_calls import Norm, channels_last, kernels, launch_shape, run
+from tests.group_norm_act_calls import NAN, Norm, channels_last, kernels, launch_shape, run
 from tests.plain_ops import exact_norm, plain_norm
 from tests.tolerances import assert_draws_within_contract
 
@@ -310,3 +316,106 @@ def test_what_cannot_be_is_refused() -> None:
         run(x, None, weight, bias, 3)
     with pytest.raises(RuntimeError, match="a size is not positive"):
         run(x, None, weight, bias, 0)
+
+
+# ---- prepared calls -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emulated_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let prepared calls on CPU tensors go to the emulation."""
+    monkeypatch.setattr(native_cuda, "library", kernels)
+    emulate(kernels(), (90, 16, 227 * 1024))
+
+
+def prepared(shape: tuple[int, int, int, int], groups: int, **options: bool) -> Forward:
+    arguments = (shape, BFLOAT16, torch.device("cpu"), True, groups, 1e-5, "relu")
+    return prepare_forward(*arguments, torch.float32, torch.float32, **options)
+
+
+@pytest.mark.parametrize("channels", [64, 15])
+def test_prepared_calls(emulated_library: None, channels: int) -> None:
+    x, residual, weight, bias = make((3, channels, 9, 8), BFLOAT16)
+    expected = run(x, residual, weight, bias, channels // 5 if channels == 15 else 8)
+    groups = expected.mean.shape[1]
+    total, result = at_page_end(x, NAN), at_page_end(x, NAN)
+    call = prepared(tuple(x.shape), groups, has_residual=True, keeps_statistics=False)
+    tensors = (x, residual, weight, bias, total, result)
+    call(0, *(t.data_ptr() for t in tensors), 0, 0)
+    assert torch.equal(total, expected.total)
+    assert torch.equal(result, expected.result)
+
+
+def test_prepared_calls_need_channels_last(emulated_library: None) -> None:
+    with pytest.raises(ValueError, match="need channels_last"):
+        prepare_forward(
+            (1, 8, 2, 2), BFLOAT16, torch.device("cpu"), False, 1, 1e-5, "relu", BFLOAT16, BFLOAT16
+        )  # fmt: skip
+
+
+SMALL_CASES = (
+    Case((2, 64, 7, 5), torch.bfloat16, adds=True),
+    Case((2, 15, 7, 5), torch.float32, groups=3, activation="gelu"),
+)
+
+
+def test_the_check_before_the_first_use(emulated_library: None) -> None:
+    assert check_forward(torch.device("cpu"), SMALL_CASES) is None
+
+
+def test_that_check_finds_a_wrong_kernel(emulated_library: None, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "group_norm_act_forward", group_norm_with_another_eps)
+    problem = check_forward(torch.device("cpu"), SMALL_CASES)
+    assert problem is not None
+    assert "the error of the result" in problem
+
+
+def group_norm_with_another_eps(*arguments: Any) -> Any:
+    *others, _, activation = arguments
+    return exact_forward(*others, 1e-1, activation)
+
+
+exact_forward = reference.group_norm_act_forward
+
+
+def test_eager_calls_and_their_gradients(emulated_library: None, monkeypatch) -> None:
+    """As on a GPU: past the dispatcher, by the CUDA kernels, forward and backward."""
+    x, residual, weight, bias = make((2, 16, 6, 5), torch.float32)
+    inputs = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    call = eager.PreparedCall("native", x, True, weight, bias, 2, 1e-5, "gelu")
+    monkeypatch.setattr(native_cuda, "library", lambda: Both())
+    total, result = eager.AddGroupNormAct.apply(call, *inputs)
+    plain_total = x + residual
+    plain = plain_norm(plain_total, weight, bias, 2, "gelu")
+    torch.testing.assert_close(total, plain_total)
+    torch.testing.assert_close(result, plain)
+    grads = torch.randn(2, *x.shape)
+    grads = [channels_last(g) for g in grads]
+    emulate(library("csrc/group_norm_act_backward.cu"))
+    actual = torch.autograd.grad((total, result), inputs, grads)
+    expected = torch.autograd.grad((plain_total, plain), inputs, grads)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Both:
+    """The libraries of the forward and of the backward kernels, as one."""
+
+    def __getitem__(self, name: str) -> Any:
+        backward = library("csrc/group_norm_act_backward.cu")
+        return (backward if "backward" in name else kernels())[name]
+
+
+def test_what_a_prepared_call_costs_the_host(emulated_library: None, monkeypatch) -> None:
+    """It is one call of the entry, by two frames of Python; no tensor is looked at."""
+    call = prepared((0, 64, 9, 8), 8, has_residual=True)
+    frames: list[str] = []
+    sys.setprofile(
+        lambda frame, event, _: frames.append(event) if event in ("call", "c_call") else None
+    )
+    try:
+        call(0, 0, 0, 0, 0, 0, 0, 0, 0)
+    finally:
+        sys.setprofile(None)
+    assert frames.count("call") <= 2
+    assert len(frames) <= 4
