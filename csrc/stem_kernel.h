@@ -5,7 +5,7 @@
 
 namespace bitfast::stem {
 
-// Where things lie in shared memory: the ring, the filters, and buffers, each with the pixels of a row of the convolution.
+// Where things lie in shared memory: the ring, the filters, and buffers, each with a row of pixels of the convolution.
 // Pixels end with unused bytes, so that the numbers that a warp writes at once lie in different banks.
 template <typename Product, int buffers>
 struct SharedLayout {
@@ -50,7 +50,8 @@ struct Loader {
       if (is_wanted && is_in_step(at)) raw[i] = read_at(row, at);
     }
   }
-  // Returns whether all of them are finite, or nobody asks.
+
+  // Writes them to the ring; returns whether all of them are finite, or nobody asks.
   BITFAST_GPU bool write(unsigned char* ring, const RawPair<Number> (&raw)[tasks], int row) const {
     bool all_are_finite = true;
 #pragma unroll

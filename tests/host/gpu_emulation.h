@@ -705,9 +705,8 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
   w.results[emulation::lane()] = fragment;
   emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
     for (int lane = 0; lane < emulation::warp_size; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        static_cast<uint32_t*>(w.results[lane])[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
-      }
+      auto* words = static_cast<uint32_t*>(w.results[lane]);
+      for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
     }
   });
 }
@@ -748,9 +747,9 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   });
 }
 
-// ---- matrices in shared memory -----------------------------------------------------------------------------------------
+// ---- matrices in shared memory ---------------------------------------------------------------------------------------
 
-using MatrixPlace = uint64_t;  // the fields of the hardware's descriptor; addresses count from the block's shared memory
+using MatrixPlace = uint64_t;  // the fields of the hardware's descriptor; addresses count from the block's memory
 
 inline MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
   emulation::check_shared(shared, 128, "a matrix");
