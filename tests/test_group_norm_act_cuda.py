@@ -99,8 +99,8 @@ FASTEST = {
     (512, 28): (1, 8, 512), (256, 28): (1, 4, 512), (256, 14): (1, 2, 256), (1024, 14): (1, 4, 512),
     (512, 7): (1, 1, 256),
     (2048, 7): (1, 4, 512),
-    # Not measured: the only shape that was, 4 blocks of 256 threads, takes 37 us, and this one 24 us for as many
-    # bytes of 128 channels of 28x28.
+    # Not measured: the only shape that was, 4 blocks of 256 threads, takes 37 us, and this one 24 us for as
+    # many bytes of 128 channels of 28x28.
     (512, 14): (1, 2, 512),
 }  # fmt: skip
 """By channels and side: slices, blocks of a cluster, threads."""
