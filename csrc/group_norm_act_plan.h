@@ -38,14 +38,14 @@ inline bool is_sliceable(const GroupNormActCall& c, int64_t groups, int most_vec
   return channels % vector_of(c) == 0 && channels / vector_of(c) <= most_vectors;
 }
 
-// The shapes that were the fastest, or within 3 % of it, on an H100 for the maps of R50x1 in bfloat16, batch 128:
-// blocks of 50 KiB with 256 threads for images that two of them hold, else of 100 KiB with 512 threads (2 to a
-// multiprocessor); larger ones where 8 blocks could not hold the image. Of few images every one takes as many blocks
-// as there are, up to 8. Images that 8 blocks cannot hold are cut into slices of channels, as long as rows of them have
-// 256 bytes.
+// The shapes that were the fastest, or within 3 % of it, on an H100 for the maps of R50x1 in bfloat16, batch 128 (but
+// for 512 channels of 14x14, which were slow in the one shape that was tried): as few blocks to an image as let two of
+// them work on a multiprocessor, with 512 threads; for images of up to 100 KiB four, with 256. Larger blocks where 8 of
+// that size could not hold the image. Of few images every one takes as many blocks as there are, up to 8. Images that
+// 8 blocks cannot hold are cut into slices of channels, as long as rows of them have 256 bytes.
 inline ClusterPlan plan_clusters(const GroupNormActCall& c, const Device& device) {
-  constexpr int most_threads = 512, shortest_row = 256;
-  constexpr int64_t small_block = 50 * 1024, large_block = 100 * 1024;
+  constexpr int most_threads = 512, few_threads = 256, shortest_row = 256;
+  constexpr int64_t small_image = 100 * 1024, system_bytes = 1024;  // of shared memory, for each block
   const int vector = vector_of(c);
   const int64_t group_channels = c.channels / c.groups;
   ClusterPlan plan;
@@ -53,30 +53,30 @@ inline ClusterPlan plan_clusters(const GroupNormActCall& c, const Device& device
   if (device.capability < 90 || !c.is_aligned || group_channels % (vector / plan.parts) != 0) return plan;
   if (c.images * c.groups > INT32_MAX || c.pixels * c.channels * 16 / vector > INT32_MAX) return plan;
   for (int64_t slices = 1; slices <= c.groups; ++slices) {
-    const int64_t groups = c.groups / slices, row = groups * group_channels * 16 / vector;
+    const int64_t groups = c.groups / slices, row = groups * group_channels * 16 / vector, image = c.pixels * row;
     if (slices > 1 && row < shortest_row) return plan;
-    // A block holds less than 2^18 bytes.
-    if (c.pixels * row > most_blocks * (int64_t{1} << 18)) continue;
+    // No block holds 2^18 bytes.
+    if (image > most_blocks * (int64_t{1} << 18)) continue;
     if (c.groups % slices != 0 || !is_sliceable(c, groups, most_threads)) continue;
-    const int64_t block = c.pixels * row <= 2 * small_block ? small_block : large_block;
+    const bool is_small = image <= small_image && row <= few_threads * 16;
+    const int64_t room = device.shared_bytes_per_multiprocessor / (is_small ? 4 : 2) - system_bytes;
     const int widest = static_cast<int>(std::min<int64_t>(most_blocks, c.pixels));
-    auto block_bytes = [&](int cluster) { return ceil_div(c.pixels, cluster) * row; };
-    int cluster = 1;
-    while (2 * cluster <= widest && block_bytes(cluster) > block) cluster *= 2;
-    while (2 * cluster <= widest && 2 * cluster * slices * c.images <= device.multiprocessors) cluster *= 2;
-    for (; cluster <= widest; cluster *= 2) {
-      const bool is_small = block_bytes(cluster) <= small_block && row <= 256 * 16;
-      const bool are_many = 2 * cluster * slices * c.images > device.multiprocessors;
-      const int threads = is_small && are_many ? 256 : most_threads;
-      const Layout layout = layout_of(
-          static_cast<int>(groups * group_channels), static_cast<int>(group_channels), vector, plan.parts, threads);
-      const SharedPlan shared = shared_plan(static_cast<int>(ceil_div(c.pixels, cluster)), layout);
-      if (shared.bytes > device.shared_bytes_per_block) continue;
-      plan.slices = static_cast<int>(slices);
+    auto set_cluster = [&](int cluster) {
       plan.cluster = cluster;
-      plan.threads = threads;
-      plan.layout = layout;
-      plan.shared = shared;
+      const bool are_many = 2 * cluster * slices * c.images > device.multiprocessors;
+      plan.threads = is_small && are_many ? few_threads : most_threads;
+      plan.layout = layout_of(
+          static_cast<int>(groups * group_channels), static_cast<int>(group_channels), vector, plan.parts,
+          plan.threads);
+      plan.shared = shared_plan(static_cast<int>(ceil_div(c.pixels, cluster)), plan.layout);
+    };
+    set_cluster(1);
+    while (2 * plan.cluster <= widest && plan.shared.bytes > room) set_cluster(2 * plan.cluster);
+    while (2 * plan.cluster <= widest && 2 * plan.cluster * slices * c.images <= device.multiprocessors) {
+      set_cluster(2 * plan.cluster);
+    }
+    if (plan.shared.bytes <= device.shared_bytes_per_block) {
+      plan.slices = static_cast<int>(slices);
       return plan;
     }
   }

@@ -54,7 +54,9 @@ def make(
 
 def exact_statistics(total: Tensor, groups: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     values = total.double().reshape(total.shape[0], groups, math.prod(total.shape[1:]) // groups)
-    return values.mean(-1), (values.var(-1, correction=0) + eps).rsqrt()
+    return values.mean(-1), (
+        (values - values.mean(-1, keepdim=True)).square().mean(-1) + eps
+    ).rsqrt()
 
 
 def check(
@@ -96,8 +98,10 @@ FASTEST = {
     (256, 56): (1, 8, 512), (64, 56): (1, 4, 512), (128, 56): (1, 8, 512), (128, 28): (1, 2, 512),
     (512, 28): (1, 8, 512), (256, 28): (1, 4, 512), (256, 14): (1, 2, 256), (1024, 14): (1, 4, 512),
     (512, 7): (1, 1, 256),
-    # Not measured; those that were are slow for their bytes: 4 x 256 takes 37 us, and 8 x 256 28 us.
-    (512, 14): (1, 2, 512), (2048, 7): (1, 2, 512),
+    (2048, 7): (1, 4, 512),
+    # Not measured: the only shape that was, 4 blocks of 256 threads, takes 37 us, and this one 24 us for as
+    # many bytes of 128 channels of 28x28.
+    (512, 14): (1, 2, 512),
 }  # fmt: skip
 """By channels and side: slices, blocks of a cluster, threads."""
 
@@ -224,7 +228,7 @@ def test_not_a_number_and_infinity_go_where_they_go_in_torch(activation, channel
 @pytest.mark.parametrize("parameter_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_of_another_dtype(dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
-    for device in (H100, A100):
+    for device in (FEW, A100):
         for channels, groups in ((32, 4), (15, 5)):
             emulate(kernels(), device)
             x, _, weight, bias = make((2, channels, 5, 3), dtype, parameter_dtype=parameter_dtype)
