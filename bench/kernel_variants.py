@@ -108,8 +108,8 @@ def model_launches(model: str, dtypes: Dtypes) -> Iterator[Launch]:
 
 
 def other_launches(norms: Iterable[Norm], dtypes: Dtypes) -> Iterator[Launch]:
-    """Yield launches of norms as the models do not have them, each in every way of working: in two launches,
-    in one tile, and in a moving tile.
+    """Yield launches of norms as the models do not have them, each in both ways of working: in one launch
+    and in two.
 
     With every activation; ``norms`` in the other layout; with over 2^31 elements in an image; and without
     statistics, with the sum in the place of x, as in inference.
@@ -164,7 +164,7 @@ def quick_jobs() -> list[Job]:
     jobs: dict[Any, Job] = {}
     for variant, architecture in all_jobs():
         values = {**dict(variant.signature), **dict(variant.constants)}
-        details = ("ONE_TILE", "KIND", "like") if architecture == 90 else ("ONE_TILE",)
+        details = ("KIND", "like") if architecture == 90 else ()
         what = (values.get(name) for name in details)
         kind = (variant.kernel, variant.compute_type, architecture, *what)
         jobs.setdefault(kind, (variant, architecture))

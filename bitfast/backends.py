@@ -46,8 +46,9 @@ class Kernel:
     unavailable: Callable[[], str | None]
     """Returns why the kernel cannot run on this machine; None if it can."""
 
-    on_demand: bool
-    """Whether the kernel, made for tests, not for speed, is used only if :func:`use_backend` demands it."""
+    on_demand: bool | Callable[[], bool]
+    """Whether the kernel, made for tests or not the fastest here, is used only if :func:`use_backend` demands
+    it."""
 
     unsuitable: Callable[[torch.dtype], str | None] | None
     """Returns why this machine should not run a dtype, or None; itself None if it should run all of them."""
@@ -90,7 +91,7 @@ def register_kernel(
     device_type: str,
     dtypes: frozenset[torch.dtype],
     unavailable: Callable[[], str | None],
-    on_demand: bool = False,
+    on_demand: bool | Callable[[], bool] = False,
     unsuitable: Callable[[torch.dtype], str | None] | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> None:
@@ -98,7 +99,8 @@ def register_kernel(
 
     ``bitfast/ops/<op>.py`` calls this once per kernel when it is imported. ``unavailable`` is called only when
     the op first meets such a tensor, so that nothing is loaded before. An ``on_demand`` kernel is never the
-    default. ``unsuitable`` is called with a dtype. ``memory_format`` is the only one that the kernel takes.
+    default; that may depend on the machine. ``unsuitable`` is called with a dtype. ``memory_format`` is the
+    only one that the kernel takes.
     """
     _kernels[op, backend, device_type] = Kernel(
         dtypes, unavailable, on_demand, unsuitable, memory_format
@@ -183,7 +185,9 @@ def has_kernel(op: str, backend: str, device_type: str) -> bool:
 
 def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
     kernel = _kernels.get((op, backend, device_type))
-    return kernel is not None and kernel.on_demand
+    if kernel is None:
+        return False
+    return kernel.on_demand() if callable(kernel.on_demand) else kernel.on_demand
 
 
 @contextmanager

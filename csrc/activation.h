@@ -5,11 +5,10 @@
 #include <string>
 #include <type_traits>
 
+#include "activation_kinds.h"
 #include "errors.h"
 
 namespace bitfast {
-
-enum class Activation { none, relu, gelu, gelu_new, selu };
 
 inline Activation activation_named(const std::string& name) {
   if (name == "none") return Activation::none;

@@ -8,7 +8,7 @@
 //
 //   struct Kernel {
 //     struct Arguments { ... };                      // passed by value
-//     static constexpr int threads = 256;            // per block, a multiple of 32
+//     static constexpr int threads = 256;            // per block at most, a multiple of 32
 //     static constexpr int min_blocks = 2;           // that must fit on a multiprocessor: bounds the registers
 //     static constexpr int capability = 90;          // the oldest GPU that it runs on, 80 or 90
 //     static BITFAST_GPU void run(const Arguments&); // what a thread does
@@ -41,6 +41,7 @@ struct LaunchShape {
   int64_t blocks;        // a multiple of cluster
   int cluster = 1;       // blocks that share their shared memory; more than 1 only from capability 90 on
   int shared_bytes = 0;  // dynamic, per block
+  int threads = 0;       // per block, a multiple of 32 up to the kernel's; 0 for as many as the kernel's
 };
 
 // float16 and bfloat16 as they lie in memory; the C++ types of CUDA and of torch cannot be had on both sides.
@@ -53,6 +54,15 @@ struct BFloat16 {
 
 // The numbers that C callers give for dtypes.
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+}  // namespace bitfast::gpu
+
+namespace bitfast::gpu {
+
+template <typename Kernel>
+int threads_of(const LaunchShape& shape) {
+  return shape.threads > 0 ? shape.threads : Kernel::threads;
+}
 
 }  // namespace bitfast::gpu
 

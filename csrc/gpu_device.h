@@ -80,6 +80,7 @@ BITFAST_GPU void store_16(void* p, uint4 v) {
 BITFAST_GPU void store_8(void* p, uint2 v) {
   asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
+BITFAST_GPU void store_4(void* p, uint32_t v) { asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 
 BITFAST_GPU uint4 load_shared_16(const void* p) {
   uint4 v;
@@ -87,6 +88,11 @@ BITFAST_GPU uint4 load_shared_16(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(shared_address(p))
                : "memory");
+  return v;
+}
+BITFAST_GPU uint2 load_shared_8(const void* p) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared_address(p)) : "memory");
   return v;
 }
 BITFAST_GPU void store_shared_16(void* p, uint4 v) {
@@ -152,6 +158,23 @@ BITFAST_GPU void wait_for(Barrier* barrier, uint32_t parity) {
       "{\n\t.reg .pred done;\n\t"
       "again_%=:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra again_%=;\n\t}" ::"r"(
           shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// Sends a number to the shared memory of a block of the cluster, to whose barrier that is four bytes. Both are given by
+// the addresses that they have in this block.
+BITFAST_GPU void send_remote(float* p, int rank, float v, Barrier* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   address_in_block(p, rank)),
+               "r"(__float_as_uint(v)), "r"(address_in_block(barrier, rank))
+               : "memory");
+}
+// As wait_for, where other blocks of the cluster send.
+BITFAST_GPU void wait_for_remote(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again_%=:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again_%=;\n\t}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 }
@@ -261,6 +284,12 @@ BITFAST_GPU T* keep_address(T* p) {
 // The same number, of which the compiler knows nothing: what follows from it is computed where it is needed, instead of
 // once before a loop that has no registers to spare.
 BITFAST_GPU int not_before_here(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// Keeps the compiler from holding what follows from a value in registers instead of recomputing it.
+BITFAST_GPU int recompute_from(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
@@ -443,18 +472,19 @@ const char* allow_shared_bytes(int shared_bytes) {
 template <typename Kernel>
 const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   struct Answer {
-    int device, cluster, shared_bytes, clusters;
+    int device, cluster, shared_bytes, threads, clusters;
   };
   constexpr int most = 128;
   static std::mutex mutex;
   static Answer answers[most];
   static int count = 0;
+  const int threads = threads_of<Kernel>(shape);
   int index = 0;
   if (const cudaError_t error = cudaGetDevice(&index)) return text_of(error);
   const std::lock_guard<std::mutex> lock(mutex);
   for (int i = 0; i < count; ++i) {
     const Answer& a = answers[i];
-    if (a.device == index && a.cluster == shape.cluster && a.shared_bytes == shape.shared_bytes) {
+    if (a.device == index && a.cluster == shape.cluster && a.shared_bytes == shape.shared_bytes && a.threads == threads) {
       clusters = a.clusters;
       return nullptr;
     }
@@ -466,13 +496,13 @@ const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   cudaError_t error;
   if (shape.cluster > 1) {
     cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config = launch_config(one, Kernel::threads, attribute, nullptr);
+    cudaLaunchConfig_t config = launch_config(one, threads, attribute, nullptr);
     error = cudaOccupancyMaxActiveClusters(&found, kernel<Kernel>, &config);
   } else {
     Device device;
     if (const char* problem = current_device(device)) return problem;
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &found, kernel<Kernel>, Kernel::threads, static_cast<size_t>(shape.shared_bytes));
+        &found, kernel<Kernel>, threads, static_cast<size_t>(shape.shared_bytes));
     found *= device.multiprocessors;
   }
   if (error != cudaSuccess) {
@@ -480,7 +510,7 @@ const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
     return text_of(error);
   }
   if (found < 1) return "the launch shape does not fit on the CUDA device";
-  if (count < most) answers[count++] = {index, shape.cluster, shape.shared_bytes, found};
+  if (count < most) answers[count++] = {index, shape.cluster, shape.shared_bytes, threads, found};
   clusters = found;
   return nullptr;
 }
@@ -492,7 +522,7 @@ const char* launch(const LaunchShape& shape, const typename Kernel::Arguments& a
   if (shape.blocks > INT32_MAX) return "too many blocks for one launch";
   if (const char* error = allow_shared_bytes<Kernel>(shape.shared_bytes)) return error;
   cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = launch_config(shape, Kernel::threads, attribute, stream);
+  const cudaLaunchConfig_t config = launch_config(shape, threads_of<Kernel>(shape), attribute, stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel<Kernel>, arguments);
   if (error != cudaSuccess) cudaGetLastError();
   return text_of(error);

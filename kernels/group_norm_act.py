@@ -1,181 +1,36 @@
-"""GroupNorm, activation and the residual sum before them, in Triton: launch shapes and launches.
+"""GroupNorm, activation and the residual sum before them, in Triton: launches.
 
-A program works on some channels of one image: all its pixels ("whole"), or, where the batch alone cannot
-fill the device, a range of them ("split"). Channels come in whole groups, so that a program has all it
-needs for its statistics; ranges of the same image share them through a table of partial results, which
-the next launch merges in a fixed order. There are no atomics: equal inputs give equal bits.
+A program works on some channels of one image: all its pixels ("whole"), or, where registers cannot keep
+these, a range of them ("split"). Channels come in whole groups, so that a program has all it needs for its
+statistics; ranges of the same image share them through a table of partial results, which the next launch
+merges in a fixed order. There are no atomics: equal inputs give equal bits.
 
-The kernels are in ``group_norm_act_forward`` and ``group_norm_act_backward``.
+The kernels are in ``group_norm_act_forward`` and ``group_norm_act_backward``, the launch shapes in
+``group_norm_act_tiling``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from . import group_norm_act_backward as backward_kernels
 from . import group_norm_act_forward as forward_kernels
+from . import group_norm_act_tiling
+from .group_norm_act_tiling import Tiling, choose_tiling
 from .launch import Device, Launch, ceil_div, device_of, next_power_of_two
-
-# ---- launch shapes --------------------------------------------------------------------------------
-
-TILE_IN_REGISTERS = 16384
-"""Elements that a program can keep in registers between their two uses: 32 per thread of 16 warps."""
-
-STREAM_TILE = 8192
-"""Elements of a tile that moves over all pixels: 16 per thread, since 32 did not fit in the registers."""
-
-SPLIT_BYTES = 8192
-"""Bytes of a tile that moves over a range of the pixels."""
-
-SMALLEST_TILE = 2048
-"""Elements up to which an NCHW tile takes in more groups. (For channels_last tiles the row decides.)"""
-
-WIDEST_TILE = 1024
-"""Channels of a tile's group, at most. Wider groups are cut into parts."""
-
-MOST_PARTIALS = 256
-"""Partial results per image and group, at most: every program of the second launch reads all of them."""
-
-
-class Tiling(NamedTuple):
-    """How one call is cut into programs.
-
-    Attributes:
-        is_whole: One launch, each program having all pixels of its channels; else two launches.
-        one_tile: Whole, and all the pixels stay in registers.
-        programs: Of each launch.
-        block_pixels, block_groups, padded, parts: The tile, see ``group_norm_act_tiles``.
-        splits, pixels_per_split: How an image's pixels are shared out, if not whole.
-        warps: Per program.
-        is_wide: Offsets within an image need 64 bits.
-    """
-
-    is_whole: bool
-    one_tile: bool
-    programs: int
-    block_pixels: int
-    block_groups: int
-    padded: int
-    parts: int
-    splits: int
-    pixels_per_split: int
-    warps: int
-    is_wide: bool
-
-
-def choose_tiling(
-    batch: int,
-    pixels: int,
-    channels: int,
-    groups: int,
-    itemsize: int,
-    is_channels_last: bool,
-    tensors: int,
-    device: Device,
-) -> Tiling:
-    """Choose the launch shapes. Equal arguments give equal shapes: nothing is tried out at run time.
-
-    1. A row of a channels_last tile is 128 bytes, or one group if that is wider. It is halved while there
-       are fewer programs than multiprocessors, down to a memory sector of 32 bytes. It is halved to 64
-       bytes if all pixels then fit in registers, or if the tensors exceed half of the L2 cache.
-    2. Where all pixels fit in registers, one launch reads everything once.
-    3. Else, where the tensors exceed half of the L2 cache, one launch of so few programs that what they
-       are at work on stays in that half for the second reading. (They must still fill half the device.)
-    4. Else two launches, an image's pixels being shared out among programs until there are four for
-       each multiprocessor.
-
-    Args:
-        batch: Images, at least 1.
-        pixels: Height times width.
-        channels: Divisible by ``groups``.
-        groups: In which the channels are normalized.
-        itemsize: Bytes per element.
-        is_channels_last: Else contiguous NCHW.
-        tensors: How many tensors are read twice: 1 forward, 2 backward.
-        device: The GPU to fill with programs.
-    """
-    per_group = channels // groups
-    padded = min(next_power_of_two(per_group), WIDEST_TILE)
-    parts = ceil_div(per_group, padded)
-    registers = TILE_IN_REGISTERS // tensors
-    all_pixels = next_power_of_two(pixels)
-    cache = device.l2_bytes // 2
-    exceeds_cache = batch * pixels * channels * itemsize * tensors > cache
-
-    def programs(block_groups: int) -> int:
-        return batch * ceil_div(groups, block_groups) * parts
-
-    def fits_in_registers(block_groups: int) -> bool:
-        return parts == 1 and all_pixels * block_groups * padded <= registers
-
-    block_groups, most = 1, next_power_of_two(groups) if parts == 1 else 1
-    if is_channels_last:
-        row, half_row, sector = (max(n // itemsize // padded, 1) for n in (128, 64, 32))
-        block_groups = min(row, most)
-        while block_groups > sector and programs(block_groups) < device.multiprocessors:
-            block_groups //= 2
-        if not fits_in_registers(block_groups) and (fits_in_registers(half_row) or exceeds_cache):
-            block_groups = min(block_groups, half_row)
-    else:
-        while block_groups < most and 2 * block_groups * padded * all_pixels <= SMALLEST_TILE:
-            block_groups *= 2
-
-    block_channels = block_groups * padded
-    items = programs(block_groups)
-    one_tile = fits_in_registers(block_groups)
-    at_work = min(cache // (pixels * block_channels * itemsize * tensors), items)
-    streams = parts == 1 and exceeds_cache and at_work >= device.multiprocessors // 2
-    is_whole = one_tile or streams
-    if one_tile:
-        block_pixels = all_pixels
-        warps = warps_for(all_pixels * block_channels)
-    else:
-        tile = STREAM_TILE if is_whole else SPLIT_BYTES // itemsize
-        block_pixels = max(min(all_pixels, tile // block_channels), 1)
-        warps = 16 if is_whole else 8
-
-    splits, pixels_per_split = 1, pixels
-    if not is_whole:
-        wanted = ceil_div(4 * device.multiprocessors, items)
-        splits = min(wanted, max(MOST_PARTIALS // parts, 1), ceil_div(pixels, block_pixels))
-        pixels_per_split = ceil_div(ceil_div(pixels, splits), block_pixels) * block_pixels
-        splits = ceil_div(pixels, pixels_per_split)
-    return Tiling(
-        is_whole,
-        one_tile,
-        items if one_tile else at_work if streams else items * splits,
-        block_pixels,
-        block_groups,
-        padded,
-        parts,
-        splits,
-        pixels_per_split,
-        warps,
-        is_wide(pixels, channels, block_pixels, block_channels),
-    )
-
-
-def warps_for(elements: int) -> int:
-    """Return how many warps hold ``elements`` in registers, with at most 32 per thread."""
-    return min(max(next_power_of_two(ceil_div(elements, 32 * 32)), 4), 16)
-
-
-def is_wide(pixels: int, channels: int, block_pixels: int, block_channels: int) -> bool:
-    """Whether an offset within an image, masked ones included, may need more than 32 bits.
-
-    (The offset of the image itself always has 64.)
-    """
-    return (pixels + block_pixels) * (channels + block_channels) >= 2**31
-
 
 # ---- launches -------------------------------------------------------------------------------------
 
 
 def _tiling_for(
-    x: Tensor, groups: int, is_channels_last: bool, tensors: int, device: Device | None
+    x: Tensor,
+    groups: int,
+    activation: str,
+    is_channels_last: bool,
+    tensors: int,
+    device: Device | None,
 ) -> Tiling:
     batch, channels, height, width = x.shape
     return choose_tiling(
@@ -187,6 +42,8 @@ def _tiling_for(
         is_channels_last,
         tensors,
         device or device_of(x.device),
+        # The error function takes 40 registers.
+        group_norm_act_tiling.KEPT_VECTORS // (2 if activation == "gelu" else 1),
     )
 
 
@@ -196,10 +53,17 @@ def _constants(p: Tiling, x: Tensor, groups: int, is_channels_last: bool) -> dic
         "PER_GROUP": x.shape[1] // groups,
         "CHANNELS_LAST": is_channels_last,
         "WIDE": p.is_wide,
+        "CHUNKS": p.chunks,
         "BLOCK_P": p.block_pixels,
         "BLOCK_G": p.block_groups,
         "PADDED": p.padded,
     }
+
+
+def _is_packed(x: Tensor) -> bool:
+    """Whether kept numbers stay two to a register, which takes PTX code; see ``as_float32``."""
+    is_interpreted = not isinstance(forward_kernels.forward_kernel, JITFunction)
+    return x.element_size() == 2 and not is_interpreted and torch.version.hip is None
 
 
 def forward_launches(
@@ -246,10 +110,9 @@ def forward_launches(
     if batch == 0:
         return []
     groups, pixels = mean.shape[1] if mean is not None else groups, height * width
-    p = _tiling_for(x, groups, is_channels_last, 1, device)
+    p = _tiling_for(x, groups, activation, is_channels_last, 1, device)
     constants = _constants(p, x, groups, is_channels_last)
     has_residual = residual is not None
-    sum_in_place = has_residual and (total is x or total is residual)
     # Missing tensors are never read, but the kernels need some pointer.
     inputs = {"x": x, "residual": residual if has_residual else x}
     outputs = {
@@ -266,13 +129,13 @@ def forward_launches(
             "weight": weight,
             "bias": bias,
             **outputs,
-            "images": batch,
             "pixels": pixels,
             "eps": eps,
         }
         constants |= {
-            "ACTIVATION": activation, "HAS_RESIDUAL": has_residual, "SUM_IN_PLACE": sum_in_place,
-            "KEEPS_STATISTICS": keeps_statistics, "ONE_TILE": p.one_tile,
+            "ACTIVATION": activation, "HAS_RESIDUAL": has_residual,
+            "PACKED": _is_packed(x),
+            "KEEPS_STATISTICS": keeps_statistics,
         }  # fmt: skip
         kernel = forward_kernels.forward_kernel
         return [
@@ -293,7 +156,7 @@ def forward_launches(
         forward_kernels.moments_kernel,
         p.programs,
         {**inputs, "total": total if has_residual else x, **partials, **ranges},
-        {**constants, "HAS_RESIDUAL": has_residual, "SUM_IN_PLACE": sum_in_place},
+        {**constants, "HAS_RESIDUAL": has_residual},
         p.warps,
         first_reads,
         first_writes + _nbytes(partials),
@@ -354,7 +217,7 @@ def backward_launches(
     if batch == 0:
         nothing = _buffers(x, (0, channels), "channel_d", "channel_dh")
         return [_parameter_launch(nothing, grad_weight, grad_bias)]
-    p = _tiling_for(x, groups, is_channels_last, 2, device)
+    p = _tiling_for(x, groups, activation, is_channels_last, 2, device)
     constants = {**_constants(p, x, groups, is_channels_last), "ACTIVATION": activation}
     has_grad_total = grad_total is not None
     sums = _buffers(x, (batch * p.splits, channels), "channel_d", "channel_dh")
@@ -372,10 +235,9 @@ def backward_launches(
                 **norm,
                 "grad_x": grad_x,
                 **sums,
-                "images": batch,
                 "pixels": pixels,
             },
-            {**constants, "HAS_GRAD_TOTAL": has_grad_total, "ONE_TILE": p.one_tile},
+            {**constants, "HAS_GRAD_TOTAL": has_grad_total, "PACKED": _is_packed(x)},
             p.warps,
             (2 + has_grad_total) * tensor,
             tensor + _nbytes(sums),

@@ -10,7 +10,11 @@ import triton.language as tl
 
 from .group_norm_act_tiles import (
     activation_slope,
+    as_float32,
     channels,
+    load_tile,
+    mask,
+    offset_of_pixel,
     offsets,
     partials,
     per_channel,
@@ -18,48 +22,6 @@ from .group_norm_act_tiles import (
     split_of_program,
     sum_groups,
 )
-
-
-@triton.jit
-def _backward_tile(
-    grad,
-    x,
-    offset,
-    inside,
-    channel_mean,
-    channel_rstd,
-    scale,
-    shift,
-    ACTIVATION: tl.constexpr,
-):
-    """Return h and d of a tile."""
-    value = tl.load(x + offset, inside, other=0.0).to(tl.float32)
-    grad_value = tl.load(grad + offset, inside, other=0.0).to(tl.float32)
-    normalized = (value - channel_mean[None, :]) * channel_rstd[None, :]
-    slope = activation_slope(normalized * scale[None, :] + shift[None, :], ACTIVATION)
-    return normalized, tl.where(inside, grad_value * slope, 0.0)
-
-
-@triton.jit
-def _write_grad(
-    grad_x,
-    grad_total,
-    offset,
-    inside,
-    normalized,
-    d,
-    scale,
-    channel_rstd,
-    mean_term,
-    projection,
-    HAS_GRAD_TOTAL: tl.constexpr,
-):
-    """Write dx of a tile, plus the gradient that reached the sum directly."""
-    value = d * scale[None, :] - mean_term[None, :] - normalized * projection[None, :]
-    value *= channel_rstd[None, :]
-    if HAS_GRAD_TOTAL:
-        value += tl.load(grad_total + offset, inside, other=0.0).to(tl.float32)
-    tl.store(grad_x + offset, value.to(grad_x.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -78,47 +40,43 @@ def _channel_statistics(
 
 
 @triton.jit
-def _range_sums(
-    grad,
-    x,
-    start,
-    stop,
+def _normalized_and_slope(
+    value, channel_mean, channel_rstd, scale, shift, ACTIVATION: tl.constexpr
+):
+    """Return h and the activation's derivative of a chunk of float32."""
+    normalized = (value - channel_mean[None, :]) * channel_rstd[None, :]
+    slope = activation_slope(normalized * scale[None, :] + shift[None, :], ACTIVATION)
+    return normalized, slope
+
+
+@triton.jit
+def _add_sums(
+    sum_d,
+    sum_dh,
+    grads,
+    values,
     channel_mean,
     channel_rstd,
     scale,
     shift,
-    channel,
-    exists,
-    pixels,
-    C: tl.constexpr,
+    inside,
     ACTIVATION: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """Return the sums of d and of d h of each channel over pixels start to stop: [BLOCK_C]."""
-    sum_d = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    sum_dh = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in range(start, stop, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
-        inside = (pixel < stop)[:, None] & exists[None, :]
-        offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-        normalized, d = _backward_tile(
-            grad, x, offset, inside, channel_mean, channel_rstd, scale, shift, ACTIVATION
-        )
-        sum_d += d
-        sum_dh += d * normalized
-    return tl.sum(sum_d, axis=0), tl.sum(sum_dh, axis=0)
+    """Add d and d h of a chunk to sums [BLOCK_P, BLOCK_C]."""
+    normalized, slope = _normalized_and_slope(
+        values.to(tl.float32), channel_mean, channel_rstd, scale, shift, ACTIVATION
+    )
+    d = tl.where(inside, grads.to(tl.float32) * slope, 0.0)
+    return sum_d + d, sum_dh + d * normalized
 
 
 @triton.jit
-def _write_grad_range(
-    grad,
-    x,
+def _write_tile(
+    grads,
+    values,
     grad_total,
     grad_x,
-    start,
+    first,
     stop,
     channel_mean,
     channel_rstd,
@@ -126,36 +84,37 @@ def _write_grad_range(
     shift,
     mean_term,
     projection,
-    channel,
+    offset,
     exists,
-    pixels,
+    zero,
+    PACKED: tl.constexpr,
     C: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_GRAD_TOTAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    for first in range(start, stop, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
-        inside = (pixel < stop)[:, None] & exists[None, :]
-        offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-        normalized, d = _backward_tile(
-            grad, x, offset, inside, channel_mean, channel_rstd, scale, shift, ACTIVATION
-        )
-        _write_grad(
-            grad_x,
-            grad_total,
-            offset,
-            inside,
-            normalized,
-            d,
-            scale,
+    """Write dx of a tile, plus the gradient that reached the sum directly."""
+    for i in tl.static_range(CHUNKS):
+        pixel = first + i * BLOCK_P
+        inside = mask(pixel, stop, exists, IS_WHOLE and i < CHUNKS - 1, BLOCK_P)
+        place = offset_of_pixel(pixel, C, CHANNELS_LAST)
+        normalized, slope = _normalized_and_slope(
+            as_float32(values[i], zero, PACKED),
+            channel_mean,
             channel_rstd,
-            mean_term,
-            projection,
-            HAS_GRAD_TOTAL,
+            scale,
+            shift,
+            ACTIVATION,
         )
+        d = as_float32(grads[i], zero, PACKED) * slope
+        value = d * scale[None, :] - mean_term[None, :] - normalized * projection[None, :]
+        value *= channel_rstd[None, :]
+        if HAS_GRAD_TOTAL:
+            value += tl.load(grad_total + place + offset, inside, other=0.0).to(tl.float32)
+        tl.store(grad_x + place + offset, value.to(grad_x.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -170,7 +129,6 @@ def backward_kernel(
     grad_x,
     channel_d,
     channel_dh,
-    images,
     pixels,
     GROUPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
@@ -178,108 +136,81 @@ def backward_kernel(
     HAS_GRAD_TOTAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    PACKED: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     """dx, and the sums of each channel of each image, in one launch; arranged like forward_kernel."""
     C: tl.constexpr = GROUPS * PER_GROUP
+    blocks = tl.cdiv(GROUPS, BLOCK_G)
+    program = tl.program_id(0)
+    channel, exists, group, _ = channels(
+        program % blocks, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS=1
+    )
     if WIDE:
         pixels = pixels.to(tl.int64)
-    blocks = tl.cdiv(GROUPS, BLOCK_G)
+        channel = channel.to(tl.int64)
+    image = (program // blocks).to(tl.int64)
+    base = image * C * pixels
+    offset = offsets(channel, pixels, C, CHANNELS_LAST, BLOCK_P)
+    values = load_tile(
+        x + base, 0, pixels, offset, exists, C, CHANNELS_LAST, True, CHUNKS, BLOCK_P
+    )  # fmt: skip
+    grads = load_tile(
+        grad + base, 0, pixels, offset, exists, C, CHANNELS_LAST, True, CHUNKS, BLOCK_P
+    )  # fmt: skip
+    scale, shift = scale_and_shift(weight, bias, channel, exists)
+    channel_mean, channel_rstd = _channel_statistics(
+        mean, rstd, image, group, GROUPS, BLOCK_G, PADDED
+    )
+    elements_d = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
+    elements_dh = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        elements_d, elements_dh = _add_sums(
+            elements_d,
+            elements_dh,
+            grads[i],
+            values[i],
+            channel_mean,
+            channel_rstd,
+            scale,
+            shift,
+            mask(i * BLOCK_P, pixels, exists, i < CHUNKS - 1, BLOCK_P),
+            ACTIVATION,
+        )
+    sum_d, sum_dh = tl.sum(elements_d, axis=0), tl.sum(elements_dh, axis=0)
+    tl.store(channel_d + image * C + channel, sum_d, exists)
+    tl.store(channel_dh + image * C + channel, sum_dh, exists)
     count = pixels * 1.0 * PER_GROUP
-    for item in range(tl.program_id(0), images * blocks, tl.num_programs(0)):
-        channel, exists, group, _ = channels(
-            item % blocks, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS=1
-        )
-        image = (item // blocks).to(tl.int64)
-        base = image * C * pixels
-        scale, shift = scale_and_shift(weight, bias, channel, exists)
-        channel_mean, channel_rstd = _channel_statistics(
-            mean, rstd, image, group, GROUPS, BLOCK_G, PADDED
-        )
-        if ONE_TILE:
-            pixel = tl.arange(0, BLOCK_P)
-            inside = (pixel < pixels)[:, None] & exists[None, :]
-            offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-            normalized, d = _backward_tile(
-                grad + base,
-                x + base,
-                offset,
-                inside,
-                channel_mean,
-                channel_rstd,
-                scale,
-                shift,
-                ACTIVATION,
-            )
-            sum_d = tl.sum(d, axis=0)
-            sum_dh = tl.sum(d * normalized, axis=0)
-        else:
-            sum_d, sum_dh = _range_sums(
-                grad + base,
-                x + base,
-                0,
-                pixels,
-                channel_mean,
-                channel_rstd,
-                scale,
-                shift,
-                channel,
-                exists,
-                pixels,
-                C,
-                ACTIVATION,
-                CHANNELS_LAST,
-                WIDE,
-                BLOCK_P,
-                BLOCK_G * PADDED,
-            )
-        tl.store(channel_d + image * C + channel, sum_d, exists)
-        tl.store(channel_dh + image * C + channel, sum_dh, exists)
-        group_mean_term = sum_groups(sum_d * scale, BLOCK_G, PADDED) / count
-        group_projection = sum_groups(sum_dh * scale, BLOCK_G, PADDED) / count
-        mean_term = per_channel(group_mean_term, BLOCK_G, PADDED)
-        projection = per_channel(group_projection, BLOCK_G, PADDED)
-        if ONE_TILE:
-            _write_grad(
-                grad_x + base,
-                grad_total + base,
-                offset,
-                inside,
-                normalized,
-                d,
-                scale,
-                channel_rstd,
-                mean_term,
-                projection,
-                HAS_GRAD_TOTAL,
-            )
-        else:
-            _write_grad_range(
-                grad + base,
-                x + base,
-                grad_total + base,
-                grad_x + base,
-                0,
-                pixels,
-                channel_mean,
-                channel_rstd,
-                scale,
-                shift,
-                mean_term,
-                projection,
-                channel,
-                exists,
-                pixels,
-                C,
-                ACTIVATION,
-                HAS_GRAD_TOTAL,
-                CHANNELS_LAST,
-                WIDE,
-                BLOCK_P,
-            )
+    mean_term = sum_groups(sum_d * scale, BLOCK_G, PADDED) / count
+    projection = sum_groups(sum_dh * scale, BLOCK_G, PADDED) / count
+    _write_tile(
+        grads,
+        values,
+        grad_total + base,
+        grad_x + base,
+        0,
+        pixels,
+        channel_mean,
+        channel_rstd,
+        scale,
+        shift,
+        per_channel(mean_term, BLOCK_G, PADDED),
+        per_channel(projection, BLOCK_G, PADDED),
+        offset,
+        exists,
+        pixels < 0,
+        PACKED,
+        C,
+        ACTIVATION,
+        HAS_GRAD_TOTAL,
+        CHANNELS_LAST,
+        True,
+        CHUNKS,
+        BLOCK_P,
+    )
 
 
 @triton.jit
@@ -302,6 +233,7 @@ def backward_sums_kernel(
     ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
@@ -313,29 +245,37 @@ def backward_sums_kernel(
         tl.program_id(0), pixels, pixels_per_split, splits, GROUPS, WIDE, BLOCK_G, PARTS
     )
     channel, exists, group, part = channels(block, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS)
+    if WIDE:
+        channel = channel.to(tl.int64)
+    base = image * C * pixels
+    offset = offsets(channel, pixels, C, CHANNELS_LAST, BLOCK_P)
     scale, shift = scale_and_shift(weight, bias, channel, exists)
     channel_mean, channel_rstd = _channel_statistics(
         mean, rstd, image, group, GROUPS, BLOCK_G, PADDED
     )
-    sum_d, sum_dh = _range_sums(
-        grad + image * C * pixels,
-        x + image * C * pixels,
-        start,
-        stop,
-        channel_mean,
-        channel_rstd,
-        scale,
-        shift,
-        channel,
-        exists,
-        pixels,
-        C,
-        ACTIVATION,
-        CHANNELS_LAST,
-        WIDE,
-        BLOCK_P,
-        BLOCK_G * PADDED,
-    )
+    elements_d = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
+    elements_dh = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
+    for first in range(start, stop, CHUNKS * BLOCK_P):
+        values = load_tile(
+            x + base, first, stop, offset, exists, C, CHANNELS_LAST, False, CHUNKS, BLOCK_P
+        )  # fmt: skip
+        grads = load_tile(
+            grad + base, first, stop, offset, exists, C, CHANNELS_LAST, False, CHUNKS, BLOCK_P
+        )  # fmt: skip
+        for i in tl.static_range(CHUNKS):
+            elements_d, elements_dh = _add_sums(
+                elements_d,
+                elements_dh,
+                grads[i],
+                values[i],
+                channel_mean,
+                channel_rstd,
+                scale,
+                shift,
+                mask(first + i * BLOCK_P, stop, exists, False, BLOCK_P),
+                ACTIVATION,
+            )
+    sum_d, sum_dh = tl.sum(elements_d, axis=0), tl.sum(elements_dh, axis=0)
     place = (image * splits + split) * C + channel
     tl.store(channel_d + place, sum_d, exists)
     tl.store(channel_dh + place, sum_dh, exists)
@@ -365,16 +305,18 @@ def backward_apply_kernel(
     HAS_GRAD_TOTAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
     PARTS: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """Second launch: merge an image's sums and write dx of a range of its pixels."""
+    """Second launch: merge an image's sums and write dx of a range of its pixels, the last ranges first."""
     C: tl.constexpr = GROUPS * PER_GROUP
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     image, _, start, stop, block = split_of_program(
-        tl.program_id(0), pixels, pixels_per_split, splits, GROUPS, WIDE, BLOCK_G, PARTS
+        program, pixels, pixels_per_split, splits, GROUPS, WIDE, BLOCK_G, PARTS
     )
     channel, exists, group, _ = channels(block, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS)
     place, is_partial, _ = partials(image, group, splits, GROUPS, PARTS, TABLE)
@@ -385,30 +327,44 @@ def backward_apply_kernel(
     channel_mean, channel_rstd = _channel_statistics(
         mean, rstd, image, group, GROUPS, BLOCK_G, PADDED
     )
+    channel_mean_term = per_channel(mean_term, BLOCK_G, PADDED)
+    channel_projection = per_channel(projection, BLOCK_G, PADDED)
+    if WIDE:
+        channel = channel.to(tl.int64)
     base = image * C * pixels
-    _write_grad_range(
-        grad + base,
-        x + base,
-        grad_total + base,
-        grad_x + base,
-        start,
-        stop,
-        channel_mean,
-        channel_rstd,
-        scale,
-        shift,
-        per_channel(mean_term, BLOCK_G, PADDED),
-        per_channel(projection, BLOCK_G, PADDED),
-        channel,
-        exists,
-        pixels,
-        C,
-        ACTIVATION,
-        HAS_GRAD_TOTAL,
-        CHANNELS_LAST,
-        WIDE,
-        BLOCK_P,
-    )
+    offset = offsets(channel, pixels, C, CHANNELS_LAST, BLOCK_P)
+    for first in range(start, stop, CHUNKS * BLOCK_P):
+        values = load_tile(
+            x + base, first, stop, offset, exists, C, CHANNELS_LAST, False, CHUNKS, BLOCK_P
+        )  # fmt: skip
+        grads = load_tile(
+            grad + base, first, stop, offset, exists, C, CHANNELS_LAST, False, CHUNKS, BLOCK_P
+        )  # fmt: skip
+        _write_tile(
+            grads,
+            values,
+            grad_total + base,
+            grad_x + base,
+            first,
+            stop,
+            channel_mean,
+            channel_rstd,
+            scale,
+            shift,
+            channel_mean_term,
+            channel_projection,
+            offset,
+            exists,
+            0,
+            False,
+            C,
+            ACTIVATION,
+            HAS_GRAD_TOTAL,
+            CHANNELS_LAST,
+            False,
+            CHUNKS,
+            BLOCK_P,
+        )
 
 
 @triton.jit

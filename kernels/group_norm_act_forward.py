@@ -6,7 +6,11 @@ import triton.language as tl
 from .arithmetic import reciprocal_std
 from .group_norm_act_tiles import (
     activate,
+    as_float32,
     channels,
+    load_tile,
+    mask,
+    offset_of_pixel,
     offsets,
     part_size,
     partials,
@@ -22,112 +26,110 @@ def _load_sum(
     x,
     residual,
     total,
+    first,
+    stop,
     offset,
-    inside,
+    exists,
+    C: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    SUM_IN_PLACE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Load a tile; with a residual, add it, keep the sum and return it as it was rounded.
 
-    SUM_IN_PLACE: the sum takes the place of x or of the residual. In a tile of fewer elements than threads
-    several warps load the same element, so none may store its sum before all have loaded it.
+    The sum may take the place of x or of the residual: no two threads load the same element, since a chunk has
+    at least as many as the program has threads.
     """
-    value = tl.load(x + offset, inside, other=0.0)
+    tile = load_tile(
+        x, first, stop, offset, exists, C, CHANNELS_LAST, IS_WHOLE, CHUNKS, BLOCK_P
+    )  # fmt: skip
     if HAS_RESIDUAL:
-        other = tl.load(residual + offset, inside, other=0.0)
-        if SUM_IN_PLACE:
-            tl.debug_barrier()
-        value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)
-        tl.store(total + offset, value, inside)
-    return value.to(tl.float32)
+        other = load_tile(
+            residual, first, stop, offset, exists, C, CHANNELS_LAST, IS_WHOLE, CHUNKS, BLOCK_P
+        )  # fmt: skip
+        added = ()
+        for i in tl.static_range(CHUNKS):
+            pixel = first + i * BLOCK_P
+            inside = mask(pixel, stop, exists, IS_WHOLE and i < CHUNKS - 1, BLOCK_P)
+            value = (tile[i].to(tl.float32) + other[i].to(tl.float32)).to(tile[i].dtype)
+            tl.store(total + offset_of_pixel(pixel, C, CHANNELS_LAST) + offset, value, inside)
+            added = added + (value,)  # noqa: RUF005 (Triton unpacks no tuples)
+        return added
+    else:
+        return tile
 
 
 @triton.jit
-def _tile_moments(value, inside, count, BLOCK_G: tl.constexpr, PADDED: tl.constexpr):
-    """Return the mean, and the sum of squares around it, of each group of one tile: [BLOCK_G]."""
-    mean = sum_groups(tl.sum(value, axis=0), BLOCK_G, PADDED) / count
-    centered = tl.where(inside, value - per_channel(mean, BLOCK_G, PADDED)[None, :], 0.0)
-    # The rounding error of the mean, which matters where the mean is 100 standard deviations.
-    left_over = sum_groups(tl.sum(centered, axis=0), BLOCK_G, PADDED) / count
-    squares = sum_groups(tl.sum(centered * centered, axis=0), BLOCK_G, PADDED)
-    return mean + left_over, squares - count * left_over * left_over
-
-
-@triton.jit
-def _range_moments(
-    x,
-    residual,
-    total,
-    start,
+def _tile_moments(
+    tile,
+    first,
     stop,
-    count,
-    channel,
     exists,
-    pixels,
-    C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SUM_IN_PLACE: tl.constexpr,
+    count,
+    zero,
+    PACKED: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Return the mean, and the sum of squares around it, of each group over pixels start to stop: [BLOCK_G].
+    """Return the mean, and the sum of squares around it, of each group of one tile: [BLOCK_G].
 
-    Each element of the tile keeps a mean and a sum of squares of its own while the tile moves over the
-    pixels (Welford, 1962); they are merged at the end (Chan, Golub & LeVeque, 1979).
+    Chunks are added up element by element first: few sums are taken across threads.
     """
-    row = tl.arange(0, BLOCK_P)
-    mean = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        total += tile[i].to(tl.float32)
+    mean = sum_groups(tl.sum(total, axis=0), BLOCK_G, PADDED) / count
+    channel_mean = per_channel(mean, BLOCK_G, PADDED)[None, :]
+    away = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_G * PADDED], tl.float32)
-    seen = 0.0
-    for first in range(start, stop, BLOCK_P):
-        pixel = first + row
-        inside = (pixel < stop)[:, None] & exists[None, :]
-        offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-        value = _load_sum(x, residual, total, offset, inside, HAS_RESIDUAL, SUM_IN_PLACE)
-        seen += 1.0
-        delta = tl.where(inside, value - mean, 0.0)
-        mean += delta * (1.0 / seen)
-        squares += tl.where(inside, delta * (value - mean), 0.0)
-    rows_seen = tl.maximum((stop - start - row + BLOCK_P - 1) // BLOCK_P, 0).to(tl.float32)[:, None]
-    group_mean = sum_groups(tl.sum(mean * rows_seen, axis=0), BLOCK_G, PADDED) / count
-    away = tl.where(exists[None, :], mean - per_channel(group_mean, BLOCK_G, PADDED)[None, :], 0.0)
-    left_over = sum_groups(tl.sum(away * rows_seen, axis=0), BLOCK_G, PADDED) / count
-    squares += away * away * rows_seen
+    for i in tl.static_range(CHUNKS):
+        inside = mask(
+            first + i * BLOCK_P, stop, exists, IS_WHOLE and i < CHUNKS - 1, BLOCK_P
+        )  # fmt: skip
+        centered = tl.where(inside, as_float32(tile[i], zero, PACKED) - channel_mean, 0.0)
+        away += centered
+        squares += centered * centered
+    # The rounding error of the mean, which matters where the mean is 100 standard deviations.
+    left_over = sum_groups(tl.sum(away, axis=0), BLOCK_G, PADDED) / count
     group_squares = sum_groups(tl.sum(squares, axis=0), BLOCK_G, PADDED)
-    return group_mean + left_over, group_squares - count * left_over * left_over
+    return mean + left_over, group_squares - count * left_over * left_over
 
 
 @triton.jit
-def _write_range(
-    total,
+def _write_tile(
+    tile,
     result,
-    start,
+    first,
     stop,
     channel_mean,
     channel_rstd,
     scale,
     shift,
-    channel,
+    offset,
     exists,
-    pixels,
+    zero,
+    PACKED: tl.constexpr,
     C: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Normalize, scale, shift and activate pixels start to stop."""
-    for first in range(start, stop, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
-        inside = (pixel < stop)[:, None] & exists[None, :]
-        offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-        value = tl.load(total + offset, inside, other=0.0, eviction_policy="evict_first")
-        normalized = (value.to(tl.float32) - channel_mean[None, :]) * channel_rstd[None, :]
+    """Normalize, scale, shift and activate a tile."""
+    for i in tl.static_range(CHUNKS):
+        pixel = first + i * BLOCK_P
+        inside = mask(pixel, stop, exists, IS_WHOLE and i < CHUNKS - 1, BLOCK_P)
+        value = as_float32(tile[i], zero, PACKED)
+        normalized = (value - channel_mean[None, :]) * channel_rstd[None, :]
         activated = activate(normalized * scale[None, :] + shift[None, :], ACTIVATION)
-        tl.store(result + offset, activated.to(result.dtype.element_ty), inside)
+        chunk = result + offset_of_pixel(pixel, C, CHANNELS_LAST) + offset
+        tl.store(chunk, activated.to(result.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -140,103 +142,78 @@ def forward_kernel(
     result,
     mean,
     rstd,
-    images,
     pixels,
     eps,
     GROUPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    SUM_IN_PLACE: tl.constexpr,
     KEEPS_STATISTICS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    PACKED: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Everything in one launch: a program has all pixels of its channels.
-
-    ONE_TILE: they fit in registers and are read once. Else they are read a second time, from the cache if
-    the launch keeps few enough programs at work; therefore the programs loop over the images.
-    """
+    """Everything in one launch: a program keeps all pixels of its channels in registers."""
     C: tl.constexpr = GROUPS * PER_GROUP
+    blocks = tl.cdiv(GROUPS, BLOCK_G)
+    program = tl.program_id(0)
+    channel, exists, group, _ = channels(
+        program % blocks, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS=1
+    )
     if WIDE:
         pixels = pixels.to(tl.int64)
-    blocks = tl.cdiv(GROUPS, BLOCK_G)
+        channel = channel.to(tl.int64)
+    image = (program // blocks).to(tl.int64)
+    base = image * C * pixels
+    offset = offsets(channel, pixels, C, CHANNELS_LAST, BLOCK_P)
+    tile = _load_sum(
+        x + base,
+        residual + base,
+        total + base,
+        0,
+        pixels,
+        offset,
+        exists,
+        C,
+        HAS_RESIDUAL,
+        CHANNELS_LAST,
+        True,
+        CHUNKS,
+        BLOCK_P,
+    )
+    scale, shift = scale_and_shift(weight, bias, channel, exists)
     count = pixels * 1.0 * PER_GROUP
-    for item in range(tl.program_id(0), images * blocks, tl.num_programs(0)):
-        channel, exists, group, _ = channels(
-            item % blocks, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS=1
-        )
-        image = (item // blocks).to(tl.int64)
-        base = image * C * pixels
-        scale, shift = scale_and_shift(weight, bias, channel, exists)
-        if ONE_TILE:
-            pixel = tl.arange(0, BLOCK_P)
-            inside = (pixel < pixels)[:, None] & exists[None, :]
-            offset = offsets(pixel, channel, pixels, C, CHANNELS_LAST, WIDE)
-            value = _load_sum(
-                x + base,
-                residual + base,
-                total + base,
-                offset,
-                inside,
-                HAS_RESIDUAL,
-                SUM_IN_PLACE,
-            )
-            group_mean, squares = _tile_moments(value, inside, count, BLOCK_G, PADDED)
-        else:
-            group_mean, squares = _range_moments(
-                x + base,
-                residual + base,
-                total + base,
-                0,
-                pixels,
-                count,
-                channel,
-                exists,
-                pixels,
-                C,
-                CHANNELS_LAST,
-                WIDE,
-                HAS_RESIDUAL,
-                SUM_IN_PLACE,
-                BLOCK_P,
-                BLOCK_G,
-                PADDED,
-            )
-        group_rstd = reciprocal_std(squares / count, eps)
-        if KEEPS_STATISTICS:
-            tl.store(mean + image * GROUPS + group, group_mean, group < GROUPS)
-            tl.store(rstd + image * GROUPS + group, group_rstd, group < GROUPS)
-        channel_mean = per_channel(group_mean, BLOCK_G, PADDED)
-        channel_rstd = per_channel(group_rstd, BLOCK_G, PADDED)
-        if ONE_TILE:
-            normalized = (value - channel_mean[None, :]) * channel_rstd[None, :]
-            activated = activate(normalized * scale[None, :] + shift[None, :], ACTIVATION)
-            tl.store(result + base + offset, activated.to(result.dtype.element_ty), inside)
-        else:
-            tl.debug_barrier()  # other threads of this program may have written what is read next
-            _write_range(
-                (total if HAS_RESIDUAL else x) + base,
-                result + base,
-                0,
-                pixels,
-                channel_mean,
-                channel_rstd,
-                scale,
-                shift,
-                channel,
-                exists,
-                pixels,
-                C,
-                ACTIVATION,
-                CHANNELS_LAST,
-                WIDE,
-                BLOCK_P,
-            )
+    group_mean, squares = _tile_moments(
+        tile, 0, pixels, exists, count, pixels < 0, PACKED, True, CHUNKS, BLOCK_P, BLOCK_G, PADDED
+    )  # fmt: skip
+    group_rstd = reciprocal_std(squares / count, eps)
+    if KEEPS_STATISTICS:
+        tl.store(mean + image * GROUPS + group, group_mean, group < GROUPS)
+        tl.store(rstd + image * GROUPS + group, group_rstd, group < GROUPS)
+    _write_tile(
+        tile,
+        result + base,
+        0,
+        pixels,
+        per_channel(group_mean, BLOCK_G, PADDED),
+        per_channel(group_rstd, BLOCK_G, PADDED),
+        scale,
+        shift,
+        offset,
+        exists,
+        pixels < -1,
+        PACKED,
+        C,
+        ACTIVATION,
+        CHANNELS_LAST,
+        True,
+        CHUNKS,
+        BLOCK_P,
+    )
 
 
 @triton.jit
@@ -252,40 +229,56 @@ def moments_kernel(
     GROUPS: tl.constexpr,
     PER_GROUP: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    SUM_IN_PLACE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """First of two launches: partial statistics [image, split and part, group] of a range of pixels."""
+    """First of two launches: partial statistics [image, split and part, group] of a range of pixels.
+
+    Those of its tiles are merged one after the other (Chan, Golub & LeVeque, 1979).
+    """
     C: tl.constexpr = GROUPS * PER_GROUP
     image, split, start, stop, block = split_of_program(
         tl.program_id(0), pixels, pixels_per_split, splits, GROUPS, WIDE, BLOCK_G, PARTS
     )
     channel, exists, group, part = channels(block, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS)
+    if WIDE:
+        channel = channel.to(tl.int64)
     base = image * C * pixels
-    group_mean, squares = _range_moments(
-        x + base,
-        residual + base,
-        total + base,
-        start,
-        stop,
-        (stop - start) * 1.0 * part_size(part, PER_GROUP, PADDED),
-        channel,
-        exists,
-        pixels,
-        C,
-        CHANNELS_LAST,
-        WIDE,
-        HAS_RESIDUAL,
-        SUM_IN_PLACE,
-        BLOCK_P,
-        BLOCK_G,
-        PADDED,
-    )
+    offset = offsets(channel, pixels, C, CHANNELS_LAST, BLOCK_P)
+    size = part_size(part, PER_GROUP, PADDED)
+    group_mean = tl.zeros([BLOCK_G], tl.float32)
+    squares = tl.zeros([BLOCK_G], tl.float32)
+    count = 0.0
+    for first in range(start, stop, CHUNKS * BLOCK_P):
+        tile = _load_sum(
+            x + base,
+            residual + base,
+            total + base,
+            first,
+            stop,
+            offset,
+            exists,
+            C,
+            HAS_RESIDUAL,
+            CHANNELS_LAST,
+            False,
+            CHUNKS,
+            BLOCK_P,
+        )
+        added = tl.minimum(stop - first, CHUNKS * BLOCK_P) * 1.0 * size
+        tile_mean, tile_squares = _tile_moments(
+            tile, first, stop, exists, added, 0, False, False, CHUNKS, BLOCK_P, BLOCK_G, PADDED
+        )
+        share = added / (count + added)
+        away = tile_mean - group_mean
+        group_mean += away * share
+        squares += tile_squares + away * (away * (count * share))
+        count += added
     place = ((image * splits + split) * PARTS + part) * GROUPS + group
     tl.store(partial_mean + place, group_mean, group < GROUPS)
     tl.store(partial_squares + place, squares, group < GROUPS)
@@ -311,16 +304,27 @@ def apply_kernel(
     KEEPS_STATISTICS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PADDED: tl.constexpr,
     PARTS: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """Second launch: merge an image's partial statistics and normalize a range of its pixels."""
+    """Second launch: merge an image's partial statistics and normalize a range of its pixels.
+
+    The last ranges come first: of these the cache still has most.
+    """
     C: tl.constexpr = GROUPS * PER_GROUP
     image, split, start, stop, block = split_of_program(
-        tl.program_id(0), pixels, pixels_per_split, splits, GROUPS, WIDE, BLOCK_G, PARTS
+        tl.num_programs(0) - 1 - tl.program_id(0),
+        pixels,
+        pixels_per_split,
+        splits,
+        GROUPS,
+        WIDE,
+        BLOCK_G,
+        PARTS,
     )
     channel, exists, group, part = channels(block, GROUPS, PER_GROUP, BLOCK_G, PADDED, PARTS)
 
@@ -344,21 +348,33 @@ def apply_kernel(
         tl.store(rstd + image * GROUPS + group, group_rstd, is_first)
 
     scale, shift = scale_and_shift(weight, bias, channel, exists)
-    _write_range(
-        total + image * C * pixels,
-        result + image * C * pixels,
-        start,
-        stop,
-        per_channel(group_mean, BLOCK_G, PADDED),
-        per_channel(group_rstd, BLOCK_G, PADDED),
-        scale,
-        shift,
-        channel,
-        exists,
-        pixels,
-        C,
-        ACTIVATION,
-        CHANNELS_LAST,
-        WIDE,
-        BLOCK_P,
-    )
+    channel_mean = per_channel(group_mean, BLOCK_G, PADDED)
+    channel_rstd = per_channel(group_rstd, BLOCK_G, PADDED)
+    if WIDE:
+        channel = channel.to(tl.int64)
+    base = image * C * pixels
+    offset = offsets(channel, pixels, C, CHANNELS_LAST, BLOCK_P)
+    for first in range(start, stop, CHUNKS * BLOCK_P):
+        tile = load_tile(
+            total + base, first, stop, offset, exists, C, CHANNELS_LAST, False, CHUNKS, BLOCK_P
+        )  # fmt: skip
+        _write_tile(
+            tile,
+            result + base,
+            first,
+            stop,
+            channel_mean,
+            channel_rstd,
+            scale,
+            shift,
+            offset,
+            exists,
+            0,
+            False,
+            C,
+            ACTIVATION,
+            CHANNELS_LAST,
+            False,
+            CHUNKS,
+            BLOCK_P,
+        )

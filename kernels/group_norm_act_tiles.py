@@ -1,8 +1,9 @@
 """What the forward and backward kernels of group_norm_act share: activations and geometry.
 
-Tiles are [BLOCK_P pixels, BLOCK_C channels] in both layouts; only the strides differ. BLOCK_C is BLOCK_G
-groups of PADDED channels, PADDED being the channels of a group rounded up to a power of two. A group
-wider than a tile is cut into PARTS, each with partial results of its own.
+A tile is a tuple of CHUNKS chunks, so that its pixels need not be a power of two, and all its loads are on
+the way before the first is waited for. A chunk is [BLOCK_P pixels, BLOCK_C channels] in both layouts; only
+the strides differ. BLOCK_C is BLOCK_G groups of PADDED channels, PADDED being the channels of a group rounded
+up to a power of two. A group wider than a chunk is cut into PARTS, each with partial results of its own.
 """
 
 import triton
@@ -72,7 +73,10 @@ def channels(
     group = block // PARTS * BLOCK_G
     if PARTS * PADDED == PER_GROUP:
         channel = block * (BLOCK_G * PADDED) + lane  # without gaps, which allows wide loads
-        exists = channel < GROUPS * PER_GROUP
+        if GROUPS % BLOCK_G == 0:
+            exists = tl.full([BLOCK_G * PADDED], True, tl.int1)  # known beforehand: no masks
+        else:
+            exists = channel < GROUPS * PER_GROUP
     else:
         within = part * PADDED + lane % PADDED
         channel = (group + lane // PADDED) * PER_GROUP + within
@@ -87,17 +91,109 @@ def part_size(part, PER_GROUP: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def offsets(
-    pixel, channel, pixels, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr
-):
-    """Return the offsets of a tile within its image; WIDE: they may exceed 32 bits."""
-    if WIDE:
-        pixel = pixel.to(tl.int64)
-        channel = channel.to(tl.int64)
+def offsets(channel, pixels, C: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Return the offsets within a chunk from its first pixel: [BLOCK_P, BLOCK_C].
+
+    They have 64 bits if ``channel`` or ``pixels`` has.
+    """
+    row = tl.arange(0, BLOCK_P)
     if CHANNELS_LAST:
-        return pixel[:, None] * C + channel[None, :]
+        return row[:, None] * C + channel[None, :]
     else:
-        return pixel[:, None] + channel[None, :] * pixels
+        return row[:, None] + channel[None, :] * pixels
+
+
+@triton.jit
+def offset_of_pixel(pixel, C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Return the offset of a pixel's first channel within its image."""
+    if CHANNELS_LAST:
+        return pixel * C
+    else:
+        return pixel
+
+
+@triton.jit
+def mask(first, stop, exists, IS_FULL: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Return which elements of the chunk at pixel ``first`` lie before pixel ``stop``: [BLOCK_P, BLOCK_C].
+
+    IS_FULL: all of its pixels do, known beforehand.
+    """
+    row = tl.arange(0, BLOCK_P)
+    if IS_FULL:
+        return (row >= 0)[:, None] & exists[None, :]
+    else:
+        return (row < stop - first)[:, None] & exists[None, :]
+
+
+@triton.jit
+def load_tile(
+    x,
+    first,
+    stop,
+    offset,
+    exists,
+    C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Load the tile at pixel ``first``, with zeros from pixel ``stop`` on.
+
+    IS_WHOLE: all chunks but the last are full. Else any may end early.
+    """
+    tile = ()
+    for i in tl.static_range(CHUNKS):
+        pixel = first + i * BLOCK_P
+        inside = mask(pixel, stop, exists, IS_WHOLE and i < CHUNKS - 1, BLOCK_P)
+        chunk = x + offset_of_pixel(pixel, C, CHANNELS_LAST) + offset
+        tile = tile + (tl.load(chunk, inside, other=0.0),)  # noqa: RUF005 (Triton unpacks no tuples)
+    return tile
+
+
+@triton.jit
+def as_float32(chunk, zero, PACKED: tl.constexpr):
+    """Convert a chunk that is kept for long.
+
+    PACKED: 16-bit numbers stay two to a register until they are needed. Otherwise the compiler converts them
+    once and keeps the float32 numbers, which take twice the registers. So that it cannot see that this chunk
+    was converted before, ``zero`` goes into it: a number that is 0 for reasons that the compiler does not know.
+    """
+    if PACKED:
+        nothing = tl.zeros(chunk.shape, tl.int32) + zero
+        if chunk.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 pair;
+                xor.b32 pair, $2, $3;
+                shl.b32 $0, pair, 16;
+                and.b32 $1, pair, 0xffff0000;
+                }""",
+                "=r,=r,r,r,r",
+                [chunk, nothing],
+                tl.float32,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            tl.static_assert(chunk.dtype == tl.float16)
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 pair;
+                .reg .b16 first, second;
+                xor.b32 pair, $2, $3;
+                mov.b32 {first, second}, pair;
+                cvt.f32.f16 $0, first;
+                cvt.f32.f16 $1, second;
+                }""",
+                "=r,=r,r,r,r",
+                [chunk, nothing],
+                tl.float32,
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        return chunk.to(tl.float32)
 
 
 @triton.jit

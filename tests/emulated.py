@@ -99,7 +99,11 @@ def at_page_end(like: Tensor, fill: float | None = None) -> Tensor:
         like: Of any strides, without gaps.
         fill: Written to each element instead of the copy; NaN where a kernel is to write.
     """
+    if like.numel() == 0:
+        return torch.empty_like(like)
     count = like.numel() * like.element_size()
+    if count == 0:
+        return torch.empty_like(like)
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, (count + page - 1) // page * page + page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -89,7 +89,7 @@ def everything(
 
 def inputs(layout: torch.memory_format, dtype: torch.dtype) -> list[Tensor]:
     """Return what :func:`everything` takes."""
-    images = [torch.randn(2, 64, size, size).to(dtype, memory_format=layout) for size in (72, 6)]
+    images = [torch.randn(2, 64, size, size).to(dtype, memory_format=layout) for size in (128, 6)]
     return [*images, torch.rand(64), torch.rand(64), torch.randn(32, 16, 3, 3)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import re
 import struct
 import subprocess
@@ -154,8 +155,13 @@ def addresses_of(launch: Launch) -> list[int]:
     return [value.data_ptr() for value in launch.arguments.values() if isinstance(value, Tensor)]
 
 
-def orders_in_place(size: int) -> list[list[str]]:
-    """Return, for each forward launch with the sum in place of x, its loads, barriers and stores in order."""
+def accesses_in_place(size: int) -> list[dict[str, Any]]:
+    """Look into each forward launch with the sum in the place of x.
+
+    Returns:
+        For each launch: by how many threads an element of a tile is loaded, for each load; and the kinds of
+        loads in PTX code.
+    """
     x, residual, result = (
         torch.empty(2, 64, size, size, dtype=torch.bfloat16).contiguous(
             memory_format=torch.channels_last
@@ -163,16 +169,33 @@ def orders_in_place(size: int) -> list[list[str]]:
         for _ in range(3)
     )
     weight = torch.empty(64)
-    orders = []
+    seen = []
     for launch in group_norm_act.forward_launches(
         x, residual, weight, weight, 1e-5, "relu", True, total=x, result=result, groups=32
     ):
         compiled = launch.kernel.warmup(
             **launch.arguments, **launch.constants, grid=(1,), num_warps=launch.warps
         )
-        found = re.findall(r"(ld|st)\.global([.\w:]*)|(bar\.sync)", compiled.asm["ptx"])
-        orders.append([action + modifiers or barrier for action, modifiers, barrier in found])
-    return orders
+        code = compiled.asm["ttgir"]
+        loads = re.findall(r"tt\.load .*: tensor<(\d+)x(\d+)x!tt\.ptr<bf16>, (#\w+)>", code)
+        seen.append(
+            {
+                "kernel": launch.kernel.__name__,
+                "threads": [
+                    max(elements_in(code, layout) / (int(rows) * int(columns)), 1)
+                    for rows, columns, layout in loads
+                ],
+                "loads": re.findall(r"ld\.global([.\w:]*)", compiled.asm["ptx"]),
+            }
+        )
+    return seen
+
+
+def elements_in(code: str, layout: str) -> int:
+    """Return how many elements all threads of a program have in a blocked layout of Triton's."""
+    (definition,) = re.findall(rf"{layout} = #ttg\.blocked<(.*)>", code)
+    numbers = re.findall(r"(?:sizePerThread|threadsPerWarp|warpsPerCTA) = \[(.*?)\]", definition)
+    return math.prod(int(number) for text in numbers for number in text.split(","))
 
 
 @contextmanager
@@ -245,9 +268,9 @@ def main() -> None:
         library = StubLibrary(folder)
         triton.runtime.driver.set_active(StubDriver())
         launches = {
-            "split": norm_launches(4, 112),
+            "split": norm_launches(4, 128),
             "whole": norm_launches(32, 7),
-            "misaligned": norm_launches(1, 112, channels_last=False, offset=1),
+            "misaligned": norm_launches(1, 128, channels_last=False, offset=1),
             "weights": weight_launches(),
         }
         seen: dict[str, list[Any]] = {
@@ -256,7 +279,7 @@ def main() -> None:
         }
         triton.runtime.driver.active.launcher_cls = UnknownLauncher
         seen["unknown"] = [looked_at(launch, library) for launch in norm_launches(2, 9)[:2]]
-        seen["orders in place"] = [order for size in (3, 112) for order in orders_in_place(size)]
+        seen["in place"] = [one for size in (1, 3, 128) for one in accesses_in_place(size)]
         print(json.dumps({"triton": triton.__version__, "seen": seen}))
 
 

@@ -48,7 +48,7 @@ def run(entry: str, fault: str, seed: int) -> bool:
     blocks = x.view(4, 64)
     if entry == "reverse":
         blocks = blocks.flip(1)
-    if entry == "swap_blocks":
+    if entry in ("swap_blocks", "send_blocks"):
         blocks = blocks.view(2, 2, 64).flip(1).reshape(4, 64)
     return torch.equal(y.view(4, 64), 2 * blocks)
 
@@ -60,7 +60,7 @@ def run_product(fault: str) -> bool:
     return torch.equal(c, a.float() @ b.float().mT)
 
 
-KERNELS = ["reverse", "swap_blocks", "double_in_bulk", "double_own", "multiply"]
+KERNELS = ["reverse", "swap_blocks", "send_blocks", "double_in_bulk", "double_own", "multiply"]
 
 
 @pytest.mark.parametrize("entry", KERNELS)
@@ -74,6 +74,7 @@ def test_right_kernels(entry: str) -> None:
         ("reverse", "no_barrier_before_read"),
         ("reverse", "no_barrier_before_overwrite"),
         ("swap_blocks", "no_cluster_barrier"),
+        ("send_blocks", "no_wait_for_copy"),
         ("double_in_bulk", "no_wait_for_copy"),
         ("multiply", "wrong_row_step"),
         ("multiply", "matrix_overwritten_too_early"),
@@ -90,6 +91,8 @@ def test_a_missing_wait_or_a_wrong_step_gives_wrong_results(entry: str, fault: s
         ("reverse", "shared_past_the_end", "a store is outside of shared memory"),
         ("reverse", "global_past_the_end", "an access outside of memory"),
         ("reverse", "barrier_that_some_skip", "threads wait for ever"),
+        ("send_blocks", "no_cluster_barrier", "a barrier is not initialised"),
+        ("send_blocks", "barrier_without_arrival", "threads wait for ever"),
         ("double_in_bulk", "misaligned_bulk_copy", "a bulk copy is not aligned to 16 bytes"),
         ("double_in_bulk", "odd_bulk_copy", "a bulk copy of 252 bytes"),
         ("double_in_bulk", "uninitialised_barrier", "a barrier is not initialised"),

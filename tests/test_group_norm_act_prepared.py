@@ -113,16 +113,6 @@ def test_a_norm_in_place(way, layout):
     assert torch.equal(x, expected.result)
 
 
-def test_only_a_sum_in_place_waits_for_the_other_threads(way):
-    x, residual, (weight, bias) = draw(LAYOUTS[1]), draw(LAYOUTS[1]), parameters()
-    for total, expected in ((x, True), (residual, True), (torch.empty_like(x), False)):
-        first, *_ = kernels.forward_launches(
-            x, residual, weight, bias, 1e-5, "relu", True, total=total,
-            result=torch.empty_like(x), groups=GROUPS,
-        )  # fmt: skip
-        assert first.constants["SUM_IN_PLACE"] is expected
-
-
 def test_what_cannot_be_is_refused():
     x, (weight, bias) = draw(LAYOUTS[0]), parameters()
     arguments = (x, torch.empty_like(x), weight, bias, 1e-5, "relu", False)

@@ -47,7 +47,7 @@ def norms(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def inputs() -> list[Tensor]:
     x, residual = (
-        torch.randn(2, 64, 72, 72).to(memory_format=torch.channels_last) for _ in range(2)
+        torch.randn(2, 64, 128, 128).to(memory_format=torch.channels_last) for _ in range(2)
     )
     return [t.requires_grad_() for t in (x, residual, torch.rand(64), torch.rand(64))]
 

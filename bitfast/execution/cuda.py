@@ -1,9 +1,9 @@
-"""Lowering to the Triton kernels of a GPU: from pass to pass only the addresses of tensors change.
+"""Lowering to the kernels of a GPU: from pass to pass only the addresses of tensors change.
 
-The launches of norms are prepared (compiled) beforehand. Norms overwrite what they read where they may, and
-store no statistics. The norm after a residual block also adds the branch to the shortcut, in the memory of
-the shortcut, and writes its result over the branch. Convolutions are torch's, but for the stem's where the op
-``stem`` serves, from images of any layout.
+The launches of norms, by CUDA or by Triton kernels, are prepared beforehand. Norms overwrite what they read
+where they may, and store no statistics. The norm after a residual block also adds the branch to the
+shortcut, in the memory of the shortcut, and writes its result over the branch. Convolutions are torch's, but
+for the stem's where the op ``stem`` serves, from images of any layout.
 
 For tests, Triton's interpreter executes these programs on the CPU.
 """
@@ -38,6 +38,7 @@ from bitfast.execution.steps import (
 from bitfast.execution.weights import kept_standardized, recorded_weights
 from bitfast.layers import GroupNormActivation
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.group_norm_act_eager import kernels_of, prepare_forward
 from bitfast.torch_state import unseen
 
 IMAGES_IN_SLICES = False
@@ -55,8 +56,11 @@ Norm = Callable[[Places, Tensor, Tensor | None, Tensor], None]
 
 def serves(device_type: str, dtype: torch.dtype) -> bool:
     """Whether this module lowers networks whose feature maps have this dtype."""
-    is_real = device_type in ("cuda", "cpu")  # "cpu" is Triton's interpreter
-    return is_real and select_backend("group_norm_act", device_type, dtype) == "triton"
+    if device_type not in ("cuda", "cpu"):
+        return False
+    backend = select_backend("group_norm_act", device_type, dtype, torch.channels_last)
+    # Triton on "cpu" is its interpreter.
+    return backend == "triton" or (backend == "native" and device_type == "cuda")
 
 
 def lower(blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
@@ -251,14 +255,15 @@ class _Lowering:
 
         With ``adds`` it first adds x to a second tensor, in place, and normalizes that sum.
         """
-        from bitfast.kernels.group_norm_act_prepared import prepare_forward
-
         weight, bias, groups, eps, activation = norm.op_parameters()
         addresses = weight.data_ptr(), bias.data_ptr()
-        if any(address % 16 for address in addresses) or not weight.is_contiguous():
+        backend = kernels_of(
+            self.device, self.dtype, torch.channels_last, (weight.dtype, bias.dtype)
+        )
+        if any(a % 16 for a in addresses) or not weight.is_contiguous() or backend is None:
             return _norm_by_operator(norm, adds)
         run = prepare_forward(
-            shape,
+            backend, shape,
             self.dtype, self.device, True, groups, eps, activation, weight.dtype, bias.dtype,
             has_residual=adds, sum_in_place=adds, keeps_statistics=False,
         )  # fmt: skip

@@ -81,14 +81,16 @@ def _cudnn_switches() -> tuple[bool, ...]:
 def prefers_channels_last(x: Tensor) -> bool:
     """Whether a network should compute such images in channels_last, whatever their own layout.
 
-    It should where norms are Triton kernels, and on the CPU where norms are C++ kernels and convolutions
+    It should where norms are kernels of a GPU, and on the CPU where norms are C++ kernels and convolutions
     oneDNN's: these are fastest in channels_last.
     """
     if not is_concrete(x) or x.dim() != 4:
         return False
     backend = select_backend("group_norm_act", x.device.type, x.dtype)
-    return backend == "triton" or (
-        backend == "native" and uses_packed_weights(x.device.type, autocast_dtype(x) or x.dtype)
+    if backend != "native":
+        return backend == "triton"
+    return x.device.type == "cuda" or uses_packed_weights(
+        x.device.type, autocast_dtype(x) or x.dtype
     )
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, select_backend
+from bitfast.memory_format import memory_format_of
+from bitfast.ops import group_norm_act_eager as eager
 from bitfast.ops import group_norm_act_triton as kernels
 from bitfast.ops.common import (
     NATIVE_CPU_DTYPES,
@@ -30,6 +32,8 @@ from bitfast.ops.derivatives import (
     refuse_derivatives,
 )
 from bitfast.ops.eager import may_launch
+from bitfast.ops.first_use import register_first_use, why_unusable
+from bitfast.ops.group_norm_act_backward_cuda import check_backward
 from bitfast.ops.group_norm_act_contract import (
     ADD_OP,
     ADD_SIGNATURE,
@@ -46,6 +50,8 @@ from bitfast.ops.group_norm_act_contract import (
     fake_backward,
     setup_context,
 )
+from bitfast.ops.group_norm_act_cuda import check_forward, is_slower_than_triton
+from bitfast.ops.native_cuda import DTYPES
 
 
 def group_norm_act(
@@ -77,11 +83,11 @@ def group_norm_act(
         ValueError: a wrong shape, ``num_groups`` that does not divide C, an unknown activation.
     """
     if may_launch(OP, x):
-        launched = kernels.launch(x, None, weight, bias, num_groups, eps, activation)
+        launched = eager.launch(x, None, weight, bias, num_groups, eps, activation)
         if launched is not None:
             return launched[1]
     check(OP, x, weight, bias, num_groups, eps, activation)
-    backend = select_backend(OP, x.device.type, x.dtype)
+    backend = select_backend(OP, x.device.type, x.dtype, memory_format_of(x))
     arguments = (x, weight, bias, num_groups, eps, activation)
     with _no_autocast(x):
         if backend == "reference":
@@ -119,12 +125,12 @@ def add_group_norm_act(
         TypeError, ValueError: As :func:`group_norm_act`; ``residual`` has another shape, dtype or device.
     """
     if may_launch(OP, x):
-        launched = kernels.launch(x, residual, weight, bias, num_groups, eps, activation)
+        launched = eager.launch(x, residual, weight, bias, num_groups, eps, activation)
         if launched is not None:
             return launched
     check(ADD_OP, x, weight, bias, num_groups, eps, activation)
     check_residual(x, residual)
-    backend = select_backend(OP, x.device.type, x.dtype)
+    backend = select_backend(OP, x.device.type, x.dtype, memory_format_of(x))
     arguments = (weight, bias, num_groups, eps, activation)
     with _no_autocast(x):
         if backend == "reference":
@@ -233,5 +239,10 @@ register_triton_kernels(OP)
 # ---- native ---------------------------------------------------------------------------------------
 
 register_kernel(OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: extension.CPU.problem)
+register_kernel(
+    OP, "native", "cuda", frozenset(DTYPES), lambda: why_unusable(OP), is_slower_than_triton,
+    memory_format=torch.channels_last,
+)  # fmt: skip
+register_first_use(OP, lambda device: check_forward(device) or check_backward(device))
 if extension.CPU.problem is None:
     _complete_native_kernel()

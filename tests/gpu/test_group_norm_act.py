@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 from bitfast.activations import ACTIVATIONS
-from bitfast.backends import use_backend
+from bitfast.backends import requested_backends, select_backend, use_backend
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.feature_maps import DTYPES, LAYOUTS
 from tests.interpreter import DEVICE
@@ -305,9 +306,25 @@ def test_another_device_than_the_current_one():
 
 
 @needs_cuda
-def test_triton_serves_by_default():
-    from bitfast.backends import backend_table
+def test_who_serves_by_default():
+    """CUDA kernels where the GPU has clusters and the maps are channels_last, else Triton's."""
+    has_clusters = torch.cuda.get_device_capability() >= (9, 0)
+    formats = {
+        torch.channels_last: "native" if has_clusters else "triton",
+        torch.contiguous_format: "triton",
+    }
+    with use_defaults():
+        for memory_format, backend in formats.items():
+            found = select_backend("group_norm_act", "cuda", torch.bfloat16, memory_format)
+            assert found == backend
 
-    defaults = {(row.op, row.device): row.backend for row in backend_table() if row.default}
-    assert defaults["group_norm_act", "cuda"] == "triton"
-    assert defaults["weight_standardization", "cuda"] == "triton"
+
+@contextmanager
+def use_defaults() -> Iterator[None]:
+    """Forget, within the block, which backends are demanded."""
+    demands = dict(requested_backends())
+    requested_backends().clear()
+    try:
+        yield
+    finally:
+        requested_backends().update(demands)

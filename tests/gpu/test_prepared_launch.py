@@ -21,7 +21,7 @@ from tests.threads import in_threads
 pytestmark = needs_cuda
 
 GROUPS = 32
-WAYS = {"one tile": (8, 512, 7, 7), "stream": (128, 256, 56, 56), "split": (2, 256, 56, 56)}
+WAYS = {"whole": (8, 512, 7, 7), "large and whole": (128, 256, 56, 56), "split": (2, 256, 128, 128)}
 """Shapes that take each way of working on the GPUs at hand."""
 
 
@@ -127,7 +127,7 @@ def test_a_prepared_norm_and_memory_that_is_used_again(way, shared):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("channels", [32, 64, 256])
 def test_sums_in_place_in_tiles_of_few_elements(channels, size):
-    """Several warps then load the same elements; see SUM_IN_PLACE."""
+    """No element may be loaded by two threads, of which one then reads what the other has stored."""
     shape = (256, channels, size, size)
     for _ in range(20):
         norm = Norm(shape)

@@ -72,7 +72,8 @@ struct Copy {
   void* to;
   const void* from;
   uint32_t bytes;
-  uint64_t* barrier;  // of bulk copies to shared memory
+  uint64_t* barrier;
+  float sent = 0;  // what is copied if `from` is null
 };
 
 // Asynchronous work of a thread, in groups, done as late as its waits allow.
@@ -285,7 +286,7 @@ inline void deliver_some_copies() {
     std::swap(copies[machine.below(copies.size())], copies.back());
     const Copy copy = copies.back();
     copies.pop_back();
-    memcpy(copy.to, copy.from, copy.bytes);
+    memcpy(copy.to, copy.from == nullptr ? &copy.sent : copy.from, copy.bytes);
     auto& state = *reinterpret_cast<BarrierState*>(copy.barrier);
     state.pending -= static_cast<int32_t>(copy.bytes);
     advance(state);
@@ -465,7 +466,7 @@ template <typename Kernel>
 const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   const Device& device = emulation::machine.device;
   const int by_memory = device.shared_bytes_per_multiprocessor / (shape.shared_bytes + 1024);
-  const int by_threads = 2048 / Kernel::threads;
+  const int by_threads = 2048 / threads_of<Kernel>(shape);
   clusters = static_cast<int64_t>(device.multiprocessors) * std::min(by_memory, by_threads) / shape.cluster;
   return clusters > 0 ? nullptr : "the launch shape does not fit on the device";
 }
@@ -474,7 +475,8 @@ template <typename Kernel>
 const char* launch(const LaunchShape& shape, const typename Kernel::Arguments& arguments, void*) {
   if (shape.blocks == 0) return nullptr;
   if (emulation::machine.device.capability < Kernel::capability) return "the device is too old for the kernel";
-  return emulation::run_grid(shape, Kernel::threads, [&arguments] { Kernel::run(arguments); });
+  if (threads_of<Kernel>(shape) > Kernel::threads) return "more threads than the kernel is compiled for";
+  return emulation::run_grid(shape, threads_of<Kernel>(shape), [&arguments] { Kernel::run(arguments); });
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
@@ -537,10 +539,15 @@ inline uint32_t load_2(const void* p) { return load_aligned<uint16_t>(p); }
 inline uint4 load_written_16(const void* p) { return load_aligned<uint4>(p); }
 inline void store_16(void* p, uint4 v) { store_aligned(p, v); }
 inline void store_8(void* p, uint2 v) { store_aligned(p, v); }
+inline void store_4(void* p, uint32_t v) { store_aligned(p, v); }
 
 inline uint4 load_shared_16(const void* p) {
   emulation::check_shared(p, 16, "a load");
   return load_aligned<uint4>(p);
+}
+inline uint2 load_shared_8(const void* p) {
+  emulation::check_shared(p, 8, "a load");
+  return load_aligned<uint2>(p);
 }
 inline void store_shared_16(void* p, uint4 v) {
   emulation::check_shared(p, 16, "a store");
@@ -587,6 +594,14 @@ inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
 inline void wait_for(Barrier* barrier, uint32_t parity) {
   while (emulation::state_of(barrier).phase == parity) emulation::pause_thread();
 }
+
+inline void send_remote(float* p, int rank, float v, Barrier* barrier) {
+  emulation::check_aligned(p, 4, "a number that is sent");
+  uint64_t* theirs = emulation::in_block(barrier, rank);
+  emulation::state_of(theirs);
+  emulation::machine.bulk_copies.push_back({emulation::in_block(p, rank), nullptr, 4, theirs, v});
+}
+inline void wait_for_remote(Barrier* barrier, uint32_t parity) { wait_for(barrier, parity); }
 
 inline void check_bulk(const void* shared, const void* global, uint32_t bytes) {
   emulation::check_shared(shared, bytes, "a bulk copy");
@@ -677,6 +692,8 @@ T* keep_address(T* p) {
   return p;
 }
 inline int not_before_here(int v) { return v; }
+
+inline int recompute_from(int v) { return v; }
 
 // ---- matrices --------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ struct Reverse {
   static BITFAST_GPU void run(const Arguments& a) {
     auto* numbers = reinterpret_cast<float*>(shared_memory());
     const int at = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * threads;
-    const int beyond = a.fault == Fault::global_past_the_end && at == 5 ? 256 : 0;
+    const int beyond = a.fault == Fault::global_past_the_end && at == 5 ? 256 : 0;  // the guard page
     numbers[at] = a.x[first + at + beyond];
     if (a.fault == Fault::barrier_that_some_skip && at == 3) return;
     if (a.fault != Fault::no_barrier_before_read) sync_block();
@@ -65,6 +65,26 @@ struct Swap {
     const int at = static_cast<int>(threadIdx.x), rank = cluster_rank();
     store_remote(numbers + at, 1 - rank, 2 * a.x[blockIdx.x * threads + at]);
     if (a.fault != Fault::no_cluster_barrier) sync_cluster();
+    a.y[blockIdx.x * threads + at] = numbers[at];
+  }
+};
+
+// The same, where the blocks send each other their numbers.
+struct Send {
+  using Arguments = gpu::Arguments;
+  static constexpr int threads = 64, min_blocks = 1, capability = 90;
+  static BITFAST_GPU void run(const Arguments& a) {
+    auto* numbers = reinterpret_cast<float*>(shared_memory());
+    auto* barrier = reinterpret_cast<Barrier*>(numbers + threads);
+    const int at = static_cast<int>(threadIdx.x), rank = cluster_rank();
+    if (at == 0) {
+      init_barrier(barrier, 1);
+      fence_barrier_init();
+      if (a.fault != Fault::barrier_without_arrival) arrive_and_expect(barrier, 4 * threads);
+    }
+    if (a.fault != Fault::no_cluster_barrier) sync_cluster();
+    send_remote(numbers + at, 1 - rank, 2 * a.x[blockIdx.x * threads + at], barrier);
+    if (a.fault != Fault::no_wait_for_copy) wait_for_remote(barrier, 0);
     a.y[blockIdx.x * threads + at] = numbers[at];
   }
 };
@@ -178,6 +198,9 @@ BITFAST_ENTRY const char* reverse(const float* x, float* y, int fault) {
 }
 BITFAST_ENTRY const char* swap_blocks(const float* x, float* y, int fault) {
   return launch<Swap>({4, 2, 256}, {x, y, static_cast<Fault>(fault)}, nullptr);
+}
+BITFAST_ENTRY const char* send_blocks(const float* x, float* y, int fault) {
+  return launch<Send>({4, 2, 264}, {x, y, static_cast<Fault>(fault)}, nullptr);
 }
 BITFAST_ENTRY const char* double_in_bulk(const float* x, float* y, int fault) {
   return launch<Double>({4, 1, 520}, {x, y, static_cast<Fault>(fault)}, nullptr);

@@ -1,0 +1,58 @@
+// The activations on a GPU, in float32, with the formulas of bitfast/reference.py. A NaN stays a NaN.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "activation_kinds.h"
+#include "gpu.h"
+
+namespace bitfast::gpu {
+
+template <Activation activation>
+BITFAST_GPU float activate(float v) {
+  if constexpr (activation == Activation::relu) {
+    return v < 0.0f ? 0.0f : v;
+  } else if constexpr (activation == Activation::gelu) {
+    return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+  } else if constexpr (activation == Activation::gelu_new) {
+    return 0.5f * v * (1.0f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+  } else if constexpr (activation == Activation::selu) {
+    return v > 0.0f ? 1.0507009873554805f * v : 1.0507009873554805f * 1.6732632423543772f * expm1f(v);
+  } else {
+    return v;
+  }
+}
+
+// Numbers, activated and rounded to T, as sixteen bytes.
+template <typename T, Activation activation>
+BITFAST_GPU uint4 pack_activated(float (&numbers)[vector_size<T>]) {
+  if constexpr (activation == Activation::relu && sizeof(T) == 2) {
+    const uint4 v = pack<T>(numbers);
+    return make_uint4(
+        maximum_of_two<T>(v.x, 0), maximum_of_two<T>(v.y, 0), maximum_of_two<T>(v.z, 0), maximum_of_two<T>(v.w, 0));
+  } else {
+#pragma unroll
+    for (float& number : numbers) number = activate<activation>(number);
+    return pack<T>(numbers);
+  }
+}
+
+// Calls function with the activation as a compile-time constant.
+template <typename Function>
+BITFAST_GPU void with_activation(Activation activation, const Function& function) {
+  switch (activation) {
+    case Activation::none:
+      return function(std::integral_constant<Activation, Activation::none>{});
+    case Activation::relu:
+      return function(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::gelu:
+      return function(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_new:
+      return function(std::integral_constant<Activation, Activation::gelu_new>{});
+    case Activation::selu:
+      return function(std::integral_constant<Activation, Activation::selu>{});
+  }
+}
+
+}  // namespace bitfast::gpu
