@@ -47,6 +47,8 @@ CLEAR = {FLOAT: 1e-4, HALF: 4e-3, BFLOAT: 3e-2}
 """Larger than what rounding does to a normalized number."""
 SIDES = (1, 1, 1, 1)
 """The zeros that the stem puts around its output before the max-pool."""
+STEM_ZEROS = (3, 3, 3, 3)
+"""Those around the images."""
 MOST_SETS = 48
 """Input sets that take turns on a GPU."""
 
@@ -85,6 +87,19 @@ def all_weights(inputs: Inputs) -> list[Tensor]:
     return [inputs._replace(shape=tuple(m.weight.shape)).feature_maps() for m in layers]
 
 
+def images_and_filters(inputs: Inputs) -> list[Tensor]:
+    """Draw images, standardized filters of a stem, and the same filters as our kernel takes them."""
+    from bitfast.ops.stem import prepare_filters  # another commit may lack it
+
+    weight = torch.randn(64, 3, 7, 7, device=inputs.device).to(inputs.dtype)
+    filters = prepare_filters(weight, STEM_ZEROS)
+    return [
+        inputs.feature_maps(),
+        weight.contiguous(memory_format=LAYOUTS[inputs.layout]),
+        filters,
+    ]
+
+
 # ---- plain PyTorch ------------------------------------------------------------------------------------
 
 
@@ -100,6 +115,16 @@ def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def plain_residual_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Results:
     total = x + residual
     return total, plain_norm(total, weight, bias)
+
+
+def plain_stem(images: Tensor, weight: Tensor, filters: Tensor) -> Tensor:
+    return F.max_pool2d(F.pad(F.conv2d(images, weight, None, 2, 3), SIDES), 3, 2)
+
+
+def our_stem(images: Tensor, weight: Tensor, filters: Tensor) -> Tensor:
+    from bitfast.ops.stem import stem
+
+    return stem(images, filters, STEM_ZEROS, SIDES)
 
 
 def plain_standardizations(*weights: Tensor, dtype: torch.dtype | None = None) -> Results:
@@ -355,6 +380,7 @@ POOL = Family(
     "same_padding", "max-pool",
     lambda x: F.max_pool2d(F.pad(x, SIDES), 3, 2), lambda x: same_max_pool(x, 3, 2, padding=SIDES),
 )  # fmt: skip
+IMAGES_TO_POOL = Family("stem", "with max-pool", plain_stem, our_stem, images_and_filters)
 POOL_TRAINING = replace(POOL, is_training=True, rereads_input=False)
 our_norm = partial(group_norm_act, num_groups=GROUPS)
 NORM = Family("group_norm_act", "", plain_norm, our_norm, Inputs.with_norm)
@@ -477,6 +503,10 @@ def gpu_cases() -> Iterator[Case]:
         if layout == CHANNELS_LAST:
             yield POOL_TRAINING.case(inputs, 0, is_quick=dtype is BFLOAT)
             yield PAD.case(inputs, 0)
+    for batch, layout in product((128, 1), (CHANNELS_LAST, NCHW)):
+        inputs = Inputs((batch, 3, 224, 224), BFLOAT, layout, "cuda")
+        is_telling = (batch, layout) == (128, CHANNELS_LAST)
+        yield IMAGES_TO_POOL.case(inputs, 0, is_quick=is_telling, is_compiled=is_telling)
     makers = {
         "group_norm_act of 4 pixels": norm_dispatch_problem,
         "weight_standardization of 32 filters": weight_dispatch_problem,

@@ -187,8 +187,7 @@ def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
     kernel = _kernels.get((op, backend, device_type))
     if kernel is None:
         return False
-    on_demand = kernel.on_demand
-    return on_demand if isinstance(on_demand, bool) else on_demand()
+    return kernel.on_demand() if callable(kernel.on_demand) else kernel.on_demand
 
 
 @contextmanager

@@ -205,6 +205,11 @@ def pooled_size(
     return height, width
 
 
+def dtype_of_taps(kernel_size: Ints) -> torch.dtype:
+    """Return the dtype of the numbers of a window's pixels."""
+    return torch.uint8 if kernel_size[0] * kernel_size[1] <= 256 else torch.int16
+
+
 def same_pad_forward(x: Tensor, padding: Ints, value: float) -> Tensor:
     """Pad by (top, bottom, left, right), where negative numbers crop."""
     top, bottom, left, right = padding
@@ -238,7 +243,7 @@ def same_max_pool_forward(
     """Pad and pool; also return the number, within its window, of the pixel that was the maximum."""
     if not with_taps:
         result = same_max_pool(x, kernel_size, stride, dilation, padding, value)
-        return result, x.new_empty((0,), dtype=torch.int16)
+        return result, x.new_empty((0,), dtype=dtype_of_taps(kernel_size))
     memory_format = memory_format_of(x)
     padded = same_pad_forward(x, padding, value)
     result, index = F.max_pool2d(padded, kernel_size, stride, 0, dilation, return_indices=True)
@@ -247,7 +252,7 @@ def same_max_pool_forward(
     from_column = index % padded.shape[3] - column
     taps = from_row // dilation[0] * kernel_size[1] + from_column // dilation[1]
     # Of windows of nothing but -inf, CUDA names the first pixel of the image, which may not be theirs.
-    taps = torch.where((from_row < 0) | (from_column < 0), 0, taps).to(torch.int16)
+    taps = torch.where((from_row < 0) | (from_column < 0), 0, taps).to(dtype_of_taps(kernel_size))
     return (
         laid_out(result, memory_format),
         laid_out(taps, memory_format),
@@ -277,9 +282,11 @@ def same_max_pool_backward(
             f" got {tuple(taps.shape[2:])}"
         )
     height, width = padded_size(size, padding)
+    memory_format = memory_format_of(taps)
     row, column = _window_starts(taps, stride)
+    taps = taps.long()  # 256 itself is no uint8
     is_tap = (taps >= 0) & (taps < kernel_size[0] * kernel_size[1])
-    tap = torch.where(is_tap, taps, 0).long()
+    tap = torch.where(is_tap, taps, 0)
     row = row + tap // kernel_size[1] * dilation[0]
     column = column + tap % kernel_size[1] * dilation[1]
     grad = torch.where(is_tap, grad, 0)
@@ -289,7 +296,7 @@ def same_max_pool_backward(
     flat = grad.reshape(index.shape).to(padded.dtype)
     result = padded.scatter_add(2, index, flat).view(*taps.shape[:2], height, width)
     result = F.pad(result, [-side for side in (*padding[2:], *padding[:2])])
-    return laid_out(result.to(grad.dtype), memory_format_of(taps))
+    return laid_out(result.to(grad.dtype), memory_format)
 
 
 def _window_starts(pooled: Tensor, stride: Ints) -> tuple[Tensor, Tensor]:

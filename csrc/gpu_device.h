@@ -80,6 +80,7 @@ BITFAST_GPU void store_16(void* p, uint4 v) {
 BITFAST_GPU void store_8(void* p, uint2 v) {
   asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
+BITFAST_GPU void store_4(void* p, uint32_t v) { asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 
 BITFAST_GPU uint4 load_shared_16(const void* p) {
   uint4 v;
@@ -87,6 +88,11 @@ BITFAST_GPU uint4 load_shared_16(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(shared_address(p))
                : "memory");
+  return v;
+}
+BITFAST_GPU uint2 load_shared_8(const void* p) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared_address(p)) : "memory");
   return v;
 }
 BITFAST_GPU void store_shared_16(void* p, uint4 v) {
@@ -314,17 +320,17 @@ BITFAST_GPU void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uin
 #undef BITFAST_MMA
 }
 
-// ---- matrices in shared memory (capability 90 exactly) -----------------------------------------------------------------
+// ---- matrices in shared memory (capability 90 exactly) ---------------------------------------------------------------
 //
 // Four warps, the first of which is a multiple of four, multiply together, all with the same matrices. What ordinary
-// stores have written there must have been fenced (fence_async_proxy) before a barrier. These instructions are only in the
-// machine code for sm_90a.
+// stores have written there must have been fenced (fence_async_proxy) before a barrier. These instructions are only in
+// the machine code for sm_90a.
 
 // Where a matrix of 16-bit numbers lies: in parts of 8 rows of 16 bytes, one after the other.
 using MatrixPlace = uint64_t;
 
-// `k_step`: bytes to the part with the next 8 numbers of each row, `row_step`: to that with the next 8 rows; address and
-// steps are multiples of 16.
+// `k_step`: bytes to the part with the next 8 numbers of each row, `row_step`: to that with the next 8 rows; the address
+// and the steps are multiples of 16.
 BITFAST_GPU MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
   return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | static_cast<uint64_t>(k_step >> 4) << 16 |
          static_cast<uint64_t>(row_step >> 4) << 32;

@@ -43,6 +43,11 @@ void check_arguments(
   }
 }
 
+Tensor in_dtype_of(const Tensor& parameter, const Tensor& gradient) {
+  const ScalarType dtype = parameter.scalar_type();
+  return gradient.scalar_type() == dtype ? gradient : torch::stable::to(gradient, dtype);
+}
+
 std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
     const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
@@ -75,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
       static_cast<const float*>(rstd.const_data_ptr()), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
       grad_bias.mutable_data_ptr(), workspace.mutable_data_ptr()));
   return {
-      torch::stable::contiguous(grad_x, memory_format_of(x)), torch::stable::to(grad_weight, weight.scalar_type()),
-      torch::stable::to(grad_bias, bias.scalar_type())};
+      torch::stable::contiguous(grad_x, memory_format_of(x)), in_dtype_of(weight, grad_weight),
+      in_dtype_of(bias, grad_bias)};
 }
 
 }  // namespace

@@ -110,9 +110,10 @@ Columns inside_columns(const Window& window, int64_t tap_column, int64_t width, 
 }
 
 // Replaces the best values so far, and the taps that they came from, by those of `tap` where these beat them.
+// Taps are as wide as values here, so that vectors hold as many of both.
 template <typename T>
 BITFAST_FOR_EACH_CPU void update_best(
-    const T* values, int64_t stride, int64_t count, Tap tap, float* best, Tap* best_tap) {
+    const T* values, int64_t stride, int64_t count, int32_t tap, float* best, int32_t* best_tap) {
   if (best_tap == nullptr) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(values[i * stride]);
@@ -134,13 +135,13 @@ BITFAST_FOR_EACH_CPU void update_best(
 template <typename T>
 void pool_row(
     const T* image, Size in, int64_t row_stride, int64_t pixel_stride, int64_t depth, const Window& window,
-    T pad, int64_t out_row, int64_t out_width, float* best, Tap* best_tap) {
+    T pad, int64_t out_row, int64_t out_width, float* best, int32_t* best_tap) {
   const auto tap_at = [&](int64_t i) { return best_tap == nullptr ? nullptr : best_tap + i; };
   std::fill(best, best + out_width * depth, -INFINITY);
   if (best_tap != nullptr) {
-    std::fill(best_tap, best_tap + out_width * depth, Tap{0});
+    std::fill(best_tap, best_tap + out_width * depth, 0);
   }
-  Tap tap = 0;
+  int32_t tap = 0;
   for (int64_t i = 0; i < window.kernel_height; ++i) {
     const int64_t y = out_row * window.stride_height - window.top + i * window.dilation_height;
     for (int64_t j = 0; j < window.kernel_width; ++j, ++tap) {
@@ -166,7 +167,7 @@ void pool_row(
   }
 }
 
-template <typename T>
+template <typename T, typename Tap>
 void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& result, Tap* taps) {
   const Size in = size_of(x), out = size_of(result);
   const Planes planes = planes_of(x);
@@ -191,14 +192,18 @@ void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& res
   torch::stable::parallel_for(
       0, x.size(0) * planes.per_image * out.height, rows_per_task(cost), [&](int64_t begin, int64_t end) {
         std::vector<float> best(row_length);
+        std::vector<int32_t> best_taps(taps == nullptr ? 0 : row_length);
         for (int64_t r = begin; r < end; ++r) {
           const int64_t plane = r / out.height;
           const T* image = source + plane / planes.per_image * x.stride(0) +
               plane % planes.per_image * x.stride(1);
           pool_row(
               image, in, x.stride(2), x.stride(3), depth, window, pad, r % out.height, out.width,
-              best.data(), taps == nullptr ? nullptr : taps + r * row_length);
+              best.data(), taps == nullptr ? nullptr : best_taps.data());
           std::copy(best.begin(), best.end(), target + r * row_length);
+          if (taps != nullptr) {
+            std::copy(best_taps.begin(), best_taps.end(), taps + r * row_length);
+          }
         }
       });
 }
@@ -206,7 +211,7 @@ void pool_planes(const Tensor& x, const Window& window, T pad, const Tensor& res
 // ---- max-pool backward ------------------------------------------------------------------------------
 
 // Adds `count` gradients to the sums of input pixels `stride` apart, where the maximum came from `tap`.
-template <typename T>
+template <typename T, typename Tap>
 BITFAST_FOR_EACH_CPU void add_gradients(
     const T* grad, const Tap* taps, Tap tap, int64_t count, int64_t stride, float* sum) {
   for (int64_t i = 0; i < count; ++i) {
@@ -216,7 +221,7 @@ BITFAST_FOR_EACH_CPU void add_gradients(
 }
 
 // Sums up for one row of the input the gradients of the windows that reach it.
-template <typename T>
+template <typename T, typename Tap>
 void gather_row(
     const T* grad, const Tap* taps, Size pooled, int64_t depth, const Window& window, int64_t in_row,
     int64_t in_width, float* sum) {
@@ -246,7 +251,7 @@ void gather_row(
   }
 }
 
-template <typename T>
+template <typename T, typename Tap>
 void gather_planes(const Tensor& grad, const Tensor& taps, const Window& window, const Tensor& result) {
   const Size in = size_of(result), pooled = size_of(taps);
   const Planes planes = planes_of(taps);
@@ -277,19 +282,30 @@ struct CpuKernels {
     explicit DeviceGuard(const Tensor&) {}
   };
 
-  template <typename T>
-  static void pad(const Tensor& x, const Padding& padding, T value, const Tensor& result) {
-    pad_planes<T>(x, padding, value, result);
+  static void pad(const Tensor& x, const Padding& padding, float value, const Tensor& result) {
+    dispatch_floating(x.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      pad_planes<T>(x, padding, static_cast<T>(value), result);
+    });
   }
 
-  template <typename T>
-  static void pool(const Tensor& x, const Window& window, T pad, const Tensor& result, Tap* taps) {
-    pool_planes<T>(x, window, pad, result, taps);
+  static void pool(const Tensor& x, const Window& window, float value, const Tensor& result, const Tensor* taps) {
+    dispatch_floating(x.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      dispatch_taps(window, [&](auto first) {
+        using Tap = decltype(first);
+        Tap* tap_data = taps == nullptr ? nullptr : static_cast<Tap*>(taps->mutable_data_ptr());
+        pool_planes<T, Tap>(x, window, static_cast<T>(value), result, tap_data);
+      });
+    });
   }
 
-  template <typename T>
   static void pool_backward(const Tensor& grad, const Tensor& taps, const Window& window, const Tensor& result) {
-    gather_planes<T>(grad, taps, window, result);
+    dispatch_floating(grad.scalar_type(), [&](auto zero) {
+      dispatch_taps(window, [&](auto first) {
+        gather_planes<decltype(zero), decltype(first)>(grad, taps, window, result);
+      });
+    });
   }
 };
 

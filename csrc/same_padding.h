@@ -74,10 +74,27 @@ inline Size pooled_size(Size size, const Padding& padding, const Window& window)
       pooled_length(padded.width, window.kernel_width, window.stride_width, window.dilation_width)};
 }
 
+inline ScalarType dtype_of_taps(const Window& window) {
+  return window.kernel_height * window.kernel_width <= byte_window ? ScalarType::Byte : ScalarType::Short;
+}
+
+// Calls function(Tap{}) with the C++ type of a window's taps.
+template <typename Function>
+void dispatch_taps(const Window& window, const Function& function) {
+  if (dtype_of_taps(window) == ScalarType::Byte) {
+    function(uint8_t{});
+  } else {
+    function(int16_t{});
+  }
+}
+
 // The gradient in the layout of the taps, which say where that of each pooled pixel goes.
 inline Tensor matching_gradient(
     const Tensor& grad, const Tensor& taps, Size size, const Padding& padding, const Window& window) {
-  STD_TORCH_CHECK(taps.dim() == 4 && taps.scalar_type() == ScalarType::Short, "taps must be 4-D and int16");
+  const ScalarType dtype = dtype_of_taps(window);
+  STD_TORCH_CHECK(
+      taps.dim() == 4 && taps.scalar_type() == dtype, "taps must be 4-D and ",
+      dtype == ScalarType::Byte ? "uint8" : "int16");
   STD_TORCH_CHECK(
       taps.is_contiguous() || is_channels_last(taps), "taps must be contiguous or channels_last");
   const Size pooled = pooled_size(size, padding, window);
@@ -88,18 +105,22 @@ inline Tensor matching_gradient(
   return torch::stable::contiguous(grad, memory_format_of(taps));
 }
 
-// Calls function(T{}) with the C++ type of a floating dtype that the kernels are written for.
+inline void check_dtype(ScalarType dtype) {
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "same_padding: the native kernels support float32, bfloat16 and float16");
+}
+
+// Calls function(T{}) with the C++ type of a dtype that check_dtype lets pass.
 template <typename Function>
 void dispatch_floating(ScalarType dtype, const Function& function) {
   switch (dtype) {
-    case ScalarType::Float:
-      return function(float{});
     case ScalarType::BFloat16:
       return function(torch::headeronly::BFloat16{});
     case ScalarType::Half:
       return function(torch::headeronly::Half{});
     default:
-      STD_TORCH_CHECK(false, "same_padding: the native kernels support float32, bfloat16 and float16");
+      return function(float{});
   }
 }
 

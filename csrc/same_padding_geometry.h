@@ -2,15 +2,22 @@
 // No tensors here, so that code for GPUs and the tests of that code on the host can include it.
 #pragma once
 
-#include <torch/headeronly/macros/Macros.h>
-
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define BITFAST_HOST_DEVICE __host__ __device__
+#else
+#define BITFAST_HOST_DEVICE
+#endif
 
 namespace bitfast::same_padding {
 
-using Tap = int16_t;  // the number of a pixel within its window, row by row
-constexpr int64_t max_window = std::numeric_limits<Tap>::max();
+// A tap is the number of a pixel within its window, row by row:
+// uint8 in windows of up to byte_window pixels, else int16.
+constexpr int64_t byte_window = 256;
+constexpr int64_t max_window = std::numeric_limits<int16_t>::max();
 
 struct Size {
   int64_t height, width;
@@ -28,12 +35,14 @@ struct Window {
   int64_t top, left;
 };
 
-C10_HOST_DEVICE inline bool inside(int64_t index, int64_t size) {
-  return static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
+template <typename Integer>
+BITFAST_HOST_DEVICE inline bool inside(Integer index, Integer size) {
+  using Unsigned = std::make_unsigned_t<Integer>;
+  return static_cast<Unsigned>(index) < static_cast<Unsigned>(size);
 }
 
 // As in torch's max-pooling: the first of equal pixels wins, and a NaN wins over everything before it.
-C10_HOST_DEVICE inline bool beats(float candidate, float best) {
+BITFAST_HOST_DEVICE inline bool beats(float candidate, float best) {
   return candidate > best || candidate != candidate;
 }
 

@@ -1,5 +1,5 @@
 // The operators of same_padding on any device: arguments are checked and results allocated here,
-// and filled by the kernels of same_padding.cpp or same_padding.cu.
+// and filled by the kernels of same_padding.cpp or same_padding_cuda.cpp.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,18 +11,16 @@
 
 namespace bitfast::same_padding {
 
-// Kernels has a DeviceGuard, which is made from a tensor, and the function templates pad, pool and pool_backward.
+// Kernels has a DeviceGuard, which is made from a tensor, and the functions pad, pool and pool_backward.
 template <typename Kernels>
 Tensor same_pad(const Tensor& x, const std::vector<int64_t>& sides, double value) {
   check_feature_maps(x);
+  check_dtype(x.scalar_type());
   const Padding padding = padding_from(sides);
   const Size size = padded_size(size_of(x), padding);
   const typename Kernels::DeviceGuard guard(x);
   Tensor result = empty_spatial(x, size.height, size.width, x.scalar_type());
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Kernels::template pad<T>(x, padding, static_cast<T>(static_cast<float>(value)), result);
-  });
+  Kernels::pad(x, padding, static_cast<float>(value), result);
   return result;
 }
 
@@ -31,18 +29,16 @@ std::tuple<Tensor, Tensor> same_max_pool(
     const Tensor& x, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
     const std::vector<int64_t>& dilation, const std::vector<int64_t>& sides, double value, bool with_taps) {
   check_feature_maps(x);
+  check_dtype(x.scalar_type());
   const Padding padding = padding_from(sides);
   const Window window = window_from(kernel_size, stride, dilation, padding);
   const Size size = pooled_size(size_of(x), padding, window);
   const typename Kernels::DeviceGuard guard(x);
   Tensor result = empty_spatial(x, size.height, size.width, x.scalar_type());
-  Tensor taps = with_taps ? empty_spatial(x, size.height, size.width, ScalarType::Short)
-                          : torch::stable::new_empty(x, {0}, ScalarType::Short);
-  Tap* tap_data = with_taps ? static_cast<Tap*>(taps.mutable_data_ptr()) : nullptr;
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Kernels::template pool<T>(x, window, static_cast<T>(static_cast<float>(value)), result, tap_data);
-  });
+  const ScalarType tap_dtype = dtype_of_taps(window);
+  Tensor taps = with_taps ? empty_spatial(x, size.height, size.width, tap_dtype)
+                          : torch::stable::new_empty(x, {0}, tap_dtype);
+  Kernels::pool(x, window, static_cast<float>(value), result, with_taps ? &taps : nullptr);
   return {result, taps};
 }
 
@@ -52,16 +48,14 @@ Tensor same_max_pool_backward(
     const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
     const std::vector<int64_t>& sides) {
   STD_TORCH_CHECK(input_size.size() == 2, "size must be (height, width)");
+  check_dtype(grad.scalar_type());
   const Size size{input_size[0], input_size[1]};
   const Padding padding = padding_from(sides);
   const Window window = window_from(kernel_size, stride, dilation, padding);
   const typename Kernels::DeviceGuard guard(taps);
   const Tensor matching = matching_gradient(grad, taps, size, padding, window);
   Tensor result = empty_spatial(taps, size.height, size.width, grad.scalar_type());
-  dispatch_floating(grad.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Kernels::template pool_backward<T>(matching, taps, window, result);
-  });
+  Kernels::pool_backward(matching, taps, window, result);
   return result;
 }
 

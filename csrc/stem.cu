@@ -2,6 +2,8 @@
 // csrc/stem_cuda.h says how it is called, csrc/stem_tiles.h how the work is cut.
 #include "stem_cuda.h"
 
+#include <algorithm>
+
 #include "ceil_div.h"
 #include "stem_kernel.h"
 
@@ -14,7 +16,7 @@ constexpr int most_strips = 64;
 int tiles_of(const Call& call, int columns, Arguments& a) {
   a.first_tile_results = call.pools ? (columns - 1 + call.pool_left) / 2 : columns;
   a.tile_results = call.pools ? (columns - 1) / 2 : columns;
-  a.tiles = 1 + static_cast<int>(ceil_div(max(call.result_width - a.first_tile_results, 0), a.tile_results));
+  a.tiles = 1 + static_cast<int>(ceil_div(std::max(call.result_width - a.first_tile_results, 0), a.tile_results));
   return a.tiles;
 }
 
@@ -24,7 +26,9 @@ int tiles_of(const Call& call, int columns, Arguments& a) {
 int strips_of(int64_t parts, int steps, int64_t at_once) {
   int best = 1;
   int64_t least = INT64_MAX;
-  for (int strips = 1; strips <= min(steps, most_strips); ++strips) {
+  // Many rounds are as good as full whatever the strips.
+  const int64_t most = std::max<int64_t>(std::min<int64_t>(std::min(steps, most_strips), 4 * at_once / parts), 1);
+  for (int strips = 1; strips <= most; ++strips) {
     const int64_t cost = ceil_div(parts * strips, at_once) * (ceil_div(steps, strips) + 2);
     if (cost < least) {
       least = cost;

@@ -14,7 +14,7 @@ struct Call {
   int64_t image_stride, channel_stride, row_stride, pixel_stride;  // of the images, in numbers
   int32_t channels;                                                // of the result, a multiple of 64
   int32_t top, left;                                               // zeros before the images, 0 to 6
-  int32_t conv_height, conv_width;                                 // what the convolution gives; zeros after the images follow
+  int32_t conv_height, conv_width;                                 // so many zeros follow the images
   int32_t pools;                                                   // whether 3x3 stride 2 max-pooling follows
   int32_t pool_top, pool_left;                                     // zeros before what is pooled, 0 to 2
   int32_t result_height, result_width;

@@ -90,14 +90,16 @@ BITFAST_GPU RawPair<Number> read_pair(const Images& images, const unsigned char*
   for (int i = 0; i < RawPair<Number>::words; ++i) raw.word[i] = 0;
   if (row < 0 || row >= images.height) return raw;
   const unsigned char* at = image + row * images.row_step + 2 * pair * images.pixel_step;
-  const bool by_words = images.reading != Reading::by_number;
-  const int64_t step = by_words ? images.part_step : images.channel_step;
+  if (images.reading != Reading::by_number) {
 #pragma unroll
-  for (int c = 0; c < image_channels; ++c, at += step) {
-    if (by_words) {
+    for (int c = 0; c < image_channels; ++c, at += images.part_step) {
       read_two<Number>(at, raw.word + c * words_of_part);
-    } else {
-      read_apart<Number>(at, 2 * pair + 1 < images.width, images.pixel_step, raw.word + c * words_of_part);
+    }
+  } else {
+    const bool has_second = 2 * pair + 1 < images.width;
+#pragma unroll
+    for (int c = 0; c < image_channels; ++c, at += images.channel_step) {
+      read_apart<Number>(at, has_second, images.pixel_step, raw.word + c * words_of_part);
     }
   }
   return raw;

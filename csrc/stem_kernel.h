@@ -5,13 +5,14 @@
 
 namespace bitfast::stem {
 
-// Where things lie in shared memory: the ring, the filters, and pixels of the convolution for one row, which end with
-// unused bytes, so that the numbers that a warp writes at once lie in different banks.
-template <typename Product>
+// Where things lie in shared memory: the ring, the filters, and buffers, each with a row of pixels of the convolution.
+// Pixels end with unused bytes, so that the numbers that a warp writes at once lie in different banks.
+template <typename Product, int buffers>
 struct SharedLayout {
   static constexpr int ring_bytes = ring_rows * Product::row_bytes;
   static constexpr int pixel_bytes = 2 * group_channels + 16;
-  static constexpr int bytes = ring_bytes + Product::filters_bytes + Product::columns * pixel_bytes;
+  static constexpr int buffer_bytes = Product::columns * pixel_bytes;
+  static constexpr int bytes = ring_bytes + Product::filters_bytes + buffers * buffer_bytes;
 };
 
 // Brings the rows of one tile from the images into the ring.
@@ -49,7 +50,8 @@ struct Loader {
       if (is_wanted && is_in_step(at)) raw[i] = read_at(row, at);
     }
   }
-  // Returns whether all of them are finite, or nobody asks.
+
+  // Writes them to the ring; returns whether all of them are finite, or nobody asks.
   BITFAST_GPU bool write(unsigned char* ring, const RawPair<Number> (&raw)[tasks], int row) const {
     bool all_are_finite = true;
 #pragma unroll
@@ -95,16 +97,19 @@ BITFAST_GPU uint32_t rounded_pair(const float (&sums)[4], int half) {
 template <typename T, typename Number, typename Product>
 struct Stem {
   using Arguments = stem::Arguments;
-  using Layout = SharedLayout<Product>;
   static constexpr int columns = Product::columns, threads = 2 * columns, capability = Product::capability;
   static constexpr int min_blocks = columns > 64 ? 2 : 3;
+  // Whether images are read during the products: where there are registers for what is read. Two buffers make one
+  // barrier a step enough then.
   static constexpr bool reads_meanwhile = Product::leaves_registers && sizeof(Number) == 2;
+  static constexpr int buffers = reads_meanwhile ? 2 : 1;
+  using Layout = SharedLayout<Product, buffers>;
   using Loader = stem::Loader<T, Number, Product, threads>;
 
   static BITFAST_GPU void run(const Arguments& a) {
     unsigned char* ring = shared_memory();
     unsigned char* filters = ring + Layout::ring_bytes;
-    unsigned char* buffer = filters + Product::filters_bytes;
+    unsigned char* first_buffer = filters + Product::filters_bytes;
     const Tile tile = tile_of(a);
     clear(ring);
     load_filters(filters, a, tile);
@@ -120,7 +125,8 @@ struct Stem {
     uint32_t above[group_channels / 8][2] = {};
     for (int step = begin; step < tile.last_step; ++step) {
       const int row = a.first_image_row + image_rows_per_step * step;
-      const bool is_last = step + 1 == tile.last_step;
+      const bool is_last = step + 1 == tile.last_step, has_result = a.pools && step >= tile.first_step;
+      unsigned char* buffer = first_buffer + (step & (buffers - 1)) * Layout::buffer_bytes;
       RawPair<Number> next[Loader::tasks];
       Sums sums = {};
       Product::begin(sums, ring, filters, row, a.first_is_unused);
@@ -131,12 +137,14 @@ struct Stem {
       } else {
         store_rows(buffer, sums, a, tile, step);
       }
-      // Where the products left no registers for what comes next: another block multiplies meanwhile.
-      if (!reads_meanwhile) loader.read(next, row + image_rows_in_use, !is_last);
-      sync_block();
-      if (a.pools && step >= tile.first_step) compare_columns(buffer, a, tile, step);
+      if (!reads_meanwhile) {  // another block multiplies meanwhile
+        loader.read(next, row + image_rows_in_use, !is_last);
+        sync_block();
+        if (has_result) compare_columns(buffer, a, tile, step);
+      }
       const bool all_are_finite = is_last || loader.write(ring, next, row + image_rows_in_use);
       not_finite = (not_finite << 1 | (sync(all_are_finite) ? 0 : 1)) & times;
+      if (reads_meanwhile && has_result) compare_columns(buffer, a, tile, step);
     }
   }
 

@@ -18,8 +18,8 @@ BITFAST_GPU int place_in_ring(int row) {
   return (row & (ring_rows - 1)) * row_bytes;
 }
 
-// Each warp multiplies its 16 columns. Filters lie in shared memory as 16 bytes that are `channel_bytes` from those of the
-// next channel, and `vector_bytes` from the next of the same channel.
+// Each warp multiplies its 16 columns. Filters lie in shared memory as vectors of 16 bytes, `channel_bytes` from those of
+// the next channel and `vector_bytes` from the next of the same one.
 template <typename T, int row_bytes, int channel_bytes, int vector_bytes>
 BITFAST_GPU void multiply_by_warps(
     Sums& sums, const unsigned char* ring, const unsigned char* filters, int row, bool first_is_unused) {
@@ -103,7 +103,7 @@ struct ByWarpGroups {
     commit_products();
   }
 
-  // The products have been begun in any case: a compiler lets them wait for each other where they depend on a condition.
+  // The products have been begun in any case: the compiler lets them wait for each other where a condition decides.
   static BITFAST_GPU void finish(
       Sums& sums, const unsigned char* ring, const unsigned char* filters, int row, bool first_is_unused,
       bool all_are_finite) {

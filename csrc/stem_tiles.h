@@ -1,8 +1,8 @@
 // stem: how the work is cut into blocks, and what they share.
 //
 // A block computes 64 channels of a tile, some columns of the convolution, and marches down a strip of it, two rows a
-// step. The rows of the images that it needs lie in a ring in shared memory. With the max-pool, a step ends with one row
-// of the result: the larger of its two rows and of the last row of the step before, of which columns are compared then.
+// step. The rows of the images that it needs lie in a ring in shared memory. With the max-pool, a step ends with a row
+// of the result: the largest of its two rows and of the last row of the step before, whose columns are compared then.
 #pragma once
 
 #include "stem_images.h"

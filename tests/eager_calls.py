@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfast.backends import use_backend
-from bitfast.ops import group_norm_act_eager, weight_standardization_triton
+from bitfast.ops import group_norm_act_eager, weight_standardization_eager
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.interpreter import DEVICE
 from tests.operator_calls import OperatorCalls
@@ -22,11 +22,11 @@ SHAPE, GROUPS = (2, 8, 5, 3), 4
 @pytest.fixture(autouse=True)
 def triton() -> Iterator[None]:
     """Demand Triton, and leave no plan of a call to others: for modules that import this."""
-    for module in (group_norm_act_eager, weight_standardization_triton):
+    for module in (group_norm_act_eager, weight_standardization_eager):
         module.forget_calls()
     with use_backend("triton"):
         yield
-    for module in (group_norm_act_eager, weight_standardization_triton):
+    for module in (group_norm_act_eager, weight_standardization_eager):
         module.forget_calls()
 
 

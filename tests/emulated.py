@@ -102,6 +102,8 @@ def at_page_end(like: Tensor, fill: float | None = None) -> Tensor:
     if like.numel() == 0:
         return torch.empty_like(like)
     count = like.numel() * like.element_size()
+    if count == 0:
+        return torch.empty_like(like)
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, (count + page - 1) // page * page + page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -101,7 +101,7 @@ def paddings() -> list[Wrong]:
     """Return wrong calls of same_padding's operators."""
     pool, backward, sides = "same_max_pool", "same_max_pool_backward", [0, 0, 0, 0]
     window = ([2, 2], [1, 1], [1, 1])
-    taps = torch.zeros(2, 4, 2, 2, dtype=torch.int16)
+    taps = torch.zeros(2, 4, 2, 2, dtype=torch.uint8)
     grad = torch.zeros(2, 4, 2, 2)
     positive = "kernel_size, stride and dilation must each be two positive numbers (height, width)"
     dtypes = "same_padding: the native kernels support float32, bfloat16 and float16"
@@ -125,7 +125,7 @@ def paddings() -> list[Wrong]:
             "x must be at least as large as the window once it is padded: 3 < 9",
         ),
         Wrong(backward, (grad, taps, [3], *window, sides), "size must be (height, width)"),
-        Wrong(backward, (grad, grad, [3, 3], *window, sides), "taps must be 4-D and int16"),
+        Wrong(backward, (grad, grad, [3, 3], *window, sides), "taps must be 4-D and uint8"),
         Wrong(
             backward,
             (grad, taps.transpose(0, 1), [3, 3], *window, sides),

@@ -79,7 +79,7 @@ def _weights_backward(backend: str, x: Tensor) -> None:
 
 def _pool_backward(backend: str, x: Tensor) -> None:
     operator = getattr(OPERATORS.same_max_pool_backward, backend)
-    taps = torch.zeros(2, 4, 6, 6, dtype=torch.int16)
+    taps = torch.zeros(2, 4, 6, 6, dtype=torch.uint8)
     operator(x, taps, [11, 11], [1, 1], [2, 2], [1, 1], [0, 0, 0, 0])
 
 

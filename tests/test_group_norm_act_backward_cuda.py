@@ -260,6 +260,16 @@ def test_what_is_not_finite(activation: str, device: tuple[int, int, int]) -> No
         assert torch.equal(ours.isinf(), theirs.isinf())
 
 
+@pytest.mark.parametrize("device", [FEW, A100])
+def test_no_gradient_passes_a_relu_at_zero(device: tuple[int, int, int]) -> None:
+    grad, total, x, weight, bias, *others = drawn_arguments(
+        (2, 64, 6, 6), 32, torch.bfloat16, has_total=True
+    )
+    grad_x, *of_parameters = run((grad, total, x, 0 * weight, 0 * bias, *others), device)
+    assert torch.equal(grad_x, total)
+    assert all((t == 0).all() for t in of_parameters)
+
+
 def test_what_is_refused() -> None:
     arguments = drawn_arguments((1, 8, 4, 4), 2, torch.bfloat16)
     emulate(library(SOURCE), H100)
@@ -310,6 +320,8 @@ def test_what_cannot_be_prepared() -> None:
     arguments = ((1, 8, 4, 4), torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="need channels_last"):
         prepare_backward(*arguments, False, 2, "relu", torch.float32, torch.float32)
+    with pytest.raises(ValueError, match=r"do not take torch\.float64"):
+        prepare_backward(*arguments, True, 2, "relu", torch.float64, torch.float32)
     with pytest.raises(RuntimeError, match="the sizes of the backward pass are wrong"):
         prepare_backward(*arguments, True, 3, "relu", torch.float32, torch.float32)
 

@@ -434,7 +434,7 @@ def test_the_extension_checks_what_could_crash_it(name: str, arguments: Any, mes
 def test_backward_checks_what_could_crash_it() -> None:
     backward = torch.ops.bitfast.same_max_pool_backward.native
     window = ([2, 2], [2, 2], [1, 1], [0, 0, 0, 0])
-    taps = torch.zeros(1, 1, 2, 2, dtype=torch.int16)
+    taps = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     grad = torch.ones(1, 1, 2, 2)
     assert backward(grad, taps, [4, 4], *window).sum() == 4
     for bad in (

@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bitfast import backends, reference
 from bitfast.backends import Kernel, use_backend
-from bitfast.ops import native_cuda
+from bitfast.ops import first_use, native_cuda
+from bitfast.ops.flops import register_flop_formulas
 from bitfast.ops.same_padding import same_padding
 from bitfast.ops.stem import DTYPES as STEM_DTYPES
 from bitfast.ops.stem import OP, StemCall, prepare_filters, stem
@@ -269,6 +272,94 @@ def test_the_op_uses_the_kernel(kernels_on_the_cpu) -> None:
 
 
 SAME = {"global_padding": "same", "embedding_dynamic_padding": True}
+
+
+def test_what_it_multiplies_is_counted(kernels_on_the_cpu) -> None:
+    register_flop_formulas()
+    images, weight = torch.randn(2, 3, 18, 21).bfloat16(), torch.randn(64, 3, 7, 7).bfloat16()
+    filters = prepare_filters(weight, ZEROS)
+    with FlopCounterMode(display=False) as expected_count:
+        torch.nn.functional.conv2d(images, weight, stride=2, padding=3)
+    with FlopCounterMode(display=False) as count:
+        torch.ops.bitfast.stem.native(images, filters, ZEROS, POOL)
+    assert count.get_total_flops() == expected_count.get_total_flops()
+
+
+def test_gradients_are_those_of_plain_pytorch(kernels_on_the_cpu) -> None:
+    """The kernel has none: the function leaves it alone where one is recorded, the operator refuses."""
+    images = torch.randn(1, 3, 12, 13).bfloat16().requires_grad_()
+    filters = prepare_filters(torch.randn(64, 3, 7, 7).bfloat16(), ZEROS)
+    with torch.enable_grad():
+        result = stem(images, filters, ZEROS, POOL)
+        assert result.grad_fn is not None
+        with pytest.raises(NotImplementedError, match="has no derivative"):
+            torch.ops.bitfast.stem.native(images, filters, ZEROS, POOL)
+
+
+@pytest.mark.parametrize("pool_padding", [POOL, None])
+def test_the_fake_agrees(kernels_on_the_cpu, pool_padding) -> None:
+    arguments = ZEROS, pool_padding
+    images, filters = torch.randn(2, 3, 18, 21), torch.zeros(64, 7, 8, 4, dtype=torch.bfloat16)
+    result = torch.ops.bitfast.stem.native(images, filters, *arguments)
+    with FakeTensorMode() as mode:
+        fakes = mode.from_tensor(images), mode.from_tensor(filters)
+        fake = torch.ops.bitfast.stem.native(*fakes, *arguments)
+    assert (fake.shape, fake.stride(), fake.dtype) == (result.shape, result.stride(), result.dtype)
+
+
+IMAGES, FILTERS = torch.zeros(1, 3, 8, 8), torch.zeros(64, 7, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((IMAGES.int(), FILTERS, ZEROS, POOL), TypeError, "images must be a floating"),
+        (
+            (torch.zeros(1, 4, 8, 8), FILTERS, ZEROS, POOL),
+            ValueError,
+            "images must have 3 channels",
+        ),
+        (
+            (IMAGES, torch.zeros(64, 3, 7, 7), ZEROS, POOL),
+            ValueError,
+            "must come from prepare_filters",
+        ),
+        (
+            (IMAGES, FILTERS, (3, 3, 3, 7), POOL),
+            ValueError,
+            "padding must be four integers from 0 to 6",
+        ),
+        ((IMAGES, FILTERS, ZEROS, (1, 1)), ValueError, "pool_padding must be four integers"),
+        (
+            (IMAGES[:, :, :5], FILTERS, (0, 0, 0, 0), None),
+            ValueError,
+            "at least as large as the windows",
+        ),
+        (
+            (IMAGES[:, :, :0], FILTERS, (6, 6, 6, 6), None),
+            ValueError,
+            "at least as large as the windows",
+        ),
+    ],
+)
+def test_arguments_that_are_refused(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        stem(*arguments)
+
+
+def test_filters_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="filters must have shape"):
+        prepare_filters(torch.zeros(64, 3, 3, 3), ZEROS)
+
+
+def test_the_check_before_the_first_use(kernels_on_the_cpu, monkeypatch) -> None:
+    (check,) = (check for op, check in first_use._checks.items() if op == OP)
+    assert check(torch.device("cpu")) is None
+    right = reference.stem_forward
+    monkeypatch.setattr(reference, "stem_forward", lambda *arguments: right(*arguments) * 1.1)
+    assert "the error of the result" in str(check(torch.device("cpu")))
+
+
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "preactivation": ({}, ["begin", "stem", "group_norm_act"]),
     "same": (SAME, ["begin", "stem", "group_norm_act"]),
@@ -299,6 +390,7 @@ def test_a_plan_calls_the_kernel(kernels_on_the_cpu, kind) -> None:
     output = model(images, output_hidden_states=True)
     expected_names = MODELS[kind][1]
     assert names_of(model)[: len(expected_names)] == expected_names
+    assert plans(model)[0].parts[0].program.takes_any_layout
     assert torch.equal(images, before)
     with use_backend("reference"):
         plain = model(images, output_hidden_states=True)

@@ -18,7 +18,7 @@ from bitfast.ops.weight_standardization import (
     weight_standardization,
     weight_standardization_all,
 )
-from bitfast.ops.weight_standardization_triton import forget_calls
+from bitfast.ops.weight_standardization_eager import forget_calls
 from tests.feature_maps import DTYPES, LAYOUTS
 from tests.interpreter import DEVICE
 from tests.plain_ops import exact_standardization, plain_standardization

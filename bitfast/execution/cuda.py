@@ -1,8 +1,9 @@
 """Lowering to the kernels of a GPU: from pass to pass only the addresses of tensors change.
 
 The launches of norms, by CUDA or by Triton kernels, are prepared beforehand. Norms overwrite what they read
-where they may, and store no statistics. The norm after a residual block also adds the branch to the shortcut,
-in the memory of the shortcut, and writes its result over the branch. Convolutions are torch's.
+where they may, and store no statistics. The norm after a residual block also adds the branch to the
+shortcut, in the memory of the shortcut, and writes its result over the branch. Convolutions are torch's, but
+for the stem's where the op ``stem`` serves, from images of any layout.
 
 For tests, Triton's interpreter executes these programs on the CPU.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitfast.execution.program import ProgramBuilder
 from bitfast.execution.setting import Setting
-from bitfast.execution.shapes import Size, padding_of
+from bitfast.execution.shapes import Shape, Size, padding_of
 from bitfast.execution.steps import IMAGES, Convolve, Pool, Step
 from bitfast.execution.weights import kept_stem_filters
 from bitfast.layers import DynamicPad2d, WeightStandardizedConv2d, pair_of
@@ -30,11 +30,13 @@ class FusedStem(NamedTuple):
 
     Attributes:
         steps: The convolution, and the pool (with its zeros) if nothing stands between.
+        shape: Of the images.
         padding: Of the images.
         pool_padding: Of what is pooled; None if nothing is.
     """
 
     steps: tuple[Step, ...]
+    shape: Shape
     padding: Sides
     pool_padding: Sides | None
 
@@ -57,7 +59,7 @@ class FusedStem(NamedTuple):
         """Return a function of a stream, the images and the filters."""
         channels = self.convolution.weight.shape[0]
         dtypes = setting.dtype, setting.compute_dtype
-        return stem_for(setting.shape, *dtypes, channels, self.padding, self.pool_padding)
+        return stem_for(self.shape, *dtypes, channels, self.padding, self.pool_padding)
 
 
 def fused_stem(
@@ -77,23 +79,22 @@ def fused_stem(
     is_suitable = suits_stem(convolution.weight, convolution.geometry, dtype, setting.dtype)
     if not is_suitable or not uses_stem(setting.device.type, dtype):
         return None
-    padding = _padding(convolution, setting)
-    if max(padding) > MOST_PADDING or min(stem_size(setting.shape[2:], padding, None)) < 1:
+    shape = builder.shapes[first.source]
+    padding = _padding(convolution, shape[2:])
+    if max(padding) > MOST_PADDING or min(stem_size(shape[2:], padding, None)) < 1:
         return None
     if isinstance(following, Pool) and following.source == first.result:
-        pool_padding = _pool_padding(following, stem_size(setting.shape[2:], padding, None))
-        is_read_again = not builder.is_last_read(following, first.result)
-        if pool_padding is not None and not is_read_again:
-            return FusedStem((first, following), padding, pool_padding)
-    return FusedStem((first,), padding, None)
+        pool_padding = _pool_padding(following, stem_size(shape[2:], padding, None))
+        if pool_padding is not None and builder.is_last_read(following, first.result):
+            return FusedStem((first, following), shape, padding, pool_padding)
+    return FusedStem((first,), shape, padding, None)
 
 
-def _padding(convolution: WeightStandardizedConv2d, setting: Setting) -> Sides:
+def _padding(convolution: WeightStandardizedConv2d, size: Size) -> Sides:
     height, width = convolution.geometry[1]
     zeros = height, height, width, width
     pad = convolution.pad
     if isinstance(pad, DynamicPad2d):
-        size: Size = (setting.shape[2], setting.shape[3])
         zeros = _sum(zeros, padding_of(pad, size))
     return zeros
 

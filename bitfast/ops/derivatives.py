@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from bitfast.ops.common import LIBRARY
-from bitfast.torch_state import is_batched, is_transformed
+from bitfast.torch_state import is_transformed
 
 FUNCTION_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
 """The dispatch key of operator calls under function transforms. Other calls never pass it: what is registered
@@ -69,11 +69,13 @@ def can_use_backward_kernel(*gradients: Tensor | None) -> bool:
     It may unless its result is to be differentiated again (``create_graph=True``), it runs in forward mode, or
     it computes many gradients at once (``is_grads_batched=True``).
     """
-    return not (
-        torch.is_grad_enabled()
-        or is_transformed()
-        or any(gradient is not None and is_batched(gradient) for gradient in gradients)
-    )
+    if torch.is_grad_enabled() or is_transformed():
+        return False
+    if torch.compiler.is_compiling():  # a compiler cannot trace the question below
+        return True
+    # What `is_batched` asks without transforms; there may be a gradient for each weight of a model.
+    given = [gradient for gradient in gradients if gradient is not None]
+    return not any(map(torch._C._functorch.is_legacy_batchedtensor, given))
 
 
 def differentiable_gradients(

@@ -61,10 +61,14 @@ def prepare_backward(
 
     Raises:
         RuntimeError: there are no CUDA kernels here, or these cannot take the arguments.
-        ValueError: the feature maps are not channels_last.
+        ValueError: the feature maps are not channels_last, or a dtype is not float32, bfloat16 or float16.
     """
     if not is_channels_last:
         raise ValueError("the native CUDA kernels of group_norm_act_backward need channels_last")
+    for unknown in {dtype, weight_dtype, bias_dtype} - DTYPES.keys():
+        raise ValueError(
+            f"the native CUDA kernels of group_norm_act_backward do not take {unknown}"
+        )
     images, channels, height, width = shape
     dtypes = (DTYPES[d] for d in (dtype, weight_dtype, bias_dtype))
     call = Call(

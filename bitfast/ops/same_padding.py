@@ -15,6 +15,8 @@ from torch import Tensor
 from bitfast import extension, reference
 from bitfast.backends import register_kernel, requested_backend, select_backend
 from bitfast.memory_format import memory_format_of
+from bitfast.ops import first_use
+from bitfast.ops import same_padding_cuda as cuda
 from bitfast.ops.common import check_nchw, check_pair, complete_operator, define_operator
 from bitfast.ops.derivatives import (
     call_without_autograd,
@@ -22,6 +24,8 @@ from bitfast.ops.derivatives import (
     connect_derivatives,
     refuse_derivatives,
 )
+from bitfast.ops.eager import BoundedCache, has_unusual_memory, may_launch
+from bitfast.ops.same_padding_cuda import Window
 from bitfast.reference import Ints
 
 OP = "same_padding"
@@ -35,8 +39,8 @@ MAX_POOL_SIGNATURE = (
     " bool with_taps) -> (Tensor, Tensor)"
 )
 """Of every backend's ``same_max_pool``. Returns the result, and if ``with_taps`` the tap of each of its pixels:
-the number, row by row from 0, of the window's pixel that was the maximum, int16 (otherwise shape (0,)). Of
-equal pixels the first counts; a NaN is larger than anything."""
+the number, row by row from 0, of the window's pixel that was the maximum, uint8 in windows of up to 256
+pixels, else int16 (otherwise shape (0,)). Of equal pixels the first counts; a NaN is larger than anything."""
 
 MAX_POOL_BACKWARD_SIGNATURE = (
     "(Tensor grad, Tensor taps, SymInt[] size, int[] kernel_size, int[] stride, int[] dilation,"
@@ -45,13 +49,12 @@ MAX_POOL_BACKWARD_SIGNATURE = (
 """Of every backend's ``same_max_pool_backward``. Returns the gradient of x, whose (height, width) is ``size``.
 Gradients of pixels of the padding are dropped."""
 
+Function = Callable[[Tensor], Tensor]
+
 MAX_WINDOW = torch.iinfo(torch.int16).max
 """Pixels of a pooling window, at most."""
 
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
-Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Kernel size, stride and dilation, each as (height, width)."""
 
 
 def same_pad(
@@ -80,6 +83,10 @@ def same_pad(
         TypeError: ``x`` is not a floating-point tensor.
         ValueError: another shape of ``x``, a geometry that is not positive.
     """
+    if may_launch(OP, x) and not (x.requires_grad and torch.is_grad_enabled()):
+        pad = _find_call(_new_pad, x, kernel_size, stride, dilation, "same", value)
+        if pad is not None:
+            return pad(x)
     check_nchw(OP, "x", x)
     window = _check_window(kernel_size, stride, dilation)
     if window[0] == (1, 1):
@@ -124,6 +131,10 @@ def same_max_pool(
         ValueError: another shape of ``x``, a geometry that is not positive, a window that is larger
             than the padded input.
     """
+    if may_launch(OP, x):
+        launch = _find_call(_new_pool, x, kernel_size, stride, dilation, padding, value)
+        if launch is not None:
+            return launch(x)
     check_nchw(OP, "x", x)
     window = _check_pool_window(kernel_size, stride, dilation)
     sides = _check_padding(x, padding, window)
@@ -163,6 +174,8 @@ def pad_for(
     backend = select_backend(OP, device_type, dtype)
     if backend == "reference":
         return lambda x: reference.same_pad_forward(x, padding, value)
+    if device_type == "cuda":
+        return _by_layout(lambda x: cuda.PreparedPad(x, padding, value))
     operator = getattr(torch.ops.bitfast.same_pad, backend)._op
     return lambda x: operator(x, padding, value)
 
@@ -193,8 +206,24 @@ def max_pool_for(
     if backend == "reference":
         read = sides if padding is None else _padding_read(size, window, sides)
         return lambda x: reference.same_max_pool(x, *window, read, value)
+    if device_type == "cuda":
+        return _by_layout(lambda x: cuda.PreparedMaxPool(x, window, sides, value))
     operator = getattr(torch.ops.bitfast.same_max_pool, backend)._op
     return lambda x: operator(x, *window, sides, value, False)[0]
+
+
+def _by_layout(prepare: Callable[[Tensor], Function]) -> Function:
+    """Return a function of maps of one shape that prepares the kernels once for each layout and device."""
+    known: dict[Any, Function] = {}
+
+    def run(x: Tensor) -> Tensor:
+        key = (x.stride(), x.device)
+        call = known.get(key)
+        if call is None:
+            call = known[key] = prepare(x)
+        return call(x)
+
+    return run
 
 
 def same_padding(size: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) -> list[int]:
@@ -225,6 +254,52 @@ def _padding_read(size: Ints, window: Window, padding: Ints) -> list[int]:
             after = (pooled[axis] - 1) * s + span - before - n
         sides += [before, after]
     return sides
+
+
+# ---- eager calls without torch's dispatcher -----------------------------------------------------
+
+_calls: BoundedCache[Function | None] = BoundedCache(most=256)
+"""By the metadata of the arguments; None where an operator is needed."""
+
+_UNKNOWN: Any = object()
+
+
+def _find_call(make: Callable[..., Function | None], x: Tensor, *arguments: Any) -> Function | None:
+    """Return what computes such a call without torch's dispatcher; None where an operator is needed.
+
+    The caller has asked :func:`may_launch` about x.
+    """
+    try:
+        key = (make, x.shape, x.stride(), x.dtype, x.device, arguments, requested_backend(OP))
+        call = _calls.get(key, _UNKNOWN)
+    except (RuntimeError, TypeError):  # a tensor without strides, lists
+        return None
+    if call is _UNKNOWN:
+        call = _calls.keep(key, make(x, *arguments) if _is_for_cuda(x) else None)
+    return None if call is None or has_unusual_memory(x) else call
+
+
+def _is_for_cuda(x: Tensor) -> bool:
+    return x.dim() == 4 and select_backend(OP, x.device.type, x.dtype) == "native"
+
+
+def _new_pad(
+    x: Tensor, kernel_size: Any, stride: Any, dilation: Any, padding: str, value: float
+) -> Function | None:
+    window = _check_window(kernel_size, stride, dilation)
+    sides = same_padding(x.shape[2:], *window)
+    if window[0] == (1, 1) or not any(sides):
+        return None  # x itself comes back
+    return cuda.PreparedPad(x, sides, value)
+
+
+def _new_pool(
+    x: Tensor, kernel_size: Any, stride: Any, dilation: Any, padding: Any, value: float
+) -> Function | None:
+    window = _check_pool_window(kernel_size, stride, dilation)
+    sides = _check_padding(x, padding, window)
+    _check_output(x.shape, sides, window)
+    return cuda.PreparedMaxPool(x, window, sides, value)
 
 
 def _select(x: Tensor) -> str:
@@ -301,9 +376,10 @@ def _fake_max_pool(
 ) -> tuple[Tensor, Tensor]:
     height, width = reference.pooled_size(x.shape[2:], kernel_size, stride, dilation, padding)
     result = _new_empty(x, height, width)
+    dtype = reference.dtype_of_taps(kernel_size)
     if with_taps:
-        return result, torch.empty_like(result, dtype=torch.int16)
-    return result, x.new_empty((0,), dtype=torch.int16)
+        return result, torch.empty_like(result, dtype=dtype)
+    return result, x.new_empty((0,), dtype=dtype)
 
 
 def _fake_max_pool_backward(
@@ -386,7 +462,8 @@ define_operator(
 _connect_gradients("reference")
 
 register_kernel(OP, "native", "cpu", NATIVE_DTYPES, lambda: extension.CPU.problem)
-register_kernel(OP, "native", "cuda", NATIVE_DTYPES, lambda: extension.CUDA.problem)
+register_kernel(OP, "native", "cuda", NATIVE_DTYPES, lambda: first_use.why_unusable(OP))
+first_use.register_first_use(OP, cuda.check_first_use)
 if extension.CPU.problem is None:  # then csrc/same_padding.cpp has defined the schemas
     complete_operator("same_pad", "native", PAD_SIGNATURE, _fake_pad)
     complete_operator("same_max_pool", "native", MAX_POOL_SIGNATURE, _fake_max_pool)

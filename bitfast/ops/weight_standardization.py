@@ -32,6 +32,7 @@ from bitfast.ops.derivatives import (
     refuse_derivatives,
 )
 from bitfast.ops.eager import may_launch
+from bitfast.ops.first_use import register_first_use, why_unusable
 from bitfast.ops.weight_buffer import ALIGNMENT, pack, starts_of, unpack
 from bitfast.ops.weight_standardization_contract import (
     ALL_BACKWARD_SIGNATURE,
@@ -46,6 +47,8 @@ from bitfast.ops.weight_standardization_contract import (
     fake_all_backward,
     fake_backward,
 )
+from bitfast.ops.weight_standardization_cuda import NATIVE_CUDA_DTYPES, check_first_use
+from bitfast.ops.weight_standardization_eager import launch_all
 
 
 def weight_standardization(
@@ -73,7 +76,7 @@ def weight_standardization(
     if backend == "reference":
         return reference.weight_standardization_forward(weight, eps, dtype)[0]
     operator = getattr(torch.ops.bitfast.weight_standardization, backend)
-    result = operator(weight, eps, _kernel_dtype(backend, dtype))[0]
+    result = operator(weight, eps, _kernel_dtype(backend, weight.device, dtype))[0]
     return result.to(dtype or weight.dtype)
 
 
@@ -98,7 +101,7 @@ def weight_standardization_all(
         TypeError, ValueError: As :func:`weight_standardization`, with the number of the weight.
     """
     if len(weights) > 0 and may_launch(OP, weights[0]):
-        launched = kernels.launch_all(weights, eps, dtype, channels_last)
+        launched = launch_all(weights, eps, dtype, channels_last)
         if launched is not None:
             return launched
     for number, weight in enumerate(weights):
@@ -119,7 +122,8 @@ def standardizes_together(weight: Tensor) -> bool:
     On a GPU that saves launches. On the CPU it is slower: the pages of one large buffer come from the system
     anew each time.
     """
-    return select_backend(OP, weight.device.type, weight.dtype) == "triton"
+    backend = select_backend(OP, weight.device.type, weight.dtype)
+    return backend == "triton" or (backend == "native" and weight.is_cuda)
 
 
 def _standardize_alike(
@@ -134,9 +138,11 @@ def _standardize_alike(
             results = [laid_out(r, torch.channels_last) for r in results]
         return results
     operator = getattr(torch.ops.bitfast.weight_standardization_all, backend)
+    kernel_dtype = _kernel_dtype(backend, weights[0].device, dtype)
     results = []
-    for part in _parts(weights, NATIVE_BUFFER_ELEMENTS) if backend == "native" else [weights]:
-        packed, _, _ = operator(part, eps, _kernel_dtype(backend, dtype), channels_last)
+    in_parts = backend == "native" and not weights[0].is_cuda
+    for part in _parts(weights, NATIVE_BUFFER_ELEMENTS) if in_parts else [weights]:
+        packed, _, _ = operator(part, eps, kernel_dtype, channels_last)
         results += unpack(packed.to(dtype or part[0].dtype), part, channels_last)
     return results
 
@@ -158,11 +164,14 @@ def _parts(weights: Sequence[Tensor], most: int) -> list[list[Tensor]]:
     return parts
 
 
-def _kernel_dtype(backend: str, dtype: torch.dtype | None) -> torch.dtype | None:
+def _kernel_dtype(
+    backend: str, device: torch.device, dtype: torch.dtype | None
+) -> torch.dtype | None:
     """Return the dtype to ask a kernel for: float32 where it cannot write ``dtype``."""
-    if backend == "native" and dtype is not None and dtype not in NATIVE_CPU_DTYPES:
-        return torch.float32
-    return dtype
+    if backend != "native" or dtype is None:
+        return dtype
+    writes = NATIVE_CUDA_DTYPES if device.type == "cuda" else NATIVE_CPU_DTYPES
+    return dtype if dtype in writes else torch.float32
 
 
 # ---- the operators --------------------------------------------------------------------------------
@@ -279,6 +288,8 @@ register_triton_kernels(OP)
 # ---- native ---------------------------------------------------------------------------------------
 
 register_kernel(OP, "native", "cpu", NATIVE_CPU_DTYPES, lambda: extension.CPU.problem)
+register_kernel(OP, "native", "cuda", NATIVE_CUDA_DTYPES, lambda: why_unusable(OP))
+register_first_use(OP, check_first_use)
 if extension.CPU.problem is None:  # then csrc/weight_standardization.cpp has defined the schemas
     complete_operator(OP, "native", SIGNATURE, fake)
     complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, fake_backward)

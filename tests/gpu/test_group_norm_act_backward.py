@@ -71,6 +71,10 @@ def test_another_layout() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_parameters_in_float64() -> None:
+    check(draw((2, 64, 9, 9), 32, torch.float32, weight_dtype=torch.float64, has_total=True))
+
+
 def test_the_same_bits_each_time() -> None:
     arguments = draw((64, 256, 28, 28), 32, torch.bfloat16, has_total=True)
     first = run(arguments)

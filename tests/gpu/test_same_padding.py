@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfast import extension
+from bitfast import extension, reference
 from bitfast.backends import use_backend
 from bitfast.modeling import BitBackbone
-from bitfast.ops.same_padding import same_max_pool, same_pad, same_padding
+from bitfast.ops import first_use
+from bitfast.ops.same_padding import max_pool_for, pad_for, same_max_pool, same_pad, same_padding
 from tests.feature_maps import DTYPES, LAYOUTS, make
 from tests.tiny_models import ours
 
 
 def test_the_cuda_half_is_here() -> None:
     assert extension.CUDA.problem is None
+    assert first_use.why_unusable("same_padding") is None
 
 
 def draw_case() -> tuple[Tensor, Any, list[int], float]:
@@ -34,6 +36,48 @@ def draw_case() -> tuple[Tensor, Any, list[int], float]:
 def test_equals_the_reference() -> None:
     for _ in range(200):
         compare_with_the_reference(*draw_case())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_pool_of_the_stem(dtype: torch.dtype) -> None:
+    """Its own kernels: of the model's shape, of small odd ones, and with any padding."""
+    window = ((3, 3), (2, 2), (1, 1))
+    for shape, sides in (
+        ((32, 64, 112, 112), [1, 1, 1, 1]),
+        ((3, 24, 17, 30), [0, 1, 0, 1]),
+        ((2, 8, 5, 4), [3, 0, 2, 4]),
+    ):
+        x = make(shape, dtype, torch.channels_last).cuda()
+        x = x.contiguous(memory_format=torch.channels_last)
+        for value in (0.0, -math.inf):
+            compare_with_the_reference(x, window, sides, value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_calls_past_the_dispatcher(layout: torch.memory_format) -> None:
+    """Those of plans and of eager code, gradients included."""
+    window, sides = ((3, 3), (2, 2), (1, 1)), [1, 1, 1, 1]
+    x = make((2, 16, 21, 19), torch.bfloat16, layout).cuda().contiguous(memory_format=layout)
+    expected = reference.same_max_pool(x, *window, sides, 0.0)
+    with use_backend("native"):
+        pool = max_pool_for(tuple(x.shape), window, sides, 0.0, "cuda", x.dtype)
+        pad = pad_for(tuple(x.shape), window, 0.0, "cuda", x.dtype)
+        assert pad is not None
+        assert torch.equal(pool(x), expected)
+        assert torch.equal(same_max_pool(x, 3, 2), expected)
+        padded = reference.same_pad_forward(x, sides, 0.0)
+        assert torch.equal(pad(x), padded)
+        assert torch.equal(same_pad(x, 3, 2), padded)
+    gradients = []
+    for backend in ("native", "reference"):
+        leaf = x.clone().requires_grad_()
+        with use_backend(backend):
+            pooled = same_max_pool(leaf, 3, 2)
+        pooled.backward(
+            torch.arange(pooled.numel(), device="cuda").remainder(7).view(pooled.shape).to(x.dtype)
+        )
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 def compare_with_the_reference(x: Tensor, window: Any, sides: list[int], value: float) -> None:

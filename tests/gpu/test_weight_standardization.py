@@ -1,4 +1,4 @@
-"""The Triton kernels of weight_standardization as a GPU runs them; see test_group_norm_act.py."""
+"""The Triton and CUDA kernels of weight_standardization as a GPU runs them; see test_group_norm_act.py."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from tests.tolerances import assert_within_contract, relative_error
 from tests.weight_changes import convolutions
 
 SMALL = [(5, 3, 7, 7), (3, 16, 1, 1), (9, 64, 3, 3), (2, 7, 3, 2)]
-LARGE = [(64, 3, 7, 7), (2048, 1024, 1, 1), (512, 512, 3, 3), (64, 6144, 1, 1), (3, 9001, 1, 1)]
+LARGE = [
+    (64, 3, 7, 7), (2048, 1024, 1, 1), (512, 512, 3, 3), (64, 6144, 1, 1), (3, 9001, 1, 1),
+    (256, 2048, 3, 3),
+]  # fmt: skip
 SHAPES = [*SMALL, *(LARGE if ON_GPU else [])]
 
 
-@pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    with use_backend(weight_standardization="triton"):
-        yield
+@pytest.fixture(autouse=True, params=["triton", "native"] if ON_GPU else ["triton"])
+def backend(request) -> Iterator[str]:
+    with use_backend(weight_standardization=request.param):
+        yield request.param
 
 
 def draw(
@@ -81,7 +84,9 @@ def test_all_weights_together(dtype, result, to_channels_last):
         )
 
 
-def test_the_weights_of_a_model_take_one_launch(monkeypatch):
+def test_the_weights_of_a_model_take_one_launch(monkeypatch, backend):
+    if backend == "native":
+        pytest.skip("the extension launches: see tests/test_weight_standardization_cuda.py")
     from bitfast.kernels.launch import Launch
 
     launches = []

@@ -539,10 +539,15 @@ inline uint32_t load_2(const void* p) { return load_aligned<uint16_t>(p); }
 inline uint4 load_written_16(const void* p) { return load_aligned<uint4>(p); }
 inline void store_16(void* p, uint4 v) { store_aligned(p, v); }
 inline void store_8(void* p, uint2 v) { store_aligned(p, v); }
+inline void store_4(void* p, uint32_t v) { store_aligned(p, v); }
 
 inline uint4 load_shared_16(const void* p) {
   emulation::check_shared(p, 16, "a load");
   return load_aligned<uint4>(p);
+}
+inline uint2 load_shared_8(const void* p) {
+  emulation::check_shared(p, 8, "a load");
+  return load_aligned<uint2>(p);
 }
 inline void store_shared_16(void* p, uint4 v) {
   emulation::check_shared(p, 16, "a store");
@@ -700,9 +705,8 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
   w.results[emulation::lane()] = fragment;
   emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
     for (int lane = 0; lane < emulation::warp_size; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        static_cast<uint32_t*>(w.results[lane])[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
-      }
+      auto* words = static_cast<uint32_t*>(w.results[lane]);
+      for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
     }
   });
 }
@@ -743,9 +747,9 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   });
 }
 
-// ---- matrices in shared memory -----------------------------------------------------------------------------------------
+// ---- matrices in shared memory ---------------------------------------------------------------------------------------
 
-using MatrixPlace = uint64_t;  // the fields of the hardware's descriptor; addresses count from the block's shared memory
+using MatrixPlace = uint64_t;  // the fields of the hardware's descriptor; addresses count from the block's memory
 
 inline MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
   emulation::check_shared(shared, 128, "a matrix");

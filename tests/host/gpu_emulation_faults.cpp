@@ -43,7 +43,7 @@ struct Reverse {
   static BITFAST_GPU void run(const Arguments& a) {
     auto* numbers = reinterpret_cast<float*>(shared_memory());
     const int at = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * threads;
-    const int beyond = a.fault == Fault::global_past_the_end && at == 5 ? 256 : 0;
+    const int beyond = a.fault == Fault::global_past_the_end && at == 5 ? 256 : 0;  // the guard page
     numbers[at] = a.x[first + at + beyond];
     if (a.fault == Fault::barrier_that_some_skip && at == 3) return;
     if (a.fault != Fault::no_barrier_before_read) sync_block();
