@@ -135,6 +135,7 @@ class BuildNative(build_ext):
         sources = sorted(ext.sources, key=os.path.getsize, reverse=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: self.compile(source, ext), sources))
+        ext.depends = [*ext.depends, *ext.sources]  # which decide whether it is linked again
         ext.sources = []
         ext.extra_objects = [*objects, *ext.extra_objects]
         super().build_extension(ext)

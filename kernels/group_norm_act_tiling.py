@@ -40,6 +40,12 @@ MOST_PARTIALS = 256
 NEARLY = 1.03
 """How much more time a shape may be predicted to take, if it has wider rows."""
 
+WARPS_AT_ONCE = (16, 11)
+"""Warps of a multiprocessor, forward and backward, of programs that keep what they have read.
+
+Forward they take 128 registers, backward up to 172 if they may; programs of 16 warps never more than 128.
+"""
+
 # ---- the cost model -------------------------------------------------------------------------------
 
 LAUNCH_SECONDS = 2e-6
@@ -288,17 +294,18 @@ def works_of(p: Problem, shape: Tiling, device: Device) -> list[Work]:
     """Return what the launches of a shape do, without residual and statistics, as far as they are equal."""
     row = min(shape.block_groups * p.per_group, p.channels) * p.itemsize
     excess = in_sectors(row) if p.is_channels_last else 1.0
-    at_once = MOST_WARPS // shape.warps
     reads, writes = p.tensors * p.nbytes, p.nbytes
     chunk = shape.block_pixels * shape.block_groups * shape.padded
     if shape.is_whole:
         moved, elements = reads + writes, shape.chunks * chunk
+        at_once = max(WARPS_AT_ONCE[p.tensors - 1] // shape.warps, 1)
         per_element = WHOLE_INSTRUCTIONS[2 if p.itemsize == 2 else 4][p.tensors - 1]
         return [
             Work(moved, moved * excess, shape.programs, at_once, 2, per_element * elements),
         ]
     steps = ceil_div(shape.pixels_per_split, shape.chunks * shape.block_pixels)
     elements = steps * shape.chunks * chunk
+    at_once = MOST_WARPS // shape.warps
     first, second = SPLIT_INSTRUCTIONS[p.tensors - 1]
     kept = min(reads, device.l2_bytes // 2)  # in the cache, from the first launch to the second
     return [

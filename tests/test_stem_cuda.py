@@ -31,8 +31,9 @@ Sides = tuple[int, int, int, int]
 
 DTYPES = sorted(STEM_DTYPES, key=str)
 ZEROS, POOL = (3, 3, 3, 3), (1, 1, 1, 1)
-DEVICES = [A100, H100, (90, 1, 227 * 1024), (80, 3, 99 * 1024)]
-"""Also with so few multiprocessors that blocks take long strips."""
+ONE_MULTIPROCESSOR = (90, 1, 227 * 1024)
+"""Its blocks take long strips."""
+DEVICES = [A100, H100, ONE_MULTIPROCESSOR, (80, 3, 99 * 1024)]
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 
@@ -86,7 +87,7 @@ def compare(
     [
         (torch.bfloat16, torch.bfloat16, CONTIGUOUS, H100),
         (torch.float16, torch.float32, CHANNELS_LAST, A100),
-        (torch.bfloat16, torch.float32, CONTIGUOUS, (90, 1, 227 * 1024)),
+        (torch.bfloat16, torch.float32, CONTIGUOUS, ONE_MULTIPROCESSOR),
     ],
 )
 def test_full_size(dtype, image_dtype, layout, device) -> None:
@@ -165,16 +166,22 @@ def test_any_strides(image_dtype) -> None:
         compare(images, weight, ZEROS, POOL)
 
 
-@pytest.mark.parametrize("device", [A100, H100])
+@pytest.mark.parametrize("device", [A100, H100, ONE_MULTIPROCESSOR])
 @pytest.mark.parametrize("padding", [ZEROS, (2, 3, 2, 3)])
-@pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("pool_padding", [POOL, None])
+@pytest.mark.parametrize(
+    ("image_dtype", "pool_padding"),
+    [(torch.bfloat16, POOL), (torch.bfloat16, None), (torch.float32, POOL)],
+)
 def test_nan_and_infinity(device, padding, image_dtype, pool_padding) -> None:
-    """They come out where plain PyTorch lets them come out, and nowhere else."""
+    """They come out where plain PyTorch lets them come out, and nowhere else.
+
+    They stand in the first, second, ... of the four rows that a step brings, and in even and odd columns.
+    """
     images = images_of((1, 3, 45, 48), image_dtype, CHANNELS_LAST)
-    images[0, 1, 20, 4] = float("nan")
-    images[0, 0, 30, 21] = float("inf")
-    images[0, 2, 44, 40] = float("-inf")
+    for row, column, value in (
+        (4, 4, "nan"), (13, 14, "inf"), (22, 25, "-inf"), (31, 35, "nan"), (41, 43, "inf")
+    ):  # fmt: skip
+        images[0, row % 3, row, column] = float(value)
     weight = torch.randn(64, 3, 7, 7).bfloat16()
     weight[5] = float("nan")
     actual = run(images, weight, padding, pool_padding, device)
@@ -187,6 +194,7 @@ def test_nan_and_infinity(device, padding, image_dtype, pool_padding) -> None:
 
 @pytest.mark.parametrize("device", [A100, H100])
 def test_the_order_of_threads_makes_no_difference(device) -> None:
+    """Nor does it how images are cut into strips."""
     images = images_of((2, 3, 41, 70), torch.bfloat16, CONTIGUOUS)
     weight = torch.randn(64, 3, 7, 7).bfloat16()
     for pool_padding in (POOL, None):

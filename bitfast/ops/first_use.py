@@ -41,9 +41,11 @@ def why_unusable(op: str) -> str | None:
     """
     if extension.CUDA.problem is not None:
         return extension.CUDA.problem
+    if op in _problems:
+        return _problems[op]
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if op not in _problems and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         return "it has not been checked yet, and a CUDA graph is being captured"
     with _lock:
         if op not in _problems:
