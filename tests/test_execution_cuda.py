@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bitfast.backends import use_backend
-from bitfast.execution import op_by_op
+from bitfast.execution import cuda, op_by_op
 from bitfast.execution.plan import Plan
 from bitfast.execution.weights import standardized_weights
+from bitfast.ops import group_norm_act_cuda, native_cuda
+from tests.emulated import emulate
+from tests.group_norm_act_calls import kernels
 from tests.interpreter import DEVICE
 from tests.model_pairs import flatten
 from tests.tiny_models import ours
@@ -80,6 +83,29 @@ def test_the_bits_are_those_of_single_ops(kind, dtype):
             assert a.is_contiguous()
     assert torch.equal(x, before)
     assert len(plans(model)) == 1
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulation is for the CPU")
+@pytest.mark.parametrize("kind", ["preactivation", "bottleneck"])
+def test_norms_by_cuda_kernels(kind, monkeypatch):
+    """They are launched as on a GPU, past the dispatcher, in the emulation of one."""
+    norms = kernels()
+    emulate(norms, (90, 2, 227 * 1024))
+    model, x = model_of(kind), images()
+    expected = one_after_the_other(model, x)
+    monkeypatch.setattr(cuda, "kernels_of", lambda *_: "native")
+    entries: list[str] = []
+    find_entry = native_cuda.entry
+    monkeypatch.setattr(native_cuda, "library", lambda: norms)
+    monkeypatch.setattr(
+        group_norm_act_cuda, "entry", lambda name, *types: entries.append(name) or find_entry(name, *types)
+    )  # fmt: skip
+    output = model(x, output_hidden_states=True)
+    actual = [*output.hidden_states, output.last_hidden_state]
+    assert len(plans(model)) == 1
+    assert "bitfast_group_norm_act_forward" in entries
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_has_the_bits_of_single_ops():
