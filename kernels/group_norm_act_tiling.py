@@ -15,6 +15,9 @@ VECTOR = 16
 KEPT_VECTORS = 16
 """Vectors of all tensors that a thread keeps between their two uses: 64 of its 128 registers."""
 
+KEPT_VECTORS_UNPACKED = 12
+"""The same for programs of the most warps, backward, of 16-bit numbers: with more, ptxas spills some."""
+
 MOST_WARPS = 16
 """Per program: with 128 registers a thread, these fill a multiprocessor."""
 
@@ -250,6 +253,8 @@ def _whole_tilings(p: Problem, device: Device) -> Iterator[Tiling]:
 def _fits(p: Problem, block_channels: int, warps: int) -> bool:
     # In NCHW images rows of pixels may begin anywhere; then each number of 16 bits takes a register.
     kept = p.kept_vectors if p.is_channels_last else p.kept_vectors // 2
+    if warps == MOST_WARPS and p.tensors == 2 and p.itemsize == 2:
+        kept = min(kept, KEPT_VECTORS_UNPACKED)
     pixels = _chunks(p, block_channels, warps) * _block_pixels(p, block_channels, warps)
     return pixels * block_channels * p.itemsize * p.tensors <= kept * 32 * warps * VECTOR
 
