@@ -67,7 +67,7 @@ int threads_of(const LaunchShape& shape) {
 }  // namespace bitfast::gpu
 
 #if defined(__CUDACC__)
-#include "gpu_device.h"
+#include "gpu_launch.h"
 #else
 #include "gpu_emulation.h"
 #endif
