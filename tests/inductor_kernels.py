@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.kernel_variants import ARCHITECTURES
-from bitfast.backends import register_kernel
+from bitfast.backends import register_kernel, use_backend
 from bitfast.ops.common import TRITON_DTYPES
 from tests.visible_kernels import PretendedDriver, inductor_code
 
@@ -156,7 +156,8 @@ def main() -> None:
     triton.runtime.driver.set_active(PretendedDriver())
     for op in ("group_norm_act", "weight_standardization"):
         register_kernel(op, "triton", "cpu", TRITON_DTYPES, lambda: None)
-    with tempfile.TemporaryDirectory() as folder:
+    triton_kernels = use_backend(group_norm_act="triton", weight_standardization="triton")
+    with triton_kernels, tempfile.TemporaryDirectory() as folder:
         print(json.dumps(report(Path(folder))))
 
 

@@ -18,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 
 from bench.torchvision_import import import_torchvision
-from bitfast.backends import register_kernel
+from bitfast.backends import register_kernel, use_backend
 from bitfast.ops.common import TRITON_DTYPES
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.weight_standardization import weight_standardization
@@ -136,26 +136,28 @@ def suppress_stop() -> Iterator[None]:
 def main() -> None:
     """Print what was seen."""
     import_torchvision()
-    from tests.tiny_models import ours
-
     triton.runtime.driver.set_active(PretendedDriver())
     for op in ("group_norm_act", "weight_standardization"):
         register_kernel(op, "triton", "cpu", TRITON_DTYPES, lambda: None)
+    with use_backend(group_norm_act="triton", weight_standardization="triton"):
+        print(json.dumps(seen()))
+
+
+def seen() -> dict[str, list[str]]:
+    """Return the calls in each graph, and where Inductor's program names kernels."""
+    from tests.tiny_models import ours
+
     model = ours("BitModel", num_groups=4).train()
     images = torch.randn(1, 3, 32, 32)
     weight = torch.randn(32, 16, 3, 3, requires_grad=True)
     program = inductor_code(norms, *inputs())
-    print(
-        json.dumps(
-            {
-                "op": traced(norms, *inputs()),
-                "dynamic": traced(norms, *inputs(), dynamic=True),
-                "weight": traced(lambda w: weight_standardization(w), weight),
-                "model": traced(lambda x: model(x).last_hidden_state, images),
-                "inductor": [line for line in program.splitlines() if "_kernel" in line],
-            }
-        )
-    )
+    return {
+        "op": traced(norms, *inputs()),
+        "dynamic": traced(norms, *inputs(), dynamic=True),
+        "weight": traced(lambda w: weight_standardization(w), weight),
+        "model": traced(lambda x: model(x).last_hidden_state, images),
+        "inductor": [line for line in program.splitlines() if "_kernel" in line],
+    }
 
 
 if __name__ == "__main__":
