@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfast.bench import contest, models, ops, registry, timing
+from bitfast.bench import contest, models, op_problems, ops, registry, timing
 from bitfast.bench.accuracy import (
     OURS,
     Float64Judge,
@@ -284,16 +284,16 @@ TINY = {"group_norm_act": (2, 32, 3, 5), "same_padding": (2, 3, 8, 10)}
     ids=lambda f: f"{f.op} {f.form}",
 )
 def test_compiled_contestants_of_a_gpu_case_are_right(
-    family: ops.Family, monkeypatch: pytest.MonkeyPatch
+    family: op_problems.Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compiled(f, backend="aot_eager", **options)
     )
     monkeypatch.setattr(contest, "take_turns", lambda *_: {})
-    inputs = ops.Inputs(TINY[family.op], torch.float32, "channels_last")
+    inputs = op_problems.Inputs(TINY[family.op], torch.float32, "channels_last")
     rows = contest.run(family.case(inputs, 1, is_compiled=True), None, 1)
-    assert [row.contestant for row in rows] == [PLAIN, ops.COMPILED, "bitfast"]
+    assert [row.contestant for row in rows] == [PLAIN, op_problems.COMPILED, "bitfast"]
     assert {row.contestant: row.note for row in rows if row.status == FAILED} == {}
 
 
@@ -305,7 +305,7 @@ def test_weights_of_one_dtype_become_those_of_another(monkeypatch: pytest.Monkey
             "weight_standardization_all", "", is_training=is_training,
             source=torch.float32, dtype=torch.bfloat16,
         )  # fmt: skip
-        case = family.case(ops.Inputs((4, 3, 3, 3), torch.bfloat16, "NCHW"), 1)
+        case = family.case(op_problems.Inputs((4, 3, 3, 3), torch.bfloat16, "NCHW"), 1)
         assert "float32 to bfloat16" in case.title
         with registry.opened(case) as problem:
             numel = 2 * 4 * 27
