@@ -61,6 +61,9 @@ then
     # to ask what the driver can do are no errors of ours.
     sanitizer="compute-sanitizer --error-exitcode 9 --print-limit 20"
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    # The checks that CUDA kernels make of themselves launch each of them.
+    step memcheck-checks 100 $sanitizer --tool memcheck --report-api-errors no "$python" -m bitfast env --check
+    step racecheck-checks 100 $sanitizer --tool racecheck "$python" -m bitfast env --check
     # shellcheck disable=SC2086
     step memcheck 200 $sanitizer --tool memcheck --report-api-errors no "$python" $pytest $small $kernels
     # shellcheck disable=SC2086

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STEPS = ("install", "build", "environment", "bench", "tests", "memcheck", "racecheck")
+STEPS = (
+    *("install", "build", "environment", "bench", "tests"),
+    *("memcheck-checks", "racecheck-checks", "memcheck", "racecheck"),
+)
 PYTHON = """\
 #!/bin/sh
 case "$*" in
