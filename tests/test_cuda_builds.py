@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -33,3 +35,28 @@ def test_every_kernel_is_there_for_every_chip(found: list[Build]) -> None:
 
 def test_nothing_is_spilled(found: list[Build]) -> None:
     assert [build for build in found if build.stack > 0] == []
+
+
+LOAD = """
+import ctypes, os, sys
+import torch
+import bitfast.ops
+library = ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)  # what only a torch with CUDA has is not looked for yet
+for name in ("group_norm_act_forward", "group_norm_act_backward", "same_max_pool", "same_pad", "stem"):
+    library["bitfast_" + name]
+size = library.bitfast_group_norm_act_workspace
+size.restype = ctypes.c_char_p
+call = bitfast.ops.group_norm_act_cuda.Call.of(
+    (2, 64, 8, 8), torch.bfloat16, 32, 1e-5, "relu", torch.float32, torch.float32
+)
+problem = size(ctypes.byref(call), ctypes.byref(ctypes.c_int64()))
+assert torch.cuda.is_available() == (problem is None), problem
+assert problem is None or b"CUDA" in problem, problem
+"""
+
+
+def test_the_library_loads_without_a_gpu() -> None:
+    """Its entries are there, define all that they call, and say what is missing."""
+    command = [sys.executable, "-c", LOAD, str(LIBRARY)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
