@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
+from bitfast.kernels.launch import as_current
 from bitfast.ops.first_use import difference
-from bitfast.ops.native_cuda import ADDRESS, DTYPES, entry
+from bitfast.ops.native_cuda import ADDRESS, DTYPES, entry, workspace_size
 
 Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int], None]
 """Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; 0 for a missing
@@ -75,7 +75,7 @@ def prepare_backward(
         images, height * width, channels, groups, *dtypes, tuple(ACTIVATIONS).index(activation)
     )
     told = ctypes.byref(call)
-    size = _workspace_size(told, device)
+    size = workspace_size("bitfast_group_norm_act_backward_workspace", told, device)
     launch = entry("bitfast_group_norm_act_backward", *(ADDRESS,) * 13)
 
     def launch_all(stream: int, *addresses: int) -> None:
@@ -83,19 +83,6 @@ def prepare_backward(
         launch(told, stream, *addresses, workspace.data_ptr())
 
     return launch_all
-
-
-def _workspace_size(told: object, device: torch.device) -> int:
-    """Return how many float32 numbers a call needs room for."""
-    wanted = ctypes.c_int64()
-    ask = entry("bitfast_group_norm_act_backward_workspace", ADDRESS, ADDRESS)
-    with _as_current(device):
-        ask(told, ctypes.byref(wanted))
-    return wanted.value // 4
-
-
-def _as_current(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---- first use ------------------------------------------------------------------------------------
@@ -163,7 +150,7 @@ def _gradients(case: Case, given: _Tensors) -> list[Tensor]:
         case.shape, case.dtype, device, True, case.groups, case.activation, weight.dtype, bias.dtype,
         has_grad_total=case.has_total,
     )  # fmt: skip
-    with _as_current(device):
+    with as_current(device):
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         run(stream, *(0 if t is None else t.data_ptr() for t in (*given, *results)))
     return results

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from bitfast import reference
 from bitfast.activations import ACTIVATIONS
+from bitfast.kernels.launch import as_current
 from bitfast.ops.common import why_no_triton
 from bitfast.ops.first_use import difference
-from bitfast.ops.native_cuda import ADDRESS, DTYPES, entry
+from bitfast.ops.native_cuda import ADDRESS, DTYPES, entry, workspace_size
 from bitfast.torch_state import constant_when_compiled
 
 Forward = Callable[[int, int, int, int, int, int, int, int, int], None]
@@ -96,7 +96,7 @@ def prepare_forward(
         raise ValueError("the native CUDA kernels of group_norm_act need channels_last")
     call = Call.of(shape, dtype, groups, eps, activation, weight_dtype, bias_dtype)
     told = ctypes.byref(call)
-    size = _workspace_size(told, device)
+    size = workspace_size("bitfast_group_norm_act_workspace", told, device)
     launch = entry("bitfast_group_norm_act_forward", *(ADDRESS,) * 11)
 
     def launch_all(stream: int, *addresses: int) -> None:
@@ -107,19 +107,6 @@ def prepare_forward(
         launch(told, stream, *addresses, workspace.data_ptr())
 
     return launch_with_workspace if size > 0 else launch_all
-
-
-def _workspace_size(told: object, device: torch.device) -> int:
-    """Return how many float32 numbers a call needs room for."""
-    wanted = ctypes.c_int64()
-    ask = entry("bitfast_group_norm_act_workspace", ADDRESS, ADDRESS)
-    with _as_current(device):
-        ask(told, ctypes.byref(wanted))
-    return wanted.value // 4
-
-
-def _as_current(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @constant_when_compiled
@@ -183,7 +170,7 @@ def _problem_of(case: Case, device: torch.device) -> str | None:
         case.shape, case.dtype, device, True, case.groups, 1e-5, case.activation, weight.dtype, bias.dtype,
         has_residual=case.adds,
     )  # fmt: skip
-    with _as_current(device):
+    with as_current(device):
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         tensors = (x, residual, weight, bias, total, result, mean, rstd)
         run(stream, *(0 if t is None else t.data_ptr() for t in tensors))

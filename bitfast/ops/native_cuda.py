@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bitfast import extension
+from bitfast.kernels.launch import as_current
 
 ADDRESS = ctypes.c_void_p
 
@@ -51,4 +52,19 @@ def entry(name: str, *argument_types: Any) -> Callable[..., None]:
     return call
 
 
-__all__ = ["ADDRESS", "DTYPES", "entry", "library"]
+def workspace_size(name: str, call: object, device: torch.device) -> int:
+    """Return how many float32 numbers of memory the launches of a call need besides its arguments.
+
+    Args:
+        name: Of the entry that tells the bytes.
+        call: Points to the prepared structure.
+        device: Where it will be launched.
+    """
+    wanted = ctypes.c_int64()
+    ask = entry(name, ADDRESS, ADDRESS)
+    with as_current(device):
+        ask(call, ctypes.byref(wanted))
+    return wanted.value // 4
+
+
+__all__ = ["ADDRESS", "DTYPES", "entry", "library", "workspace_size"]
