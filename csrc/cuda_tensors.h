@@ -11,8 +11,8 @@
 namespace bitfast {
 
 // The number of gpu::Dtype.
-inline int32_t number_of(const Tensor& x) {
-  switch (x.scalar_type()) {
+inline int32_t number_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return 0;
     case ScalarType::BFloat16:
@@ -23,6 +23,8 @@ inline int32_t number_of(const Tensor& x) {
       STD_TORCH_CHECK(false, "the native CUDA kernels support float32, bfloat16 and float16");
   }
 }
+
+inline int32_t number_of(const Tensor& x) { return number_of(x.scalar_type()); }
 
 inline bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
 
@@ -47,7 +49,7 @@ inline Tensor empty_channels_last(const Tensor& x) {
 }
 
 // Fails if an entry has said what went wrong.
-inline void check_launch(const char* problem) { STD_TORCH_CHECK(problem == nullptr, problem); }
+inline void check_launch(const char* problem) { STD_TORCH_CHECK(problem == nullptr, "launch failed: ", problem); }
 
 inline void* current_stream(const Tensor& x) {
   void* stream = nullptr;

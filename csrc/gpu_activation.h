@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "activation_kinds.h"
 #include "gpu.h"
@@ -35,23 +34,6 @@ BITFAST_GPU uint4 pack_activated(float (&numbers)[vector_size<T>]) {
 #pragma unroll
     for (float& number : numbers) number = activate<activation>(number);
     return pack<T>(numbers);
-  }
-}
-
-// Calls function with the activation as a compile-time constant.
-template <typename Function>
-BITFAST_GPU void with_activation(Activation activation, const Function& function) {
-  switch (activation) {
-    case Activation::none:
-      return function(std::integral_constant<Activation, Activation::none>{});
-    case Activation::relu:
-      return function(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::gelu:
-      return function(std::integral_constant<Activation, Activation::gelu>{});
-    case Activation::gelu_new:
-      return function(std::integral_constant<Activation, Activation::gelu_new>{});
-    case Activation::selu:
-      return function(std::integral_constant<Activation, Activation::selu>{});
   }
 }
 

@@ -127,7 +127,7 @@ class ClusterBlock {
     const Affine<T, parts> affine(weight(), bias(), statistics(), groups, place);
     char* result = vector_of(static_cast<char*>(a.tensors.result), image);
     for (int c = 0; c * chunk() < pixels; ++c) {
-      gpu::with_activation(a.activation, [&](auto kind) {
+      dispatch_activation(a.activation, [&](auto kind) {
         constexpr Activation activation = decltype(kind)::value;
         constexpr bool is_simple = activation == Activation::relu || activation == Activation::none;
         for_loaded<is_simple ? vectors_of_chunk : 1>(c, [&](int pixel, const uint4& v) {

@@ -183,7 +183,7 @@ struct TileNormalizeKernel {
     if (!place.is_active) return;
     const Affine<T, parts> affine(weight, bias, statistics, Groups<parts>(l, place), place);
     const int64_t at = tile.element(a) + place.vector * vector_size<T>;
-    gpu::with_activation(a.activation, [&](auto activation) {
+    dispatch_activation(a.activation, [&](auto activation) {
 #pragma unroll 4
       for (int64_t pixel = tile.begin + place.lane; pixel < tile.end; pixel += l.lanes) {
         const int64_t element = at + pixel * a.channels;
@@ -268,7 +268,7 @@ struct ElementNormalizeKernel {
     const Tile tile(a, static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x);
     const float2 statistics = merged_statistics(a, tile.moments(a), static_cast<int>(threadIdx.x) % 32);
     if (threadIdx.x == 0) keep_statistics(a, tile, 0, statistics);
-    gpu::with_activation(a.activation, [&](auto activation) {
+    dispatch_activation(a.activation, [&](auto activation) {
       for_each_element(a, tile, [&](int64_t element) {
         const int64_t channel = element % a.channels;
         const float scale = gpu::number_at(a.tensors.weight, channel, a.weight_dtype) * statistics.y;

@@ -2,19 +2,14 @@
 #include "errors.h"
 
 #include "same_padding_cuda.h"
+#include "cuda_tensors.h"
 #include "same_padding_operators.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 namespace bitfast::same_padding {
 namespace {
-
-// The numbers of bitfast::gpu::Dtype.
-int number_of(ScalarType dtype) {
-  return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2;
-}
 
 // For a map of x's size, in images, channels and pixels, that becomes `result`.
 SamePaddingCall call_of(
@@ -41,16 +36,6 @@ SamePaddingCall call_of(
   call.value = value;
   call.dtype = number_of(dtype);
   return call;
-}
-
-void* current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
-}
-
-void check_launch(const char* problem) {
-  STD_TORCH_CHECK(problem == nullptr, "launch failed: ", problem);
 }
 
 struct CudaKernels {

@@ -3,31 +3,17 @@
 
 #include "weight_standardization_cuda.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
+#include "cuda_tensors.h"
 #include "weight_standardization_operators.h"
 
 namespace bitfast::weight_standardization {
 namespace {
-
-// The number of a dtype in csrc/gpu.h.
-int32_t number_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::BFloat16:
-      return 1;
-    case ScalarType::Half:
-      return 2;
-    default:
-      STD_TORCH_CHECK(false, "weight_standardization: the CUDA kernels support float32, bfloat16 and float16");
-  }
-}
 
 void check_device(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.device() == weight.device(), "all tensors must be on the device of the first weight");
@@ -53,16 +39,6 @@ std::vector<const void*> addresses_of(const std::vector<Tensor>& weights) {
   return addresses;
 }
 
-void* current_stream(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
-}
-
-void check_launched(const char* problem) {
-  STD_TORCH_CHECK(problem == nullptr, "weight_standardization: ", problem);
-}
-
 Call call_of(const std::vector<Weight>& weights, const Tensor& weight, const Tensor& result, double eps) {
   return {
       weights.data(), static_cast<int32_t>(weights.size()), number_of(weight.scalar_type()),
@@ -80,7 +56,7 @@ struct CudaKernels {
       const Tensor& rstd) {
     const std::vector<Weight> shapes = described(weights, channels_last);
     const Call call = call_of(shapes, weights[0], result, eps);
-    check_launched(bitfast_weight_standardization_forward(
+    check_launch(bitfast_weight_standardization_forward(
         &call, current_stream(weights[0]), addresses_of(weights).data(), result.mutable_data_ptr(),
         static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr())));
   }
@@ -98,7 +74,7 @@ struct CudaKernels {
       gradients.push_back(
           static_cast<const char*>(grad.const_data_ptr()) + weight.start * static_cast<int64_t>(grad.element_size()));
     }
-    check_launched(bitfast_weight_standardization_backward(
+    check_launch(bitfast_weight_standardization_backward(
         &call, current_stream(weights[0]), addresses_of(weights).data(), gradients.data(),
         static_cast<const float*>(mean.const_data_ptr()), static_cast<const float*>(rstd.const_data_ptr()),
         result.mutable_data_ptr()));

@@ -87,7 +87,7 @@ def test_offsets_of_more_than_32_bits() -> None:
     images, channels, side = 700, 1024, 56
     needed = 4 * images * channels * side * side * 2
     if torch.cuda.mem_get_info()[0] < needed:
-        pytest.skip("too little memory")
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     x = torch.empty((images, side, side, channels), dtype=torch.bfloat16, device="cuda")
     x, grad = (like.normal_().permute(0, 3, 1, 2) for like in (x, torch.empty_like(x)))
     weight, bias = torch.rand(channels, device="cuda"), torch.zeros(channels, device="cuda")

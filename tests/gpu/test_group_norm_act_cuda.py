@@ -98,7 +98,7 @@ def test_the_operator_computes_the_same() -> None:
 @pytest.mark.parametrize("batch", [1, 17])
 def test_offsets_past_two_billion(batch: int) -> None:
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:
-        pytest.skip("needs 14 GiB of free GPU memory")
+        pytest.skip("maps of more than 2^31 elements need 14 GiB of free GPU memory")
     side = 6000 if batch == 1 else 1460
     weight, bias = parameters(64)
     x = torch.empty(
