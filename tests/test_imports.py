@@ -21,6 +21,7 @@ ROOMS = (
     ("bitfast.execution",),
     ("bitfast.models", "bitfast.in_place", "bitfast.graphs", "bitfast.images"),
     ("bitfast.bench", "bitfast.commands"),
+    ("bitfast.finetuning", "bitfast.embedding", "bitfast.serving"),
     ("bitfast.cli",),
 )
 """As docs/architecture.md draws them, the lowest first: none knows those that come after it."""

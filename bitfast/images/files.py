@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -98,7 +99,17 @@ def read_image(path: str) -> Image.Image:
         raise OSError("not a regular file")
     if status.st_size == 0:
         raise OSError("the file is empty")
-    with Image.open(path) as image:
+    return decode_image(path)
+
+
+def decode_image(file: str | IO[bytes]) -> Image.Image:
+    """Return the decoded image (of several frames, the first) in a file, given by name or opened.
+
+    Raises:
+        OSError: it is no image that Pillow knows.
+        Exception: what Pillow's decoders raise where the content is broken.
+    """
+    with Image.open(file) as image:
         image.load()
         return image
 

@@ -1,0 +1,1 @@
+"""``bitfast serve``: a model behind HTTP, on Ray Serve."""
