@@ -1,10 +1,16 @@
-"""Embedding on Ray: Ray Data gives batches to workers, each of which holds a model, and brings results back."""
+"""Embedding on Ray: Ray Data gives batches to workers, each of which holds a model, and brings results back.
+
+Where a worker dies, Ray Data starts another one and gives it the task again. A result that comes twice does
+no harm, since the store keeps one for each number.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +36,7 @@ BATCHES_OF_A_TASK = 4
 MOST_TASKS = 10_000
 """More batches make longer tasks instead: Ray's own work for each is some milliseconds."""
 
-RETRIES = 3
-"""How often a task begins again whose worker has died. An image that kills them ends the command."""
+SECONDS_TO_CONNECT = 10
 
 LOCAL_OBJECT_STORE = 256 * 2**20
 """Bytes of shared memory for a Ray of our own: names go in, vectors come out."""
@@ -86,6 +91,9 @@ def connect(address: str) -> Iterator[None]:
     """
     import ray
 
+    _check_port(address)
+    # Of the core of Ray, which writes to standard error itself: a warning for each pool of workers.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     own = {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE}
     try:
@@ -96,6 +104,20 @@ def connect(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_port(address: str) -> None:
+    """Check that somebody listens at host:port: Ray itself would try for two minutes.
+
+    Raises:
+        ClusterError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        try:
+            socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+        except (OSError, OverflowError) as error:
+            raise ClusterError(f"no cluster at {address!r}: {one_line(error)}") from error
 
 
 def plan_workers(count: int | None, device: str | None) -> Workers:
@@ -115,7 +137,7 @@ def plan_workers(count: int | None, device: str | None) -> Workers:
     gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
     if device is None:
         device = "cuda" if gpus else "cpu"
-    if torch.device(device).type == "cuda":
+    if device_type(device) == "cuda":
         count = count or max(gpus, 1)
         if count > gpus:
             raise ClusterError(
@@ -129,6 +151,19 @@ def plan_workers(count: int | None, device: str | None) -> Workers:
         raise ClusterError(f"the cluster has {sum(cpus)} CPUs, too few for {count} workers")
     share = max(n for n in range(1, max(cpus) + 1) if sum(c // n for c in cpus) >= count)
     return Workers(count, share, device)
+
+
+def device_type(name: str) -> str:
+    """Return "cuda" for "cuda:0", and so on.
+
+    Raises:
+        ClusterError: there is no such device anywhere.
+    """
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ClusterError(f"the device {name!r} cannot be used: {reason}") from error
 
 
 # ---- the work -----------------------------------------------------------------------------------
@@ -145,7 +180,7 @@ def embed_batches(
         workers: How many, and what each takes.
 
     Raises:
-        ClusterError: a worker fails, or dies again and again.
+        ClusterError: a worker fails.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -164,9 +199,7 @@ def embed_batches(
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers.count),
         num_cpus=workers.cpus,
-        num_gpus=1 if torch.device(settings.device).type == "cuda" else 0,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
+        num_gpus=1 if device_type(settings.device) == "cuda" else 0,
     )
     dtype = np.dtype(settings.store)
     missing = {number for number, _ in batches}

@@ -23,7 +23,7 @@ from bitfast.embedding import output
 from bitfast.embedding.embedder import Embedder
 from bitfast.embedding.inputs import Item, find_items, fingerprint, read_list
 from bitfast.embedding.pipeline import Batch, embed_batches
-from bitfast.embedding.store import BatchResult, Store
+from bitfast.embedding.store import BatchResult, Store, StoreError
 from bitfast.extras import MissingExtraError, require_extra
 from bitfast.images.files import one_line
 
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.ray is None:
             return _run_here(arguments, started)
         return _run_on_ray(arguments, started)
-    except (MissingExtraError, UsageError) as error:
+    except (MissingExtraError, StoreError, UsageError) as error:
         print(f"bitfast: error: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
     except torch.OutOfMemoryError as error:
@@ -165,7 +165,7 @@ def _run_on_cluster(work: Work, started: float) -> int:
         arguments.workers or plan.cpus,
         arguments.store,
     )
-    device = torch.device(plan.device).type
+    device = cluster.device_type(plan.device)
     with Store(partial_path(arguments.output), work.settings(device), arguments.overwrite) as store:
         batches = list(work.batches(_done(store, work)))
         if batches:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import math
 import os
 import re
 import stat
@@ -25,6 +26,7 @@ from bitfast.images.files import (
     describe,
     find_images,
     image_extensions,
+    one_line,
     read_image,
 )
 
@@ -91,15 +93,13 @@ def expand_ranges(argument: str) -> list[str]:
     if len(between) == 1 or os.path.lexists(argument):
         return [argument]
     # split gives: text, first, last, text, first, last, text
-    ranges = [_range(first, last) for first, last in zip(between[1::3], between[2::3], strict=True)]
-    count = 1
-    for numbers, _ in ranges:
-        count *= len(numbers)
+    ends = list(zip(between[1::3], between[2::3], strict=True))
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ends)
     if count > MOST_OF_A_RANGE:
         raise ValueError(
             f"{argument!r} stands for {count} names; at most {MOST_OF_A_RANGE} are allowed"
         )
-    spelled = [[f"{number:0{width}}" for number in numbers] for numbers, width in ranges]
+    spelled = [_numbers(first, last) for first, last in ends]
     texts = between[::3]
     return [
         texts[0] + "".join(part for pair in zip(choice, texts[1:], strict=True) for part in pair)
@@ -107,12 +107,13 @@ def expand_ranges(argument: str) -> list[str]:
     ]
 
 
-def _range(first: str, last: str) -> tuple[range, int]:
-    """Return the numbers from ``first`` to ``last``, and how many digits they are written with."""
+def _numbers(first: str, last: str) -> list[str]:
+    """Return the numbers from ``first`` to ``last`` as they are written, in as many digits if with zeros."""
     begin, end = int(first), int(last)
     step = 1 if begin <= end else -1
     padded = any(text.startswith("0") and len(text) > 1 for text in (first, last))
-    return range(begin, end + step, step), max(len(first), len(last)) if padded else 0
+    width = max(len(first), len(last)) if padded else 0
+    return [f"{number:0{width}}" for number in range(begin, end + step, step)]
 
 
 def read_list(path: str) -> list[str]:
@@ -153,7 +154,8 @@ def _members(path: str) -> Iterator[Item]:
                 found += 1
                 yield item
     except Exception as error:  # broken headers make tarfile raise nearly anything
-        yield Item(path, problem=f"the archive is broken: {describe(error)}")
+        reason = one_line(error) if isinstance(error, tarfile.TarError) else describe(error)
+        yield Item(path, problem=f"the archive is broken: {reason}")
         return
     if not found:
         yield Item(path, problem="the archive holds no image files")

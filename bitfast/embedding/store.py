@@ -42,6 +42,8 @@ class BatchResult:
 class Store:
     """The results of batches, by number, in an SQLite file. What is in it survives any kind of death.
 
+    A context manager, which closes the file, and makes a StoreError of an error of SQLite.
+
     Args:
         path: Made if there is none.
         settings: What the results depend on, by the name that the user knows it by.
@@ -86,17 +88,15 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         with contextlib.suppress(sqlite3.Error):  # the disk may be full
             self._connection.commit()
         self._connection.close()
+        if isinstance(error, sqlite3.Error):
+            raise self._failure(error) from error
 
     def add(self, result: BatchResult) -> None:
-        """Keep a result; one that is there already stays.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
+        """Keep a result; one that is there already stays."""
         row = (
             result.number,
             len(result.names),
@@ -105,13 +105,10 @@ class Store:
             json.dumps(result.failures),
             result.vectors.tobytes(),
         )
-        try:
-            self._connection.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", row)
-            if time.monotonic() - self._committed >= SECONDS_BETWEEN_COMMITS:
-                self._connection.commit()
-                self._committed = time.monotonic()
-        except sqlite3.Error as error:
-            raise self._failure(error) from error
+        self._connection.execute("INSERT OR IGNORE INTO batches VALUES (?, ?, ?, ?, ?, ?)", row)
+        if time.monotonic() - self._committed >= SECONDS_BETWEEN_COMMITS:
+            self._connection.commit()
+            self._committed = time.monotonic()
 
     def numbers(self) -> set[int]:
         """Return the numbers of the batches that are there."""
