@@ -188,7 +188,8 @@ def embed_batches(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It would show an error's tracebacks in several processes; the last line is told below.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     size = max(BATCHES_OF_A_TASK, math.ceil(len(batches) / MOST_TASKS))
     rows = [{"number": number, "items": json.dumps(items)} for number, items in batches]
     dataset = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size))
@@ -208,7 +209,7 @@ def embed_batches(
             missing.discard(row["number"])
             yield _from_row(row, dtype)
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"a worker failed: {_last_line(error)}") from error
+        raise ClusterError(f"a worker fails: {_last_line(error)}") from error
     if missing:
         raise ClusterError(f"the results of {len(missing)} batches did not come")
 

@@ -68,12 +68,12 @@ class Work:
         arguments = self.arguments
         return {
             "the images:": f"{len(self.items)} ({fingerprint(self.items)[:16]})",
-            "the weights of --model:": fingerprint_of_model(self.embedder),
             "--layer": arguments.layer,
             "--store": arguments.store,
             "--batch-size": str(arguments.batch_size),
             "--dtype": arguments.dtype,
             "--device": device,
+            "the weights of --model:": fingerprint_of_model(self.embedder),
         }
 
 
