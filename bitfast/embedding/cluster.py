@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,10 +94,11 @@ def connect(address: str) -> Iterator[None]:
     _check_port(address)
     # Of the core of Ray, which writes to standard error itself: a warning for each pool of workers.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    own = {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE}
     try:
-        ray.init(address, **quiet, **(own if address == "local" else {}))
+        ray.init(address, **options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no cluster at {address!r}: {one_line(error)}") from error
     try:
@@ -171,7 +172,7 @@ def device_type(name: str) -> str:
 
 def embed_batches(
     batches: Sequence[Batch], settings: WorkerSettings, workers: Workers
-) -> Iterator[BatchResult]:
+) -> Generator[BatchResult, None, None]:
     """Yield what comes of each batch, in the order in which they are ready.
 
     Args:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +225,7 @@ def _done(store: Store, work: Work) -> set[int]:
     return done
 
 
-def _collect(store: Store, work: Work, results: Iterator[BatchResult]) -> None:
+def _collect(store: Store, work: Work, results: Generator[BatchResult, None, None]) -> None:
     """Keep the results as they come, and show how far it is."""
     _, failed = store.counts()
     try:

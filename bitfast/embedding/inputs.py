@@ -174,7 +174,7 @@ def _headers(path: str) -> Iterator[tarfile.TarInfo]:
             if member.size < 0 or archive.offset <= end:
                 raise tarfile.ReadError("a header with a negative size")
             end = archive.offset
-            archive.members = []  # which it would keep all in memory
+            archive.members = []  # type: ignore[attr-defined]  # all of them would stay in memory
             yield member
     # tarfile takes a damaged header, and a file that ends here, for the end of the archive.
     with open(path, "rb") as file:

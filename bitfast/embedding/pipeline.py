@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ BATCHES_AHEAD = 2
 
 def embed_batches(
     embedder: Embedder, batches: Iterable[Batch], workers: int, dtype: np.dtype
-) -> Iterator[BatchResult]:
+) -> Generator[BatchResult, None, None]:
     """Yield what comes of each batch, in their order. A result depends on its batch alone.
 
     Args:
@@ -80,13 +80,13 @@ def _finish(
     pixels = [future.result() for future in prepared]
     outcomes: list[np.ndarray | str] = [p if isinstance(p, str) else "" for p in pixels]
     # Without a center crop the sizes may differ, and only equal ones go together.
-    by_shape: dict[torch.Size, list[int]] = {}
+    by_shape: dict[torch.Size, dict[int, Tensor]] = {}
     for index, image in enumerate(pixels):
         if isinstance(image, Tensor):
-            by_shape.setdefault(image.shape, []).append(index)
-    for indices in by_shape.values():
-        images = torch.stack([pixels[index] for index in indices])
-        for index, outcome in zip(indices, _vectors(embedder, images, dtype), strict=True):
+            by_shape.setdefault(image.shape, {})[index] = image
+    for images in by_shape.values():
+        found = _vectors(embedder, torch.stack(list(images.values())), dtype)
+        for index, outcome in zip(images, found, strict=True):
             outcomes[index] = outcome
 
     names, vectors, failures = [], [], []
