@@ -84,7 +84,8 @@ def connect(address: str) -> Iterator[None]:
     """Connect to a cluster, and disconnect at the end.
 
     Args:
-        address: "local": start Ray here, and stop it at the end; else as ``ray.init`` takes it.
+        address: host:port; "auto": of the cluster that this machine belongs to; or "local": start Ray here,
+            and stop it at the end.
 
     Raises:
         ClusterError: there is no cluster at this address.
@@ -113,7 +114,7 @@ def _check_port(address: str) -> None:
     Raises:
         ClusterError: nobody does.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host:
         try:
             socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()

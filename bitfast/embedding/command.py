@@ -196,7 +196,8 @@ def _prepare(arguments: argparse.Namespace, device: torch.device) -> Work:
 
 def default_threads() -> int:
     """Return how many threads decode images unless the user says so."""
-    return min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(allowed or 1, MOST_THREADS)
 
 
 def fingerprint_of_model(embedder: Embedder) -> str:
@@ -227,9 +228,12 @@ def _done(store: Store, work: Work) -> set[int]:
 
 def _collect(store: Store, work: Work, results: Generator[BatchResult, None, None]) -> None:
     """Keep the results as they come, and show how far it is."""
-    _, failed = store.counts()
+    embedded, failed = store.counts()
     try:
-        with _Progress(len(work.items), sum(store.counts())) as progress, closing(results):
+        with (
+            _Progress(len(work.items), embedded + failed, failed) as progress,
+            closing(results),
+        ):
             for result in results:
                 store.add(result)
                 failed += len(result.failures)
@@ -254,14 +258,21 @@ def _finish(store: Store, work: Work, started: float) -> int:
 class _Progress:
     """A bar on standard error, if that is a terminal and tqdm is installed."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, failed: int) -> None:
         self._bar: Any = None
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, initial=done, unit="image", file=sys.stderr, leave=False)
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                postfix={"failed": failed},
+                unit="image",
+                file=sys.stderr,
+                leave=False,
+            )
 
     def __enter__(self) -> _Progress:
         return self

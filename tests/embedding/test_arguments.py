@@ -30,7 +30,14 @@ from tests.embedding.common import files_in
         (["x.png", "--output", "out.npy", "--store", "bfloat16"], "--store: invalid choice"),
         (["x.png", "--output", "out.npy", "--device", "abacus"], "--device: the device 'abacus'"),
         (["x.png", "--output", "out.npy", "--ray-workers", "2"], "--ray-workers: needs --ray"),
-        (["--output", "out.npy", "--ray", "photos"], "--ray: ADDRESS must be host:port, "),
+        (
+            ["--output", "out.npy", "--ray", "photos"],
+            "--ray: ADDRESS must be host:port, auto or local, got",
+        ),
+        (
+            ["x.png", "--output", "out.npy", "--ray", "ray://head:10001"],
+            "--ray: ADDRESS must be host:port",
+        ),
     ],
     ids=str,
 )

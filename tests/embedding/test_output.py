@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +224,33 @@ def test_too_large_images(
     output = tmp_path / "out.npy"
     assert run("embed", photo, "--output", output, "--model", model)[0] == 1
     assert "exceeds limit of 1000 pixels" in read_failures(output)[str(photo)]
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_progress_on_a_terminal(
+    tmp_path: Path,
+    model: Path,
+    corpus: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    has_tqdm: bool,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    arguments = ["embed", corpus, "--output", tmp_path / "out.npy", "--model", model]
+    status, out, _ = run(*arguments, "--batch-size", "2")
+    assert (status, out) == (1, "")
+    shown, _, last = terminal.getvalue().rpartition("\r")
+    assert (f"/{len(GOOD) + len(BAD)} [" in shown) is has_tqdm
+    assert ("failed=0" in shown) is has_tqdm
+    assert last.startswith(f"{len(GOOD)} embedded, {len(BAD)} failed")
