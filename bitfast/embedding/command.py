@@ -201,11 +201,12 @@ def default_threads() -> int:
 
 
 def fingerprint_of_model(embedder: Embedder) -> str:
-    """Return a hash of everything in a checkpoint that vectors depend on."""
+    """Return a hash of everything in a checkpoint that vectors depend on; not of where it lies."""
     classifier = embedder.classifier
     digest = hashlib.sha256()
     for part in (classifier.model.config, classifier.processor):
-        digest.update(json.dumps(part.to_dict(), sort_keys=True, default=str).encode())
+        settings = {key: value for key, value in part.to_dict().items() if key != "_name_or_path"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in classifier.model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

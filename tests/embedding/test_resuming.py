@@ -293,6 +293,15 @@ def test_overwriting_goes_on_as_well(tmp_path: Path, begun: list[str], run: Run)
     assert "going on: 8 of 21" in err
 
 
+def test_the_same_model_by_another_path(
+    tmp_path: Path, begun: list[str], model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    status, _, err = run(*begun, "--model", model.name)
+    assert status == 1
+    assert "going on: 8 of 21" in err
+
+
 def test_an_output_is_not_overwritten_unasked(
     tmp_path: Path, photos: Path, model: Path, run: Run
 ) -> None:
