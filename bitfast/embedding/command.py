@@ -92,6 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
         message = f"{one_line(error).partition('. ')[0]}; a smaller --batch-size needs less"
         print(f"bitfast: error: {message}", file=sys.stderr)
         return USAGE_ERROR
+    except torch.AcceleratorError as error:
+        print(f"bitfast: error: the device fails: {one_line(error)}", file=sys.stderr)
+        return USAGE_ERROR
     except OSError as error:
         # Each image's error is in the table; this is of the output, or of what has been done so far.
         path = str(arguments.output)

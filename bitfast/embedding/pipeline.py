@@ -24,6 +24,10 @@ BATCHES_AHEAD = 2
 """How many batches are decoded, or being decoded, while the model computes."""
 
 
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""What is no fault of an image's, and would befall the others as well."""
+
+
 def embed_batches(
     embedder: Embedder, batches: Iterable[Batch], workers: int, dtype: np.dtype
 ) -> Generator[BatchResult, None, None]:
@@ -37,6 +41,7 @@ def embed_batches(
 
     Raises:
         torch.OutOfMemoryError: a batch does not fit the device's memory.
+        torch.AcceleratorError: the device does not go on.
     """
 
     def prepare(item: Item) -> Tensor | str:
@@ -104,7 +109,7 @@ def _vectors(embedder: Embedder, images: Tensor, dtype: np.dtype) -> list[np.nda
     """Return each image's vector, or what is wrong."""
     try:
         vectors = embedder.vectors(images)
-    except torch.OutOfMemoryError:
+    except DEVICE_ERRORS:
         raise
     except (RuntimeError, ValueError) as error:
         return [f"the model fails: {one_line(error)}"] * len(images)

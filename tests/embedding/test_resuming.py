@@ -360,15 +360,34 @@ def test_a_shard_that_has_changed(
     assert "other settings: the images: 9 (" in err
 
 
-def test_memory_that_does_not_suffice(
-    tmp_path: Path, begun: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has ..."),
+            "CUDA out of memory; a smaller --batch-size needs less",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: an illegal\nmemory access"),
+            "the device fails: CUDA error: an illegal memory access",
+        ),
+    ],
+    ids=["memory", "error"],
+)
+def test_devices_that_fail(
+    tmp_path: Path,
+    begun: list[str],
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str,
 ) -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has ...")
+    """The images are not to blame, and not listed as failed."""
     with monkeypatch.context() as patch:
         patch.setattr(Embedder, "vectors", after(1, Embedder.vectors, error))
         status, _, err = run(*begun)
     assert status == 2
-    assert "bitfast: error: CUDA out of memory; a smaller --batch-size needs less\n" in err
+    assert f"bitfast: error: {said}\n" in err
     status, _, err = run(*begun)
     assert status == 1
     assert "going on: 10 of 21" in err
