@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
     )
     _add_classify(commands)
+    _add_embed(commands)
     _add_convert(commands)
     _add_demo(commands)
     _add_env(commands)
@@ -142,6 +143,19 @@ def _add_classify(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
     parser.set_defaults(run=run_classify, refuse=parser.error)
+
+
+def _add_embed(commands: Any) -> None:
+    from bitfast.embedding import arguments as embed
+
+    parser = commands.add_parser(
+        "embed",
+        help="write the features of images as vectors",
+        description=embed.DESCRIPTION,
+        epilog=embed.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    embed.add_arguments(parser)
 
 
 def _add_convert(commands: Any) -> None:

@@ -20,11 +20,12 @@ import transformers
 
 import bitfast
 import bitfast.transformers
-from bitfast.cli import build_parser
+from bitfast.cli import build_parser, main
 from bitfast.digits import MODEL_PATH
 from tests.foreign_checkpoints import google_arrays, save_folder, save_npz, timm_model
 from tests.foreign_models import dpt_hybrid
 from tests.model_pairs import our_model
+from tests.picture_sets import digits, save_by_class
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -213,6 +214,20 @@ def test_the_last_example_of_transformers_documentation() -> None:
             logits = model(**inputs).logits
         labels.append(model.config.id2label[logits.argmax(-1).item()])
     assert labels[0] == labels[1]
+
+
+@runs("docs/embeddings.md", "nearest")
+def test_nearest_neighbors(
+    example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_by_class(digits()[:500], Path("digits"))
+    assert main(["embed", "digits/", "--output", "digits.npy"]) == 0
+    found = example.run()
+    shown = re.findall(r"^(\d\.\d+) (\S+)$", text_of(example.page), flags=re.MULTILINE)
+    assert [found["names"][index] for index in found["nearest"]] == [name for _, name in shown]
+    similarity = found["similarity"][found["nearest"]].tolist()
+    assert similarity == pytest.approx([float(number) for number, _ in shown], abs=1e-3)
 
 
 @runs("docs/export.md", "exportable")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import secrets
@@ -262,6 +263,12 @@ def _keep(path: Path) -> Path:
         # A file system without hard links: the name is free for a moment.
         os.replace(path, kept)
     return kept
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what a process that was killed while it wrote this file has left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _hidden_sibling(path: Path, suffix: str) -> Path:

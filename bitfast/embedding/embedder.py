@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitfast.commands.classify import Classifier
+from bitfast.network import stage_widths
 
 LAYERS = ("pooled", "logits")
 """The layers besides ``stageN``."""
@@ -37,6 +38,14 @@ class Embedder:
         self.layer = layer
         match = re.fullmatch(r"stage(\d+)", layer)
         self._stage = int(match[1]) if match else None
+
+    @property
+    def dimension(self) -> int:
+        """The length of each vector."""
+        config = self.classifier.model.config
+        if self.layer == "logits":
+            return config.num_labels
+        return stage_widths(config)[-1 if self._stage is None else self._stage - 1]
 
     @classmethod
     def load(
