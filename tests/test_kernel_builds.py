@@ -1,6 +1,7 @@
 """The Triton kernels compile for every chip, and their machine code is what it should be. No GPU needed.
 
-The builds run in a process of their own, without the interpreter that the other tests use.
+The builds run in a process of their own, without the interpreter that the other tests use. They are a sample of
+the committed table, with which they must agree; what is asked of them is asked of the rest of the table too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.kernel_builds import (
     SHARED_PER_PROGRAM,
     widths,
 )
+from bench.kernel_variants import quick_jobs, sampled_jobs
 from bitfast.kernels import (
     group_norm_act_backward,
     group_norm_act_forward,
@@ -83,7 +85,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("builds") / "builds.json"
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(
-        [sys.executable, "-m", "bench.kernel_builds", "--quick", "--output", str(output)],
+        [sys.executable, "-m", "bench.kernel_builds", "--sample", "--output", str(output)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -95,11 +97,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def builds(table: dict[str, Any]) -> list[Build]:
-    return [
-        Build(title, chip, result)
-        for title, by_chip in table["variants"].items()
+    """What was built here, and what the committed table has besides."""
+    results = {
+        (title, chip): result
+        for each in (TABLE, table)
+        for title, by_chip in each["variants"].items()
         for chip, result in by_chip.items()
-    ]
+    }
+    return [Build(title, chip, result) for (title, chip), result in results.items()]
 
 
 @pytest.fixture(params=KERNELS)
@@ -230,9 +235,23 @@ def test_kernels_of_images(of_kernel: list[Build]) -> None:
         assert {build.constant("CHANNELS_LAST") for build in of_kernel} == {"True", "False"}
 
 
+def test_the_committed_table_has_what_it_must() -> None:
+    needed = {(variant.title, str(architecture)) for variant, architecture in quick_jobs()}
+    listed = {(title, chip) for title, by_chip in TABLE["variants"].items() for chip in by_chip}
+    assert needed <= listed, f"run {COMMAND}"
+
+
+def test_every_kernel_is_sampled_in_every_dtype_for_every_chip() -> None:
+    """The rest of the table would hide it if one were not built here at all."""
+    sampled, everything = (
+        {(variant.kernel, variant.compute_type, architecture) for variant, architecture in jobs}
+        for jobs in (sampled_jobs(), quick_jobs())
+    )
+    assert sampled == everything
+    assert {kernel for kernel, *_ in sampled} == {*KERNELS, *IMAGE_KERNELS}
+
+
 def test_the_committed_table_agrees(table: dict[str, Any]) -> None:
-    missing = set(table["variants"]) - set(TABLE["variants"])
-    assert not missing, f"run {COMMAND}"
     if TABLE["triton"] != metadata.version("triton"):
         pytest.skip(f"the table is of triton {TABLE['triton']}")
     for title, by_chip in table["variants"].items():
