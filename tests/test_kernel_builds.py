@@ -7,7 +7,6 @@ the committed table, with which they must agree; what is asked of them is asked 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -25,13 +24,13 @@ from bench.kernel_builds import (
     SHARED_PER_PROGRAM,
     widths,
 )
-from bench.kernel_variants import quick_jobs, sampled_jobs
 from bitfast.kernels import (
     group_norm_act_backward,
     group_norm_act_forward,
     resize_normalize_tiles,
     weight_standardization_tiles,
 )
+from tests.other_process import without_interpreter
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "python -m bench.kernel_builds --output bench/results/kernel-builds.json"
@@ -83,13 +82,12 @@ class Build(NamedTuple):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("builds") / "builds.json"
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(
         [sys.executable, "-m", "bench.kernel_builds", "--sample", "--output", str(output)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment,
+        env=without_interpreter(),
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(output.read_text())
@@ -235,19 +233,31 @@ def test_kernels_of_images(of_kernel: list[Build]) -> None:
         assert {build.constant("CHANNELS_LAST") for build in of_kernel} == {"True", "False"}
 
 
-def test_the_committed_table_has_what_it_must() -> None:
-    needed = {(variant.title, str(architecture)) for variant, architecture in quick_jobs()}
-    listed = {(title, chip) for title, by_chip in TABLE["variants"].items() for chip in by_chip}
-    assert needed <= listed, f"run {COMMAND}"
+LIST_JOBS = """
+import json
+from bench.kernel_variants import quick_jobs, sampled_jobs
+for jobs in (quick_jobs(), sampled_jobs()):
+    print(json.dumps([(v.kernel, v.compute_type, str(chip), v.title) for v, chip in jobs]))
+"""
 
 
-def test_every_kernel_is_sampled_in_every_dtype_for_every_chip() -> None:
-    """The rest of the table would hide it if one were not built here at all."""
-    sampled, everything = (
-        {(variant.kernel, variant.compute_type, architecture) for variant, architecture in jobs}
-        for jobs in (sampled_jobs(), quick_jobs())
+def test_the_committed_table_has_what_it_must_and_a_sample_of_all_is_built() -> None:
+    """If a kernel were not built here at all, the rest of the table would hide it."""
+    process = subprocess.run(
+        [sys.executable, "-c", LIST_JOBS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=without_interpreter(),  # which has launches of its own
+        check=True,
     )
-    assert sampled == everything
+    needed, sampled = map(json.loads, process.stdout.splitlines())
+    listed = {(title, chip) for title, by_chip in TABLE["variants"].items() for chip in by_chip}
+    assert {(title, chip) for *_, chip, title in needed} <= listed, f"run {COMMAND}"
+    kinds = [
+        {(kernel, dtype, chip) for kernel, dtype, chip, _ in jobs} for jobs in (needed, sampled)
+    ]
+    assert kinds[0] == kinds[1]
     assert {kernel for kernel, *_ in sampled} == {*KERNELS, *IMAGE_KERNELS}
 
 
