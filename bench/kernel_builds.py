@@ -26,7 +26,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from .kernel_variants import Job, all_jobs, quick_jobs
+from .kernel_variants import Job, all_jobs, quick_jobs, sampled_jobs
 from .tables import table
 
 REGISTERS_PER_THREAD = 255
@@ -205,7 +205,9 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the part that the tests build")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--quick", action="store_true", help="the part that the table must have")
+    parts.add_argument("--sample", action="store_true", help="the part of it that the tests build")
     help_only = "variants whose title contains it; the others stay in the output as they are"
     parser.add_argument("--only", default="", metavar="TEXT", help=help_only)
     parser.add_argument("--workers", type=int, default=2)
@@ -213,7 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
-    jobs = [j for j in (quick_jobs if options.quick else all_jobs)() if options.only in j[0].title]
+    part = quick_jobs if options.quick else sampled_jobs if options.sample else all_jobs
+    jobs = [job for job in part() if options.only in job[0].title]
     start = time.perf_counter()
     results = build_all(jobs, options.workers)
     print(f"{len(jobs)} builds in {time.perf_counter() - start:.0f} s", file=sys.stderr)

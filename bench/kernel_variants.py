@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, product
+from itertools import chain, combinations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -173,3 +173,24 @@ def quick_jobs() -> list[Job]:
     for variant in variants_of(chain(*launches)):
         jobs.setdefault((variant.kernel, variant.constants, variant.warps), (variant, 90))
     return list(dict.fromkeys(jobs.values()))
+
+
+def sampled_jobs() -> list[Job]:
+    """Return a part of the quick jobs that still has every kernel in every dtype for every chip, every value of
+    every constant, and every pair of modes: what is no size, such as the activation or the layout."""
+    jobs = {job: _properties(job) for job in quick_jobs()}
+    missing = set[Any]().union(*jobs.values())
+    sampled = []
+    while missing:
+        most = max(jobs, key=lambda job: len(jobs[job] & missing))
+        missing -= jobs[most]
+        sampled.append(most)
+    return sampled
+
+
+def _properties(job: Job) -> set[Any]:
+    variant, architecture = job
+    constants = [("warps", variant.warps), *variant.constants]
+    modes = sorted(c for c in constants if c[0] == "KIND" or isinstance(c[1], bool | str))
+    found = [(variant.compute_type, architecture), *constants, *combinations(modes, 2)]
+    return {(variant.kernel, each) for each in found}

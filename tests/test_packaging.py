@@ -32,10 +32,8 @@ SOURCES = (
 HAS_NVCC = shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A copy of the sources, without anything that was built."""
-    folder = tmp_path / "source"
+def copy_sources(folder: Path) -> Path:
+    """Copy the sources, without anything that was built."""
     folder.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -44,6 +42,11 @@ def source(tmp_path: Path) -> Path:
         else:
             shutil.copy(ROOT / name, folder / name)
     return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return copy_sources(tmp_path / "source")
 
 
 def build(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -90,8 +93,25 @@ def run_installed(wheel: Path, code: str) -> str:
     return process.stdout
 
 
-def test_the_wheel_serves_every_python_and_holds_everything(source: Path, tmp_path: Path) -> None:
-    wheel = built_wheel(source, tmp_path / "wheels")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole wheel, and with a static standard library, as some distributions build.
+
+    What is built is under test, not how well: unoptimized, it takes less than half of the time.
+    """
+    folder = tmp_path_factory.mktemp("packaging")
+    source = copy_sources(folder / "source")
+    setup = source / "setup.py"
+    setup.write_text(setup.read_text().replace('"-O3"', '"-O0"'))
+    return built_wheel(
+        source,
+        folder / "wheels",
+        LDFLAGS="-static-libstdc++",
+        NVCC_APPEND_FLAGS="-Xcicc -O0 -Xptxas -O0",
+    )
+
+
+def test_the_wheel_serves_every_python_and_holds_everything(wheel: Path) -> None:
     assert "-cp310-abi3-" in wheel.name
     names = names_in(wheel)
     for needed in (
@@ -120,14 +140,14 @@ def test_the_wheel_serves_every_python_and_holds_everything(source: Path, tmp_pa
         str(installed / "kernels" / "__init__.py"),
         "tensor(9.)",
     ]
-    if HAS_NVCC:
-        check_cuda_half(installed / "_native_cuda.abi3.so")
 
 
-def check_cuda_half(library: Path) -> None:
+@pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
+def test_the_cuda_half_is_for_every_chip(wheel: Path, tmp_path: Path) -> None:
     """Machine code for sm_80 and sm_90a, and PTX, as the disassembler of Triton's wheel sees it."""
     import triton
 
+    library = zipfile.ZipFile(wheel).extract("bitfast/_native_cuda.abi3.so", tmp_path)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     output = subprocess.run(
         [cuobjdump, "--list-elf", "--list-ptx", library], capture_output=True, text=True, check=True
@@ -136,25 +156,24 @@ def check_cuda_half(library: Path) -> None:
         assert expected in output, output
 
 
-def test_without_nvcc_and_with_a_static_standard_library(source: Path, tmp_path: Path) -> None:
-    """Only the CPU half is built; its messages are whole, which no iostream could write there."""
-    # What is built is under test, not how well: unoptimized, it takes a third of the time.
-    setup = source / "setup.py"
-    setup.write_text(setup.read_text().replace('"-O3"', '"-O0"'))
-    wheel = built_wheel(
-        source,
-        tmp_path / "wheels",
-        CUDA_HOME=str(tmp_path / "nowhere"),
-        LDFLAGS="-static-libstdc++",
-    )
-    names = names_in(wheel)
-    assert "bitfast/_native.abi3.so" in names
-    assert "bitfast/_native_cuda.abi3.so" not in names
+def test_messages_are_whole_with_a_static_standard_library(wheel: Path, tmp_path: Path) -> None:
+    """No iostream could write them there."""
     library = zipfile.ZipFile(wheel).extract("bitfast/_native.abi3.so", tmp_path)
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
     assert "libtorch_cpu" in needed.stdout
     assert "libstdc++" not in needed.stdout
     native_errors.assert_whole(native_errors.messages(Path(library)))
+
+
+def test_without_nvcc_only_the_cpu_half_is_built(source: Path, tmp_path: Path) -> None:
+    # Which libraries, not what is in them: a single file of the CPU half will do.
+    for path in (source / "csrc").glob("*.cpp"):
+        if path.name != "resampling_weights.cpp":
+            path.unlink()
+    wheel = built_wheel(source, tmp_path / "wheels", CUDA_HOME=str(tmp_path / "nowhere"))
+    names = names_in(wheel)
+    assert "bitfast/_native.abi3.so" in names
+    assert "bitfast/_native_cuda.abi3.so" not in names
 
 
 def test_without_the_extension_the_wheel_is_pure_and_works(source: Path, tmp_path: Path) -> None:
