@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
+from bitfast.finetuning import draws
+from bitfast.finetuning.augmentation import (
+    CHANNELS,
+    View,
+    evaluation_view,
+    lambda_of,
+    mix,
+    normalized,
+    show,
+    training_views,
+)
 from bitfast.finetuning.dataset import Dataset, Problem
+from bitfast.finetuning.draws import Purpose
+from bitfast.finetuning.errors import FinetuningError
 from bitfast.finetuning.recipe import Recipe
+from bitfast.images.files import describe, one_line
+from bitfast.ops.resize_normalize import RESAMPLE_NAMES
+
+__all__ = [
+    "EvaluationBatches",
+    "LoadingError",
+    "MicroBatch",
+    "Step",
+    "TrainingBatches",
+    "lambda_of",
+    "mix",
+    "normalized",
+]
+
+MOST_TRIES = 1000
+"""Images in a row that may be broken, before the data are given up."""
+
+EPOCHS_KEPT = 2
+"""Orders that are remembered: a batch may have the end of one and the beginning of the next."""
 
 
-class LoadingError(RuntimeError):
-    """Images cannot be loaded any more; the message is one line for the user."""
+class LoadingError(FinetuningError):
+    """Images cannot be loaded any more."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +65,17 @@ class MicroBatch:
         images: uint8, (n, 3, crop, crop), channels_last; in pinned memory if that was asked for.
         labels: int64, (n,).
         indices: int64, (n,): of the images in the data set (in training, of those that stand for them).
-        problems: Of images that could not be decoded, each once in the life of the loader.
+        problems: Images that could not be decoded, by index; each once in the life of a loader.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    problems: tuple[Problem, ...] = ()
+    problems: dict[int, Problem]
+
+    def pin_memory(self) -> MicroBatch:
+        """Return it in pinned memory; called by torch's DataLoader."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -53,21 +97,23 @@ class Step:
 
 
 class TrainingBatches:
-    """The steps of a training run, from ``first_step`` to ``recipe.steps``; to be iterated once.
+    """The steps of a training run, from ``first_step`` to ``recipe.steps``.
 
     Which images a step has, and how each is cropped and flipped, depends on the data, the recipe, the seed and
     the step's number alone: not on the number of workers, of ranks, of micro-batches, or on where the
-    run began.
+    run began. One epoch follows the other, each in an order of its own, without a gap: a batch may begin in
+    one and end in another. Where an image cannot be decoded, the next one of its epoch that can stands instead.
 
     Args:
         dataset: At least one image.
         recipe: How images are resized, cropped and flipped, and how many are a batch.
         resample: Pillow's filter number, that of the network's image processor.
         seed: From 0 to 2**63 - 1.
-        rank, world_size: Each rank gets a contiguous part of a batch, an even number of images (the last one may
-            be odd), so that pairs that are mixed are never divided.
+        rank, world_size: Each rank gets a contiguous part of a batch, an even number of images (the last one
+            may have an odd one), so that pairs that are mixed are never divided.
         workers: Processes that read and resize images; 0: this one does.
         micro_batch: Images at a time, even if images are mixed; None: all that the rank has in a step.
+            Each worker holds two micro-batches in shared memory, of 3 * crop ** 2 bytes an image.
         first_step: Where to begin.
         pin_memory: Whether micro-batches lie in pinned memory, from which a GPU can fetch them by itself.
 
@@ -93,13 +139,52 @@ class TrainingBatches:
         first_step: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.problems: list[Problem] = []
-        self.waited = 0.0
-        raise NotImplementedError
+        _check_ranks(rank, world_size)
+        if micro_batch is not None and (
+            micro_batch < 1 or (micro_batch % 2 and recipe.mixup_alpha > 0)
+        ):
+            raise ValueError(
+                f"micro_batch must be at least 1, and even where images are mixed, got {micro_batch}"
+            )
+        pairs = -(-recipe.batch_size // 2)
+        if pairs < world_size:
+            raise ValueError(
+                f"batch_size must be at least {2 * world_size - 1} for {world_size} processes, "
+                f"got {recipe.batch_size}"
+            )
+        start = 2 * (pairs * rank // world_size)
+        stop = min(2 * (pairs * (rank + 1) // world_size), recipe.batch_size)
+        self._recipe, self._seed, self._first_step = recipe, seed, first_step
+        self._bounds = _cut(start, stop, micro_batch or recipe.batch_size)
+        images = _TrainingImages(dataset, recipe, _checked_filter(resample), seed)
+        self._loading = _Loading(images, workers, pin_memory)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What could not be decoded so far."""
+        return list(self._loading.problems.values())
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the caller has waited for micro-batches so far."""
+        return self._loading.waited
 
     def __iter__(self) -> Iterator[Step]:
-        """Yield the steps. Raises LoadingError if images cannot be loaded any more."""
-        raise NotImplementedError
+        """Yield the steps.
+
+        Raises:
+            LoadingError: images cannot be loaded any more.
+        """
+        numbers = range(self._first_step, self._recipe.steps)
+        tasks = ((number, *bounds) for number in numbers for bounds in self._bounds)
+        alpha = self._recipe.mixup_alpha
+        with contextlib.closing(self._loading.run(tasks)) as micro_batches:
+            for number in numbers:
+                mixing = lambda_of(self._seed, number, alpha) if alpha else None
+                own = islice(micro_batches, len(self._bounds))
+                yield Step(number, self._recipe.batch_size, mixing, own)
+                for _ in own:  # what the caller has left
+                    pass
 
 
 class EvaluationBatches:
@@ -118,6 +203,9 @@ class EvaluationBatches:
 
     Attributes:
         problems: What could not be decoded so far, each image once.
+
+    Raises:
+        ValueError: an argument that is not as described.
     """
 
     def __init__(
@@ -132,53 +220,222 @@ class EvaluationBatches:
         micro_batch: int = 64,
         pin_memory: bool = False,
     ) -> None:
-        self.problems: list[Problem] = []
-        raise NotImplementedError
+        _check_ranks(rank, world_size)
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+        count = len(dataset)
+        start, stop = (count * part // world_size for part in (rank, rank + 1))
+        self._bounds = _cut(start, stop, micro_batch)
+        images = _EvaluationImages(dataset, recipe, _checked_filter(resample))
+        self._loading = _Loading(images, workers, pin_memory)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What could not be decoded so far."""
+        return list(self._loading.problems.values())
 
     def __len__(self) -> int:
-        """Return the number of micro-batches of this rank."""
-        raise NotImplementedError
+        """Return the number of micro-batches of this rank, or more if all images of one are broken."""
+        return len(self._bounds)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yield micro-batches. Raises LoadingError if images cannot be loaded any more."""
+        """Yield micro-batches, none of them empty.
+
+        Raises:
+            LoadingError: images cannot be loaded any more.
+        """
+        with contextlib.closing(self._loading.run(self._bounds)) as micro_batches:
+            yield from (batch for batch in micro_batches if len(batch.labels))
+
+
+def _check_ranks(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}")
+
+
+def _checked_filter(resample: int) -> int:
+    if resample not in range(len(RESAMPLE_NAMES)):
+        raise ValueError(
+            f"resample must be from 0 to {len(RESAMPLE_NAMES) - 1}, one of Pillow's filters, got {resample}"
+        )
+    return int(resample)
+
+
+def _cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+
+
+# ---- in the workers -----------------------------------------------------------------------------
+
+
+class _Images(TorchDataset):
+    """Makes micro-batches; a copy of it is in each worker.
+
+    Attributes:
+        broken: The images that could not be decoded, by index.
+    """
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, resample: int) -> None:
+        self.dataset, self.recipe, self.resample = dataset, recipe, resample
+        self.broken: dict[int, Problem] = {}
+
+    def __getitem__(self, task: tuple[int, ...]) -> MicroBatch | LoadingError:
+        """Return a micro-batch, or what the user should know where there is none."""
+        known = set(self.broken)
+        try:
+            batch = self.load(task)
+        except MemoryError:
+            return LoadingError("there is not enough memory to decode images: take fewer --workers")
+        except LoadingError as error:
+            return error
+        new = {index: self.broken[index] for index in self.broken.keys() - known}
+        return replace(batch, problems=new)
+
+    def load(self, task: tuple[int, ...]) -> MicroBatch:
+        """Return the micro-batch of a task."""
         raise NotImplementedError
 
+    def try_to_show(self, index: int, view: View) -> Tensor | None:
+        """Return the view of an image, or None if it is broken.
 
-def lambda_of(seed: int, step: int, alpha: float) -> float:
-    """Return MixUp's lambda of a step, drawn from Beta(alpha, alpha)."""
-    raise NotImplementedError
+        Raises:
+            MemoryError: there is not enough; nothing is known of the image.
+        """
+        if index in self.broken:
+            return None
+        try:
+            return show(self.dataset.read(index), view, self.resample)
+        except MemoryError:
+            raise
+        except Exception as error:  # broken files make Pillow's decoders raise nearly anything
+            self.broken[index] = Problem(self.dataset.name(index), describe(error))
+            return None
+
+    def gather(self, shown: Iterable[tuple[int, Tensor]], count: int) -> MicroBatch:
+        """Return a micro-batch of at most ``count`` images, given with their indices.
+
+        They come one by one: of large photographs no more than one is decoded at a time.
+        """
+        edge = self.recipe.crop
+        images = torch.empty((count, edge, edge, CHANNELS), dtype=torch.uint8)
+        images = images.permute(0, 3, 1, 2)
+        indices: list[int] = []
+        for index, pixels in shown:
+            images[len(indices)] = pixels
+            indices.append(index)
+        labels = torch.from_numpy(self.dataset.labels[indices].astype(np.int64))
+        return MicroBatch(
+            images[: len(indices)], labels, torch.tensor(indices, dtype=torch.int64), {}
+        )
 
 
-def mix(images: Tensor, labels: Tensor, classes: int, lam: float) -> tuple[Tensor, Tensor]:
-    """Mix neighbours: image i becomes ``lam * image[i] + (1 - lam) * image[i ^ 1]``, and so do labels.
+class _TrainingImages(_Images):
+    def __init__(self, dataset: Dataset, recipe: Recipe, resample: int, seed: int) -> None:
+        super().__init__(dataset, recipe, resample)
+        self.seed = seed
+        self._orders: dict[int, np.ndarray] = {}
 
-    A batch's order is random, so that neighbours are pairs drawn at random. Of an odd number the last image
-    stays as it is.
+    def load(self, task: tuple[int, ...]) -> MicroBatch:
+        """Return the micro-batch of (step, start, stop)."""
+        step, start, stop = task
+        views = training_views(self.recipe, self.seed, step, start, stop)
+        first = step * self.recipe.batch_size + start
+        return self.gather(
+            (self._next_readable(first + i, view) for i, view in enumerate(views)), stop - start
+        )
 
-    Args:
-        images: Floating, (n, C, H, W).
-        labels: int64, (n,).
-        classes: How many there are.
-        lam: From 0 to 1.
+    def _next_readable(self, position: int, view: View) -> tuple[int, Tensor]:
+        """Return the image at a position of the whole run, or the next one that can be decoded."""
+        epoch, place = divmod(position, len(self.dataset))
+        order = self._order(epoch)
+        tries = min(len(order), MOST_TRIES)
+        for index in np.take(order, range(place, place + tries), mode="wrap").tolist():
+            pixels = self.try_to_show(index, view)
+            if pixels is not None:
+                return index, pixels
+        problem = self.broken[index]
+        raise LoadingError(
+            f"none of {tries} training images in a row can be decoded: "
+            f"{problem.name}: {problem.reason}"
+        )
 
-    Returns:
-        The mixed images, and probabilities of classes, float32, (n, classes), for ``cross_entropy``.
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            while len(self._orders) >= EPOCHS_KEPT:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = draws.order(self.seed, Purpose.EPOCH, epoch, len(self.dataset))
+        return self._orders[epoch]
+
+
+class _EvaluationImages(_Images):
+    def load(self, task: tuple[int, ...]) -> MicroBatch:
+        """Return the micro-batch of (start, stop)."""
+        start, stop = task
+        view = evaluation_view(self.recipe)
+        shown = ((index, self.try_to_show(index, view)) for index in range(start, stop))
+        return self.gather(
+            ((index, pixels) for index, pixels in shown if pixels is not None), stop - start
+        )
+
+
+# ---- in this process ----------------------------------------------------------------------------
+
+
+class _Loading:
+    """Lets workers make micro-batches, and hands them on in order."""
+
+    def __init__(self, images: _Images, workers: int, pin_memory: bool) -> None:
+        self._images, self._workers, self._pin_memory = images, workers, pin_memory
+        self.problems: dict[int, Problem] = {}
+        self.waited = 0.0
+
+    def run(self, tasks: Iterable[tuple[int, ...]]) -> Generator[MicroBatch]:
+        began = time.perf_counter()
+        loader: Any = DataLoader(
+            self._images,
+            batch_size=None,
+            sampler=tasks,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            pin_memory=self._pin_memory,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=_worker_context() if self._workers else None,
+            # Workers need no seeds, and without its own generator it would draw them from torch's.
+            generator=torch.Generator(),
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                raise LoadingError(f"loading images: {one_line(error)}") from error
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            if isinstance(batch, LoadingError):
+                raise batch
+            new = {i: problem for i, problem in batch.problems.items() if i not in self.problems}
+            self.problems.update(new)
+            yield replace(batch, problems=new)
+            began = time.perf_counter()
+
+
+def _worker_context() -> Any:
+    """Return how workers are started: from a server without threads, which has what they import.
+
+    A copy of this process could wait forever for a lock that one of its threads held.
     """
-    raise NotImplementedError
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
+        context.set_forkserver_preload([__name__])
+    return context
 
 
-def normalized(
-    images: Tensor, processor: Any, device: torch.device | str, dtype: torch.dtype
-) -> Tensor:
-    """Return ``pixel_values`` of resized images: rescaled and normalized on the device, in one op.
+def _begin_worker(number: int) -> None:
+    # Control-C goes to all processes of a terminal; this one ends when the main process does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    Args:
-        images: uint8, (n, 3, H, W).
-        processor: As :meth:`Recipe.processor` returns it. The values are exactly its.
-        device: Where the result is to be.
-        dtype: Of the result.
 
-    Returns:
-        (n, 3, H, W), in the memory format of ``images``.
-    """
-    raise NotImplementedError
+def _as_it_is(batch: Any) -> Any:
+    return batch

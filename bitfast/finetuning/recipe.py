@@ -22,8 +22,8 @@ LEARNING_RATE = 0.003
 MEDIUM_IMAGES, LARGE_IMAGES = 20_000, 500_000
 """Training images from which on a data set is of medium or large size."""
 STEPS = {"small": 500, "medium": 10_000, "large": 20_000}
-DECAYS = (0.3, 0.6, 0.9)
-"""Of all steps: where the learning rate falls to a tenth."""
+DECAYS = (30, 60, 90)
+"""Percent of all steps: where the learning rate falls to a tenth."""
 MOST_WARMUP_STEPS = 500
 SMALL_AREA = 96 * 96
 """Pixels below which an image is small."""
@@ -53,8 +53,8 @@ class Recipe:
         momentum: Of SGD.
         weight_decay: Of SGD.
         resize: Edge of the square that training images are resized to, whatever their shape.
-        crop: Edge of the square cut out of it at random, and of the square that images are resized to, uncropped,
-            in evaluation.
+        crop: Edge of the square cut out of it at random, and of the square that images are resized to,
+            uncropped, in evaluation.
         flip: Whether half of the training images are mirrored, left for right.
         mixup_alpha: Of MixUp's distribution Beta(alpha, alpha); 0: images are not mixed.
     """
@@ -142,7 +142,7 @@ def choose_recipe(
     )
     choose(
         "decay_steps",
-        tuple(round(part * steps) for part in DECAYS),
+        tuple(-(-percent * steps // 100) for percent in DECAYS),
         "to a tenth at 30, 60 and 90 % of the steps, as in the paper (the authors' code: at 40, 60 and 80 % "
         "of 500 steps)",
     )
