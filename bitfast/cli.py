@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_env(commands)
     _add_bench(commands)
+    _add_finetune(commands)
     return parser
 
 
@@ -212,6 +213,20 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_arguments(parser)
     parser.set_defaults(run=bench.run)
+
+
+def _add_finetune(commands: Any) -> None:
+    from bitfast.finetuning import arguments
+
+    parser = commands.add_parser(
+        "finetune",
+        help="transfer a checkpoint to your own images",
+        description=arguments.HELP,
+        epilog=arguments.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_arguments(parser)
+    parser.set_defaults(run=arguments.run)
 
 
 def positive_integer(text: str) -> int:
