@@ -140,12 +140,6 @@ class TrainingBatches:
         pin_memory: bool = False,
     ) -> None:
         _check_ranks(rank, world_size)
-        if micro_batch is not None and (
-            micro_batch < 1 or (micro_batch % 2 and recipe.mixup_alpha > 0)
-        ):
-            raise ValueError(
-                f"micro_batch must be at least 1, and even where images are mixed, got {micro_batch}"
-            )
         pairs = -(-recipe.batch_size // 2)
         if pairs < world_size:
             raise ValueError(
@@ -154,8 +148,13 @@ class TrainingBatches:
             )
         start = 2 * (pairs * rank // world_size)
         stop = min(2 * (pairs * (rank + 1) // world_size), recipe.batch_size)
+        size = stop - start if micro_batch is None else micro_batch
+        if size < 1 or (size % 2 and size < stop - start and recipe.mixup_alpha > 0):
+            raise ValueError(
+                f"micro_batch must be at least 1, and even where images are mixed, got {micro_batch}"
+            )
         self._recipe, self._seed, self._first_step = recipe, seed, first_step
-        self._bounds = _cut(start, stop, micro_batch or recipe.batch_size)
+        self._bounds = _cut(start, stop, size)
         images = _TrainingImages(dataset, recipe, _checked_filter(resample), seed)
         self._loading = _Loading(images, workers, pin_memory)
 

@@ -158,7 +158,7 @@ def _read_classes(path: Path) -> tuple[Records, list[str]]:
             names += sorted(files, key=natural_order)
     beside = sum(file.is_file() and not file.name.startswith(".") for file in path.iterdir())
     if beside:
-        notes.append(f"{path}: {beside} files that are in no class's folder are not used")
+        notes.append(f"{path}: files in no class's folder, not used: {beside}")
     rows = np.arange(len(names))
     return Records(ImageFiles(path, names), rows, np.array(labels, np.int64), tuple(classes)), notes
 

@@ -77,7 +77,7 @@ class Recipe:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
-            return self.base_learning_rate * (step + 1) / self.warmup_steps
+            return self.base_learning_rate * ((step + 1) / self.warmup_steps)
         return self.base_learning_rate * 0.1 ** sum(step >= decay for decay in self.decay_steps)
 
     def processor(self, base_processor: Any) -> BitImageProcessor:

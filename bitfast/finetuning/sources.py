@@ -21,6 +21,9 @@ import pyarrow as pa
 BYTES_PER_BATCH = 64
 """Rows of Parquet that are in memory at a time while they are copied."""
 
+NO_BYTES = -1
+"""The length of an image that is given by its path."""
+
 
 class Source(ABC):
     """Images by their number."""
@@ -90,17 +93,15 @@ class ArrowImages(Source):
 
     def names(self, rows: np.ndarray) -> list[str]:
         """Return the paths that the rows name, or the rows' numbers."""
-        return _names(self._images, rows)
+        return _names(_paths(self._images, rows), rows)
 
     def open(self, row: int) -> tuple[str | io.BytesIO, int]:
         """Return the file of an image, by its path or opened, and how many bytes it has."""
         image = self._images[row]
-        content, path = (image, None) if is_binary(image.type) else (image["bytes"], image["path"])
+        content = image if is_binary(image.type) else image["bytes"]
         if content.is_valid:
             return _content(memoryview(content.as_buffer()))
-        if path is None or not path.is_valid:
-            raise OSError("neither bytes nor a path")
-        return _file(os.path.join(self._files[0].parent, path.as_py()))
+        return _file_of(_paths(self._images, np.array([row]))[0], self._files[0].parent)
 
 
 class PackedImages(Source):
@@ -121,17 +122,16 @@ class PackedImages(Source):
         self._file: Any = make()
         number = self._file.fileno()
         self._path = f"/proc/{os.getpid()}/fd/{number}" if has_proc else self._file.name
-        names: list[str] = []
+        paths: list[str | None] = []
         lengths: list[int] = []
         for batch in images:
-            names += _names(batch, np.arange(len(batch)), len(names))
-            contents = batch if is_binary(batch.type) else batch.field("bytes")
-            for content in contents:
+            paths += _paths(batch, np.arange(len(batch)))
+            for content in batch if is_binary(batch.type) else batch.field("bytes"):
                 if content.is_valid:
                     self._file.write(memoryview(content.as_buffer()))
-                lengths.append(len(content.as_buffer()) if content.is_valid else -1)
+                lengths.append(len(content.as_buffer()) if content.is_valid else NO_BYTES)
         self._file.flush()
-        self._names = pa.array(names, pa.large_string())
+        self._paths = pa.array(paths, pa.large_string())
         self._lengths = np.array(lengths, np.int64)
         self._starts = np.cumsum(self._lengths.clip(0)) - self._lengths.clip(0)
 
@@ -140,17 +140,17 @@ class PackedImages(Source):
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._paths)
 
     def names(self, rows: np.ndarray) -> list[str]:
         """Return the paths that the rows name, or the rows' numbers."""
-        return self._names.take(pa.array(rows)).to_pylist()
+        return _names(self._paths.take(pa.array(rows)).to_pylist(), rows)
 
     def open(self, row: int) -> tuple[str | io.BytesIO, int]:
         """Return the file of an image, by its path or opened, and how many bytes it has."""
         length = int(self._lengths[row])
-        if length < 0:
-            return _file(os.path.join(self._folder, self._names[row].as_py()))
+        if length == NO_BYTES:
+            return _file_of(self._paths[row].as_py(), self._folder)
         return _content(os.pread(self._descriptor, length, int(self._starts[row])))
 
     @cached_property
@@ -175,16 +175,24 @@ def is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _names(images: pa.Array | pa.ChunkedArray, rows: np.ndarray, first: int = 0) -> list[str]:
-    """Return the paths that rows name, or where they name none, the numbers of the rows from ``first``."""
+def _paths(images: pa.Array | pa.ChunkedArray, rows: np.ndarray) -> list[str | None]:
+    """Return the paths that rows name beside the bytes, or instead of them."""
     if is_binary(images.type):
-        return [f"row {first + row}" for row in rows.tolist()]
-    if isinstance(images, pa.ChunkedArray):
-        paths = pa.chunked_array([chunk.field("path") for chunk in images.chunks], pa.string())
-    else:
-        paths = images.field("path")
-    named = zip(rows.tolist(), paths.take(pa.array(rows)).to_pylist(), strict=True)
-    return [f"row {first + row}" if path is None else path for row, path in named]
+        return [None] * len(rows)
+    chunks = images.chunks if isinstance(images, pa.ChunkedArray) else [images]
+    paths = pa.chunked_array([chunk.field("path") for chunk in chunks], pa.string())
+    return paths.take(pa.array(rows)).to_pylist()
+
+
+def _names(paths: list[str | None], rows: np.ndarray) -> list[str]:
+    named = zip(rows.tolist(), paths, strict=True)
+    return [f"row {row}" if path is None else path for row, path in named]
+
+
+def _file_of(path: str | None, folder: str | Path) -> tuple[str, int]:
+    if path is None:
+        raise OSError("neither bytes nor a path")
+    return _file(os.path.join(folder, path))
 
 
 def _file(path: str) -> tuple[str, int]:
