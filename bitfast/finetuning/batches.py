@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -432,8 +434,20 @@ def _worker_context() -> Any:
 
 
 def _begin_worker(number: int) -> None:
-    # Control-C goes to all processes of a terminal; this one ends when the main process does.
+    # Control-C goes to all processes of a terminal; whether the work ends is for the main process to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    """End this worker when the main process has ended, however that was.
+
+    torch's workers look whether their parent lives; but that is the server, which lives as long as they do.
+    """
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _as_it_is(batch: Any) -> Any:

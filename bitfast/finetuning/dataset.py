@@ -222,9 +222,8 @@ def _without_duplicates(records: Records, classes: tuple[str, ...], notes: list[
             labels = [repr(classes[records.labels[j]]) for j in (earlier, i)]
             raise ValueError(f"{path} has different labels: {' and '.join(labels)}")
         keep[i] = earlier == i
-    notes.append(
-        f"{(~keep).sum()} images that come twice are used once, such as {paths[keep.argmin()]}"
-    )
+    such = paths[keep.argmin()]
+    notes.append(f"images that come twice, used once: {(~keep).sum()}, such as {such}")
     return records.select(keep)
 
 
@@ -234,7 +233,7 @@ def _without_images_of(records: Records, others: Records, notes: list[str]) -> R
     keep = np.array([path not in taken for path in _paths(records)] or True, bool)
     if keep.all():
         return records
-    notes.append(f"{(~keep).sum()} images are for validation as well, and not trained on")
+    notes.append(f"images for validation as well, not trained on: {(~keep).sum()}")
     return records.select(keep)
 
 

@@ -98,10 +98,10 @@ class ArrowImages(Source):
     def open(self, row: int) -> tuple[str | io.BytesIO, int]:
         """Return the file of an image, by its path or opened, and how many bytes it has."""
         image = self._images[row]
-        content = image if is_binary(image.type) else image["bytes"]
+        content, path = (image, None) if is_binary(image.type) else (image["bytes"], image["path"])
         if content.is_valid:
             return _content(memoryview(content.as_buffer()))
-        return _file_of(_paths(self._images, np.array([row]))[0], self._files[0].parent)
+        return _file_of(path.as_py() if path is not None else None, self._files[0].parent)
 
 
 class PackedImages(Source):

@@ -86,7 +86,7 @@ def test_folder_per_class(tmp_path: Path) -> None:
     assert "class 9/deeper/more.jpg" in splits.training.names
     assert splits.problems == []
     assert [note for note in splits.notes if "nothing here" in note]
-    assert [note for note in splits.notes if "1 files that are in no class" in note]
+    assert [note for note in splits.notes if "in no class's folder, not used: 1" in note]
 
 
 @pytest.mark.parametrize("name", ["valid", "val", "Validation", "test"])
@@ -369,7 +369,7 @@ def test_the_same_file_twice(tmp_path: Path) -> None:
     splits = open_splits(write_csv(tmp_path, *rows))
     assert len(splits.training) == 2
     assert [
-        note for note in splits.notes if note.startswith("1 images that come twice are used once")
+        note for note in splits.notes if note.startswith("images that come twice, used once: 1,")
     ]
     with pytest.raises(ValueError, match=r"image 0\.png has different labels: 'a' and 'b'"):
         open_splits(write_csv(tmp_path, *rows, "x/class 9/image 0.png,b"))
@@ -380,7 +380,7 @@ def test_what_is_for_validation_is_not_trained_on(tmp_path: Path) -> None:
     valid = write_csv(tmp_path, "path,label", "x/class 9/image 0.png,class 9")
     splits = open_splits(folder, valid=valid)
     assert everything(splits) == expected()
-    assert "1 images are for validation as well, and not trained on" in splits.notes
+    assert "images for validation as well, not trained on: 1" in splits.notes
     with pytest.raises(ValueError, match="no training image left"):
         open_splits(folder, valid=folder)
 
