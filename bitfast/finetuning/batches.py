@@ -405,20 +405,25 @@ class _Loading:
             generator=torch.Generator(),
         )
         batches = iter(loader)
-        while True:
-            try:
+        try:
+            while True:
                 batch = next(batches, None)
-            except RuntimeError as error:
-                raise LoadingError(f"loading images: {one_line(error)}") from error
-            self.waited += time.perf_counter() - began
-            if batch is None:
-                return
-            if isinstance(batch, LoadingError):
-                raise batch
-            new = {i: problem for i, problem in batch.problems.items() if i not in self.problems}
-            self.problems.update(new)
-            yield replace(batch, problems=new)
-            began = time.perf_counter()
+                self.waited += time.perf_counter() - began
+                if batch is None:
+                    return
+                if isinstance(batch, LoadingError):
+                    failure = str(batch)
+                    break
+                new = {i: bad for i, bad in batch.problems.items() if i not in self.problems}
+                self.problems.update(new)
+                yield replace(batch, problems=new)
+                began = time.perf_counter()
+        except RuntimeError as error:
+            failure = f"loading images: {one_line(error)}"
+        finally:
+            # Ends the workers. No error may refer to it, which would end them late, and only by force.
+            del batches
+        raise LoadingError(failure)
 
 
 def _worker_context() -> Any:
