@@ -135,10 +135,11 @@ def run(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         return _fail(error, USAGE_ERROR)
     except Interrupted as error:
-        print(f"bitfast: {error}", file=sys.stderr)
+        if str(error):  # the first of several processes says it
+            print(f"bitfast: {error}", file=sys.stderr)
         return error.status
     except PeerLost:
-        return FAILED  # the other process has said why
+        return FAILED  # another process says why
     except (FinetuningError, OSError) as error:
         return _fail(one_line(error), FAILED)
     return SUCCESS

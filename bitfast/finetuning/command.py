@@ -28,15 +28,13 @@ from bitfast.finetuning.hardware import choose_dtype, choose_micro_batch, choose
 from bitfast.finetuning.interruption import Interruption
 from bitfast.finetuning.metrics import METRICS_NAME, MetricsLog
 from bitfast.finetuning.processes import Processes, joined
-from bitfast.finetuning.progress import Display
+from bitfast.finetuning.progress import Display, problem_lines
 from bitfast.finetuning.recipe import Choice, Recipe, choose_recipe
 from bitfast.finetuning.results import write_results
 from bitfast.finetuning.training import Run, Schedule, Trainer
 from bitfast.images.files import one_line, printable
 from bitfast.modeling import BitForImageClassification
 
-MOST_PROBLEMS = 10
-"""Images left out that are named; the others are counted."""
 EVALUATIONS = 10
 """In a run, unless told otherwise."""
 FINISHED = -1
@@ -94,26 +92,36 @@ def finetune(options: Options) -> Evaluation | None:
         OSError: a file cannot be written.
     """
     with joined(options.device) as processes:
-        say = functools.partial(print, flush=True) if processes.is_first else _say_nothing
-        plan = processes.together(lambda: make_plan(options, processes))
-        _show(plan, processes, say)
-        with contextlib.ExitStack() as stack:
-            start, log = processes.together(lambda: _open(options, plan, processes, stack))
-            start = int(processes.sum(torch.tensor([start])).item())
-            if start == FINISHED:
-                say(f"{options.output} holds the result of this run already: nothing to do")
-                return None
-            if start:
-                say(f"\nGoing on after step {start} of {plan.recipe.steps}")
-            evaluation, undecoded = _train(options, plan, processes, start, log, stack)
-        if not processes.is_first:
+        try:
+            return _finetune(options, processes)
+        except FinetuningError as error:
+            # Without the frames that it came through: they hold what must go before the processes part.
+            problem = error.with_traceback(None)
+            problem.__cause__ = problem.__context__ = None
+    raise problem
+
+
+def _finetune(options: Options, processes: Processes) -> Evaluation | None:
+    say = functools.partial(print, flush=True) if processes.is_first else _say_nothing
+    plan = processes.together(lambda: make_plan(options, processes))
+    _show(plan, processes, say)
+    with contextlib.ExitStack() as stack:
+        start, log = processes.together(lambda: _open(options, plan, processes, stack))
+        start = int(processes.sum(torch.tensor([start])).item())
+        if start == FINISHED:
+            say(f"{options.output} holds the result of this run already: nothing to do")
             return None
-        facts = _facts(options, plan, undecoded)
-        write_results(options.output, plan.model, plan.processor, evaluation, facts, plan.settings)
-        if len(evaluation.labels):
-            say(f"\nValidation accuracy {evaluation.measurement}")
-        say(f"Wrote {options.output}")
-        return evaluation
+        if start:
+            say(f"\nGoing on after step {start} of {plan.recipe.steps}")
+        evaluation, undecoded = _train(options, plan, processes, start, log, stack)
+    if not processes.is_first:
+        return None
+    facts = _facts(options, plan, undecoded)
+    write_results(options.output, plan.model, plan.processor, evaluation, facts, plan.settings)
+    if len(evaluation.labels):
+        say(f"\nValidation accuracy {evaluation.measurement}")
+    say(f"Wrote {options.output}")
+    return evaluation
 
 
 # ---- deciding -----------------------------------------------------------------------------------
@@ -138,10 +146,6 @@ def make_plan(options: Options, processes: Processes) -> Plan:
         )
     except (OSError, ValueError) as error:
         raise UsageError(one_line(error)) from error
-    if len(splits.classes) < 2:
-        raise UsageError(
-            f"argument DATA: must have at least 2 classes, got {', '.join(splits.classes) or 'none'}"
-        )
     try:
         base = Classifier.load(options.model, torch.device("cpu"), "float32")
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -229,11 +233,9 @@ def weights_digest(model: nn.Module) -> str:
 
 def _show(plan: Plan, processes: Processes, say: Callable[..., None]) -> None:
     splits = plan.splits
-    for problem in splits.problems[:MOST_PROBLEMS]:
-        if processes.is_first:
-            _warn(f"left out {printable(problem.name)}: {printable(problem.reason)}")
-    if processes.is_first and len(splits.problems) > MOST_PROBLEMS:
-        _warn(f"left out {len(splits.problems)} images, of which {MOST_PROBLEMS} are named above")
+    if processes.is_first:
+        for line in problem_lines(splits.problems):
+            print(line, file=sys.stderr, flush=True)
     say(
         f"{len(splits.training):,} training images and {len(splits.validation):,} validation images of "
         f"{len(splits.classes)} classes; {len(splits.problems)} left out"
@@ -366,10 +368,6 @@ def _facts(options: Options, plan: Plan, undecoded: int) -> Facts:
         command=options.command,
         versions={name: found[name] for name in names},
     )
-
-
-def _warn(message: str) -> None:
-    print(f"bitfast: {message}", file=sys.stderr, flush=True)
 
 
 def _say_nothing(*_: Any) -> None:

@@ -68,12 +68,20 @@ class Processes:
                 distributed.all_reduce(values)
         return values
 
+    def wait(self) -> None:
+        """Wait until all processes have come here.
+
+        Raises:
+            PeerLost: another process has ended.
+        """
+        self.sum(torch.zeros(1)).cpu()
+
     def together(self, work: Callable[[], Result]) -> Result:
         """Do something that may fail in every process; if it fails in one, it fails in all.
 
         Raises:
-            UsageError: with the message of the first process in which it failed.
-            PeerLost: another process has ended.
+            UsageError: in the first process, with the message of one in which it failed.
+            PeerLost: in the others; or another process has ended.
         """
         result, problem = None, ""
         try:
@@ -84,8 +92,10 @@ class Processes:
             problem = str(error)
         problems = self._messages(problem) if self.are_several else []
         for rank, text in enumerate(problems):
-            if text:
+            if text and self.is_first:
                 raise UsageError(text if rank == 0 else f"process {rank}: {text}")
+            if text:
+                raise PeerLost("the first process tells what is wrong")
         return result  # type: ignore[return-value]
 
     def _messages(self, message: str) -> list[str]:

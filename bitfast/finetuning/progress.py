@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from bitfast.finetuning.dataset import Problem
+from bitfast.images.files import printable
 
 BETWEEN_LINES = 30.0
 """Seconds."""
+MOST_PROBLEMS = 10
+"""Images that are named when they are left out; the others are counted at the end."""
 
 
 class Display:
@@ -24,6 +30,7 @@ class Display:
         self._is_shown = is_shown
         self._started = time.monotonic()
         self._told: float | None = None
+        self._problems: dict[int, int] = {}
         self._bar = None
         if is_shown and sys.stderr.isatty():
             from tqdm import tqdm
@@ -51,10 +58,23 @@ class Display:
             self._told = now
             self.say(f"step {self._done}/{self._steps}: {text}{self._time_left(now)}")
 
+    def tell_problems(self, source: Any) -> None:
+        """Name images that could not be decoded, which every process does for its own.
+
+        Args:
+            source: Its list ``problems`` has only grown since the last call.
+        """
+        known = self._problems.get(id(source), 0)
+        self._problems[id(source)] = len(source.problems)
+        for line in problem_lines(source.problems[known:], known):
+            self._print(line)
+
     def say(self, text: str) -> None:
         """Print a line to standard error, beside the bar."""
-        if not self._is_shown:
-            return
+        if self._is_shown:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
@@ -68,6 +88,20 @@ class Display:
     def _time_left(self, now: float) -> str:
         left = (now - self._started) / (self._done - self._first) * (self._steps - self._done)
         return f", {duration(left)} left" if left else ""
+
+
+def problem_lines(problems: Sequence[Problem], known: int = 0) -> list[str]:
+    """Return a line for each image that is left out, up to a number.
+
+    Args:
+        problems: New ones.
+        known: How many there were before.
+    """
+    named = problems[: max(0, MOST_PROBLEMS - known)]
+    lines = [f"bitfast: left out {printable(name)}: {printable(reason)}" for name, reason in named]
+    if known <= MOST_PROBLEMS < known + len(problems):
+        lines.append("bitfast: more images are left out, which are not named")
+    return lines
 
 
 def duration(seconds: float) -> str:

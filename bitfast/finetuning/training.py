@@ -188,6 +188,7 @@ class Run:
         evaluation = self._evaluate_if_due()
         for step in batches:
             signal_number = self._step(step)
+            self.display.tell_problems(batches)
             if signal_number:
                 self._stop(signal_number)
             every = self.schedule.checkpoint_every
@@ -237,6 +238,8 @@ class Run:
         }
         self._add(row)
         self.display.step(row)
+        if not trainer.processes.are_several:
+            return self.interruption.signal or 0  # which may have come since
         return _signal_of(signals)
 
     def _evaluate_if_due(self) -> Evaluation | None:
@@ -247,6 +250,7 @@ class Run:
             trainer.model, self.validation, self.labels, trainer.processor, trainer.processes,
             self._signals, lambda: self.interruption.signal is not None,
         )  # fmt: skip
+        self.display.tell_problems(self.validation)
         if signal_number := _signal_of(signals.tolist()):
             self._stop(signal_number)
         if len(evaluation.labels):
@@ -274,11 +278,12 @@ class Run:
 
     def _stop(self, signal_number: int) -> None:
         self.save()
-        raise Interrupted(
+        self.trainer.processes.wait()
+        message = (
             f"interrupted after step {self.done} of {self.trainer.recipe.steps}; "
-            "the same command goes on from there",
-            signal_number,
+            "the same command goes on from there"
         )
+        raise Interrupted(message if self.trainer.processes.is_first else "", signal_number)
 
     def _not_finite(self, what: str) -> FinetuningError:
         return FinetuningError(

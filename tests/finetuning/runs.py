@@ -1,6 +1,7 @@
 """Small runs of ``bitfast finetune``, in this process and in others that wait to be interrupted.
 
-``python -m tests.finetuning.runs PAUSE ARGUMENTS...`` runs the command, and waits at some point for a signal.
+``python -m tests.finetuning.runs WHAT NUMBER FLAG ARGUMENTS...`` runs the command, in which something happens:
+it waits for a signal when it has touched the file FLAG, or it fails, or it tells more than usual.
 """
 
 from __future__ import annotations
@@ -80,6 +81,23 @@ def assert_same_result(folder: Path, expected: Path) -> None:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
+@contextmanager
+def interrupted_after(number: int) -> Iterator[None]:
+    """Inside, this process gets SIGINT in that step (from 1)."""
+    from bitfast.finetuning import training
+
+    update = training.Trainer.update
+
+    def update_with_signal(self: Any, step: int) -> None:
+        update(self, step)
+        if step == number - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Trainer, "update", update_with_signal)
+        yield
+
+
 # ---- other processes ----------------------------------------------------------------------------
 
 
@@ -121,20 +139,54 @@ def pause(flag: Path) -> None:
         time.sleep(0.02)
 
 
-def pause_after_row(number: int, flag: Path) -> None:
-    """Let this process wait when it has written that many rows of the metrics."""
-    from bitfast.finetuning import metrics
+def is_meant() -> bool:
+    """Whether this process is the one that something shall happen to: the only one, or the second of two."""
+    return os.environ.get("RANK", "1") == "1"
 
-    add, count = metrics.MetricsLog.add, 0
 
-    def add_and_wait(self: Any, row: dict[str, Any]) -> None:
-        nonlocal count
-        add(self, row)
-        count += 1
-        if count == number:
+def pause_after_update(number: int, flag: Path) -> None:
+    """Let the process that is meant wait when it has changed the weights that many times."""
+    from bitfast.finetuning import training
+
+    update = training.Trainer.update
+
+    def update_and_wait(self: Any, step: int) -> None:
+        update(self, step)
+        if step == number - 1 and is_meant():
             pause(flag)
 
-    metrics.MetricsLog.add = add_and_wait  # type: ignore[method-assign]
+    training.Trainer.update = update_and_wait  # type: ignore[method-assign]
+
+
+def fail_in_step(number: int, flag: Path) -> None:
+    """Let the process that is meant fail in that step."""
+    from bitfast.finetuning import training
+    from bitfast.finetuning.errors import FinetuningError
+
+    gradients = training.Trainer.gradients
+
+    def fail(self: Any, step: Any) -> Any:
+        if step.number == number - 1 and is_meant():
+            raise FinetuningError("out of luck")
+        return gradients(self, step)
+
+    training.Trainer.gradients = fail  # type: ignore[method-assign]
+
+
+def write_digest(_: int, flag: Path) -> None:
+    """Let each process write a hash of its weights into a file of its own, when it has trained."""
+    from bitfast.finetuning import command
+
+    train = command._train
+
+    def train_and_write(options: Any, plan: Any, *others: Any) -> Any:
+        trained = train(options, plan, *others)
+        flag.with_name(f"{flag.name}-{os.environ['RANK']}").write_text(
+            command.weights_digest(plan.model)
+        )
+        return trained
+
+    command._train = train_and_write
 
 
 def pause_in_checkpoint(number: int, flag: Path) -> None:
@@ -154,7 +206,14 @@ def pause_in_checkpoint(number: int, flag: Path) -> None:
     checkpoint.write_safetensors = write_a_part
 
 
+WHAT = {
+    "checkpoint": pause_in_checkpoint,
+    "digest": write_digest,
+    "fail": fail_in_step,
+    "update": pause_after_update,
+}
+
 if __name__ == "__main__":
-    where, at, flag_file, *others = sys.argv[1:]
-    {"row": pause_after_row, "checkpoint": pause_in_checkpoint}[where](int(at), Path(flag_file))
-    sys.exit(cli.main(others))
+    what, number_, flag_file, *others_ = sys.argv[1:]
+    WHAT[what](int(number_), Path(flag_file))
+    sys.exit(cli.main(others_))

@@ -36,18 +36,18 @@ def step_of(folder: Path) -> int:
 
 def test_an_interrupt_from_the_terminal(images, base, whole, tmp_path) -> None:
     folder, flag = tmp_path / "run", tmp_path / "flag"
-    row = random.randint(1, STEPS)
+    number = random.randint(1, STEPS - 1)
     command = arguments(images, folder, base)
-    with process("-m", "tests.finetuning.runs", "row", row, flag, *command) as started:
+    with process("-m", "tests.finetuning.runs", "update", number, flag, *command) as started:
         wait_until(flag.exists, started)
         started.send_signal(signal.SIGINT)
         _, err = started.communicate(timeout=PATIENCE)
     assert started.returncode == 130, err
     assert "Traceback" not in err
-    done = step_of(folder)
     assert err.splitlines()[-1] == (
-        f"bitfast: interrupted after step {done} of {STEPS}; the same command goes on from there"
+        f"bitfast: interrupted after step {number} of {STEPS}; the same command goes on from there"
     )
+    assert step_of(folder) == number
     assert names_in(folder) == UNFINISHED
     assert rows(folder) == rows(whole)[: len(rows(folder))]
     assert run(images, folder, base) == 0
