@@ -38,6 +38,7 @@ PHOTOGRAPHS = (
 SIZE = 500, 400
 QUALITY = 90
 FILES = 128
+R50X1 = BitConfig(id2label={0: "class 0", 1: "class 1"})
 
 
 def write_photographs(folder: Path, count: int) -> Path:
@@ -55,9 +56,15 @@ def write_photographs(folder: Path, count: int) -> Path:
 class Measurement:
     """A network, images to train it on, and how long both take."""
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        config: BitConfig,
+        device: str,
+        dtype: torch.dtype,
+    ) -> None:
         self.dataset, self.recipe, self.device = dataset, recipe, device
-        config = BitConfig(id2label={0: "class 0", 1: "class 1"})
         model = BitForImageClassification(config).to(device).train()
         self.processor = recipe.processor(BitImageProcessor())
         processes = Processes(torch.device(device))
@@ -168,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         }  # fmt: skip
         recipe, _ = choose_recipe(len(dataset), dataset.sizes, overrides)
         dtype = getattr(torch, options.dtype)
-        measurement = Measurement(dataset, recipe, options.device, dtype)
+        measurement = Measurement(dataset, recipe, R50X1, options.device, dtype)
         rows = measure(measurement, options.workers, options.micro_batch)
     found = {
         **about,

@@ -201,7 +201,7 @@ def _choose_sizes(sizes: Any, resize: int | None, crop: int | None) -> list[tupl
 
 def _median_size(sizes: Any) -> tuple[int, int]:
     """Return the (height, width) of the image whose area is the median."""
-    sizes = np.asarray(sizes).reshape(-1, 2)
+    sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
     order = np.argsort(sizes[:, 0] * sizes[:, 1], kind="stable")
     height, width = sizes[order[len(order) // 2]].tolist()
     return height, width
@@ -212,7 +212,9 @@ def _shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def _check(recipe: Recipe) -> None:

@@ -109,7 +109,7 @@ def test_what_is_given_is_taken_and_said() -> None:
     assert {choice.reason for choice in table} == {"given"}
     assert [choice.name for choice in table] == list(overrides)
     assert choices(flip=False)["flip"].value == "no"
-    assert choices(decay_steps=())["decay_steps"].value == ""
+    assert choices(decay_steps=())["decay_steps"].value == "none"
 
 
 def test_every_choice_has_a_reason() -> None:
