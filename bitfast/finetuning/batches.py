@@ -420,6 +420,8 @@ class _Loading:
                 began = time.perf_counter()
         except RuntimeError as error:
             failure = f"loading images: {one_line(error)}"
+        except (EOFError, OSError):  # it was about to send an image
+            failure = "loading images: a worker process ended unexpectedly"
         finally:
             # Ends the workers. No error may refer to it, which would end them late, and only by force.
             del batches

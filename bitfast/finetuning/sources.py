@@ -122,6 +122,18 @@ class PackedImages(Source):
         self._file: Any = make()
         number = self._file.fileno()
         self._path = f"/proc/{os.getpid()}/fd/{number}" if has_proc else self._file.name
+        try:
+            paths, lengths = self._copy(images)
+        except OSError as error:
+            raise OSError(
+                f"images of Parquet cannot be copied to {tempfile.gettempdir()} "
+                f"(TMPDIR names another folder): {error.strerror or error}"
+            ) from error
+        self._paths = pa.array(paths, pa.large_string())
+        self._lengths = np.array(lengths, np.int64)
+        self._starts = np.cumsum(self._lengths.clip(0)) - self._lengths.clip(0)
+
+    def _copy(self, images: Iterable[pa.Array]) -> tuple[list[str | None], list[int]]:
         paths: list[str | None] = []
         lengths: list[int] = []
         for batch in images:
@@ -131,9 +143,7 @@ class PackedImages(Source):
                     self._file.write(memoryview(content.as_buffer()))
                 lengths.append(len(content.as_buffer()) if content.is_valid else NO_BYTES)
         self._file.flush()
-        self._paths = pa.array(paths, pa.large_string())
-        self._lengths = np.array(lengths, np.int64)
-        self._starts = np.cumsum(self._lengths.clip(0)) - self._lengths.clip(0)
+        return paths, lengths
 
     def __getstate__(self) -> dict[str, Any]:
         opened = ("_file", "_descriptor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from collections import Counter
@@ -172,6 +173,13 @@ def test_parquet_of_bytes_and_whole_numbers(tmp_path: Path) -> None:
     assert splits.classes == ("1", "6", "10")
     assert everything(splits) == {n: str(COUNTS[name]) for n, name in expected().items()}
     assert splits.problems == [Problem("row 17", "neither bytes nor a path")]
+
+
+def test_parquet_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"image": [b"x" * 10**6], "label": ["a"]}), tmp_path / "data.parquet")
+    monkeypatch.setattr("tempfile.TemporaryFile", functools.partial(open, "/dev/full", "wb"))
+    with pytest.raises(OSError, match=r"cannot be copied to .*TMPDIR.*: No space left on device"):
+        open_splits(tmp_path / "data.parquet")
 
 
 NAMES = ["zebra", "empty handed", "class 9", "class 10"]
