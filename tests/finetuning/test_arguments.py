@@ -118,7 +118,7 @@ def test_overrides_reach_the_recipe() -> None:
     assert options.workers is None
 
 
-def test_help_needs_no_torch() -> None:
+def test_help_loads_nothing_of_the_command() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None\n"
         "from bitfast.cli import build_parser\nbuild_parser().format_help()\n"
