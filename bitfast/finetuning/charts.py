@@ -68,7 +68,7 @@ def confusion(evaluation: Evaluation, classes: Sequence[str]) -> Figure:
     if number > MOST_NAMES:
         named = np.unique(np.linspace(0, number - 1, MOST_NAMES).round().astype(int))
     places = named * len(counts) // number
-    names = [_short(classes[index]) for index in named]
+    names = [_short(classes[int(index)]) for index in named]
     axis.set_xticks(places, names, rotation=90, fontsize=8)
     axis.set_yticks(places, names, fontsize=8)
     axis.set_xlabel("taken for")

@@ -177,8 +177,8 @@ def with_new_head(
     config.problem_type = "single_label_classification"
     model = BitForImageClassification(config)
     model.bit = base.bit
-    nn.init.zeros_(model.classifier[1].weight)
-    nn.init.zeros_(model.classifier[1].bias)
+    for parameter in model.classifier.parameters():
+        nn.init.zeros_(parameter)
     return model.train()
 
 

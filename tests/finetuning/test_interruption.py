@@ -18,6 +18,7 @@ from tests.finetuning.runs import (
     STEPS,
     arguments,
     assert_same_result,
+    interrupted_after,
     names_in,
     process,
     rows,
@@ -52,6 +53,18 @@ def test_an_interrupt_from_the_terminal(images, base, whole, tmp_path) -> None:
     assert rows(folder) == rows(whole)[: len(rows(folder))]
     assert run(images, folder, base) == 0
     assert_same_result(folder, whole)
+
+
+def test_mixed_images_in_bfloat16_from_workers(images, base, tmp_path) -> None:
+    """What is drawn, and what autocast keeps, does not depend on where a run began."""
+    number = random.randint(1, STEPS - 1)
+    options = ("--mixup", 0.3, "--dtype", "bfloat16", "--workers", 1)
+    assert run(images, tmp_path / "whole", base, *options) == 0
+    with interrupted_after(number):
+        assert run(images, tmp_path / "run", base, *options) == 130
+    assert step_of(tmp_path / "run") == number
+    assert run(images, tmp_path / "run", base, *options) == 0
+    assert_same_result(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_process_that_is_killed_while_it_writes(images, base, whole, tmp_path) -> None:
