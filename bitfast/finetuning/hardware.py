@@ -13,7 +13,8 @@ from bitfast.finetuning.processes import Processes, share
 from bitfast.finetuning.recipe import Choice
 
 MOST_ON_A_CPU = 32
-"""Images at a time: more are not faster there, and need more memory."""
+"""Images at a time: more need more memory and are hardly faster. (R50x1, 128x128, 64 images: 8.2 s of CPU time
+8 at a time, 7.2 s 16 at a time, 7.1 s 32 at a time.)"""
 SHARE_OF_MEMORY = {"cuda": 0.6, "cpu": 0.25}
 """Of all memory, for what a network keeps for the backward pass."""
 MOST_WORKERS = 8
