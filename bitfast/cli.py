@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_env(commands)
     _add_bench(commands)
+    _add_finetune(commands)
     return parser
 
 
@@ -187,7 +188,8 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="classify digits, and compare with transformers on this machine",
         description="Classify held-out digits with the model that comes with bitfast, then run a full "
-        "R50x1 through transformers and bitfast, on the CPU: check that they agree, and measure both.",
+        "R50x1 through transformers and bitfast, on the CPU: check that they agree, and measure both. Last, "
+        "fine-tune a network that knows some digits to the others.",
     )
     parser.add_argument(
         "--threads",
@@ -226,6 +228,20 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_arguments(parser)
     parser.set_defaults(run=bench.run)
+
+
+def _add_finetune(commands: Any) -> None:
+    from bitfast.finetuning import arguments
+
+    parser = commands.add_parser(
+        "finetune",
+        help="transfer a checkpoint to your own images",
+        description=arguments.HELP,
+        epilog=arguments.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_arguments(parser)
+    parser.set_defaults(run=arguments.run)
 
 
 def positive_integer(text: str) -> int:
@@ -310,8 +326,11 @@ def run_convert(arguments: argparse.Namespace) -> int:
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demo and return the exit status: 1 if bitfast and transformers disagree."""
     from bitfast.commands import demo
+    from bitfast.finetuning import demonstration
 
-    return SUCCESS if demo.run(arguments.threads) else SOME_FAILED
+    agrees = demo.run(arguments.threads)
+    demonstration.show()
+    return SUCCESS if agrees else SOME_FAILED
 
 
 def run_env(arguments: argparse.Namespace) -> int:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bitfast import BitConfig, BitForImageClassification, cli
+from bitfast import BitConfig, BitForImageClassification, cli, extras
 from bitfast.commands import comparison, demo
 from bitfast.digits import held_out_images
+from bitfast.finetuning import demonstration
 
 SMALL = BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=2)
 
@@ -222,6 +223,30 @@ def test_models_take_turns() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
+# ---- fine-tuning --------------------------------------------------------------------------------
+
+
+def test_fine_tuning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstration, "EPOCHS", 12)
+    demonstration.show()
+    out = capsys.readouterr().out
+    found = re.search(r"(\d+\.\d) % of (\d+) digits from 5 to 9 right, from 5 images", out)
+    assert found is not None, out
+    assert float(found[1]) > 50  # by chance: 20
+    assert 150 < int(found[2]) < len(held_out_images()) / 2
+    assert out.count("\n") == 2
+
+
+def test_fine_tuning_without_its_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(extras.EXTRAS, "finetune", ("no_such_package",))
+    demonstration.show()
+    assert capsys.readouterr().out == (
+        "\n3. Fine-tuning needs no_such_package, not installed here: pip install 'bitfast[finetune]'\n"
+    )
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -231,9 +256,10 @@ def test_command(
 ) -> None:
     monkeypatch.setattr(demo, "show_digits", lambda: demo.say("the digits"))
     monkeypatch.setattr(demo, "show_comparison", lambda: agrees)
+    monkeypatch.setattr(demonstration, "show", lambda: demo.say("the transfer"))
     assert cli.main(["demo", "--threads", "1"]) == (0 if agrees else 1)
     assert torch.get_num_threads() == 1
     out = capsys.readouterr().out
     assert re.match(r"bitfast \S+, python \S+, torch \S+, transformers", out)
     assert "device cpu, 1 thread, float32\n" in out
-    assert "the digits" in out
+    assert out.index("the digits") < out.index("the transfer")

@@ -316,11 +316,25 @@ def _tensor_writer(
         # Copied to the CPU, contiguous and apart from each other here, one shard at a time.
         plain = _own_storages({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
         if safe_serialization:
-            save_file(plain, path, metadata={"format": "pt"})
+            write_safetensors(plain, path, {"format": "pt"})
         else:
             torch.save(plain, path)
 
     return write
+
+
+def write_safetensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors of the CPU, none of which share memory, into a file.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # which is no OSError
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from bitfast.checkpoints.files import replace_files
 from bitfast.configuration import BitConfig
-from bitfast.digits.card import CARD_NAME, Measurement, model_card
+from bitfast.digits.card import CARD_NAME, model_card
 from bitfast.digits.sheet import write_sheet
 from bitfast.images.processing import BitImageProcessor
+from bitfast.measurement import Measurement
 from bitfast.modeling import BitForImageClassification
 
 HELD_OUT_FRACTION = 0.25
