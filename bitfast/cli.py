@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_env(commands)
     _add_bench(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -212,6 +213,20 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_arguments(parser)
     parser.set_defaults(run=bench.run)
+
+
+def _add_serve(commands: Any) -> None:
+    from bitfast.serving import arguments as serve
+
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description=serve.HELP,
+        epilog=serve.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_arguments(parser)
+    parser.set_defaults(run=serve.run, refuse=parser.error)
 
 
 def positive_integer(text: str) -> int:

@@ -1,0 +1,111 @@
+"""The model of a server: decodes and processes single images, runs batches, warms up for their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bitfast.commands.classify import Classifier, find_device
+from bitfast.graphs import capture
+from bitfast.images.files import decode_image
+from bitfast.network import stage_widths
+from bitfast.serving.settings import Settings
+
+FORMATS = (
+    "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP XBM XPM"
+).split()  # fmt: skip
+"""What clients may send, by Pillow's names. Not EPS, for which Pillow starts Ghostscript, nor rare formats."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the model makes of one image: logits (labels,) and embedding (D,), float32, on the CPU."""
+
+    logits: Tensor
+    embedding: Tensor
+
+
+class Engine:
+    """A model that answers single images and batches.
+
+    Args:
+        classifier: The model and its processor.
+        most_pixels: Of an image.
+    """
+
+    def __init__(self, classifier: Classifier, most_pixels: int) -> None:
+        self.classifier = classifier
+        self._most_pixels = most_pixels
+        # Formats that this Pillow lacks must not be named to it.
+        Image.init()
+        self._formats = [name for name in FORMATS if name in Image.OPEN]
+
+    @classmethod
+    def load(cls, settings: Settings) -> Engine:
+        """Load the model that the settings name, on a GPU if a replica has one.
+
+        Raises:
+            OSError, RuntimeError, ValueError: as :meth:`Classifier.load`.
+        """
+        device = find_device("cuda" if settings.gpus_per_replica else "cpu")
+        classifier = Classifier.load(settings.model, device, settings.dtype)
+        return cls(classifier, settings.max_image_pixels)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the model's images."""
+        return self.classifier.model.config.num_channels
+
+    @property
+    def labels(self) -> int:
+        """How many labels the model has."""
+        return self.classifier.model.config.num_labels
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers in an embedding."""
+        return stage_widths(self.classifier.model.config)[-1]
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype, such as "float32"."""
+        return str(self.classifier.model.dtype).removeprefix("torch.")
+
+    def preprocess(self, content: bytes) -> Tensor:
+        """Return the pixel_values (C, H, W), float32, of an image file.
+
+        Raises:
+            ImageTooLargeError: the image has too many pixels; it has not been decoded.
+            Exception: what Pillow and the processor raise for other bad images.
+        """
+        image = decode_image(BytesIO(content), self._formats, self._most_pixels)
+        return self.classifier.preprocess(image)
+
+    @torch.inference_mode()
+    def run(self, pixel_values: Tensor) -> Sequence[Features]:
+        """Return the features of each image of a batch (N, C, H, W)."""
+        model = self.classifier.model
+        pixel_values = pixel_values.to(model.device, model.dtype)
+        pooled = model.bit(pixel_values, return_dict=True).pooler_output
+        logits = model.classifier(pooled).float().cpu()
+        embeddings = pooled.flatten(1).float().cpu()
+        return [Features(*pair) for pair in zip(logits, embeddings, strict=True)]
+
+    @torch.inference_mode()
+    def warm_up(self, sizes: Sequence[int]) -> None:
+        """Run a batch of each size, so that its plan is made; on a GPU record its CUDA graph.
+
+        The images have the shape that the processor gives a square one.
+        """
+        model = self.classifier.model
+        pixels = self.classifier.preprocess(Image.new("RGB", (64, 64)))
+        for size in sizes:
+            batch = pixels.expand(size, *pixels.shape).to(model.device, model.dtype).contiguous()
+            if batch.is_cuda:
+                capture(model.bit, batch, return_dict=True)
+            self.run(batch)
