@@ -108,7 +108,7 @@ def read_image(path: str) -> Image.Image:
 
 def decode_image(
     file: str | IO[bytes],
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
     most_pixels: int | None = None,
 ) -> Image.Image:
     """Return the decoded image (of several frames, the first) in a file, given by name or opened.

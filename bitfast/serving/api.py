@@ -1,4 +1,4 @@
-"""The HTTP interface of a server: routes, answers, errors, deadlines. Without Ray, so that it can run anywhere."""
+"""The HTTP interface of a server: routes, answers, errors, deadlines. It runs without Ray as well."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,11 +19,11 @@ from bitfast.serving.bodies import received_body
 from bitfast.serving.engine import Features
 from bitfast.serving.inference_protocol import InferenceProtocol
 from bitfast.serving.metrics import CONTENT_TYPE, Snapshot, exposition
+from bitfast.serving.pages import Page, load_page
 from bitfast.serving.refusals import Refusal
 from bitfast.serving.requests import Images, media_type, parse_images, parse_top_k
 from bitfast.serving.service import Service
 
-FOLDER = Path(__file__).parent
 DEFAULT_TOP_K = 5
 
 logger = logging.getLogger("ray.serve")
@@ -121,16 +121,19 @@ def _failure(error: BaseException, service: Service) -> Response:
 
 
 def _add_pages(api: FastAPI, find_service: FindService, find_snapshots: FindSnapshots) -> None:
-    page = (FOLDER / "page.html").read_text(encoding="utf-8")
-    docs = (FOLDER / "docs.html").read_text(encoding="utf-8")
+    @cache
+    def page(name: str) -> Page:
+        return load_page(name, find_service().settings.served_name)
 
     @api.get("/", response_class=HTMLResponse, summary="A page that classifies dropped images")
-    async def index() -> HTMLResponse:
-        return HTMLResponse(page)
+    async def index() -> Response:
+        body, headers = page("page.html")
+        return Response(body, headers=headers)
 
     @api.get("/docs", response_class=HTMLResponse, summary="A page that shows this interface")
-    async def documentation() -> HTMLResponse:
-        return HTMLResponse(docs)
+    async def documentation() -> Response:
+        body, headers = page("docs.html")
+        return Response(body, headers=headers)
 
     @api.get("/metrics", summary="All replicas' metrics for Prometheus", responses=openapi.METRICS)
     async def metrics() -> Response:
@@ -189,7 +192,7 @@ async def _answer(
         (result,) = results
         if isinstance(result, Refusal):
             raise result
-        return JSONResponse(of_one(result, images))
+        return JSONResponse(of_one(result, images), headers=_server_timing(result))
 
     def rendered() -> JSONResponse:
         answers = [
@@ -200,6 +203,11 @@ async def _answer(
         return JSONResponse(answers, 422 if all_failed else 200)
 
     return await service.in_pool(rendered)
+
+
+def _server_timing(features: Features) -> dict[str, str]:
+    parts = [f"{name};dur={1000 * seconds:.1f}" for name, seconds in features.seconds.items()]
+    return {"Server-Timing": ", ".join(parts)}
 
 
 __all__ = ["build_api"]

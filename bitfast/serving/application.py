@@ -37,7 +37,7 @@ def application(settings: Settings) -> serve.Application:
             }
         }
     )
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress(_api)(Replica),
         name=DEPLOYMENT,
         ray_actor_options={
@@ -61,7 +61,8 @@ def _api() -> Any:
 
 
 def _replica() -> Replica:
-    return serve.get_replica_context().servable_object
+    replica: Any = serve.get_replica_context().servable_object
+    return replica
 
 
 class Replica:

@@ -31,43 +31,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     count: dict[str, Any] = {"type": positive_integer, "metavar": "N"}
-    add("--model", metavar="NAME_OR_PATH",
+    add(
+        "--model",
+        metavar="NAME_OR_PATH",
         help="a checkpoint's folder, or its name on the Hugging Face Hub "
-        "(default: the model of handwritten digits that comes with bitfast)")  # fmt: skip
+        "(default: the model of handwritten digits that comes with bitfast)",
+    )
     add("--name", help="the model's name in URLs (default: the last part of --model)")
-    add("--dtype", choices=DTYPES, default=Settings.dtype,
-        help="auto: the checkpoint's (default: auto)")  # fmt: skip
-    add("--host", default=DEFAULT_HOST, metavar="ADDRESS",
-        help=f"address to listen on (default: {DEFAULT_HOST}; 0.0.0.0: all of this machine's)")  # fmt: skip
-    add("--port", type=_port, default=DEFAULT_PORT, metavar="N",
-        help=f"0: one that is free (default: {DEFAULT_PORT})")  # fmt: skip
-    add("--replicas", type=_replicas, default=Settings.replicas, metavar="N|MIN:MAX",
-        help="processes that hold the model; MIN:MAX: as many as the load needs (default: 1)")  # fmt: skip
-    add("--cpus-per-replica", **count,
-        help="cores, and threads, of each replica (default: this machine's, shared out among them)")  # fmt: skip
-    add("--gpus-per-replica", type=_number, metavar="N",
-        help="GPUs of each replica, such as 1 or 0.5; 0: compute on the CPU (default: 1 if there is one)")  # fmt: skip
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default=Settings.dtype,
+        help="auto: the checkpoint's (default: auto)",
+    )
+    add(
+        "--host",
+        default=DEFAULT_HOST,
+        metavar="ADDRESS",
+        help=f"address to listen on (default: {DEFAULT_HOST}; 0.0.0.0: all of this machine's)",
+    )
+    add(
+        "--port",
+        type=_port,
+        default=DEFAULT_PORT,
+        metavar="N",
+        help=f"0: one that is free (default: {DEFAULT_PORT})",
+    )
+    add(
+        "--replicas",
+        type=_replicas,
+        default=Settings.replicas,
+        metavar="N|MIN:MAX",
+        help="processes that hold the model; MIN:MAX: as many as the load needs (default: 1)",
+    )
+    add(
+        "--cpus-per-replica",
+        **count,
+        help="cores, and threads, of each replica (default: this machine's, shared out among them)",
+    )
+    add(
+        "--gpus-per-replica",
+        type=_number,
+        metavar="N",
+        help="GPUs of each replica, such as 1 or 0.5; 0: compute on the CPU (default: 1 if there is one)",
+    )
 
     batches = parser.add_argument_group("batches")
-    batches.add_argument("--batch-size", default=Settings.batch_size, **count,
-        help=f"images that go through the model together, at most (default: {Settings.batch_size})")  # fmt: skip
-    batches.add_argument("--batch-wait", type=_number, default=Settings.batch_wait, metavar="SECONDS",
-        help=f"an image waits so long for others, at most (default: {Settings.batch_wait:g})")  # fmt: skip
+    batches.add_argument(
+        "--batch-size",
+        default=Settings.batch_size,
+        **count,
+        help=f"images that go through the model together, at most (default: {Settings.batch_size})",
+    )
+    batches.add_argument(
+        "--batch-wait",
+        type=_number,
+        default=Settings.batch_wait,
+        metavar="SECONDS",
+        help=f"an image waits so long for others, at most (default: {Settings.batch_wait:g})",
+    )
 
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-request-bytes", default=Settings.max_request_bytes, **count,
-        help=f"of a request's body (default: {Settings.max_request_bytes // MIB} MiB)")  # fmt: skip
-    limits.add_argument("--max-image-pixels", default=Settings.max_image_pixels, **count,
-        help=f"width times height of an image (default: {Settings.max_image_pixels:,})")  # fmt: skip
-    limits.add_argument("--max-images", default=Settings.max_images, **count,
-        help=f"in a request (default: {Settings.max_images})")  # fmt: skip
-    limits.add_argument("--max-queue", default=Settings.max_queue, **count,
-        help=f"images that a replica has accepted and not answered (default: {Settings.max_queue})")  # fmt: skip
-    limits.add_argument("--body-timeout", type=_number, default=Settings.body_timeout, metavar="SECONDS",
-        help=f"in which a request's body arrives (default: {Settings.body_timeout:g})")  # fmt: skip
-    limits.add_argument("--request-timeout", type=_number, default=Settings.request_timeout,
+    limits.add_argument(
+        "--max-request-bytes",
+        default=Settings.max_request_bytes,
+        **count,
+        help=f"of a request's body (default: {Settings.max_request_bytes // MIB} MiB)",
+    )
+    limits.add_argument(
+        "--max-image-pixels",
+        default=Settings.max_image_pixels,
+        **count,
+        help=f"width times height of an image (default: {Settings.max_image_pixels:,})",
+    )
+    limits.add_argument(
+        "--max-images",
+        default=Settings.max_images,
+        **count,
+        help=f"in a request (default: {Settings.max_images})",
+    )
+    limits.add_argument(
+        "--max-queue",
+        default=Settings.max_queue,
+        **count,
+        help=f"images that a replica has accepted and not answered (default: {Settings.max_queue})",
+    )
+    limits.add_argument(
+        "--body-timeout",
+        type=_number,
+        default=Settings.body_timeout,
         metavar="SECONDS",
-        help=f"in which a request is answered (default: {Settings.request_timeout:g})")  # fmt: skip
+        help=f"in which a request's body arrives (default: {Settings.body_timeout:g})",
+    )
+    limits.add_argument(
+        "--request-timeout",
+        type=_number,
+        default=Settings.request_timeout,
+        metavar="SECONDS",
+        help=f"in which a request is answered (default: {Settings.request_timeout:g})",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 
 import torch
@@ -16,18 +16,23 @@ from bitfast.images.files import decode_image
 from bitfast.network import stage_widths
 from bitfast.serving.settings import Settings
 
-FORMATS = (
-    "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP XBM XPM"
-).split()  # fmt: skip
-"""What clients may send, by Pillow's names. Not EPS, for which Pillow starts Ghostscript, nor rare formats."""
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""What clients may send, by Pillow's names: the common ones, not EPS, for which Pillow starts Ghostscript."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the model makes of one image: logits (labels,) and embedding (D,), float32, on the CPU."""
+    """What the model makes of one image.
+
+    Attributes:
+        logits: (labels,), float32, on the CPU.
+        embedding: The pooled features (D,), float32, on the CPU.
+        seconds: How long each part of the work took, if somebody has measured it.
+    """
 
     logits: Tensor
     embedding: Tensor
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -43,7 +48,7 @@ class Engine:
         self._most_pixels = most_pixels
         # Formats that this Pillow lacks must not be named to it.
         Image.init()
-        self._formats = [name for name in FORMATS if name in Image.OPEN]
+        self._formats = tuple(name for name in FORMATS if name in Image.OPEN)
 
     @classmethod
     def load(cls, settings: Settings) -> Engine:

@@ -1,8 +1,8 @@
-"""The Open Inference Protocol, version 2, over HTTP: for clients that process images themselves and send tensors.
+"""The Open Inference Protocol, version 2: for clients that process images themselves and send tensors.
 
 Source: https://github.com/kserve/open-inference-protocol, and for its extension ``binary_tensor_data``
-https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md. Binary tensors
-spare both sides the decimal digits, which take longer than a small model.
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md.
+Binary tensors spare both sides the decimal digits, which take longer than a small model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a server counts, for Prometheus. Each replica counts for itself; ``/metrics`` shows all of them.
 
-Every series has the label ``replica``, so that Prometheus sums them (``sum without (replica) (...)``) and sees a
-new replica as a new series, not as a counter that jumps back.
+Every series has the label ``replica``, so that Prometheus sums them (``sum without (replica) (...)``) and sees
+a new replica as a new series, not as a counter that jumps back.
 """
 
 from __future__ import annotations

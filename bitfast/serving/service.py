@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -146,6 +148,7 @@ class Service:
     async def _features_of_file(self, file: bytes | Refusal) -> Features | Refusal:
         if isinstance(file, Refusal):
             return self._failed(file)
+        started = time.perf_counter()
         try:
             pixels = await self.in_pool(self.engine.preprocess, file)
         except ImageTooLargeError as error:
@@ -153,7 +156,12 @@ class Service:
         except Exception as error:
             # "images[0]" is the processor's name for what the client knows as this image.
             return self._failed(bad_image(describe(error).removeprefix("images[0]: ")))
-        return await self._features(pixels)
+        decoded = time.perf_counter()
+        features = await self._features(pixels)
+        if isinstance(features, Refusal):
+            return features
+        ended = time.perf_counter()
+        return replace(features, seconds={"decode": decoded - started, "model": ended - decoded})
 
     async def _features(self, pixels: Tensor) -> Features | Refusal:
         future: Future[Features] = self._batcher.submit(pixels)

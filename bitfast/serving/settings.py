@@ -134,8 +134,8 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _require(name: str, value: Any, at_least: float, kind: type = object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not isinstance(value, kind) or not at_least <= value < float("inf"):
+def _require(name: str, value: Any, at_least: float, kind: Any = (int, float)) -> None:
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_number or not at_least <= value < float("inf"):
         noun = "an integer" if kind is int else "a number"
         raise ValueError(f"{name} must be {noun} of at least {at_least}, got {value!r}")

@@ -18,7 +18,7 @@ START_SECONDS = 180
 STOP_SECONDS = 90
 
 
-class Server:
+class RunningServer:
     """A running ``bitfast serve``.
 
     Attributes:
@@ -73,21 +73,24 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, *arguments: Any) -> Iterator[Server]:
-    """Run ``bitfast serve ARGUMENTS`` on a free port, and end it after the block.
+def serving(model: Path | None, folder: Path, *arguments: Any) -> Iterator[RunningServer]:
+    """Run ``bitfast serve`` on a free port, and end it after the block.
 
     Args:
+        model: Of ``--model``; None: the default, digits.
         folder: Where its log goes.
-        arguments: Of the command, besides ``--port``.
+        arguments: More of the command, besides ``--port``.
     """
     errors = folder / "server.log"
     command = [sys.executable, "-m", "bitfast", "serve", "--port", "0", *map(str, arguments)]
+    if model is not None:
+        command += ["--model", str(model)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with errors.open("wb") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
         )
-    server = Server(process, errors)
+    server = RunningServer(process, errors)
     try:
         server.wait_until_ready()
         yield server
