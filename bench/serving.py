@@ -41,8 +41,16 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry
 SIZE = (500, 400)
 CLIENTS = (1, 8, 32)
 LABELS = 5
-ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}
-"""Of the difference between two servers' scores, relative; a rounding of bfloat16 is 0.4 %, and many add up."""
+ALLOWED = {
+    ("float32", "slow"): 1e-4,
+    ("float32", "fast"): 0.03,
+    ("bfloat16", "slow"): 0.1,
+    ("bfloat16", "fast"): 0.1,
+}
+"""Of the difference between the two servers' scores. transformers' fast processor resizes by torchvision: one
+byte in 400 is another level than in Pillow's way and bitfast's, and random weights magnify that."""
+REPEATED = {"float32": 1e-3, "bfloat16": 0.03}
+"""Of the difference between a server's scores of an image in different batches."""
 STARTS_WITHIN = 180.0
 """Seconds."""
 
@@ -107,7 +115,7 @@ def command_of(name: str, folder: Path, port: int, given: argparse.Namespace) ->
     shared += ["--batch-size", given.batch_size]
     if name == "bitfast":
         command = ["bitfast", "serve", "--model", folder, *shared]
-        command += ["--cpus-per-replica", given.threads, "--batch-wait", given.batch_wait]
+        command += ["--cpus-per-replica", given.threads, "--batch-wait", given.batch_wait / 1000]
     else:
         command = ["bench.serving_peer", folder, *shared, "--processor", given.processor]
         command += ["--threads", given.threads, "--batch-wait", given.batch_wait / 1000]
@@ -177,11 +185,11 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes, labels: int
 
 
 def difference(ours: Answer, theirs: Answer) -> float:
-    """Return by how much two answers differ: of any score, relative; infinite if the labels do."""
+    """Return by how much the scores of two answers differ at most; infinite if the labels do."""
     expected = {one["label"]: one["score"] for one in theirs}
     if {one["label"] for one in ours} != set(expected):
         return math.inf
-    return max(abs(one["score"] / expected[one["label"]] - 1) for one in ours)
+    return max(abs(one["score"] - expected[one["label"]]) for one in ours)
 
 
 # ---- timing -------------------------------------------------------------------------------------
@@ -226,7 +234,8 @@ def contest(folder: Path, given: argparse.Namespace) -> list[Row]:
     Raises:
         RuntimeError: an answer is wrong, or a server fails.
     """
-    files, allowed = bodies(), ALLOWED[given.dtype]
+    files = bodies()
+    allowed, repeated = ALLOWED[given.dtype, given.processor], REPEATED[given.dtype]
     samples: dict[tuple[str, int], list[tuple[list[float], float, float]]] = {}
     with (
         running("bitfast", folder, given) as ours,
@@ -237,7 +246,7 @@ def contest(folder: Path, given: argparse.Namespace) -> list[Row]:
             for server in (ours, theirs)
         }
         worst = max(map(difference, answers["bitfast"], answers["transformers"]))
-        told = f"scores differ by {worst:.1e} at most, {allowed:.0e} are allowed"
+        told = f"scores differ by {worst:.1e} at most, {allowed:g} is allowed"
         if not worst <= allowed:
             raise RuntimeError(f"the servers disagree: {told}")
         print(f"the servers agree: {told}", file=sys.stderr)
@@ -248,7 +257,7 @@ def contest(folder: Path, given: argparse.Namespace) -> list[Row]:
                     cpu = time.process_time()
                     known = answers[server.name]
                     times, seconds = asyncio.run(
-                        measure(server, files, known, allowed, clients, given.seconds)
+                        measure(server, files, known, repeated, clients, given.seconds)
                     )
                     cpu = (time.process_time() - cpu) / seconds
                     samples.setdefault((server.name, clients), []).append((times, seconds, cpu))
@@ -287,7 +296,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
     add = parser.add_argument
-    add("--dtype", choices=sorted(ALLOWED), default="float32", help="of both (default: float32)")
+    add("--dtype", choices=sorted(REPEATED), default="float32", help="of both (default: float32)")
     add("--clients", type=int, nargs="+", default=CLIENTS, help="at once")
     add("--rounds", type=int, default=3)
     add("--seconds", type=float, default=10.0, help="of each server, clients and round")
