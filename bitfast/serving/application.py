@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +88,7 @@ class Replica:
 
     async def drain(self) -> None:
         """Refuse new requests, and return when those accepted have been answered."""
-        self.service.is_draining = True
-        while self.service.ongoing_requests:
-            await asyncio.sleep(0.02)
+        await self.service.drain()
 
     async def snapshots(self) -> Sequence[Snapshot]:
         """Return the metrics of all replicas, this one's at least."""

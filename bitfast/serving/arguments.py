@@ -19,7 +19,7 @@ bitfast.serving.app(...) gives the same application to "serve deploy" on a clust
 EPILOG = """\
 When the server is ready it prints one line with its address to standard output.
 SIGTERM and SIGINT: new requests are refused, those accepted are answered, then it ends. A second
-signal ends it at once.
+signal ends it without these answers, a third one at once.
 
 exit status: 0 ended by SIGTERM; 2 wrong arguments, no usable model or address;
 130 ended by SIGINT (Ctrl-C)"""

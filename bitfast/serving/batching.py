@@ -85,6 +85,12 @@ class Batcher:
             self._changed.notify()
         return waiting.result
 
+    def hurry(self) -> None:
+        """From now on let no image wait for others."""
+        with self._changed:
+            self._batch_wait = 0.0
+            self._changed.notify()
+
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()

@@ -46,6 +46,11 @@ class Engine:
     def __init__(self, classifier: Classifier, most_pixels: int) -> None:
         self.classifier = classifier
         self._most_pixels = most_pixels
+        # What the head reads, taken where it reads it: pooling again could round in another way.
+        self._pooled: list[Tensor] = []
+        classifier.model.classifier.register_forward_pre_hook(
+            lambda head, arguments: self._pooled.append(arguments[0])
+        )
         # Formats that this Pillow lacks must not be named to it.
         Image.init()
         self._formats = tuple(name for name in FORMATS if name in Image.OPEN)
@@ -93,12 +98,12 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, pixel_values: Tensor) -> Sequence[Features]:
-        """Return the features of each image of a batch (N, C, H, W)."""
+        """Return the features of each image of a batch (N, C, H, W). One thread may call this at a time."""
         model = self.classifier.model
         pixel_values = pixel_values.to(model.device, model.dtype)
-        pooled = model.bit(pixel_values, return_dict=True).pooler_output
-        logits = model.classifier(pooled).float().cpu()
-        embeddings = pooled.flatten(1).float().cpu()
+        self._pooled.clear()
+        logits = model(pixel_values, return_dict=True).logits.float().cpu()
+        embeddings = self._pooled.pop().flatten(1).float().cpu()
         return [Features(*pair) for pair in zip(logits, embeddings, strict=True)]
 
     @torch.inference_mode()
@@ -112,5 +117,5 @@ class Engine:
         for size in sizes:
             batch = pixels.expand(size, *pixels.shape).to(model.device, model.dtype).contiguous()
             if batch.is_cuda:
-                capture(model.bit, batch, return_dict=True)
+                capture(model, batch, return_dict=True)
             self.run(batch)

@@ -226,12 +226,15 @@ def _values(tensor: dict[str, Any], count: int, binary: memoryview) -> np.ndarra
     if len(binary):
         raise bad_request(f"{len(binary)} bytes follow the JSON, and no binary_data_size says why")
     try:
-        values = np.asarray(tensor.get("data"), dtype=np.float32).reshape(-1)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise bad_request(f"the data of {INPUT} must be numbers, flat or nested") from error
-    if len(values) != count:
-        raise bad_request(f"the data of {INPUT} must be {count} numbers, got {len(values)}")
-    return values
+        values = np.asarray(tensor.get("data"))
+    except ValueError:  # lists of different lengths
+        values = np.asarray(None)
+    if values.dtype.kind not in "if":
+        raise bad_request(f"the data of {INPUT} must be numbers, flat or nested")
+    if values.size != count:
+        raise bad_request(f"the data of {INPUT} must be {count} numbers, got {values.size}")
+    with np.errstate(over="ignore"):  # to infinity, which the caller refuses
+        return values.astype(np.float32)
 
 
 def _outputs(content: dict[str, Any]) -> dict[str, bool]:

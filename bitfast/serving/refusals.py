@@ -34,3 +34,8 @@ def bad_image(message: str) -> Refusal:
 def overloaded(message: str) -> Refusal:
     """Return the refusal of a request that may succeed a second later."""
     return Refusal(503, message, {"Retry-After": "1"})
+
+
+def shutting_down() -> Refusal:
+    """Return the refusal of a server that drains. The client's next connection may lead to another one."""
+    return Refusal(503, "the server shuts down", {"Retry-After": "1", "Connection": "close"})

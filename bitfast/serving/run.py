@@ -32,7 +32,7 @@ QUIET_PROBES = 3
 
 
 class StoppedError(BaseException):
-    """A signal came before the server was ready."""
+    """A signal says that the server must end without answering what it has accepted."""
 
 
 def serve(settings: Settings, host: str, port: int) -> int:
@@ -50,29 +50,31 @@ def serve(settings: Settings, host: str, port: int) -> int:
         try:
             settings = settings.resolved()
             check_model(settings)
-            with reserved_port(host, port) as port, local_ray(settings):
-                signals.install()  # Ray has put its own in place
+            with reserved_port(host, port) as port, local_ray(settings, signals):
                 handle = deploy(settings, host, port)
-                signals.are_awaited = True
                 print(f"bitfast serves {settings.served_name} on {url(host, port)}", flush=True)
-                signals.came.wait()
+                signals.wait()
                 drain(handle, host, port, settings)
         except StoppedError:
             pass
-    return 128 + signal.SIGINT if signals.number == signal.SIGINT else SUCCESS
+    return 128 + signal.SIGINT if signals.first == signal.SIGINT else SUCCESS
 
 
 class Signals:
     """SIGTERM and SIGINT while a server runs.
 
-    Before ``are_awaited``, a signal raises StoppedError; after, it sets ``came``. A second one ends the process
-    at once, and Ray's with it.
+    The first ends :meth:`wait`; at other times it raises StoppedError, as the second does always. The third one
+    ends the process, and with it Ray's, though not their files.
+
+    Attributes:
+        first: The number of the first signal; None: none has come.
     """
 
     def __init__(self) -> None:
-        self.are_awaited = False
-        self.came = threading.Event()
-        self.number: int | None = None
+        self.first: int | None = None
+        self._count = 0
+        self._is_awaited = False
+        self._came = threading.Event()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -89,13 +91,22 @@ class Signals:
             before = signal.signal(number, self._handle)
             self._before.setdefault(number, before)
 
+    def wait(self) -> None:
+        """Wait for the first signal."""
+        self._is_awaited = True
+        self._came.wait()
+
     def _handle(self, number: int, frame: Any) -> None:
-        if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
-        self.came.set()
-        if not self.are_awaited:
+        self._count += 1
+        if self._count == 1:
+            self.first = number
+            self._came.set()
+            if not self._is_awaited:
+                raise StoppedError
+        elif self._count == 2:
             raise StoppedError
+        else:
+            os._exit(128 + number)
 
 
 # ---- starting ---------------------------------------------------------------------------------------
@@ -142,8 +153,12 @@ def reserved_port(host: str, port: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def local_ray(settings: Settings) -> Iterator[None]:
+def local_ray(settings: Settings, signals: Signals) -> Iterator[None]:
     """Start a Ray on this machine, with the cores that the replicas take; end it and remove its files after.
+
+    Args:
+        settings: How the server runs.
+        signals: Installed anew, since Ray handles SIGTERM by itself.
 
     Raises:
         CannotStartError: it does not start.
@@ -157,20 +172,32 @@ def local_ray(settings: Settings) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="bitfast-", dir=folder)
     most = settings.replica_range[1]
     try:
+        _start_ray(
+            num_cpus=max(usable_cpus(), most * (settings.cpus_per_replica or 1)), folder=folder
+        )
+        signals.install()
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_ray(num_cpus: int, folder: str) -> None:
+    import ray
+
+    try:
         ray.init(
             address="local",
-            num_cpus=max(usable_cpus(), most * (settings.cpus_per_replica or 1)),
+            num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
             _temp_dir=folder,
         )
-        yield
-    except (ConnectionError, OSError, RuntimeError, TimeoutError) as error:
+    except SystemExit as error:  # raised by Ray's handler of SIGTERM
+        raise StoppedError from error
+    except (ConnectionError, OSError, RuntimeError, TimeoutError, ValueError) as error:
         raise CannotStartError(f"Ray does not start: {one_line(error)}") from error
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def deploy(settings: Settings, host: str, port: int) -> Any:
@@ -185,22 +212,22 @@ def deploy(settings: Settings, host: str, port: int) -> Any:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={
-            "host": host,
-            "port": port,
-            # Replicas answer by then; this ends a request whose replica does not.
-            "request_timeout_s": settings.request_timeout + 5,
-        },
-        logging_config=quiet,
-    )
     try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={
+                "host": host,
+                "port": port,
+                # Replicas answer by then; this ends a request whose replica does not.
+                "request_timeout_s": settings.request_timeout + 5,
+            },
+            logging_config=quiet,
+        )
         handle = serve.run(
             application(settings), name=APPLICATION, route_prefix="/", logging_config=quiet
         )
-    except RuntimeError as error:
-        raise CannotStartError(f"the replicas do not start: {one_line(error)}") from error
+    except (RuntimeError, TimeoutError) as error:
+        raise CannotStartError(f"the server does not start: {one_line(error)}") from error
     wait_until_ready(host, port)
     return handle
 

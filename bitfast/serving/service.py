@@ -17,7 +17,7 @@ from bitfast.images.files import ImageTooLargeError, describe, one_line
 from bitfast.serving.batching import Batcher, batch_sizes
 from bitfast.serving.engine import Engine, Features
 from bitfast.serving.metrics import Metrics
-from bitfast.serving.refusals import Refusal, bad_image, overloaded
+from bitfast.serving.refusals import Refusal, bad_image, overloaded, shutting_down
 from bitfast.serving.settings import Settings
 
 T = TypeVar("T")
@@ -94,6 +94,13 @@ class Service:
         """Images that have been admitted and not answered yet."""
         return self._admitted
 
+    async def drain(self) -> None:
+        """Refuse new requests, and return when those accepted have been answered."""
+        self.is_draining = True
+        self._batcher.hurry()
+        while self.ongoing_requests:
+            await asyncio.sleep(0.02)
+
     def close(self) -> None:
         """Answer what has been admitted, and end the threads."""
         self._pool.shutdown()
@@ -109,7 +116,7 @@ class Service:
             Refusal: 503: the server shuts down, or its queue is full.
         """
         if self.is_draining:
-            raise overloaded("the server shuts down")
+            raise shutting_down()
         admission = Admission(self)
         admission.grow_to(1)
         try:
