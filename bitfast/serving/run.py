@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ SUCCESS = 0
 OBJECT_STORE_BYTES = 80 * 2**20
 """Little more than the least that Ray takes: requests and answers do not go through it."""
 
-LONGEST_TEMPORARY_FOLDER = 24
+LONGEST_TEMPORARY_FOLDER = 20
 """Characters: Ray makes sockets in the folder, whose paths have at most 107."""
 
 APPLICATION = "bitfast"
@@ -163,23 +164,36 @@ def local_ray(settings: Settings, signals: Signals) -> Iterator[None]:
     Raises:
         CannotStartError: it does not start.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(private_ray())
     import ray
 
-    folder = tempfile.gettempdir()
-    if len(folder) > LONGEST_TEMPORARY_FOLDER:
-        folder = "/tmp"
-    folder = tempfile.mkdtemp(prefix="bitfast-", dir=folder)
+    parent = tempfile.gettempdir()
+    if len(parent) > LONGEST_TEMPORARY_FOLDER:
+        parent = "/tmp"
+    # Ray lets everybody into its folder, so that lies in one which only this user may enter.
+    folder = tempfile.mkdtemp(prefix="bitfast-", dir=parent)
     most = settings.replica_range[1]
     try:
         _start_ray(
-            num_cpus=max(usable_cpus(), most * (settings.cpus_per_replica or 1)), folder=folder
+            num_cpus=max(usable_cpus(), most * (settings.cpus_per_replica or 1)),
+            folder=os.path.join(folder, "r"),
         )
         signals.install()
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def private_ray() -> dict[str, str]:
+    """Return the environment of a Ray that nobody else can use: who reaches Ray can run code in it."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's own ports, apart from that of HTTP, are on the loopback interface only.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
 
 
 def _start_ray(num_cpus: int, folder: str) -> None:
