@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 
 import torch
 from PIL import Image
@@ -12,12 +11,9 @@ from torch import Tensor
 
 from bitfast.commands.classify import Classifier, find_device
 from bitfast.graphs import capture
-from bitfast.images.files import decode_image
 from bitfast.network import stage_widths
+from bitfast.serving.decoding import decode
 from bitfast.serving.settings import Settings
-
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-"""What clients may send, by Pillow's names: the common ones, not EPS, for which Pillow starts Ghostscript."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +47,6 @@ class Engine:
         classifier.model.classifier.register_forward_pre_hook(
             lambda head, arguments: self._pooled.append(arguments[0])
         )
-        # Formats that this Pillow lacks must not be named to it.
-        Image.init()
-        self._formats = tuple(name for name in FORMATS if name in Image.OPEN)
 
     @classmethod
     def load(cls, settings: Settings) -> Engine:
@@ -93,8 +86,7 @@ class Engine:
             ImageTooLargeError: the image has too many pixels; it has not been decoded.
             Exception: what Pillow and the processor raise for other bad images.
         """
-        image = decode_image(BytesIO(content), self._formats, self._most_pixels)
-        return self.classifier.preprocess(image)
+        return self.classifier.preprocess(decode(content, self._most_pixels))
 
     @torch.inference_mode()
     def run(self, pixel_values: Tensor) -> Sequence[Features]:

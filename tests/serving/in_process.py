@@ -74,8 +74,8 @@ def image_file(kind: str = "PNG", size: tuple[int, int] = (40, 30), mode: str = 
     return encoded(picture(mode, size), kind)
 
 
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     """Return an image as a file."""
     file = io.BytesIO()
-    image.save(file, kind)
+    image.save(file, kind, **options)
     return file.getvalue()
