@@ -6,7 +6,9 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import random
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -314,6 +316,66 @@ async def kill_a_replica(server: RunningServer, known: list[tuple[bytes, Answer]
             await clients
         for _ in range(10):
             await Client(http, server.url, known, seed=0).good()
+
+
+# ---- bytes that are no request ------------------------------------------------------------------
+
+HEAD = b"POST /classify?top_k=10 HTTP/1.1\r\nHost: server\r\nContent-Type: image/png\r\n"
+
+MALFORMED = {
+    "two lengths": (HEAD + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcde", 400),
+    "length and chunks": (
+        HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+        400,
+    ),
+    "negative length": (HEAD + b"Content-Length: -4\r\n\r\nabcd", 400),
+    "length beyond 64 bits": (HEAD + b"Content-Length: 99999999999999999999\r\n\r\n", 400),
+    "large length": (HEAD + b"Content-Length: 9999999999\r\n\r\n", 413),
+    "chunk of no size": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    "chunks without end": (
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + (b"1000\r\n" + bytes(4096) + b"\r\n") * 20,
+        413,
+    ),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50), 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "unknown method": (b"FOO / HTTP/1.1\r\nHost: server\r\n\r\n", 400),
+    "other method": (b"TRACE /classify HTTP/1.1\r\nHost: server\r\n\r\n", 405),
+    "path upwards": (b"GET /docs/../../etc/passwd HTTP/1.1\r\nHost: server\r\n\r\n", 404),
+    "encoded path upwards": (b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: server\r\n\r\n", 404),
+}  # fmt: skip
+
+
+def test_malformed_requests_are_refused_and_pipelined_ones_answered_in_order(
+    server: RunningServer, known: list[tuple[bytes, Answer]]
+) -> None:
+    asyncio.run(talk_raw(server.url, known))
+
+
+async def talk_raw(url: str, known: list[tuple[bytes, Answer]]) -> None:
+    statuses = {}
+    for name, (content, _) in MALFORMED.items():
+        [(statuses[name], _)] = await exchange(url, content, answers=1)
+    assert statuses == {name: status for name, (_, status) in MALFORMED.items()}
+    pipelined = (HEAD + b"Content-Length: %d\r\n\r\n" % len(file) + file for file, _ in known)
+    answers = await exchange(url, b"".join(pipelined), answers=len(known))
+    for (status, content), (_, expected) in zip(answers, known, strict=True):
+        assert status == 200
+        assert same(scores(json.loads(content)), expected)
+
+
+async def exchange(url: str, content: bytes, answers: int) -> list[tuple[int, bytes]]:
+    """Send bytes, and return the status and body of so many answers."""
+    address = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(content)
+    received = []
+    for _ in range(answers):
+        head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE)).decode()
+        found = re.search(r"(?i)\r\ncontent-length: (\d+)", head)
+        assert found, head
+        received.append((int(head.split()[1]), await reader.readexactly(int(found[1]))))
+    writer.close()
+    return received
 
 
 # ---- the end of a server ------------------------------------------------------------------------
