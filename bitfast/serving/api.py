@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,7 +21,7 @@ from bitfast.serving.inference_protocol import InferenceProtocol
 from bitfast.serving.metrics import CONTENT_TYPE, Snapshot, exposition
 from bitfast.serving.pages import Page, load_page
 from bitfast.serving.refusals import Refusal
-from bitfast.serving.requests import Images, media_type, parse_images, parse_top_k
+from bitfast.serving.requests import RAW, Images, media_type, parse_images, parse_top_k
 from bitfast.serving.service import Service
 
 DEFAULT_TOP_K = 5
@@ -181,11 +181,12 @@ async def _answer(
 ) -> JSONResponse:
     """Return the answer about a request's image, or the list of answers about its images."""
     content_type = request.headers.get("content-type")
-    media_type(content_type)  # refused before the body is read
+    form = media_type(content_type)  # refused before the body is read
     with service.admitted() as admission:
         body = await received_body(request, service)
-        most = service.settings.max_images
-        images = await service.in_pool(parse_images, body, content_type, most)
+        parse = partial(parse_images, body, content_type, service.settings.max_images)
+        # Forms and JSON may be long; the bytes of an image are taken as they are.
+        images = parse() if form == RAW else await service.in_pool(parse)
         admission.grow_to(len(images.files))
         results = await service.features_of_files(images.files)
     if not images.are_several:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitfast.commands.classify import Classifier, find_device
 from bitfast.graphs import capture
+from bitfast.images.files import ImageTooLargeError
 from bitfast.network import stage_widths
 from bitfast.serving.decoding import decode
 from bitfast.serving.settings import Settings
@@ -83,10 +84,16 @@ class Engine:
         """Return the pixel_values (C, H, W), float32, of an image file.
 
         Raises:
-            ImageTooLargeError: the image has too many pixels; it has not been decoded.
+            ImageTooLargeError: the image has too many pixels, and has not been decoded; or gets too many.
             Exception: what Pillow and the processor raise for other bad images.
         """
-        return self.classifier.preprocess(decode(content, self._most_pixels))
+        pixels = self.classifier.preprocess(decode(content, self._most_pixels))
+        height, width = pixels.shape[-2:]
+        if height * width > self._most_pixels:  # where there is no crop
+            raise ImageTooLargeError(
+                f"the image is resized to {width} x {height} pixels, more than {self._most_pixels}"
+            )
+        return pixels
 
     @torch.inference_mode()
     def run(self, pixel_values: Tensor) -> Sequence[Features]:

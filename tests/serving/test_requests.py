@@ -666,3 +666,28 @@ def test_pages_come_with_their_headers(server: InProcess) -> None:
 def test_the_size_of_images_is_that_of_the_processor(server: InProcess) -> None:
     pixels = server.service.engine.preprocess(encoded(Image.new("RGB", (60, 50))))
     assert pixels.shape == (3, SIZE, SIZE)
+
+
+def test_an_image_that_gets_too_many_pixels(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    BitImageProcessor(size={"shortest_edge": SIZE}, do_center_crop=False).save_pretrained(folder)
+    server = InProcess(folder, max_image_pixels=MOST_PIXELS)
+    assert server.post("/embed", content=image_file(size=(20, 10))).status_code == 200
+    answer = server.post("/embed", content=image_file(size=(100, 5)))
+    assert answer.status_code == 413
+    assert answer.json()["error"] == (
+        f"the image is resized to 480 x 24 pixels, more than {MOST_PIXELS}"
+    )
+    server.close()
+
+
+def test_the_application_for_serve_deploy(model: Path) -> None:
+    from ray import serve
+
+    from bitfast.serving import build
+
+    arguments = {"model": str(model), "replicas": [1, 3], "batch_size": 4, "cpus_per_replica": 2}
+    application = build(arguments)
+    assert isinstance(application, serve.Application)
+    with pytest.raises(TypeError, match="no such option: batchsize"):
+        build({"model": str(model), "batchsize": 3})
