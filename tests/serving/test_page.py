@@ -237,7 +237,9 @@ def test_docs_lists_every_route_with_an_example(server: RunningServer, browser: 
     assert headings == routes
     assert {"POST /classify", "POST /embed"} <= set(headings)
     examples = browser.find_elements("css selector", "section pre")
-    assert f"curl '{server.url}/classify" in " ".join(example.text for example in examples)
+    shown = " ".join(example.text for example in examples)
+    assert f"curl '{server.url}/classify" in shown
+    assert f"curl '{server.url}/v2/models/model%3Cb%3E/infer'" in shown
     assert console(browser) == []
 
 
