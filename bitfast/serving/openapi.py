@@ -78,6 +78,7 @@ def images(*, with_top_k: bool) -> dict[str, Any]:
     binary = {"schema": {"type": "string", "format": "binary"}}
     base64 = {
         "type": "string",
+        "contentEncoding": "base64",
         "description": "Base64, or a data: URI. URLs and paths are not read.",
     }
     body: dict[str, Any] = {
