@@ -51,6 +51,8 @@ ALLOWED = {
 byte in 400 is another level than in Pillow's way and bitfast's, and random weights magnify that."""
 REPEATED = {"float32": 1e-3, "bfloat16": 0.03}
 """Of the difference between a server's scores of an image in different batches."""
+WAITING = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+"""What threads of both models do while they wait for each other, which ``bitfast serve`` sets itself."""
 STARTS_WITHIN = 180.0
 """Seconds."""
 
@@ -128,7 +130,7 @@ def running(name: str, folder: Path, given: argparse.Namespace) -> Iterator[Serv
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, **WAITING, "PYTHONPATH": str(ROOT)}
     with open(folder.parent / f"{name}.log", "ab") as log:
         process = subprocess.Popen(
             command_of(name, folder, port, given), stdout=log, stderr=log, env=environment
@@ -320,6 +322,7 @@ def main() -> int:
     print("\n".join(lines(rows)))
     if given.output is not None:
         settings = {name: value for name, value in vars(given).items() if name != "output"}
+        settings |= WAITING
         content = {
             "command": " ".join(["python -m bench.serving", *sys.argv[1:]]),
             "settings": settings,
