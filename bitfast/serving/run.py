@@ -165,6 +165,8 @@ def local_ray(settings: Settings, signals: Signals) -> Iterator[None]:
         CannotStartError: it does not start.
     """
     os.environ.update(private_ray())
+    # The model's threads share their cores with decoding and the proxy: to spin while they wait costs more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import ray
 
     parent = tempfile.gettempdir()

@@ -85,7 +85,8 @@ def serving(model: Path | None, folder: Path, *arguments: Any) -> Iterator[Runni
     command = [sys.executable, "-m", "bitfast", "serve", "--port", "0", *map(str, arguments)]
     if model is not None:
         command += ["--model", str(model)]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    # What the command sets by itself.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     with errors.open("wb") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True

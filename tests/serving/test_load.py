@@ -272,6 +272,11 @@ def command_line(process: psutil.Process) -> list[str]:
         return []
 
 
+def test_the_threads_of_replicas_sleep_while_they_wait(server: RunningServer) -> None:
+    policies = {psutil.Process(pid).environ().get("OMP_WAIT_POLICY") for pid in replicas_of(server)}
+    assert policies == {"passive"}
+
+
 def test_a_replica_that_is_killed_costs_no_wrong_answer_and_is_replaced(
     server: RunningServer, known: list[tuple[bytes, Answer]]
 ) -> None:
