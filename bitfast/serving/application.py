@@ -33,6 +33,8 @@ def application(settings: Settings) -> serve.Application:
                 "max_replicas": most,
                 # Enough to fill the batch that comes after the one that runs.
                 "target_ongoing_requests": 2 * settings.batch_size,
+                "look_back_period_s": 15,  # Ray looks every 10 seconds
+                "upscale_delay_s": 5,
             }
         }
     )
@@ -45,6 +47,9 @@ def application(settings: Settings) -> serve.Application:
         },
         # The queue is the replica's own, counted in images; it refuses what it has no place for.
         max_ongoing_requests=2 * settings.max_queue + OTHER_REQUESTS,
+        # What waits in the proxy, body and all, because no replica takes it.
+        max_queued_requests=settings.max_queue + OTHER_REQUESTS,
+        backpressure_config={"status_code": 503, "retry_after_s": 1},
         graceful_shutdown_timeout_s=settings.request_timeout + 5,
         graceful_shutdown_wait_loop_s=0.5,
         **scale,

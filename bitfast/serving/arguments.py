@@ -21,7 +21,7 @@ When the server is ready it prints one line with its address to standard output.
 SIGTERM and SIGINT: new requests are refused, those accepted are answered, then it ends. A second
 signal ends it without these answers, a third one at once.
 
-exit status: 0 ended by SIGTERM; 2 wrong arguments, no usable model or address;
+exit status: 0 ended by SIGTERM; 1 it no longer answers; 2 wrong arguments, no usable model or address;
 130 ended by SIGINT (Ctrl-C)"""
 
 

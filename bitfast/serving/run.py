@@ -21,6 +21,7 @@ from bitfast.images.files import one_line
 from bitfast.serving.settings import CannotStartError, Settings, usable_cpus
 
 SUCCESS = 0
+LOST = 1
 OBJECT_STORE_BYTES = 80 * 2**20
 """Little more than the least that Ray takes: requests and answers do not go through it."""
 
@@ -29,7 +30,12 @@ LONGEST_TEMPORARY_FOLDER = 20
 
 APPLICATION = "bitfast"
 READY_SECONDS = 60.0
+WATCH_SECONDS = 10.0
+LOST_SECONDS = 120.0
+"""Ray Serve starts a proxy or replicas that have died again sooner."""
+
 QUIET_PROBES = 3
+PROBE_SECONDS = 10.0
 
 
 class StoppedError(BaseException):
@@ -53,8 +59,10 @@ def serve(settings: Settings, host: str, port: int) -> int:
             check_model(settings)
             with reserved_port(host, port) as port, local_ray(settings, signals):
                 handle = deploy(settings, host, port)
+                signals.are_awaited = True
                 print(f"bitfast serves {settings.served_name} on {url(host, port)}", flush=True)
-                signals.wait()
+                if not serves_until_signal(signals, host, port):
+                    return LOST
                 drain(handle, host, port, settings)
         except StoppedError:
             pass
@@ -64,18 +72,20 @@ def serve(settings: Settings, host: str, port: int) -> int:
 class Signals:
     """SIGTERM and SIGINT while a server runs.
 
-    The first ends :meth:`wait`; at other times it raises StoppedError, as the second does always. The third one
-    ends the process, and with it Ray's, though not their files.
+    The first sets ``came`` where it is awaited, and raises StoppedError where not, as the second always does.
+    The third one ends the process, and with it Ray's, though not their files.
 
     Attributes:
         first: The number of the first signal; None: none has come.
+        came: Set by the first signal.
+        are_awaited: Whether somebody looks at ``came``.
     """
 
     def __init__(self) -> None:
         self.first: int | None = None
         self._count = 0
-        self._is_awaited = False
-        self._came = threading.Event()
+        self.came = threading.Event()
+        self.are_awaited = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -92,17 +102,12 @@ class Signals:
             before = signal.signal(number, self._handle)
             self._before.setdefault(number, before)
 
-    def wait(self) -> None:
-        """Wait for the first signal."""
-        self._is_awaited = True
-        self._came.wait()
-
     def _handle(self, number: int, frame: Any) -> None:
         self._count += 1
         if self._count == 1:
             self.first = number
-            self._came.set()
-            if not self._is_awaited:
+            self.came.set()
+            if not self.are_awaited:
                 raise StoppedError
         elif self._count == 2:
             raise StoppedError
@@ -188,7 +193,10 @@ def local_ray(settings: Settings, signals: Signals) -> Iterator[None]:
 
 
 def private_ray() -> dict[str, str]:
-    """Return the environment of a Ray that nobody else can use: who reaches Ray can run code in it."""
+    """Return the environment of a Ray that nobody else can use: who reaches Ray can run code in it.
+
+    Ray reads it when it is imported.
+    """
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own ports, apart from that of HTTP, are on the loopback interface only.
@@ -263,7 +271,7 @@ def wait_until_ready(host: str, port: int) -> None:
 
 def probe(host: str, port: int) -> int | None:
     """Return the status of GET /v2/health/ready; None if there is no answer."""
-    connection = http.client.HTTPConnection(_reachable(host), port, timeout=5)
+    connection = http.client.HTTPConnection(_reachable(host), port, timeout=PROBE_SECONDS)
     try:
         connection.request("GET", "/v2/health/ready")
         return connection.getresponse().status
@@ -271,6 +279,22 @@ def probe(host: str, port: int) -> int | None:
         return None
     finally:
         connection.close()
+
+
+def serves_until_signal(signals: Signals, host: str, port: int) -> bool:
+    """Wait for the first signal. Return False if before it the server stops answering at all.
+
+    Without the raylet, Ray's other processes may hang on rather than end.
+    """
+    heard = time.monotonic()
+    while not signals.came.wait(WATCH_SECONDS):
+        if probe(host, port) is not None:
+            heard = time.monotonic()
+        elif time.monotonic() - heard > LOST_SECONDS:
+            message = f"{url(host, port)} has not answered for {LOST_SECONDS:g} seconds"
+            print(f"bitfast: error: {message}; ending", file=sys.stderr, flush=True)
+            return False
+    return True
 
 
 def url(host: str, port: int) -> str:
