@@ -42,6 +42,22 @@ def test_answers_differ_by_their_scores_whatever_their_order() -> None:
     assert serving.difference(answer(a=0.6), answer(b=0.6)) == math.inf
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_right"),
+    [(0.5, 0.5, True), (0.518, 0.51, True), (0.53, 0.51, False), (0.5, 0.54, False)],
+)
+def test_both_servers_are_held_against_exact_scores(
+    ours: float, theirs: float, is_right: bool
+) -> None:
+    answers = {"bitfast": [answer(a=ours)], "transformers": [answer(a=theirs)]}
+    exact = [answer(a=0.5)]
+    if is_right:
+        assert "bitfast by" in serving.check(answers, exact, "float32")
+    else:
+        with pytest.raises(RuntimeError, match="differ from those of float32"):
+            serving.check(answers, exact, "float32")
+
+
 @pytest.fixture
 def stub() -> Iterator[serving.Server]:
     """A server that gives a body's first byte as score, as it was sent or, at /wrong, another."""
