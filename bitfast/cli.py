@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_env(commands)
     _add_bench(commands)
     _add_finetune(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -242,6 +243,20 @@ def _add_finetune(commands: Any) -> None:
     )
     arguments.add_arguments(parser)
     parser.set_defaults(run=arguments.run)
+
+
+def _add_serve(commands: Any) -> None:
+    from bitfast.serving import arguments as serve
+
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description=serve.HELP,
+        epilog=serve.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_arguments(parser)
+    parser.set_defaults(run=serve.run, refuse=parser.error)
 
 
 def positive_integer(text: str) -> int:

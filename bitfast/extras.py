@@ -9,7 +9,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "finetune": ("matplotlib", "pyarrow", "tqdm"),
     "embed": ("pyarrow", "tqdm"),
     "ray": ("pyarrow", "ray"),
-    "serve": ("fastapi", "python_multipart", "ray", "uvicorn"),
+    "serve": ("fastapi", "prometheus_client", "python_multipart", "ray", "uvicorn"),
 }
 """The modules that each extra of pyproject.toml brings, of those that bitfast imports itself."""
 

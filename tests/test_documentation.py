@@ -285,6 +285,16 @@ def test_commands_exist(page: str) -> None:
             assert arguments[0] in targets
 
 
+@runs("docs/server.md", "bitfast.serving.app")
+def test_the_application_of_a_server(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    applications = []
+    monkeypatch.setattr(serve, "run", applications.append)
+    example.run({"google/bit-50": MODEL_PATH})
+    assert [type(application) for application in applications] == [serve.Application]
+
+
 # ---- links --------------------------------------------------------------------------------------
 
 

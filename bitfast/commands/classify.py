@@ -166,7 +166,7 @@ class Classifier:
             return
         for outcome, scores in zip(outcomes, probabilities, strict=True):
             if scores.isfinite().all():
-                outcome.predictions = self._best(scores, top_k)
+                outcome.predictions = self.best(scores, top_k)
             else:
                 outcome.error = f"the model's output in {self.model.dtype} is not finite"
 
@@ -174,17 +174,22 @@ class Classifier:
     def probabilities(self, pixel_values: Tensor) -> Tensor:
         """Return the probability of each label, shape (N, labels), float32, on the CPU."""
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        logits = self.model(pixel_values, return_dict=True).logits.float()
+        return self.scores(self.model(pixel_values, return_dict=True).logits).cpu()
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the probability of each label, float32, of logits (N, labels)."""
         config = self.model.config
         # Probabilities of labels that do not exclude each other do not sum to 1.
         independent = config.problem_type == "multi_label_classification" or config.num_labels == 1
-        return (logits.sigmoid() if independent else logits.softmax(dim=-1)).cpu()
+        logits = logits.float()
+        return logits.sigmoid() if independent else logits.softmax(dim=-1)
 
     def label(self, index: int) -> str:
         """Return the name of a label."""
         return str(self.model.config.id2label.get(index, f"LABEL_{index}"))
 
-    def _best(self, scores: Tensor, top_k: int) -> list[Prediction]:
+    def best(self, scores: Tensor, top_k: int) -> list[Prediction]:
+        """Return the most probable labels of one image's scores, most probable first."""
         # Stable, so that equal scores always come in the order of their indices.
         values, indices = scores.sort(descending=True, stable=True)
         best = zip(indices[:top_k].tolist(), values[:top_k].tolist(), strict=True)

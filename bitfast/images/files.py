@@ -15,6 +15,10 @@ NEVER_DECODED = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
 """Formats that Pillow recognises but has no decoder for."""
 
 
+class ImageTooLargeError(ValueError):
+    """An image has more pixels than are allowed."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A file that may be an image, or an argument that leads to none and why."""
@@ -102,14 +106,28 @@ def read_image(path: str) -> Image.Image:
     return decode_image(path)
 
 
-def decode_image(file: str | IO[bytes]) -> Image.Image:
+def decode_image(
+    file: str | IO[bytes],
+    formats: tuple[str, ...] | None = None,
+    most_pixels: int | None = None,
+) -> Image.Image:
     """Return the decoded image (of several frames, the first) in a file, given by name or opened.
 
+    Args:
+        file: Its name, or the open file.
+        formats: Names, as Pillow's, of the formats that are read; None: all that Pillow knows.
+        most_pixels: Refuse a larger image before it is decoded.
+
     Raises:
+        ImageTooLargeError: the image has more pixels.
         OSError: it is no image that Pillow knows.
         Exception: what Pillow's decoders raise where the content is broken.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=formats) as image:
+        if most_pixels is not None and image.width * image.height > most_pixels:
+            raise ImageTooLargeError(
+                f"the image has {image.width} x {image.height} pixels, more than {most_pixels}"
+            )
         image.load()
         return image
 
