@@ -87,13 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
         title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
     )
     _add_classify(commands)
-    _add_embed(commands)
+    _add_rooms(commands)
     _add_convert(commands)
     _add_demo(commands)
     _add_env(commands)
     _add_bench(commands)
-    _add_finetune(commands)
-    _add_serve(commands)
     return parser
 
 
@@ -147,17 +145,21 @@ def _add_classify(commands: Any) -> None:
     parser.set_defaults(run=run_classify, refuse=parser.error)
 
 
-def _add_embed(commands: Any) -> None:
+def _add_rooms(commands: Any) -> None:
     from bitfast.embedding import arguments as embed
+    from bitfast.finetuning import arguments as finetune
+    from bitfast.serving import arguments as serve
 
-    parser = commands.add_parser(
-        "embed",
-        help="write the features of images as vectors",
-        description=embed.DESCRIPTION,
-        epilog=embed.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    embed.add_arguments(parser)
+    for name, module in (("embed", embed), ("finetune", finetune), ("serve", serve)):
+        parser = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run, refuse=parser.error)
 
 
 def _add_convert(commands: Any) -> None:
@@ -229,34 +231,6 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_arguments(parser)
     parser.set_defaults(run=bench.run)
-
-
-def _add_finetune(commands: Any) -> None:
-    from bitfast.finetuning import arguments
-
-    parser = commands.add_parser(
-        "finetune",
-        help="transfer a checkpoint to your own images",
-        description=arguments.HELP,
-        epilog=arguments.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    arguments.add_arguments(parser)
-    parser.set_defaults(run=arguments.run)
-
-
-def _add_serve(commands: Any) -> None:
-    from bitfast.serving import arguments as serve
-
-    parser = commands.add_parser(
-        "serve",
-        help="serve a model over HTTP",
-        description=serve.HELP,
-        epilog=serve.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    serve.add_arguments(parser)
-    parser.set_defaults(run=serve.run, refuse=parser.error)
 
 
 def positive_integer(text: str) -> int:

@@ -13,9 +13,6 @@ import tomllib
 from bitfast.extras import EXTRAS, MissingExtraError, require_extra
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-PACKAGE_OF = {"python_multipart": "python-multipart"}
-"""Packages whose module has another name."""
-
 BROUGHT_ALONG = {"fastapi": "ray[serve]", "uvicorn": "ray[serve]"}
 """Modules that come with what an extra names."""
 
@@ -45,4 +42,4 @@ def test_an_extra_brings_the_modules_that_are_asked_for(extra):
     brought = {re.split(r"[<>=!~ ;]", each)[0] for each in wanted}
     brought |= {each.split("[")[0] for each in brought}
     for module in EXTRAS[extra]:
-        assert BROUGHT_ALONG.get(module, PACKAGE_OF.get(module, module)) in brought
+        assert BROUGHT_ALONG.get(module, module.replace("_", "-")) in brought

@@ -8,6 +8,8 @@ from pathlib import Path
 
 SUFFIXES = (".parquet", ".npy", ".safetensors")
 
+SUMMARY = "write the features of images as vectors"
+
 DESCRIPTION = """\
 Write the features of images as vectors, one for each image, in the order given.
 
@@ -59,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ray-workers", type=positive_integer, metavar="N",
         help="workers, each with a model of its own (default: one for each GPU, or else one for each "
         "machine)")  # fmt: skip
-    parser.set_defaults(run=run, refuse=parser.error)
 
 
 def output_file(text: str) -> Path:

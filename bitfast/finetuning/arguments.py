@@ -11,7 +11,9 @@ from typing import Any
 
 SUCCESS, FAILED, USAGE_ERROR = 0, 1, 2
 
-HELP = """\
+SUMMARY = "transfer a checkpoint to your own images"
+
+DESCRIPTION = """\
 Fine-tune a BiT checkpoint to your own images, by the recipe of the paper (BiT-HyperRule).
 
 DATA is one of

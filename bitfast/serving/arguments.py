@@ -11,7 +11,9 @@ from bitfast.serving.settings import DTYPES, MIB, CannotStartError, Settings
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 
-HELP = """\
+SUMMARY = "serve a model over HTTP"
+
+DESCRIPTION = """\
 Serve a model over HTTP: POST an image to /classify or /embed, or tensors by the Open Inference
 Protocol; / is a page to try it, /docs describes all. Runs on a Ray of its own on this machine;
 bitfast.serving.app(...) gives the same application to "serve deploy" on a cluster."""
