@@ -205,12 +205,13 @@ def default_threads() -> int:
 
 def fingerprint_of_model(embedder: Embedder) -> str:
     """Return a hash of everything in a checkpoint that vectors depend on; not of where it lies."""
-    classifier = embedder.classifier
     digest = hashlib.sha256()
-    for part in (classifier.model.config, classifier.processor):
+    for part in (embedder.model.config, embedder.processor):
         settings = {key: value for key, value in part.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in classifier.model.state_dict().items():
+    # Where the checkpoint has no classifier, there is a random one, which other layers do not depend on.
+    network = embedder.model if embedder.layer == "logits" else embedder.model.bit
+    for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -119,7 +119,7 @@ def _vectors(embedder: Embedder, images: Tensor, dtype: np.dtype) -> list[np.nda
     outcomes: list[np.ndarray | str] = []
     for vector, as_stored in zip(computed, stored, strict=True):
         if not np.isfinite(vector).all():
-            dtype_name = str(embedder.classifier.model.dtype).removeprefix("torch.")
+            dtype_name = str(embedder.model.dtype).removeprefix("torch.")
             outcomes.append(f"the model's output in {dtype_name} is not finite")
         elif not np.isfinite(as_stored).all():
             largest = np.abs(vector).max()

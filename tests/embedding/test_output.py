@@ -18,6 +18,7 @@ from safetensors import safe_open
 import bitfast
 from bitfast import BitForImageClassification, BitImageProcessor, BitModel
 from bitfast.embedding import output as output_module
+from bitfast.embedding.command import fingerprint_of_model
 from bitfast.embedding.embedder import Embedder
 from tests.cli.common import BAD, GOOD, Run, save_model
 from tests.embedding.common import SUFFIXES, files_in, read_failures, read_vectors, save_pictures
@@ -40,6 +41,39 @@ def vectors_of_the_classes(
         if layer == "pooled":
             return outputs.pooler_output.flatten(1).float()
         return outputs.hidden_states[int(layer[-1])].float().mean((2, 3))
+
+
+def test_a_checkpoint_without_a_classifier(tmp_path: Path, model: Path, run: Run) -> None:
+    """It has all layers but one, and no vector or resumed run depends on what it lacks."""
+    photos, headless = tmp_path / "photos", tmp_path / "headless"
+    save_pictures(photos, 3)
+    BitModel.from_pretrained(model).save_pretrained(headless)
+    BitImageProcessor.from_pretrained(model).save_pretrained(headless)
+    for name, folder in (("whole", model), ("headless", headless)):
+        output = tmp_path / f"{name}.npy"
+        assert run("embed", photos, "--output", output, "--model", folder)[0] == 0
+    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "headless.npy").read_bytes()
+    fingerprints = {
+        fingerprint_of_model(Embedder.load(str(headless), torch.device("cpu"), "float32"))
+        for _ in range(2)
+    }
+    assert len(fingerprints) == 1
+    output = tmp_path / "logits.npy"
+    arguments = ["embed", photos, "--output", output, "--model", headless, "--layer", "logits"]
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "cannot be loaded: logits depends on weights that it lacks: classifier.1.bias" in err
+    assert not output.exists()
+
+
+def test_a_model_without_labels(tmp_path: Path, photo: Path, run: Run) -> None:
+    model, output = save_model(tmp_path / "model", num_labels=0, id2label={}), tmp_path / "out.npy"
+    arguments = ["embed", photo, "--output", output, "--model", model]
+    status, _, err = run(*arguments, "--layer", "logits")
+    assert status == 2
+    assert "cannot be loaded: it has no labels, and so no logits" in err
+    assert run(*arguments)[0] == 0
+    assert read_vectors(output)[1].shape == (1, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
