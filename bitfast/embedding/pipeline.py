@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bitfast.embedding.embedder import Embedder
@@ -52,6 +53,8 @@ def embed_batches(
             # "images[0]" is the processor's name for what the user knows as this file.
             return describe(error).removeprefix("images[0]: ")
 
+    # Pillow loads its rarer formats when it first needs them, and not safely for threads.
+    Image.init()
     with _threads(workers) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of files that it can read all the same
         ahead: deque[tuple[Batch, list[Future[Tensor | str]]]] = deque()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -288,3 +289,43 @@ def test_progress_on_a_terminal(
     assert (f"/{len(GOOD) + len(BAD)} [" in shown) is has_tqdm
     assert ("failed=0" in shown) is has_tqdm
     assert last.startswith(f"{len(GOOD)} embedded, {len(BAD)} failed")
+
+
+def test_progress_without_a_terminal(
+    tmp_path: Path, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitfast.embedding.command.SECONDS_BETWEEN_LINES", 0.0)
+    save_pictures(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "000.png").write_bytes(b"no image")
+    arguments = ["embed", tmp_path / "photos", "--output", tmp_path / "out.npy", "--model", model]
+    status, out, err = run(*arguments, "--batch-size", 2)
+    assert (status, out) == (1, "")
+    lines = ["bitfast: 2 of 3 images, 1 failed", "bitfast: 3 of 3 images, 1 failed"]
+    assert err.splitlines()[:2] == lines
+
+
+FORMATS_BEFORE_THREADS = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image
+from bitfast.embedding import pipeline
+from bitfast.embedding.embedder import Embedder
+from bitfast.embedding.inputs import Item
+
+def read_item(item):
+    raise OSError(f"known: {'WEBP' in Image.OPEN}")
+
+pipeline.read_item = read_item
+embedder = Embedder.load(sys.argv[1], torch.device("cpu"), "float32")
+results = pipeline.embed_batches(embedder, [(0, [Item("a.webp")])], 1, np.dtype("float32"))
+print([error for result in results for _, error in result.failures])
+"""
+
+
+def test_formats_are_known_before_threads_decode(model: Path) -> None:
+    """Pillow loads them late, and of two threads that need one then, one may find no decoder."""
+    command = [sys.executable, "-c", FORMATS_BEFORE_THREADS, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == "['known: True']\n", done.stderr
