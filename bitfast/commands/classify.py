@@ -68,6 +68,16 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def load_processor(name_or_path: str) -> BitImageProcessor | BitImageProcessorFast:
+    """Load a checkpoint's image processor: the fast one if the checkpoint names that.
+
+    Raises:
+        OSError, ValueError: it is missing or broken.
+    """
+    is_fast = processor_type(name_or_path) == BitImageProcessorFast.__name__
+    return (BitImageProcessorFast if is_fast else BitImageProcessor).from_pretrained(name_or_path)
+
+
 class Classifier:
     """A model and the processor of its images.
 
@@ -94,9 +104,7 @@ class Classifier:
             RuntimeError: its tensors do not fit its configuration, or the device's memory.
         """
         model = BitForImageClassification.from_pretrained(name_or_path, dtype=dtype)
-        is_fast = processor_type(name_or_path) == BitImageProcessorFast.__name__
-        processor_class = BitImageProcessorFast if is_fast else BitImageProcessor
-        processor = processor_class.from_pretrained(name_or_path)
+        processor = load_processor(name_or_path)
         if model.config.num_labels < 1:
             raise ValueError("it has no labels")
         return cls(model.to(device), processor)

@@ -1,16 +1,18 @@
 """Embedding on Ray: Ray Data gives batches to workers, each of which holds a model, and brings results back.
 
-Where a worker dies, Ray Data starts another one and gives it the task again. A result that comes twice does
-no harm, since the store keeps one for each number.
+Where a worker dies, Ray Data starts another one and gives it the task again, without end; what kills one after
+another ends the run here. A result that comes twice does no harm: the store keeps one for each number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ BATCHES_OF_A_TASK = 4
 MOST_TASKS = 10_000
 """More batches make longer tasks instead: Ray's own work for each is some milliseconds."""
 
+MOST_DEATHS = 3
+"""How many workers may die at the same task, or while they load the model."""
+
 SECONDS_TO_CONNECT = 10
 
 LOCAL_OBJECT_STORE = 256 * 2**20
@@ -51,6 +56,7 @@ class WorkerSettings:
     """What a worker needs to know.
 
     Attributes:
+        folder: That relative paths start from.
         model: Folder (which every machine must have at this path) or name of the checkpoint.
         device: Of the model.
         dtype: Of the model.
@@ -59,6 +65,7 @@ class WorkerSettings:
         store: "float32" or "float16", of the results.
     """
 
+    folder: str
     model: str
     device: str
     dtype: str
@@ -197,7 +204,7 @@ def embed_batches(
     dataset = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / size))
     results = dataset.map_batches(
         Worker,
-        fn_constructor_args=[settings],
+        fn_constructor_args=[settings, _count_of_attempts()],
         batch_size=size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers.count),
@@ -208,36 +215,108 @@ def embed_batches(
     missing = {number for number, _ in batches}
     try:
         for row in results.iter_rows():
+            if row["error"]:
+                raise ClusterError(row["error"])
             missing.discard(row["number"])
             yield _from_row(row, dtype)
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"a worker fails: {_last_line(error)}") from error
+        reason = _last_line(error)
+        # Of a worker's own ClusterError, "bitfast.embedding.cluster.ClusterError: ...", what it says.
+        said = reason.partition("ClusterError: ")[2]
+        raise ClusterError(said or f"a worker fails: {reason}") from error
     if missing:
         raise ClusterError(f"the results of {len(missing)} batches did not come")
 
 
-class Worker:
-    """An actor of Ray: a model, and the threads that decode for it."""
+def _count_of_attempts() -> Any:
+    """Return an actor of Ray that counts attempts, which outlive the workers that make them."""
+    import ray
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    # Ray Data has no bound of its own: the arguments that it passes on to workers go with Ray 2.64.
+    @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    class Attempts:
+        def __init__(self) -> None:
+            self._counts: Counter[str] = Counter()
+
+        def begin(self, what: str) -> int:
+            self._counts[what] += 1
+            return self._counts[what]
+
+        def succeed(self, what: str) -> None:
+            del self._counts[what]
+
+    return Attempts.remote()  # type: ignore[attr-defined]
+
+
+class Worker:
+    """An actor of Ray: a model, and the threads that decode for it.
+
+    Args:
+        settings: What it needs to know.
+        attempts: Counts how often something was begun that has not succeeded.
+
+    Raises:
+        ClusterError: this worker has died at the same too often.
+    """
+
+    def __init__(self, settings: WorkerSettings, attempts: Any) -> None:
+        import ray
+
         self._settings = settings
+        self._attempts = attempts
+        # Where a machine has no such folder, relative names lead to no file, and absolute ones do.
+        with contextlib.suppress(OSError):
+            os.chdir(settings.folder)
+        worker = ray.get_runtime_context().get_actor_id()  # one that is started again keeps it
+        if ray.get(attempts.begin.remote(worker)) > MOST_DEATHS:
+            raise ClusterError(
+                f"a worker died {MOST_DEATHS} times as it loaded the model; is there enough memory for it?"
+            )
         device = find_device(settings.device)
         self._embedder = Embedder.load(settings.model, device, settings.dtype, settings.layer)
+        ray.get(attempts.succeed.remote(worker))
 
     def __call__(self, rows: pyarrow.Table) -> Iterator[pyarrow.Table]:
-        """Embed the batches of a task; yield a row for each."""
+        """Embed the batches of a task; yield a row for each, or one that says why they cannot be."""
         batches: list[Batch] = [
             (row["number"], [Item(*fields) for fields in json.loads(row["items"])])
             for row in rows.to_pylist()
         ]
         dtype = np.dtype(self._settings.store)
-        for result in pipeline.embed_batches(
-            self._embedder, batches, self._settings.threads, dtype
-        ):
-            yield _as_row(result)
+        try:
+            self._count_attempt(batches)
+            for result in pipeline.embed_batches(
+                self._embedder, batches, self._settings.threads, dtype
+            ):
+                yield _as_row(result)
+        except ClusterError as error:
+            yield _as_error(str(error))
+        except Exception as error:
+            # Not raised: Ray Data would hide it in advice about settings of its own.
+            yield _as_error(f"a worker fails: {type(error).__name__}: {one_line(error)}")
+
+    def _count_attempt(self, batches: Sequence[Batch]) -> None:
+        """Count that a task is begun.
+
+        Raises:
+            ClusterError: too many workers have died at it.
+        """
+        import ray
+
+        first, last = batches[0][1][0].name, batches[-1][1][-1].name
+        if ray.get(self._attempts.begin.remote(f"batch {batches[0][0]}")) > MOST_DEATHS:
+            raise ClusterError(
+                f"{MOST_DEATHS} workers died at the images from {first!r} to {last!r}. Where memory is short, "
+                "--workers 1 takes less of it; an image that kills what reads it can be replaced by an empty "
+                "file, which is listed as failed. The same command goes on from here"
+            )
 
 
-def _as_row(result: BatchResult) -> pyarrow.Table:
+def _as_error(message: str) -> pyarrow.Table:
+    return _as_row(BatchResult(-1, [], np.empty(0), []), message)
+
+
+def _as_row(result: BatchResult, error: str = "") -> pyarrow.Table:
     import pyarrow as pa
 
     return pa.table(
@@ -246,6 +325,7 @@ def _as_row(result: BatchResult) -> pyarrow.Table:
             "names": [json.dumps(result.names)],
             "failures": [json.dumps(result.failures)],
             "vectors": pa.array([result.vectors.tobytes()], pa.binary()),
+            "error": [error],
         }
     )
 

@@ -30,6 +30,9 @@ from bitfast.images.files import one_line
 SUCCESS, SOME_FAILED, USAGE_ERROR = 0, 1, 2
 MOST_THREADS = 32
 
+SECONDS_BETWEEN_LINES = 60.0
+"""Of progress, where there is no bar."""
+
 
 class UsageError(Exception):
     """The command cannot do what the arguments say; the message says why."""
@@ -95,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
     except torch.AcceleratorError as error:
         print(f"bitfast: error: the device fails: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        if partial_path(arguments.output).exists():
+            print("bitfast: the same command again goes on from here", file=sys.stderr)
+        raise
     except OSError as error:
         # Each image's error is in the table; this is of the output, or of what has been done so far.
         path = str(arguments.output)
@@ -161,6 +168,7 @@ def _run_on_cluster(work: Work, started: float) -> int:
     arguments = work.arguments
     plan = cluster.plan_workers(arguments.ray_workers, arguments.device)
     worker = cluster.WorkerSettings(
+        os.getcwd(),
         work.model,
         plan.device,
         arguments.dtype,
@@ -188,6 +196,8 @@ def _prepare(arguments: argparse.Namespace, device: torch.device) -> Work:
         listed = read_list(arguments.list) if arguments.list is not None else []
     except OSError as error:
         raise UsageError(f"--list: {arguments.list!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--list: {arguments.list!r} cannot be read: {error}") from error
     try:
         items = find_items([*arguments.images, *listed])
     except ValueError as error:
@@ -205,12 +215,13 @@ def default_threads() -> int:
 
 def fingerprint_of_model(embedder: Embedder) -> str:
     """Return a hash of everything in a checkpoint that vectors depend on; not of where it lies."""
-    classifier = embedder.classifier
     digest = hashlib.sha256()
-    for part in (classifier.model.config, classifier.processor):
+    for part in (embedder.model.config, embedder.processor):
         settings = {key: value for key, value in part.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in classifier.model.state_dict().items():
+    # Where the checkpoint has no classifier, there is a random one, which other layers do not depend on.
+    network = embedder.model if embedder.layer == "logits" else embedder.model.bit
+    for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -233,18 +244,11 @@ def _done(store: Store, work: Work) -> set[int]:
 def _collect(store: Store, work: Work, results: Generator[BatchResult, None, None]) -> None:
     """Keep the results as they come, and show how far it is."""
     embedded, failed = store.counts()
-    try:
-        with (
-            _Progress(len(work.items), embedded + failed, failed) as progress,
-            closing(results),
-        ):
-            for result in results:
-                store.add(result)
-                failed += len(result.failures)
-                progress.show(len(result.names) + len(result.failures), failed)
-    except KeyboardInterrupt:
-        print("bitfast: the same command again goes on from here", file=sys.stderr)
-        raise
+    with _Progress(len(work.items), embedded + failed, failed) as progress, closing(results):
+        for result in results:
+            store.add(result)
+            failed += len(result.failures)
+            progress.show(len(result.names) + len(result.failures), failed)
 
 
 def _finish(store: Store, work: Work, started: float) -> int:
@@ -260,9 +264,11 @@ def _finish(store: Store, work: Work, started: float) -> int:
 
 
 class _Progress:
-    """A bar on standard error, if that is a terminal and tqdm is installed."""
+    """A bar on standard error, if that is a terminal and tqdm is installed; else a line every minute."""
 
     def __init__(self, total: int, done: int, failed: int) -> None:
+        self._total, self._done = total, done
+        self._shown = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
             try:
@@ -287,6 +293,12 @@ class _Progress:
 
     def show(self, count: int, failed: int) -> None:
         """Add images, and show how many failed so far."""
+        self._done += count
         if self._bar is not None:
             self._bar.set_postfix(failed=failed, refresh=False)
             self._bar.update(count)
+        elif time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
+            self._shown = time.monotonic()
+            print(
+                f"bitfast: {self._done} of {self._total} images, {failed} failed", file=sys.stderr
+            )

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitfast.commands.classify import Classifier
+from bitfast.commands.classify import load_processor
+from bitfast.images.processing import BitImageProcessor
+from bitfast.images.processing_fast import BitImageProcessorFast
+from bitfast.modeling import BitForImageClassification
 from bitfast.network import stage_widths
 
 LAYERS = ("pooled", "logits")
@@ -19,7 +22,8 @@ class Embedder:
     """Makes vectors of images.
 
     Args:
-        classifier: The model and its processor.
+        model: In evaluation mode.
+        processor: Makes its ``pixel_values``.
         layer: ``"pooled"``: what the classifier's head reads, ``"logits"``: what it gives, or ``"stageN"``:
             the output of stage N (from 1), averaged over its positions.
 
@@ -27,14 +31,20 @@ class Embedder:
         ValueError: the model has no such layer.
     """
 
-    def __init__(self, classifier: Classifier, layer: str = "pooled") -> None:
-        stages = len(classifier.model.bit.encoder.stages)
+    def __init__(
+        self,
+        model: BitForImageClassification,
+        processor: BitImageProcessor | BitImageProcessorFast,
+        layer: str = "pooled",
+    ) -> None:
+        stages = len(model.bit.encoder.stages)
         names = [*(f"stage{number}" for number in range(1, stages + 1)), *LAYERS]
         if layer not in names:
             raise ValueError(
                 f"layer must be one of {', '.join(names)} for this model, got {layer!r}"
             )
-        self.classifier = classifier
+        self.model = model
+        self.processor = processor
         self.layer = layer
         match = re.fullmatch(r"stage(\d+)", layer)
         self._stage = int(match[1]) if match else None
@@ -42,7 +52,7 @@ class Embedder:
     @property
     def dimension(self) -> int:
         """The length of each vector."""
-        config = self.classifier.model.config
+        config = self.model.config
         if self.layer == "logits":
             return config.num_labels
         return stage_widths(config)[-1 if self._stage is None else self._stage - 1]
@@ -51,12 +61,25 @@ class Embedder:
     def load(
         cls, name_or_path: str, device: torch.device, dtype: str, layer: str = "pooled"
     ) -> Embedder:
-        """Load both as :meth:`Classifier.load` does.
+        """Load model and processor from a checkpoint: a folder, or a name on the Hub.
 
         Raises:
-            OSError, ValueError, RuntimeError: as there; ValueError too if the model has no such layer.
+            OSError: it is missing or broken.
+            ValueError: the model has no such layer, or the checkpoint not all of its weights.
+            RuntimeError: its tensors do not fit its configuration, or the device's memory.
         """
-        return cls(Classifier.load(name_or_path, device, dtype), layer)
+        model, report = BitForImageClassification.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True
+        )
+        if layer == "logits" and model.config.num_labels < 1:
+            raise ValueError("it has no labels, and so no logits")
+        # What a checkpoint lacks is random, and different in each process.
+        missing = report["missing_keys"]
+        if layer != "logits":
+            missing = [name for name in missing if name.startswith("bit.")]
+        if missing:
+            raise ValueError(f"{layer} depends on weights that it lacks: {', '.join(missing[:3])}")
+        return cls(model.to(device), load_processor(name_or_path), layer)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return the pixel_values of one image, of shape (C, H, W).
@@ -65,12 +88,12 @@ class Embedder:
             OSError: the image cannot be converted.
             ValueError: the image cannot be resized.
         """
-        return self.classifier.preprocess(image)
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
     def vectors(self, pixel_values: Tensor) -> Tensor:
         """Return the vectors of a batch, shape (N, D), float32, on the CPU."""
-        model = self.classifier.model
+        model = self.model
         pixel_values = pixel_values.to(model.device, model.dtype)
         if self.layer == "logits":
             vectors = model(pixel_values, return_dict=True).logits

@@ -6,6 +6,7 @@ the file each member's bytes lie.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import itertools
@@ -121,13 +122,18 @@ def read_list(path: str) -> list[str]:
 
     Raises:
         OSError: it cannot be read.
+        ValueError: it is no text that could be file names, such as UTF-16.
     """
     if path == "-":
         content = sys.stdin.buffer.read()
     else:
         with open(path, "rb") as file:
             content = file.read()
-    lines = (line.removesuffix(b"\r") for line in content.split(b"\n"))
+    if b"\0" in content:
+        raise ValueError("it is no text in UTF-8: it holds bytes of zero")
+    lines = (
+        line.removesuffix(b"\r") for line in content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    )
     return [os.fsdecode(line) for line in lines if line]
 
 

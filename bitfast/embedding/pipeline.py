@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bitfast.embedding.embedder import Embedder
@@ -52,6 +53,8 @@ def embed_batches(
             # "images[0]" is the processor's name for what the user knows as this file.
             return describe(error).removeprefix("images[0]: ")
 
+    # Pillow loads its rarer formats when it first needs them, and not safely for threads.
+    Image.init()
     with _threads(workers) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of files that it can read all the same
         ahead: deque[tuple[Batch, list[Future[Tensor | str]]]] = deque()
@@ -119,7 +122,7 @@ def _vectors(embedder: Embedder, images: Tensor, dtype: np.dtype) -> list[np.nda
     outcomes: list[np.ndarray | str] = []
     for vector, as_stored in zip(computed, stored, strict=True):
         if not np.isfinite(vector).all():
-            dtype_name = str(embedder.classifier.model.dtype).removeprefix("torch.")
+            dtype_name = str(embedder.model.dtype).removeprefix("torch.")
             outcomes.append(f"the model's output in {dtype_name} is not finite")
         elif not np.isfinite(as_stored).all():
             largest = np.abs(vector).max()

@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from PIL import Image
 from skimage.data import chelsea
 
-from bitfast.embedding import cluster
+from bitfast.embedding import cluster, pipeline
+from bitfast.embedding.embedder import Embedder
+from bitfast.embedding.inputs import Item
 from bitfast.embedding.store import Store
 from tests.cli.common import Run
-from tests.embedding.common import png, save_shard
+from tests.embedding.common import png, save_pictures, save_shard
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 300
 """The longest that a run may take before it counts as stuck."""
 
@@ -74,8 +76,7 @@ def words(inputs: list[str], output: Path, model: Path, *more: object) -> list[s
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "bitfast", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -122,11 +123,19 @@ def kill_a_busy_worker(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_worker_that_dies(
-    tmp_path: Path, inputs: list[str], model: Path, run: Run, address: str
+    tmp_path: Path,
+    inputs: list[str],
+    model: Path,
+    run: Run,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No image is lost, none is doubled: the files are those of a run without Ray."""
     output, alone = tmp_path / "out.parquet", tmp_path / "alone.parquet"
     more = ("--ray", address, "--ray-workers", 2)
+    # Of the command's folder, in which the cluster's workers were not started.
+    monkeypatch.chdir(tmp_path)
+    inputs, model = [os.path.relpath(name) for name in inputs], Path(os.path.relpath(model))
     process = start(words(inputs, output, model, "--batch-size", 4, *more))
     kill_a_busy_worker(process)
     _, err = process.communicate(timeout=SECONDS)
@@ -168,6 +177,81 @@ def test_a_ray_of_its_own_goes_on_where_a_run_without_stopped(
     for suffix in ("", ".names.json", ".failed.csv"):
         found = [path.with_name(path.name + suffix).read_bytes() for path in (output, alone)]
         assert found[0] == found[1]
+
+
+def embed(batches: list[pipeline.Batch], model: Path) -> set[int]:
+    """Embed them with one worker; return the numbers of the results."""
+    settings = cluster.WorkerSettings(
+        str(model.parent), model.name, "cpu", "float32", "pooled", 1, "float32"
+    )
+    results = cluster.embed_batches(batches, settings, cluster.Workers(1, 1, "cpu"))
+    return {result.number for result in results}
+
+
+def test_images_that_kill_every_worker(
+    address: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end the run, and are named; Ray alone would try them forever."""
+    log = tmp_path / "deaths"
+
+    class Deadly(cluster.Worker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            preprocess = self._embedder.preprocess
+
+            def preprocess_or_die(image: Image.Image) -> torch.Tensor:
+                if image.size == (1, 1):
+                    with log.open("a") as file:
+                        print("died", file=file)
+                    os._exit(1)
+                return preprocess(image)
+
+            self._embedder.preprocess = preprocess_or_die  # type: ignore[method-assign]
+
+    paths = save_pictures(tmp_path / "photos", 12)
+    Image.new("RGB", (1, 1)).save(paths[6])
+    monkeypatch.setattr(cluster, "Worker", Deadly)
+    batches = [(number, [Item(str(path))]) for number, path in enumerate(paths)]
+    said = (
+        f"^3 workers died at the images from {str(paths[4])!r} to {str(paths[7])!r}. Where memory"
+    )
+    with pytest.raises(cluster.ClusterError, match=said):
+        embed(batches, model)
+    assert log.read_text() == "died\n" * 3
+
+
+def test_a_worker_that_fails(
+    address: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is told, which Ray Data would hide in advice about its own settings."""
+
+    class Failing(cluster.Worker):
+        def __call__(self, rows: Any) -> Iterator[Any]:
+            self._embedder.vectors = self.fail  # type: ignore[method-assign]
+            return super().__call__(rows)
+
+        def fail(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    paths = save_pictures(tmp_path / "photos", 1)
+    monkeypatch.setattr(cluster, "Worker", Failing)
+    said = "^a worker fails: OutOfMemoryError: CUDA out of memory"
+    with pytest.raises(cluster.ClusterError, match=said):
+        embed([(0, [Item(str(paths[0]))])], model)
+
+
+def test_a_model_that_kills_every_worker(
+    address: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deadly(cluster.Worker):
+        def __init__(self, *arguments: Any) -> None:
+            Embedder.load = lambda *_: os._exit(1)  # type: ignore[method-assign]  # in its process
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(cluster, "Worker", Deadly)
+    monkeypatch.setattr(cluster, "MOST_DEATHS", 1)
+    with pytest.raises(cluster.ClusterError, match="a worker died 1 times as it load"):
+        embed([(0, [Item("0.png")])], model)
 
 
 # ---- how many workers ---------------------------------------------------------------------------

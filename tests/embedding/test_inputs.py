@@ -64,6 +64,23 @@ def test_too_large_ranges(argument: str) -> None:
         expand_ranges(argument)
 
 
+def test_a_list_of_a_windows_editor(tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(b"\xef\xbb\xbfa.png\r\nb.png\r\n")
+    assert read_list(str(tmp_path / "list")) == ["a.png", "b.png"]
+
+
+def test_a_list_in_utf_16(tmp_path: Path, model: Path, run: Run) -> None:
+    listed = tmp_path / "list"
+    listed.write_bytes("a.png\n".encode("utf-16"))
+    status, _, err = run(
+        "embed", "--list", listed, "--output", tmp_path / "o.npy", "--model", model
+    )
+    assert status == 2
+    assert err.startswith(
+        f"bitfast: error: --list: '{listed}' cannot be read: it is no text in UTF"
+    )
+
+
 def test_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"one.png\r\n\n two .png\n\xff.png"
     names = ["one.png", " two .png", "\udcff.png"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors import safe_open
 import bitfast
 from bitfast import BitForImageClassification, BitImageProcessor, BitModel
 from bitfast.embedding import output as output_module
+from bitfast.embedding.command import fingerprint_of_model
 from bitfast.embedding.embedder import Embedder
 from tests.cli.common import BAD, GOOD, Run, save_model
 from tests.embedding.common import SUFFIXES, files_in, read_failures, read_vectors, save_pictures
@@ -40,6 +42,39 @@ def vectors_of_the_classes(
         if layer == "pooled":
             return outputs.pooler_output.flatten(1).float()
         return outputs.hidden_states[int(layer[-1])].float().mean((2, 3))
+
+
+def test_a_checkpoint_without_a_classifier(tmp_path: Path, model: Path, run: Run) -> None:
+    """It has all layers but one, and no vector or resumed run depends on what it lacks."""
+    photos, headless = tmp_path / "photos", tmp_path / "headless"
+    save_pictures(photos, 3)
+    BitModel.from_pretrained(model).save_pretrained(headless)
+    BitImageProcessor.from_pretrained(model).save_pretrained(headless)
+    for name, folder in (("whole", model), ("headless", headless)):
+        output = tmp_path / f"{name}.npy"
+        assert run("embed", photos, "--output", output, "--model", folder)[0] == 0
+    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "headless.npy").read_bytes()
+    fingerprints = {
+        fingerprint_of_model(Embedder.load(str(headless), torch.device("cpu"), "float32"))
+        for _ in range(2)
+    }
+    assert len(fingerprints) == 1
+    output = tmp_path / "logits.npy"
+    arguments = ["embed", photos, "--output", output, "--model", headless, "--layer", "logits"]
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "cannot be loaded: logits depends on weights that it lacks: classifier.1.bias" in err
+    assert not output.exists()
+
+
+def test_a_model_without_labels(tmp_path: Path, photo: Path, run: Run) -> None:
+    model, output = save_model(tmp_path / "model", num_labels=0, id2label={}), tmp_path / "out.npy"
+    arguments = ["embed", photo, "--output", output, "--model", model]
+    status, _, err = run(*arguments, "--layer", "logits")
+    assert status == 2
+    assert "cannot be loaded: it has no labels, and so no logits" in err
+    assert run(*arguments)[0] == 0
+    assert read_vectors(output)[1].shape == (1, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -254,3 +289,43 @@ def test_progress_on_a_terminal(
     assert (f"/{len(GOOD) + len(BAD)} [" in shown) is has_tqdm
     assert ("failed=0" in shown) is has_tqdm
     assert last.startswith(f"{len(GOOD)} embedded, {len(BAD)} failed")
+
+
+def test_progress_without_a_terminal(
+    tmp_path: Path, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitfast.embedding.command.SECONDS_BETWEEN_LINES", 0.0)
+    save_pictures(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "000.png").write_bytes(b"no image")
+    arguments = ["embed", tmp_path / "photos", "--output", tmp_path / "out.npy", "--model", model]
+    status, out, err = run(*arguments, "--batch-size", 2)
+    assert (status, out) == (1, "")
+    lines = ["bitfast: 2 of 3 images, 1 failed", "bitfast: 3 of 3 images, 1 failed"]
+    assert err.splitlines()[:2] == lines
+
+
+FORMATS_BEFORE_THREADS = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image
+from bitfast.embedding import pipeline
+from bitfast.embedding.embedder import Embedder
+from bitfast.embedding.inputs import Item
+
+def read_item(item):
+    raise OSError(f"known: {'WEBP' in Image.OPEN}")
+
+pipeline.read_item = read_item
+embedder = Embedder.load(sys.argv[1], torch.device("cpu"), "float32")
+results = pipeline.embed_batches(embedder, [(0, [Item("a.webp")])], 1, np.dtype("float32"))
+print([error for result in results for _, error in result.failures])
+"""
+
+
+def test_formats_are_known_before_threads_decode(model: Path) -> None:
+    """Pillow loads them late, and of two threads that need one then, one may find no decoder."""
+    command = [sys.executable, "-c", FORMATS_BEFORE_THREADS, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == "['known: True']\n", done.stderr

@@ -164,6 +164,19 @@ def test_interrupted(
     assert contents(output) == uninterrupted(photos, output, model, run)
 
 
+def test_interrupted_while_the_output_is_written(
+    tmp_path: Path, photos: Path, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(output_module.WRITERS, ".npy", after(0, lambda: None, KeyboardInterrupt()))
+        status, _, err = run(*words(photos, tmp_path / "out.npy", model))
+    assert (status, err) == (
+        130,
+        "bitfast: the same command again goes on from here\nbitfast: interrupted\n",
+    )
+    assert files_in(tmp_path) == ["out.npy.partial", "photos"]
+
+
 # ---- disks --------------------------------------------------------------------------------------
 
 
