@@ -42,9 +42,9 @@ SIZE = (500, 400)
 CLIENTS = (1, 8, 32)
 LABELS = 5
 ALLOWED = {"float32": 0.03, "bfloat16": 0.2}
-"""Of the difference between a server's scores and those of float32 and Pillow's pixels; :func:`check` allows
-bitfast less. transformers' fast processor takes 0.01: one byte in 400 is another level, which random weights magnify.
-"""
+"""Of the difference between a server's scores and those of float32 and Pillow's pixels. :func:`check` allows
+bitfast less. transformers' fast processor takes 0.01: one byte in 400 is another level, which random weights
+magnify."""
 REPEATED = {"float32": 1e-3, "bfloat16": 0.03}
 """Of the difference between a server's scores of an image in different batches."""
 WAITING = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
