@@ -208,7 +208,7 @@ def test_preprocessing_that_fails_within_a_batch(
 def test_whatever_opening_raises(
     model: Path, photo: Path, run: Run, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: str) -> None:
+    def fail(path: str, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr(Image, "open", fail)
