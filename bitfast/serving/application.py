@@ -81,9 +81,9 @@ class Replica:
         self.service = Service(settings, Engine.load(settings), Metrics(name))
 
     def check_health(self) -> None:
-        """Tell Ray Serve to replace this replica if its model's thread is gone."""
+        """Tell Ray Serve to replace this replica if its model's thread or GPU is gone."""
         if not self.service.is_alive:
-            raise RuntimeError("the model's thread has ended")
+            raise RuntimeError("the model can answer no more")
 
     # ---- calls to all replicas ------------------------------------------------------------------------
 

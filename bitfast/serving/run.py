@@ -119,18 +119,24 @@ class Signals:
 
 
 def check_model(settings: Settings) -> None:
-    """Load the model once, since an error here is clear, and one in a replica is not.
+    """Load and run the model once, since an error here is clear, and one in a replica is not.
 
     Raises:
-        CannotStartError: it cannot be loaded.
+        CannotStartError: it cannot be loaded, or takes no image that its processor makes.
     """
     from bitfast.serving.engine import Engine
 
     try:
-        Engine.load(settings)
+        engine = Engine.load(settings)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise CannotStartError(
             f"the model {settings.model!r} cannot be loaded: {one_line(error)}"
+        ) from error
+    try:
+        engine.run(engine.example())
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CannotStartError(
+            f"the model {settings.model!r} cannot be run: {one_line(error)}"
         ) from error
 
 

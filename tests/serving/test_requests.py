@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from bitfast import BitForImageClassification, BitImageProcessor
 from bitfast.serving.settings import Settings
@@ -320,7 +321,8 @@ def test_another_method_or_path(server: InProcess) -> None:
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     assert "GET is not allowed" in answer.json()["error"]
-    for path in ("/nowhere", "/static/..%2f..%2fetc/passwd", "/page.html", "/classify/x"):
+    # No redirection either: it would lead to where the header Host says.
+    for path in ("/nowhere", "/static/..%2f..%2fetc/passwd", "/page.html", "/classify/x", "/docs/"):
         answer = server.request("GET", path)
         assert answer.status_code == 404
         assert set(answer.json()) == {"error"}
@@ -490,6 +492,29 @@ def test_a_failure_of_the_model_is_not_the_clients(
     assert answer.json() == {"error": "the model fails: out of memory"}
 
 
+def test_a_gpu_that_has_failed_ends_its_replica(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failure(error: Exception) -> Any:
+        def fail(batch: torch.Tensor) -> Any:
+            raise error
+
+        return fail
+
+    server = InProcess(model)
+    for error, is_ready in (
+        (TypeError("a surprise"), True),
+        (torch.OutOfMemoryError("too large"), True),
+        (torch.AcceleratorError("an illegal memory access"), False),
+    ):
+        monkeypatch.setattr(server.service._batcher, "_run", failure(error))
+        assert server.post("/classify", content=image_file()).status_code == 500
+        assert server.service.is_alive == is_ready
+        answer = server.request("GET", "/v2/health/ready")
+        assert answer.status_code == (200 if is_ready else 503)
+    server.close()
+
+
 def test_output_that_is_not_finite(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     network = BitForImageClassification.from_pretrained(folder)
@@ -625,6 +650,9 @@ def test_metrics(model: Path) -> None:
     answer = server.request("GET", "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     text = answer.text
+    kinds = {family.name: family.type for family in text_string_to_metric_families(text)}
+    assert kinds["bitfast_requests"] == "counter"
+    assert kinds["bitfast_model_seconds"] == "histogram"
     assert values_of(text, "bitfast_requests_total", route="/classify", status="200") == 2
     assert values_of(text, "bitfast_requests_total", route="/embed", status="422") == 1
     assert values_of(text, "bitfast_requests_total", route="other", status="404") == 1

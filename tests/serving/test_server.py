@@ -317,6 +317,14 @@ def test_no_such_model(run: Refused, tmp_path: Path) -> None:
     assert err.count("\n") == 1
 
 
+def test_a_model_that_cannot_take_what_its_processor_makes(run: Refused, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "gray", num_channels=1)
+    status, out, err = run("--model", folder)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"bitfast: error: the model '{folder}' cannot be run: pixel_values must ")
+    assert err.count("\n") == 1
+
+
 def test_a_port_that_is_taken(run: Refused) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
