@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from bitfast.serving.refusals import Refusal
 from bitfast.serving.requests import read_body
@@ -25,5 +25,7 @@ async def received_body(request: Request, service: Service) -> bytes:
         raise Refusal(
             408, f"the request's body did not arrive within {settings.body_timeout:g} seconds"
         ) from None
-    except ClientDisconnect:
+    except Refusal:
+        raise
+    except Exception:  # Starlette and Ray Serve have several for this
         raise Refusal(400, "the client hung up") from None
