@@ -22,9 +22,9 @@ async def received_body(request: Request, service: Service) -> bytes:
     try:
         return await asyncio.wait_for(reading, settings.body_timeout)
     except asyncio.TimeoutError:
-        raise Refusal(
-            408, f"the request's body did not arrive within {settings.body_timeout:g} seconds"
-        ) from None
+        message = f"the request's body did not arrive within {settings.body_timeout:g} seconds"
+        # Else the connection would stay until the rest of the body has come.
+        raise Refusal(408, message, {"Connection": "close"}) from None
     except Refusal:
         raise
     except Exception:  # Starlette and Ray Serve have several for this
