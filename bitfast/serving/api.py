@@ -45,6 +45,7 @@ def build_api(find_service: FindService, find_snapshots: FindSnapshots) -> FastA
         summary="A Big Transfer (BiT) model behind HTTP.",
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # where to is a header of the client's
     )
     api.add_exception_handler(Refusal, _answer_refusal)
     api.add_exception_handler(HTTPException, _answer_http_exception)

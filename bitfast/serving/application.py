@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from bitfast.serving.scaling import IMAGES
 from bitfast.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,9 +32,11 @@ def application(settings: Settings) -> serve.Application:
             "autoscaling_config": {
                 "min_replicas": fewest,
                 "max_replicas": most,
-                # Enough to fill the batch that comes after the one that runs.
-                "target_ongoing_requests": 2 * settings.batch_size,
-                "look_back_period_s": 15,  # Ray looks every 10 seconds
+                "policy": {
+                    "policy_function": "bitfast.serving.scaling:ReplicasByImages",
+                    "policy_kwargs": {"images_per_replica": images_per_replica(settings)},
+                },
+                "look_back_period_s": 15,  # replicas report every 10 seconds
                 "upscale_delay_s": 5,
             }
         }
@@ -55,6 +58,12 @@ def application(settings: Settings) -> serve.Application:
         **scale,
     )
     return deployment.bind(settings)
+
+
+def images_per_replica(settings: Settings) -> float:
+    """Return how many images a replica may have accepted, on average, before there is another one."""
+    # Enough to fill the batch that comes after the one that runs; always fewer than the queue takes.
+    return min(2 * settings.batch_size, settings.max_queue / 2)
 
 
 def _api() -> Any:
@@ -81,9 +90,13 @@ class Replica:
         self.service = Service(settings, Engine.load(settings), Metrics(name))
 
     def check_health(self) -> None:
-        """Tell Ray Serve to replace this replica if its model's thread is gone."""
+        """Tell Ray Serve to replace this replica if its model's thread or GPU is gone."""
         if not self.service.is_alive:
-            raise RuntimeError("the model's thread has ended")
+            raise RuntimeError("the model can answer no more")
+
+    def record_autoscaling_stats(self) -> dict[str, int]:
+        """Tell Ray Serve, and by it :class:`ReplicasByImages`, how much this replica has to do."""
+        return {IMAGES: self.service.queue_length}
 
     # ---- calls to all replicas ------------------------------------------------------------------------
 

@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-replica",
         type=_number,
         metavar="N",
-        help="GPUs of each replica, such as 1 or 0.5; 0: compute on the CPU (default: 1 if there is one)",
+        help="GPUs of each replica, such as 1 or 0.5; 0: compute on the CPU "
+        "(default: this machine's, shared out among them, at most 1)",
     )
 
     batches = parser.add_argument_group("batches")

@@ -122,9 +122,10 @@ class Batcher:
         started = time.perf_counter()
         try:
             results = self._run(self._padded([waiting.pixels for waiting in batch]))
-        except Exception as error:
+        except BaseException as error:  # whatever it is, others still need the thread
+            failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
             for waiting in batch:
-                waiting.result.set_exception(error)
+                waiting.result.set_exception(failure)
             return
         self._observe(len(batch), time.perf_counter() - started)
         for waiting, result in zip(batch, results, strict=False):  # padding has results too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from bitfast.serving.refusals import Refusal
 from bitfast.serving.requests import read_body
@@ -22,8 +22,10 @@ async def received_body(request: Request, service: Service) -> bytes:
     try:
         return await asyncio.wait_for(reading, settings.body_timeout)
     except asyncio.TimeoutError:
-        raise Refusal(
-            408, f"the request's body did not arrive within {settings.body_timeout:g} seconds"
-        ) from None
-    except ClientDisconnect:
+        message = f"the request's body did not arrive within {settings.body_timeout:g} seconds"
+        # Else the connection would stay until the rest of the body has come.
+        raise Refusal(408, message, {"Connection": "close"}) from None
+    except Refusal:
+        raise
+    except Exception:  # Starlette and Ray Serve have several for this
         raise Refusal(400, "the client hung up") from None

@@ -105,16 +105,19 @@ class Engine:
         embeddings = self._pooled.pop().flatten(1).float().cpu()
         return [Features(*pair) for pair in zip(logits, embeddings, strict=True)]
 
+    def example(self) -> Tensor:
+        """Return pixel_values (1, C, H, W), float32, of the shape that the processor gives a square image."""
+        return self.classifier.preprocess(Image.new("RGB", (64, 64)))[None]
+
     @torch.inference_mode()
     def warm_up(self, sizes: Sequence[int]) -> None:
-        """Run a batch of each size, so that its plan is made; on a GPU record its CUDA graph.
-
-        The images have the shape that the processor gives a square one.
-        """
+        """Run a batch of each size, so that its plan is made; on a GPU record its CUDA graph."""
         model = self.classifier.model
-        pixels = self.classifier.preprocess(Image.new("RGB", (64, 64)))
+        example = self.example()
         for size in sizes:
-            batch = pixels.expand(size, *pixels.shape).to(model.device, model.dtype).contiguous()
+            batch = (
+                example.expand(size, *example.shape[1:]).to(model.device, model.dtype).contiguous()
+            )
             if batch.is_cuda:
                 capture(model, batch, return_dict=True)
             self.run(batch)

@@ -172,9 +172,14 @@ def parse_inference(body: bytes, headers: Mapping[str, str], service: Service) -
     if not np.isfinite(pixel_values).all():
         raise bad_request(f"{INPUT} must be finite")
     name = content.get("id")
-    if name is not None and not isinstance(name, str):
-        raise bad_request("id must be a string")
+    # JSON can write halves of characters, which no answer can hold.
+    if name is not None and not (isinstance(name, str) and _is_unicode(name)):
+        raise bad_request("id must be a string of Unicode characters")
     return Inference(torch.from_numpy(pixel_values), _outputs(content), name)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _split(body: bytes, headers: Mapping[str, str]) -> tuple[memoryview, memoryview]:
@@ -229,7 +234,7 @@ def _values(tensor: dict[str, Any], count: int, binary: memoryview) -> np.ndarra
         values = np.asarray(tensor.get("data"))
     except ValueError:  # lists of different lengths
         values = np.asarray(None)
-    if values.dtype.kind not in "if":
+    if values.dtype.kind not in "iuf":
         raise bad_request(f"the data of {INPUT} must be numbers, flat or nested")
     if values.size != count:
         raise bad_request(f"the data of {INPUT} must be {count} numbers, got {values.size}")

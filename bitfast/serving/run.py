@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bitfast.images.files import one_line
-from bitfast.serving.settings import CannotStartError, Settings, usable_cpus
+from bitfast.serving.settings import CannotStartError, Settings, places_on, usable_cpus
 
 SUCCESS = 0
 LOST = 1
@@ -56,6 +56,7 @@ def serve(settings: Settings, host: str, port: int) -> int:
     with Signals() as signals:
         try:
             settings = settings.resolved()
+            check_gpus(settings)
             check_model(settings)
             with reserved_port(host, port) as port, local_ray(settings, signals):
                 handle = deploy(settings, host, port)
@@ -118,19 +119,41 @@ class Signals:
 # ---- starting ---------------------------------------------------------------------------------------
 
 
-def check_model(settings: Settings) -> None:
-    """Load the model once, since an error here is clear, and one in a replica is not.
+def check_gpus(settings: Settings) -> None:
+    """Find out whether all replicas have a place, since Ray waits for those that have none without end.
 
     Raises:
-        CannotStartError: it cannot be loaded.
+        CannotStartError: they have not.
+    """
+    import torch
+
+    gpus, share = torch.cuda.device_count(), settings.gpus_per_replica or 0
+    most = settings.replica_range[1]
+    if places_on(gpus, share) < most:
+        raise CannotStartError(
+            f"there is no place for {most} replicas with {share:g} GPUs each; this machine has {gpus}"
+        )
+
+
+def check_model(settings: Settings) -> None:
+    """Load and run the model once, since an error here is clear, and one in a replica is not.
+
+    Raises:
+        CannotStartError: it cannot be loaded, or takes no image that its processor makes.
     """
     from bitfast.serving.engine import Engine
 
     try:
-        Engine.load(settings)
+        engine = Engine.load(settings)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise CannotStartError(
             f"the model {settings.model!r} cannot be loaded: {one_line(error)}"
+        ) from error
+    try:
+        engine.run(engine.example())
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CannotStartError(
+            f"the model {settings.model!r} cannot be run: {one_line(error)}"
         ) from error
 
 

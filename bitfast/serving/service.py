@@ -62,6 +62,7 @@ class Service:
         self.engine = engine
         self.metrics = metrics
         self.is_draining = False
+        self._is_broken = False
         self.ongoing_requests = 0
         self._admitted = 0
         cores = settings.cpus_per_replica or 1
@@ -81,8 +82,8 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the model's thread runs."""
-        return self._batcher.is_alive()
+        """Whether the model can still answer."""
+        return self._batcher.is_alive() and not self._is_broken
 
     @property
     def is_ready(self) -> bool:
@@ -176,7 +177,9 @@ class Service:
             features = await asyncio.wrap_future(future)
         except ValueError as error:
             return self._failed(bad_image(f"the model cannot take the image: {one_line(error)}"))
-        except RuntimeError as error:
+        except Exception as error:
+            # A GPU that has failed so fails until its process ends.
+            self._is_broken |= isinstance(error, torch.AcceleratorError)
             return self._failed(Refusal(500, f"the model fails: {one_line(error)}"))
         if not features.logits.isfinite().all():
             message = f"the model's output in {self.engine.dtype} is not finite"

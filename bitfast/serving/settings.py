@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -28,8 +29,8 @@ class Settings:
         replicas: Processes that hold the model: so many; or a pair, between which Ray Serve chooses by load.
         cpus_per_replica: Cores of a replica. Its model computes with so many threads, and as many threads
             decode images. None: the machine's cores shared out among the (most) replicas, at least 1.
-        gpus_per_replica: GPUs of a replica; 0: it computes on the CPU. None: 1 if torch sees one where the
-            application is made, else 0.
+        gpus_per_replica: GPUs of a replica; 0: it computes on the CPU. None: one, or a part of one if there
+            are more replicas (at most) than GPUs that torch sees where the application is made; 0 without any.
         batch_size: Images that go through the model together, at most.
         batch_wait: Seconds that an image waits for others to fill its batch, at most.
         max_request_bytes: Bytes of a request's body, at most.
@@ -100,6 +101,10 @@ class Settings:
             _require("cpus_per_replica", self.cpus_per_replica, at_least=1, kind=int)
         if self.gpus_per_replica is not None:
             _require("gpus_per_replica", self.gpus_per_replica, at_least=0)
+            if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
+                raise ValueError(
+                    f"gpus_per_replica must be an integer if more than 1, got {self.gpus_per_replica}"
+                )
         _require("batch_wait", self.batch_wait, at_least=0)
         for name in ("body_timeout", "request_timeout"):
             _require(name, getattr(self, name), at_least=0.001)
@@ -123,8 +128,25 @@ class Settings:
         if cpus is None:
             cpus = max(1, usable_cpus() // self.replica_range[1])
         if gpus is None:
-            gpus = float(torch.cuda.is_available())
+            gpus = shared_out(torch.cuda.device_count(), self.replica_range[1])
         return dataclasses.replace(self, cpus_per_replica=cpus, gpus_per_replica=gpus)
+
+
+def shared_out(gpus: int, replicas: int) -> float:
+    """Return how many GPUs each of some replicas gets: one at most, and no parts of two."""
+    if not gpus:
+        return 0.0
+    replicas_of_one = math.ceil(replicas / gpus)
+    return math.floor(10_000 / replicas_of_one) / 10_000  # Ray takes four decimals
+
+
+def places_on(gpus: int, gpus_per_replica: float) -> float:
+    """Return how many replicas fit on GPUs."""
+    if gpus_per_replica == 0:
+        return math.inf
+    if gpus_per_replica < 1:
+        return gpus * math.floor(1 / gpus_per_replica)
+    return gpus // gpus_per_replica
 
 
 def usable_cpus() -> int:

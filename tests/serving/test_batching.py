@@ -153,6 +153,21 @@ def test_a_failure_is_told_to_all_of_the_batch_and_to_no_other(model: Model) -> 
     batcher.close()
 
 
+def test_no_exception_ends_the_thread(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = Batcher(model, [1], 0)
+
+    def leave(batch: Tensor) -> Sequence[float]:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(batcher, "_run", leave)
+    # As one that an event loop survives.
+    with pytest.raises(RuntimeError, match=r"SystemExit\(3\)"):
+        batcher.submit(image(1)).result(SECONDS)
+    monkeypatch.undo()
+    assert values([batcher.submit(image(2))]) == [2]
+    batcher.close()
+
+
 def test_hurry_lets_nothing_wait(model: Model) -> None:
     batcher = Batcher(model, [1, 2, 4], LONG)
     waiting = batcher.submit(image(1))

@@ -269,6 +269,13 @@ def test_a_malformed_request(server: InProcess, name: str) -> None:
     assert len(answer.content) < 500
 
 
+def test_an_id_that_no_answer_can_hold(server: InProcess) -> None:
+    body = json.dumps({"inputs": [tensor(ONE)], "id": "half of a character: \ud83d"})
+    answer = server.post(INFER, content=body)
+    assert answer.status_code == 400
+    assert answer.json() == {"error": "id must be a string of Unicode characters"}
+
+
 def test_too_many_or_too_large_images(server: InProcess) -> None:
     answer = server.post(INFER, json={"inputs": [tensor(torch.zeros(MOST_IMAGES + 1, 3, 2, 2))]})
     assert answer.status_code == 413

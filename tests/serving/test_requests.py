@@ -17,9 +17,10 @@ import httpx
 import pytest
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from bitfast import BitForImageClassification, BitImageProcessor
-from bitfast.serving.settings import Settings
+from bitfast.serving.settings import Settings, places_on
 from tests.cli.common import LABELS, SIZE, save_model, scores_from_api
 from tests.serving.in_process import InProcess, encoded, image_file
 
@@ -320,7 +321,8 @@ def test_another_method_or_path(server: InProcess) -> None:
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     assert "GET is not allowed" in answer.json()["error"]
-    for path in ("/nowhere", "/static/..%2f..%2fetc/passwd", "/page.html", "/classify/x"):
+    # No redirection either: it would lead to where the header Host says.
+    for path in ("/nowhere", "/static/..%2f..%2fetc/passwd", "/page.html", "/classify/x", "/docs/"):
         answer = server.request("GET", path)
         assert answer.status_code == 404
         assert set(answer.json()) == {"error"}
@@ -415,6 +417,23 @@ async def until(condition: Any) -> None:
     raise AssertionError("it does not come to this")
 
 
+def test_a_body_that_breaks_off(server: InProcess, caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise LookupError("what Ray Serve raises when a client hangs up")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    path = {"path": "/embed", "raw_path": b"/embed", "query_string": b"", "root_path": ""}
+    scope = {"type": "http", "method": "POST", "headers": [], **path}
+    asyncio.run(server.api(scope, receive, send))
+    assert sent[0]["status"] == 400
+    assert caplog.text == ""  # a client cannot fill the log
+    assert server.service.queue_length == 0
+
+
 def test_a_full_queue_refuses_and_recovers(server: InProcess, held: Held) -> None:
     content = image_file()
 
@@ -488,6 +507,29 @@ def test_a_failure_of_the_model_is_not_the_clients(
     answer = server.post("/classify", content=image_file())
     assert answer.status_code == 500
     assert answer.json() == {"error": "the model fails: out of memory"}
+
+
+def test_a_gpu_that_has_failed_ends_its_replica(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failure(error: Exception) -> Any:
+        def fail(batch: torch.Tensor) -> Any:
+            raise error
+
+        return fail
+
+    server = InProcess(model)
+    for error, is_ready in (
+        (TypeError("a surprise"), True),
+        (torch.OutOfMemoryError("too large"), True),
+        (torch.AcceleratorError("an illegal memory access"), False),
+    ):
+        monkeypatch.setattr(server.service._batcher, "_run", failure(error))
+        assert server.post("/classify", content=image_file()).status_code == 500
+        assert server.service.is_alive == is_ready
+        answer = server.request("GET", "/v2/health/ready")
+        assert answer.status_code == (200 if is_ready else 503)
+    server.close()
 
 
 def test_output_that_is_not_finite(tmp_path: Path) -> None:
@@ -588,12 +630,47 @@ def test_threads(server: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
         ("request_timeout", float("inf")),
         ("cpus_per_replica", 0),
         ("gpus_per_replica", -1),
+        ("gpus_per_replica", 1.5),
         ("name", "a/b"),
     ],
 )
 def test_settings_name_what_is_wrong(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{option} must be"):
         Settings.of("model", **{option: value})
+
+
+def test_replicas_follow_the_images_that_wait(model: Path) -> None:
+    from types import SimpleNamespace
+
+    from bitfast.serving.application import images_per_replica
+    from bitfast.serving.scaling import ReplicasByImages
+
+    policy = ReplicasByImages(images_per_replica(Settings.of(str(model), batch_size=8)))
+    for images, replicas in (([], 0), ([0], 0), ([16], 1), ([40], 2.5), ([16, 32], 3)):
+        values = {"images": {f"r{n}": count for n, count in enumerate(images)}} if images else {}
+        assert policy(SimpleNamespace(aggregated_metrics=values)) == (replicas, {})
+    # A full queue is too much for a replica, however short it is.
+    assert images_per_replica(Settings.of(str(model), batch_size=8, max_queue=4)) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "share"),
+    [(0, 2, 0), (1, 1, 1), (4, 1, 1), (1, 2, 0.5), (1, 3, 0.3333), (2, 3, 0.5), (8, (1, 8), 1)],
+)
+def test_gpus_are_shared_out(
+    gpus: int, replicas: Any, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    settings = Settings.of("model", replicas=replicas).resolved()
+    assert settings.gpus_per_replica == share
+    assert places_on(gpus, share) >= settings.replica_range[1]
+    assert Settings.of("model", gpus_per_replica=2).resolved().gpus_per_replica == 2
+
+
+def test_places_on_gpus() -> None:
+    assert places_on(1, 0.75) == 1
+    assert places_on(3, 2) == 1
+    assert places_on(0, 0.5) == 0
 
 
 def test_unknown_settings() -> None:
@@ -625,6 +702,9 @@ def test_metrics(model: Path) -> None:
     answer = server.request("GET", "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     text = answer.text
+    kinds = {family.name: family.type for family in text_string_to_metric_families(text)}
+    assert kinds["bitfast_requests"] == "counter"
+    assert kinds["bitfast_model_seconds"] == "histogram"
     assert values_of(text, "bitfast_requests_total", route="/classify", status="200") == 2
     assert values_of(text, "bitfast_requests_total", route="/embed", status="422") == 1
     assert values_of(text, "bitfast_requests_total", route="other", status="404") == 1

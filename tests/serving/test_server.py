@@ -59,9 +59,42 @@ def counted(text: str, name: str, **labels: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    options = ["--replicas", 2, "--max-request-bytes", MOST_BYTES, "--body-timeout", 1]
+    options = ["--replicas", "1:2", "--batch-size", 2, "--max-request-bytes", MOST_BYTES]
+    options += ["--body-timeout", 1]
     with serving(model, tmp_path_factory.mktemp("log"), *options) as server:
+        bring_second_replica(server)
         yield server
+
+
+def bring_second_replica(server: RunningServer) -> None:
+    """Be so many clients that one replica is too few, until there is another one.
+
+    That takes about 20 seconds, since replicas report to Ray every 10.
+    """
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
+
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS) as client:
+
+            async def keep_place() -> None:
+                while True:
+                    reader, writer = await asyncio.open_connection(host, int(port))
+                    with contextlib.closing(writer):
+                        writer.write(head.encode() + b"begin")
+                        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+
+            clients = [asyncio.create_task(keep_place()) for _ in range(16)]
+            deadline = time.monotonic() + SECONDS
+            while len(counted((await client.get("/metrics")).text, "bitfast_queue_images")) < 2:
+                assert time.monotonic() < deadline, "no second replica comes"
+                assert not any(task.done() for task in clients)
+                await asyncio.sleep(0.5)
+            for task in clients:
+                task.cancel()
+            await asyncio.wait(clients)
+
+    asyncio.run(main())
 
 
 @pytest.fixture
@@ -132,7 +165,10 @@ def test_a_body_that_does_not_come(server: RunningServer) -> None:
     with connected(server) as connection:
         request = "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n"
         connection.sendall(request.encode() + b"begin")
-        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+        answer = b""
+        while received := connection.recv(4096):  # until the server closes the connection
+            answer += received
+        assert answer.startswith(b"HTTP/1.1 408 ")
 
 
 @contextlib.contextmanager
@@ -314,6 +350,23 @@ def test_no_such_model(run: Refused, tmp_path: Path) -> None:
     status, out, err = run("--model", tmp_path / "nothing")
     assert (status, out) == (2, "")
     assert err.startswith(f"bitfast: error: the model '{tmp_path / 'nothing'}' cannot be loaded: ")
+    assert err.count("\n") == 1
+
+
+def test_more_gpus_than_there_are(run: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    status, out, err = run("--replicas", "1:2", "--gpus-per-replica", "0.75")
+    assert (status, out) == (2, "")
+    assert err == (
+        "bitfast: error: there is no place for 2 replicas with 0.75 GPUs each; this machine has 1\n"
+    )
+
+
+def test_a_model_that_cannot_take_what_its_processor_makes(run: Refused, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "gray", num_channels=1)
+    status, out, err = run("--model", folder)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"bitfast: error: the model '{folder}' cannot be run: pixel_values must ")
     assert err.count("\n") == 1
 
 
