@@ -21,7 +21,9 @@ demo: $(INSTALLED)
 JOBS ?= 2
 SEED ?=
 PYTEST := -m pytest -n $(JOBS)
+# Many tests start processes, which would compile all modules anew where bytecode is not written.
 test: export OMP_WAIT_POLICY = passive
+test: export PYTHONDONTWRITEBYTECODE =
 test: export BITFAST_TEST_SEED = $(SEED)
 test: $(INSTALLED) $(NEXT)/installed
 	$(BIN)/python $(PYTEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,12 @@ from tests.cli.common import picture
 from tests.threads import torch_threads
 
 T = TypeVar("T")
+
+MOST_BYTES = 60_000
+MOST_PIXELS = 5_000
+MOST_IMAGES = 4
+MOST_WAITING = 6
+SECONDS = 60
 
 Use = Callable[[httpx.AsyncClient], Awaitable[T]]
 
@@ -79,3 +86,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def base64_of(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def several(*contents: bytes) -> list[Any]:
+    return [(f"image{n}", (f"{n}.png", content)) for n, content in enumerate(contents)]
