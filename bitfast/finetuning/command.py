@@ -27,7 +27,7 @@ from bitfast.finetuning.folder import FinishedRunError, open_folder
 from bitfast.finetuning.hardware import choose_dtype, choose_micro_batch, choose_workers
 from bitfast.finetuning.interruption import Interruption
 from bitfast.finetuning.metrics import METRICS_NAME, MetricsLog
-from bitfast.finetuning.processes import Processes, joined
+from bitfast.finetuning.processes import Processes, joined, losing_peers
 from bitfast.finetuning.progress import Display, problem_lines
 from bitfast.finetuning.recipe import Choice, Recipe, choose_recipe
 from bitfast.finetuning.results import write_results
@@ -293,7 +293,7 @@ def _train(
     if start and processes.is_first:
         load_checkpoint(options.output, plan.model, trainer.optimizer)
     if start and processes.are_several:
-        _spread_momentum(trainer)
+        _spread_state(trainer)
     interruption = stack.enter_context(Interruption(once=not processes.are_several))
     loading: dict[str, Any] = {
         "resample": plan.processor.resample,
@@ -344,13 +344,17 @@ def _repeatable() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
-def _spread_momentum(trainer: Trainer) -> None:
-    """Give all processes the first one's momentum; its weights they get when the model is wrapped."""
-    for parameter in trainer.model.parameters():
-        state = trainer.optimizer.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        distributed.broadcast(state["momentum_buffer"], 0)
+def _spread_state(trainer: Trainer) -> None:
+    """Give all processes the weights and the momentum that the first one has loaded."""
+    with losing_peers():
+        for parameter in trainer.model.parameters():
+            state = trainer.optimizer.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            # DistributedDataParallel would spread the weights, but only before the first step: too late for
+            # an evaluation that comes before it.
+            distributed.broadcast(parameter.detach(), 0)
+            distributed.broadcast(state["momentum_buffer"], 0)
 
 
 def _facts(options: Options, plan: Plan, undecoded: int) -> Facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -159,6 +160,9 @@ def joined(device: str | None) -> Iterator[Processes]:
             int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         )
     finally:
+        # Its threads end with the last reference to it, and DistributedDataParallel is part of a cycle. Threads
+        # that are left when the interpreter ends may abort the process: they release tensors of Python.
+        gc.collect()
         distributed.destroy_process_group()
 
 
