@@ -23,12 +23,12 @@ from bitfast.finetuning.checkpoint import load_checkpoint
 from bitfast.finetuning.dataset import VALID_FRACTION, Splits, open_splits
 from bitfast.finetuning.errors import FinetuningError, UsageError
 from bitfast.finetuning.evaluation import Evaluation
-from bitfast.finetuning.folder import FinishedRunError, open_folder
+from bitfast.finetuning.folder import FinishedRunError, make_folder, open_folder
 from bitfast.finetuning.hardware import choose_dtype, choose_micro_batch, choose_workers
 from bitfast.finetuning.interruption import Interruption
 from bitfast.finetuning.metrics import METRICS_NAME, MetricsLog
 from bitfast.finetuning.processes import Processes, joined, losing_peers
-from bitfast.finetuning.progress import Display, problem_lines
+from bitfast.finetuning.progress import Display, problem_lines, scanning
 from bitfast.finetuning.recipe import Choice, Recipe, choose_recipe
 from bitfast.finetuning.results import write_results
 from bitfast.finetuning.training import Run, Schedule, Trainer
@@ -133,14 +133,17 @@ def make_plan(options: Options, processes: Processes) -> Plan:
     Raises:
         UsageError: they cannot be used, or an option does not fit them.
     """
+    _check_places(options)
     try:
-        splits = open_splits(
-            options.data,
-            valid=options.valid,
-            valid_fraction=options.valid_fraction,
-            per_class=options.per_class,
-            seed=options.seed,
-        )
+        with scanning(processes.is_first) as progress:
+            splits = open_splits(
+                options.data,
+                valid=options.valid,
+                valid_fraction=options.valid_fraction,
+                per_class=options.per_class,
+                seed=options.seed,
+                progress=progress,
+            )
         recipe, choices = choose_recipe(
             len(splits.training), splits.training.sizes, options.overrides
         )
@@ -165,6 +168,25 @@ def make_plan(options: Options, processes: Processes) -> Plan:
         micro_batch=micro_batch,
         settings=_settings(options, splits, recipe, model, dtype),
     )
+
+
+def _check_places(options: Options) -> None:
+    """Keep the result apart from what it is made of, of which it would become, or remove, a part.
+
+    Raises:
+        UsageError: it would lie among the images, or in the place of the model.
+    """
+    output = options.output.resolve()
+    for data in (options.data, options.valid):
+        if data is not None and data.is_dir() and output.is_relative_to(data.resolve()):
+            raise UsageError(
+                f"argument --output: must not be in the folder of images {str(data)!r}, "
+                f"got {str(options.output)!r}"
+            )
+    if Path(options.model).resolve().is_relative_to(output):
+        raise UsageError(
+            f"argument --output: must not be the folder of the model {options.model!r}"
+        )
 
 
 def with_new_head(
@@ -266,9 +288,10 @@ def _open(
     if not processes.is_first:
         return 0, None
     try:
+        make_folder(options.output)
+        log = stack.enter_context(MetricsLog(options.output / METRICS_NAME))  # ours from now on
         progress = open_folder(options.output, plan.settings, options.overwrite)
-        size = progress.metrics_size if progress is not None else 0
-        log = stack.enter_context(MetricsLog(options.output / METRICS_NAME, size))
+        log.cut(progress.metrics_size if progress is not None else 0)
     except FinishedRunError:
         return FINISHED, None
     except OSError as error:

@@ -162,6 +162,7 @@ def open_splits(
     if len(classes) < 2:
         what = f"only {classes[0]!r}" if classes else "none"
         raise ValueError(f"{data}: images of at least two classes are needed, got {what}")
+    _check_names(classes, data)
     if VALIDATION in parts:
         parts[VALIDATION] = _in_classes(parts[VALIDATION], classes, valid or data)
     for split, records in parts.items():
@@ -187,6 +188,15 @@ def open_splits(
 
 
 # ---- which images -------------------------------------------------------------------------------
+
+
+def _check_names(classes: tuple[str, ...], path: Path) -> None:
+    """Refuse names that files of text cannot have; they would come to light when the model is written."""
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}: the name of the class {name!a} is not Unicode") from error
 
 
 def _in_classes(records: Records, classes: tuple[str, ...], path: Path) -> Records:

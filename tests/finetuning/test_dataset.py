@@ -270,6 +270,9 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
     training = open_splits(folder, valid_fraction=0).training
     assert contents(training, ("a", "b")) == expected({"a": 2, "b": 2})
     training.fingerprint()
+    (folder / "b").rename(folder / "b\udcff")
+    with pytest.raises(ValueError, match=r"the name of the class 'b\\udcff' is not Unicode"):
+        open_splits(folder)
 
 
 # ---- dividing -----------------------------------------------------------------------------------
