@@ -192,13 +192,17 @@ def _check_places(options: Options) -> None:
 def with_new_head(
     base: BitForImageClassification, classes: Sequence[str]
 ) -> BitForImageClassification:
-    """Return the network of a model under a new head for other classes, which starts at zero."""
+    """Return the network of a model under a new head for other classes, which starts at zero.
+
+    Without stochastic depth, which the recipe does not have, and which would depend on more than the seed.
+    """
     config = BitConfig.from_dict(base.config.to_dict())
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: index for index, name in enumerate(classes)}
     config.problem_type = "single_label_classification"
+    config.drop_path_rate = 0.0
     model = BitForImageClassification(config)
-    model.bit = base.bit
+    model.bit.load_state_dict(base.bit.state_dict())
     for parameter in model.classifier.parameters():
         nn.init.zeros_(parameter)
     return model.train()
