@@ -224,14 +224,19 @@ def _without_duplicates(records: Records, classes: tuple[str, ...], notes: list[
     paths = _paths(records)
     if len(set(paths)) == len(paths):
         return records
+    names = records.source.names(records.rows)
     first: dict[str, int] = {}
     keep = np.ones(len(paths), bool)
     for i, path in enumerate(paths):
+        if not names[i]:
+            continue  # no path, which is said where the file is opened
         earlier = first.setdefault(path, i)
         if records.labels[i] != records.labels[earlier]:
             labels = [repr(classes[records.labels[j]]) for j in (earlier, i)]
             raise ValueError(f"{path} has different labels: {' and '.join(labels)}")
         keep[i] = earlier == i
+    if keep.all():
+        return records
     such = paths[keep.argmin()]
     notes.append(f"images that come twice, used once: {(~keep).sum()}, such as {such}")
     return records.select(keep)
