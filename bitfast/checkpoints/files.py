@@ -234,6 +234,12 @@ def replace_files(
 
 def _rename_into_place(folder: Path, staged: Mapping[str, Path]) -> None:
     """Rename every staged file to its name; if one fails, put the previous files back."""
+    if (
+        len(staged) == 1
+    ):  # this needs no second name, which a process that is killed would leave behind
+        [(name, path)] = staged.items()
+        os.replace(path, folder / name)
+        return
     previous: dict[Path, Path | None] = {}
     try:
         for name, path in staged.items():

@@ -128,6 +128,15 @@ def run(arguments: argparse.Namespace) -> int:
         require_extra("bitfast finetune", "finetune")
     except MissingExtraError as error:
         return _fail(error, USAGE_ERROR)
+    from bitfast.finetuning.processes import are_there_others, leave
+
+    status = _finetune(arguments)
+    if are_there_others():
+        leave(status)
+    return status
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
     from bitfast.finetuning.command import finetune
     from bitfast.finetuning.errors import FinetuningError, Interrupted, PeerLost, UsageError
     from bitfast.images.files import one_line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,10 @@ def png_writer(figure: Figure) -> Callable[[Path], None]:
     """Return a writer of the figure as a PNG file, for ``replace_files``."""
 
     def write(path: Path) -> None:
-        figure.savefig(path, format="png", dpi=DPI)
+        with warnings.catch_warnings():
+            # The font has not all letters of the world; boxes stand for the others.
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            figure.savefig(path, format="png", dpi=DPI)
 
     return write
 

@@ -23,12 +23,12 @@ from bitfast.finetuning.checkpoint import load_checkpoint
 from bitfast.finetuning.dataset import VALID_FRACTION, Splits, open_splits
 from bitfast.finetuning.errors import FinetuningError, UsageError
 from bitfast.finetuning.evaluation import Evaluation
-from bitfast.finetuning.folder import FinishedRunError, open_folder
+from bitfast.finetuning.folder import FinishedRunError, make_folder, open_folder
 from bitfast.finetuning.hardware import choose_dtype, choose_micro_batch, choose_workers
 from bitfast.finetuning.interruption import Interruption
 from bitfast.finetuning.metrics import METRICS_NAME, MetricsLog
-from bitfast.finetuning.processes import Processes, joined
-from bitfast.finetuning.progress import Display, problem_lines
+from bitfast.finetuning.processes import Processes, joined, losing_peers
+from bitfast.finetuning.progress import Display, problem_lines, scanning
 from bitfast.finetuning.recipe import Choice, Recipe, choose_recipe
 from bitfast.finetuning.results import write_results
 from bitfast.finetuning.training import Run, Schedule, Trainer
@@ -133,14 +133,17 @@ def make_plan(options: Options, processes: Processes) -> Plan:
     Raises:
         UsageError: they cannot be used, or an option does not fit them.
     """
+    _check_places(options)
     try:
-        splits = open_splits(
-            options.data,
-            valid=options.valid,
-            valid_fraction=options.valid_fraction,
-            per_class=options.per_class,
-            seed=options.seed,
-        )
+        with scanning(processes.is_first) as progress:
+            splits = open_splits(
+                options.data,
+                valid=options.valid,
+                valid_fraction=options.valid_fraction,
+                per_class=options.per_class,
+                seed=options.seed,
+                progress=progress,
+            )
         recipe, choices = choose_recipe(
             len(splits.training), splits.training.sizes, options.overrides
         )
@@ -167,16 +170,39 @@ def make_plan(options: Options, processes: Processes) -> Plan:
     )
 
 
+def _check_places(options: Options) -> None:
+    """Keep the result apart from what it is made of, of which it would become, or remove, a part.
+
+    Raises:
+        UsageError: it would lie among the images, or in the place of the model.
+    """
+    output = options.output.resolve()
+    for data in (options.data, options.valid):
+        if data is not None and data.is_dir() and output.is_relative_to(data.resolve()):
+            raise UsageError(
+                f"argument --output: must not be in the folder of images {str(data)!r}, "
+                f"got {str(options.output)!r}"
+            )
+    if Path(options.model).resolve().is_relative_to(output):
+        raise UsageError(
+            f"argument --output: must not be the folder of the model {options.model!r}"
+        )
+
+
 def with_new_head(
     base: BitForImageClassification, classes: Sequence[str]
 ) -> BitForImageClassification:
-    """Return the network of a model under a new head for other classes, which starts at zero."""
+    """Return the network of a model under a new head for other classes, which starts at zero.
+
+    Without stochastic depth, which the recipe does not have, and which would depend on more than the seed.
+    """
     config = BitConfig.from_dict(base.config.to_dict())
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: index for index, name in enumerate(classes)}
     config.problem_type = "single_label_classification"
+    config.drop_path_rate = 0.0
     model = BitForImageClassification(config)
-    model.bit = base.bit
+    model.bit.load_state_dict(base.bit.state_dict())
     for parameter in model.classifier.parameters():
         nn.init.zeros_(parameter)
     return model.train()
@@ -266,9 +292,10 @@ def _open(
     if not processes.is_first:
         return 0, None
     try:
+        make_folder(options.output)
+        log = stack.enter_context(MetricsLog(options.output / METRICS_NAME))  # ours from now on
         progress = open_folder(options.output, plan.settings, options.overwrite)
-        size = progress.metrics_size if progress is not None else 0
-        log = stack.enter_context(MetricsLog(options.output / METRICS_NAME, size))
+        log.cut(progress.metrics_size if progress is not None else 0)
     except FinishedRunError:
         return FINISHED, None
     except OSError as error:
@@ -293,7 +320,7 @@ def _train(
     if start and processes.is_first:
         load_checkpoint(options.output, plan.model, trainer.optimizer)
     if start and processes.are_several:
-        _spread_momentum(trainer)
+        _spread_state(trainer)
     interruption = stack.enter_context(Interruption(once=not processes.are_several))
     loading: dict[str, Any] = {
         "resample": plan.processor.resample,
@@ -344,13 +371,17 @@ def _repeatable() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
-def _spread_momentum(trainer: Trainer) -> None:
-    """Give all processes the first one's momentum; its weights they get when the model is wrapped."""
-    for parameter in trainer.model.parameters():
-        state = trainer.optimizer.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        distributed.broadcast(state["momentum_buffer"], 0)
+def _spread_state(trainer: Trainer) -> None:
+    """Give all processes the weights and the momentum that the first one has loaded."""
+    with losing_peers():
+        for parameter in trainer.model.parameters():
+            state = trainer.optimizer.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            # DistributedDataParallel would spread the weights, but only before the first step: too late for
+            # an evaluation that comes before it.
+            distributed.broadcast(parameter.detach(), 0)
+            distributed.broadcast(state["momentum_buffer"], 0)
 
 
 def _facts(options: Options, plan: Plan, undecoded: int) -> Facts:

@@ -162,6 +162,7 @@ def open_splits(
     if len(classes) < 2:
         what = f"only {classes[0]!r}" if classes else "none"
         raise ValueError(f"{data}: images of at least two classes are needed, got {what}")
+    _check_names(classes, data)
     if VALIDATION in parts:
         parts[VALIDATION] = _in_classes(parts[VALIDATION], classes, valid or data)
     for split, records in parts.items():
@@ -189,6 +190,15 @@ def open_splits(
 # ---- which images -------------------------------------------------------------------------------
 
 
+def _check_names(classes: tuple[str, ...], path: Path) -> None:
+    """Refuse names that files of text cannot have; they would come to light when the model is written."""
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}: the name of the class {name!a} is not Unicode") from error
+
+
 def _in_classes(records: Records, classes: tuple[str, ...], path: Path) -> Records:
     try:
         return records.with_classes(classes)
@@ -214,14 +224,19 @@ def _without_duplicates(records: Records, classes: tuple[str, ...], notes: list[
     paths = _paths(records)
     if len(set(paths)) == len(paths):
         return records
+    names = records.source.names(records.rows)
     first: dict[str, int] = {}
     keep = np.ones(len(paths), bool)
     for i, path in enumerate(paths):
+        if not names[i]:
+            continue  # no path, which is said where the file is opened
         earlier = first.setdefault(path, i)
         if records.labels[i] != records.labels[earlier]:
             labels = [repr(classes[records.labels[j]]) for j in (earlier, i)]
             raise ValueError(f"{path} has different labels: {' and '.join(labels)}")
         keep[i] = earlier == i
+    if keep.all():
+        return records
     such = paths[keep.argmin()]
     notes.append(f"images that come twice, used once: {(~keep).sum()}, such as {such}")
     return records.select(keep)

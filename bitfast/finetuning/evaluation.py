@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfast.finetuning.batches import EvaluationBatches, normalized
+from bitfast.finetuning.augmentation import normalized
+from bitfast.finetuning.batches import EvaluationBatches
 from bitfast.finetuning.processes import Processes
 from bitfast.measurement import Measurement
 

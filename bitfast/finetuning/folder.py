@@ -24,38 +24,53 @@ OWN = {
     CARD_NAME, CHECKPOINT_NAME, CONFIG_NAME, CONFUSION, CURVES, METRICS_NAME, PROCESSOR_NAME,
     RECORD_NAME, REPORT_CSV, REPORT_JSON,
 }  # fmt: skip
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
-"""What ``replace_files`` writes before it renames: left behind by a process that was killed."""
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.(tmp|old)")
+"""What ``replace_files`` writes, or keeps, while it renames: left behind by a process that was killed."""
+
+
+MODEL = (CONFIG_NAME, PROCESSOR_NAME)
+"""Without these, and weights, there is no result."""
 
 
 class FinishedRunError(Exception):
     """The folder holds the result of this very run."""
 
 
-def open_folder(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> Progress | None:
-    """Return the progress of the run whose folder this is; None: it begins, and there is nothing in its way.
-
-    Args:
-        folder: It is made if it is not there.
-        settings: What the run is to do.
-        overwrite: Remove what an earlier run has left there, whatever it did.
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run if it is not there; nothing in it is changed.
 
     Raises:
-        FinishedRunError: the run is finished.
-        UsageError: the folder holds something else, or another run.
-        OSError: it cannot be read or written.
+        UsageError: it holds something else than a run.
+        OSError: it cannot be made or read.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"argument --output: must be a folder, {str(folder)!r} is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    is_finished = (folder / RECORD_NAME).exists()
-    _refuse_foreign_files(folder, is_finished or (folder / CHECKPOINT_NAME).exists())
+    _refuse_foreign_files(
+        folder, any((folder / name).exists() for name in (RECORD_NAME, CHECKPOINT_NAME))
+    )
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> Progress | None:
+    """Return the progress of the run whose folder this is; None: it begins, and there is nothing in its way.
+
+    Args:
+        folder: From :func:`make_folder`; no other process may use it, so its metrics are locked.
+        settings: What the run is to do.
+        overwrite: Remove what an earlier run has left there, but for the metrics, whatever it did.
+
+    Raises:
+        FinishedRunError: the run is finished.
+        UsageError: the folder holds another run, or a part of a finished one.
+        OSError: it cannot be read or written.
+    """
     if overwrite:
         _remove_run(folder)
         return None
     _remove_temporary_files(folder)
-    if is_finished:
+    if (folder / RECORD_NAME).exists():
         _refuse_other_settings(folder, _recorded_settings(folder), settings)
+        _refuse_missing_model(folder)
         (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
         raise FinishedRunError
     try:
@@ -92,6 +107,15 @@ def _recorded_settings(folder: Path) -> dict[str, Any]:
     )
 
 
+def _refuse_missing_model(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    if not names.issuperset(MODEL) or not any(map(WEIGHTS.fullmatch, names)):
+        raise UsageError(
+            f"argument --output: {str(folder)!r} holds a finished run without its model; "
+            "--overwrite begins anew"
+        )
+
+
 def _refuse_other_settings(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     differences = list(_differences(there, here))
     if differences:
@@ -112,11 +136,12 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 def _remove_run(folder: Path) -> None:
     _remove_temporary_files(folder)
-    # The checkpoint and the record go last: without them nothing says whose the other files are.
-    last = {CHECKPOINT_NAME, RECORD_NAME}
-    own = [path for path in folder.iterdir() if path.name in OWN or WEIGHTS.fullmatch(path.name)]
-    for path in sorted(own, key=lambda path: path.name in last):
-        path.unlink()
+    own = {path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)} | OWN
+    # The checkpoint and the record go last: without them nothing says whose the other files are. The model goes
+    # first: without it the record does not say that all is there.
+    last = [CHECKPOINT_NAME, RECORD_NAME]
+    for name in [*MODEL, *(own - {*MODEL, METRICS_NAME, *last}), *last]:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _remove_temporary_files(folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -47,7 +48,6 @@ class Interruption:
             return
         self.signal = number
         if self.once:
-            # Not through print: the signal may have come in the middle of one.
-            sys.__stderr__ and sys.__stderr__.write(
-                "\nbitfast: stopping after this step; again to stop at once\n"
-            )
+            # Not through sys.stderr: the signal may have come while that was writing.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nbitfast: stopping after this step; again to stop at once\n")

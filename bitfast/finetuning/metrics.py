@@ -18,18 +18,17 @@ class MetricsLog:
 
     Args:
         path: The file; made if it is not there.
-        size: Bytes of it that are kept: what an interrupted run wrote after its last checkpoint goes.
 
     Raises:
         OSError: it cannot be written.
         UsageError: another process has it open in the same way.
     """
 
-    def __init__(self, path: Path, size: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 -- closed by __exit__
         try:
             _lock(self._file, path)
-            self._file.truncate(size)
         except BaseException:
             self._file.close()
             raise
@@ -44,6 +43,21 @@ class MetricsLog:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
+
+    def cut(self, size: int) -> None:
+        """Keep that many bytes: what an interrupted run wrote after its last checkpoint goes.
+
+        Raises:
+            OSError: it cannot be written.
+            UsageError: there are fewer.
+        """
+        there = os.fstat(self._file.fileno()).st_size
+        if there < size:
+            raise UsageError(
+                f"argument --output: {self._path} has only {there} of the {size} bytes that the checkpoint "
+                "needs; --overwrite begins anew"
+            )
+        self._file.truncate(size)
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row.

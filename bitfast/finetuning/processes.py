@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -100,7 +101,7 @@ class Processes:
 
     def _messages(self, message: str) -> list[str]:
         """Return the message of every process."""
-        content = message.encode()[:LONGEST_MESSAGE]
+        content = message.encode(errors="backslashreplace")[:LONGEST_MESSAGE]
         padded = torch.zeros(self.world_size, LONGEST_MESSAGE, dtype=torch.uint8)
         padded[self.rank, : len(content)] = torch.tensor(list(content), dtype=torch.uint8)
         rows = self.sum(padded).cpu()
@@ -136,10 +137,10 @@ def joined(device: str | None) -> Iterator[Processes]:
     Raises:
         UsageError: there is no such device, or not one for each process.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if not are_there_others():
         yield Processes(_find_device(device))
         return
+    world_size = int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cuda", "cpu"):
@@ -160,6 +161,23 @@ def joined(device: str | None) -> Iterator[Processes]:
         )
     finally:
         distributed.destroy_process_group()
+
+
+def are_there_others() -> bool:
+    """Whether torchrun has started other processes beside this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, one of several, at once.
+
+    DistributedDataParallel keeps gloo's group alive (torch 2.13), whose threads may release a tensor while the
+    interpreter ends. They then wait for the interpreter, which ends them in a place where C++ aborts.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def share(count: int, processes: Processes) -> int:

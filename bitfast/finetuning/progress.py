@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bitfast.finetuning.dataset import Problem
@@ -88,6 +89,35 @@ class Display:
     def _time_left(self, now: float) -> str:
         left = (now - self._started) / (self._done - self._first) * (self._steps - self._done)
         return f", {duration(left)} left" if left else ""
+
+
+@contextlib.contextmanager
+def scanning(is_shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how many images have been looked at, before anything else is known; it is told that number.
+
+    Args:
+        is_shown: False: nothing is shown, because another process does.
+    """
+    if is_shown and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(desc="looking at images", unit=" images", file=sys.stderr, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield show
+        return
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if is_shown and time.monotonic() - told >= BETWEEN_LINES:
+            told = time.monotonic()
+            print(f"looked at {done:,} of {total:,} images", file=sys.stderr, flush=True)
+
+    yield tell
 
 
 def problem_lines(problems: Sequence[Problem], known: int = 0) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,20 @@ def write_results(
     record = {"settings": settings, "command": facts.command, "versions": dict(facts.versions)}
     writers = {
         **weight_writers(model.state_dict()),
-        CONFIG_NAME: text_writer(model.config.to_json_string()),
-        PROCESSOR_NAME: text_writer(processor.to_json_string()),
-        CARD_NAME: text_writer(model_card(facts, evaluation)),
-        REPORT_JSON: text_writer(json.dumps(as_json(evaluation, reports), indent=2) + "\n"),
-        REPORT_CSV: text_writer(as_csv(reports)),
+        CONFIG_NAME: _text(model.config.to_json_string()),
+        PROCESSOR_NAME: _text(processor.to_json_string()),
+        CARD_NAME: _text(model_card(facts, evaluation)),
+        REPORT_JSON: _text(json.dumps(as_json(evaluation, reports), indent=2) + "\n"),
+        REPORT_CSV: _text(as_csv(reports)),
         CURVES: png_writer(curves(read_rows(folder / METRICS_NAME))),
-        RECORD_NAME: text_writer(json.dumps(record, indent=2) + "\n"),
     }
     if len(evaluation.labels):
         writers[CONFUSION] = png_writer(confusion(evaluation, facts.classes))
+    # The last: once it is there a run is finished, and what is missing then would never be written.
+    writers[RECORD_NAME] = _text(json.dumps(record, indent=2) + "\n")
     replace_files(folder, writers, stale=[CHECKPOINT_NAME])
+
+
+def _text(text: str) -> Callable[[Path], None]:
+    """Return a writer of text, in which parts of paths that are not Unicode are spelled out."""
+    return text_writer(text.encode(errors="backslashreplace").decode())

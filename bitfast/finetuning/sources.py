@@ -62,7 +62,10 @@ class ImageFiles(Source):
 
     def open(self, row: int) -> tuple[str | io.BytesIO, int]:
         """Return the file of an image, by its path or opened, and how many bytes it has."""
-        return _file(os.path.join(self._root, os.fsdecode(self._paths[row].as_py())))
+        path = os.fsdecode(self._paths[row].as_py())
+        if not path:
+            raise OSError("no path")
+        return _file(os.path.join(self._root, path))
 
     def absolute(self, rows: np.ndarray) -> list[str]:
         """Return the absolute paths of images."""

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfast.finetuning.batches import EvaluationBatches, Step, TrainingBatches, mix, normalized
+from bitfast.finetuning.augmentation import mix, normalized
+from bitfast.finetuning.batches import EvaluationBatches, Step, TrainingBatches
 from bitfast.finetuning.checkpoint import Progress, save_checkpoint
 from bitfast.finetuning.errors import FinetuningError, Interrupted
 from bitfast.finetuning.evaluation import Evaluation, evaluate

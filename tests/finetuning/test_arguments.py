@@ -11,7 +11,7 @@ import pytest
 
 from bitfast import cli, extras
 from bitfast.finetuning.arguments import options_from
-from tests.finetuning.runs import ROOT, run, write_images
+from tests.finetuning.runs import ROOT, names_in, run, write_images
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,19 @@ def test_arguments_that_do_not_fit(options, said, images, base, tmp_path, capsys
     assert err.count("\n") == 1
     assert said in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_result_among_what_it_is_made_of(images, base, tmp_path, capsys) -> None:
+    for data, more in ((images, ()), (tmp_path / "x", ("--valid", images))):
+        assert run(data, images / "run", base, *more) == 2
+        said = f"argument --output: must not be in the folder of images '{images}'"
+        assert said in capsys.readouterr().err
+    assert not (images / "run").exists()
+    before = names_in(base)
+    for model in (base, base / "model.safetensors"):
+        assert run(images, base, model, "--overwrite") == 2
+        assert f"must not be the folder of the model '{model}'" in capsys.readouterr().err
+    assert names_in(base) == before
 
 
 def test_models_and_data_of_no_use(images, base, tmp_path, capsys) -> None:

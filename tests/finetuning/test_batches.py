@@ -22,15 +22,11 @@ from torch import Tensor
 
 from bitfast import BitImageProcessor
 from bitfast.finetuning import draws
-from bitfast.finetuning.augmentation import training_views
-from bitfast.finetuning.batches import (
-    EvaluationBatches,
-    LoadingError,
-    TrainingBatches,
-    normalized,
-)
+from bitfast.finetuning.augmentation import normalized, training_views
+from bitfast.finetuning.batches import EvaluationBatches, TrainingBatches
 from bitfast.finetuning.dataset import Dataset, Problem, open_splits
 from bitfast.finetuning.draws import Purpose
+from bitfast.finetuning.loading import LoadingError
 from bitfast.finetuning.recipe import Recipe, choose_recipe
 
 RESAMPLE = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bitfast.finetuning.checkpoint import (
     read_progress,
     save_checkpoint,
 )
+from bitfast.finetuning.errors import UsageError
 from bitfast.finetuning.metrics import MetricsLog, read_rows
 from tests.finetuning.runs import (
     STEPS,
@@ -102,8 +104,11 @@ def test_rows_are_cut_back(tmp_path: Path) -> None:
         log.add({"step": 1})
         size = log.sync()
         log.add({"step": 2})
-    with MetricsLog(path, size) as log:
+    with MetricsLog(path) as log:
+        log.cut(size)
         log.add({"step": 3})
+        with pytest.raises(UsageError, match="has only 24 of the 25 bytes"):
+            log.cut(25)
     assert read_rows(path) == [{"step": 1}, {"step": 3}]
 
 
@@ -209,10 +214,49 @@ def test_a_broken_checkpoint(images, base, unfinished, capsys) -> None:
     assert "--overwrite begins anew" in capsys.readouterr().err
 
 
-def test_two_runs_in_one_folder(images, base, unfinished, capsys) -> None:
-    with MetricsLog(unfinished / "metrics.jsonl", 0):
-        assert run(images, unfinished, base) == 2
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_two_runs_in_one_folder(overwrite, images, base, unfinished, capsys) -> None:
+    """The second one changes nothing, not even what the first is just writing."""
+    (unfinished / f".{CHECKPOINT_NAME}.0123456789ab.tmp").touch()
+    before = {path: path.read_bytes() for path in unfinished.iterdir()}
+    with MetricsLog(unfinished / "metrics.jsonl"):
+        assert run(images, unfinished, base, *overwrite) == 2
     assert "another process is fine-tuning into" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in unfinished.iterdir()} == before
+
+
+def test_what_killed_processes_left_is_removed(images, base, whole, tmp_path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for ending in ("tmp", "old"):
+        (folder / f".model.safetensors.0123456789ab.{ending}").touch()
+    assert run(images, folder, base) == 0
+    assert names_in(folder) == names_in(whole)
+
+
+def test_a_finished_run_without_its_model_is_not_finished(
+    images, base, whole, tmp_path, capsys
+) -> None:
+    """So does a process leave it that is killed while it removes an earlier run."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "config.json").unlink()
+    assert run(images, folder, base) == 2
+    assert "holds a finished run without its model" in capsys.readouterr().err
+
+
+def test_the_record_is_written_last(images, base, whole, tmp_path, monkeypatch) -> None:
+    """A process that is killed before has a checkpoint to go on from, and one after has nothing left to do."""
+    renamed = []
+    replace = os.replace
+
+    def note(source: Any, target: Any) -> None:
+        renamed.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    assert run(images, tmp_path / "run", base) == 0
+    results = names_in(whole) - {"metrics.jsonl"}
+    assert set(renamed[-len(results) :]) == results
+    assert renamed[-1] == "finetuning.json"
 
 
 def test_names_of_classes_are_part_of_a_run(base, unfinished, tmp_path, capsys) -> None:

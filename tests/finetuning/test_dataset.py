@@ -270,6 +270,9 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
     training = open_splits(folder, valid_fraction=0).training
     assert contents(training, ("a", "b")) == expected({"a": 2, "b": 2})
     training.fingerprint()
+    (folder / "b").rename(folder / "b\udcff")
+    with pytest.raises(ValueError, match=r"the name of the class 'b\\udcff' is not Unicode"):
+        open_splits(folder)
 
 
 # ---- dividing -----------------------------------------------------------------------------------
@@ -381,6 +384,16 @@ def test_the_same_file_twice(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"image 0\.png has different labels: 'a' and 'b'"):
         open_splits(write_csv(tmp_path, *rows, "x/class 9/image 0.png,b"))
+
+
+def test_rows_without_a_path(tmp_path: Path) -> None:
+    """They are not one file with two labels."""
+    write_folder(tmp_path / "images", {"a": 1, "b": 1})
+    images = [f"images/{name}/image 0.png,{name}" for name in "ab"]
+    splits = open_splits(write_csv(tmp_path, "path,label", ",a", *images, ",b"))
+    assert len(splits.training) == 2
+    assert [problem.reason for problem in splits.problems] == ["no path", "no path"]
+    assert splits.notes == []
 
 
 def test_what_is_for_validation_is_not_trained_on(tmp_path: Path) -> None:

@@ -76,8 +76,9 @@ def test_both_stop_after_the_same_step_if_one_is_told_to(images, base, whole, tm
 
 
 def test_torchrun_goes_on_from_one_process(images, base, whole, tmp_path) -> None:
+    """It begins with an evaluation, of which each process has a part."""
     folder, digest = tmp_path / "run", tmp_path / "digest"
-    with interrupted_after(3):
+    with interrupted_after(4):
         assert run(images, folder, base) == 130
     here = (*TORCHRUN, "--master-port", free_port(), "-m", "tests.finetuning.runs", "digest", 0)
     with process(*here, digest, *arguments(images, folder, base)) as started:

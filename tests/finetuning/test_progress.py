@@ -11,7 +11,7 @@ import pytest
 
 from bitfast.finetuning import progress
 from bitfast.finetuning.dataset import Problem
-from bitfast.finetuning.progress import Display, duration, problem_lines
+from bitfast.finetuning.progress import Display, duration, problem_lines, scanning
 from tests.finetuning.runs import run
 
 
@@ -29,6 +29,7 @@ def test_a_bar_on_a_terminal(images, base, tmp_path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stderr", terminal)
     assert run(images, tmp_path / "run", base) == 0
     shown = terminal.getvalue()
+    assert "looking at images" in shown
     assert "/6 [" in shown
     assert "step/s" in shown or "s/step" in shown
     assert "after step 2: validation loss" in shown
@@ -48,6 +49,20 @@ def test_lines_now_and_then_elsewhere(capsys, monkeypatch: pytest.MonkeyPatch) -
     assert lines[1].startswith("step 106/200: ")  # 30 seconds are over
     assert lines[-1] == "step 200/200: loss 0.5000, accuracy 75.0 %, 123 images/s"
     assert len(lines) == 21
+
+
+def test_looking_at_images(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    for is_shown in (True, False):
+        with scanning(is_shown) as tell:
+            for done in range(1000, 12001, 1000):
+                clock[0] += 7
+                tell(done, 12000)
+    assert capsys.readouterr().err.splitlines() == [
+        "looked at 5,000 of 12,000 images",
+        "looked at 10,000 of 12,000 images",
+    ]
 
 
 def test_only_one_of_several_processes_shows(capsys) -> None:

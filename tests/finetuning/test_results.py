@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,13 @@ def test_names_from_outside_do_not_break_the_card(tmp_path: Path) -> None:
     assert "class 29, and 20 more" in card.text
     assert "Left out, because they could not be used: 2 images" in card.text
     assert "triton" not in card.text
+
+
+def test_paths_that_are_not_text(whole: Path, images: Path, base: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd\udcff"
+    try:
+        shutil.copytree(images, odd)
+    except OSError:
+        pytest.skip("this file system takes only text as names")
+    assert run(odd, tmp_path / "run\udcff", base) == 0
+    assert r"odd\udcff" in (tmp_path / "run\udcff" / "README.md").read_text(encoding="utf-8")

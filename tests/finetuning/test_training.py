@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from bitfast import BitConfig, BitForImageClassification, BitImageProcessor
 from bitfast.finetuning import hardware, training
-from bitfast.finetuning.batches import MicroBatch, Step
+from bitfast.finetuning.batches import Step
 from bitfast.finetuning.checkpoint import read_progress
-from bitfast.finetuning.command import with_new_head
+from bitfast.finetuning.command import weights_digest, with_new_head
 from bitfast.finetuning.hardware import bytes_per_image, choose_dtype, choose_micro_batch
+from bitfast.finetuning.loading import MicroBatch
 from bitfast.finetuning.processes import Processes
 from bitfast.finetuning.recipe import Recipe
 from bitfast.finetuning.training import Schedule, Trainer, with_last
@@ -24,6 +25,9 @@ from tests.cli.common import LABELS
 from tests.finetuning.runs import rows, run
 
 CPU = Processes(torch.device("cpu"))
+SMALL: dict[str, Any] = {
+    "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 2,
+}  # fmt: skip
 RECIPE = Recipe(
     steps=8, batch_size=6, base_learning_rate=0.05, warmup_steps=2, decay_steps=(4, 6),
     momentum=0.9, weight_decay=0.01, resize=18, crop=16, flip=True, mixup_alpha=0.0,
@@ -32,8 +36,7 @@ RECIPE = Recipe(
 
 def model() -> BitForImageClassification:
     torch.manual_seed(3)
-    config = BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=2)
-    return with_new_head(BitForImageClassification(config), LABELS)
+    return with_new_head(BitForImageClassification(BitConfig(**SMALL)), LABELS)
 
 
 def pixels_and_labels(number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +113,18 @@ def test_bfloat16_computes_the_same_but_for_its_rounding() -> None:
     exact, rounded = train(6)[0], train(6, dtype=torch.bfloat16)[0]
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(rounded[:, 0], exact[:, 0], rtol=0.02, atol=0.05)
+
+
+def test_a_network_under_a_new_head() -> None:
+    base = BitForImageClassification(BitConfig(**SMALL, drop_path_rate=0.5))
+    changed = with_new_head(base, ["a", "b", "c"])
+    assert changed.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert not any(parameter.any() for parameter in changed.classifier.parameters())
+    assert weights_digest(changed.bit) == weights_digest(base.bit)
+    images = torch.rand(8, 3, 16, 16)
+    with torch.no_grad():
+        first, second = (changed.train()(images, output_hidden_states=True) for _ in range(2))
+    assert torch.equal(first.hidden_states[-1], second.hidden_states[-1])  # nothing is drawn
 
 
 def test_with_last() -> None:
