@@ -15,13 +15,13 @@ demo: $(INSTALLED)
 
 # The tests of what is done to models of transformers run with its versions 4.56 and 5. Processes take
 # test after test, and files whose tests share a fixture as a whole (tests/conftest.py).
-# Threads that wait must not spin, or the processes would keep each other from working.
+# Threads that wait must not spin, or the processes would keep each other from working. Many tests start processes,
+# which would compile all modules anew where bytecode is not written.
 # The random numbers are the same in every run. A nightly run uses SEED=random: new ones, whose seed is printed;
 # SEED=<that number> draws them again.
 JOBS ?= 2
 SEED ?=
 PYTEST := -m pytest -n $(JOBS)
-# Many tests start processes, which would compile all modules anew where bytecode is not written.
 test: export OMP_WAIT_POLICY = passive
 test: export PYTHONDONTWRITEBYTECODE =
 test: export BITFAST_TEST_SEED = $(SEED)

@@ -234,9 +234,8 @@ def replace_files(
 
 def _rename_into_place(folder: Path, staged: Mapping[str, Path]) -> None:
     """Rename every staged file to its name; if one fails, put the previous files back."""
-    if (
-        len(staged) == 1
-    ):  # this needs no second name, which a process that is killed would leave behind
+    if len(staged) == 1:
+        # This needs no second name, which a process that is killed would leave behind.
         [(name, path)] = staged.items()
         os.replace(path, folder / name)
         return
