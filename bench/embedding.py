@@ -1,6 +1,6 @@
 """``python -m bench.embedding``: images a second of ``bitfast embed``, beside transformers and the model alone.
 
-R50x1 with random weights at 224x224, on a CPU, from JPEG files (photographs of scikit-image, about 500x400) to
+R50x1 with random weights at 224x224, on a CPU, from JPEG files (photographs of scikit-image, 500x400) to
 vectors: by bitfast's threads that decode ahead, and by a plain loop with transformers' slow processor and
 model. What the model alone takes is the limit of the first. The vectors are compared before they are timed.
 """
@@ -12,31 +12,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
-import skimage
 import torch
 from PIL import Image
 
 from bitfast import BitConfig, BitForImageClassification, BitImageProcessor
 
+from .photographs import jpeg_files
 from .torchvision_import import import_torchvision
 
-NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "rocket.jpg")
 BATCH = 32
 CLOSE = 1e-4
 """What the vectors may differ by, of the largest number: random weights magnify roundings."""
-
-
-def save_photographs(folder: Path, count: int) -> None:
-    originals = [
-        Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB") for name in NAMES
-    ]
-    for number, image in enumerate(islice(cycle(originals), count)):
-        size = 480 + number % 41, 390 + number % 23
-        image.resize(size).save(folder / f"{number:04}.jpg", quality=90)
 
 
 def contestants(model: Path, photographs: Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -83,7 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         photographs, model = Path(folder, "photographs"), Path(folder, "model")
         photographs.mkdir()
-        save_photographs(photographs, arguments.images)
+        for number, content in enumerate(jpeg_files(arguments.images)):
+            (photographs / f"{number:04}.jpg").write_bytes(content)
         torch.manual_seed(0)
         BitForImageClassification(BitConfig(num_labels=1000)).save_pretrained(model)
         BitImageProcessor().save_pretrained(model)

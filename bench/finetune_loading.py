@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import skimage
 import torch
-from PIL import Image
 
 from bitfast import BitConfig, BitForImageClassification, BitImageProcessor
 from bitfast.finetuning.augmentation import normalized
@@ -28,28 +26,20 @@ from bitfast.finetuning.processes import Processes
 from bitfast.finetuning.recipe import Recipe, choose_recipe
 from bitfast.finetuning.training import Trainer
 
+from .photographs import jpeg_files
 from .rows import machine
 from .tables import table
 
-PHOTOGRAPHS = (
-    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
-    "motorcycle_left.png", "retina.jpg", "rocket.jpg",
-)  # fmt: skip
-SIZE = 500, 400
-QUALITY = 90
 FILES = 128
 R50X1 = BitConfig(id2label={0: "class 0", 1: "class 1"})
 
 
 def write_photographs(folder: Path, count: int) -> Path:
-    """Write JPEG files: each photograph again and again, a few pixels further each time."""
-    data = Path(skimage.__file__).parent / "data"
-    for i, name in zip(range(count), itertools.cycle(PHOTOGRAPHS), strict=False):
-        image = Image.open(data / name).convert("RGB").resize((SIZE[0] + 64, SIZE[1] + 64))
-        left, top = i % 64, i * 7 % 64
+    """Write JPEG files of photographs, in turns into the folders of two classes."""
+    for i, content in enumerate(jpeg_files(count)):
         path = folder / f"class {i % 2}" / f"{i:04}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.crop((left, top, left + SIZE[0], top + SIZE[1])).save(path, quality=QUALITY)
+        path.write_bytes(content)
     return folder
 
 

@@ -33,12 +33,11 @@ from PIL import Image
 
 from .base import ROOT
 from .models import R50X1, Network, reference_model
+from .photographs import jpeg_files
 from .rows import machine
 from .tables import table
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
-"""Of scikit-image, those that it ships in colour."""
-SIZE = (500, 400)
+IMAGES = 5
 CLIENTS = (1, 8, 32)
 LABELS = 5
 ALLOWED = {"float32": 0.03, "bfloat16": 0.2}
@@ -92,19 +91,6 @@ def save_model(folder: Path) -> None:
     BitImageProcessorFast(size={"shortest_edge": 224}, crop_size=224).save_pretrained(folder)
 
 
-def bodies() -> list[bytes]:
-    """Return photographs as JPEG files."""
-    import skimage.data
-
-    files = []
-    for name in PHOTOGRAPHS:
-        photograph = Image.fromarray(getattr(skimage.data, name)()).resize(SIZE)
-        file = BytesIO()
-        photograph.save(file, "JPEG", quality=90)
-        files.append(file.getvalue())
-    return files
-
-
 # ---- the servers --------------------------------------------------------------------------------
 
 
@@ -150,7 +136,7 @@ async def wait_for(server: Server) -> None:
     Raises:
         RuntimeError: it ends, or does not within ``STARTS_WITHIN``.
     """
-    body = bodies()[0]
+    body = next(jpeg_files(1))
     end = time.monotonic() + STARTS_WITHIN
     async with aiohttp.ClientSession() as session:
         while time.monotonic() < end and server.process.poll() is None:
@@ -260,7 +246,7 @@ def contest(folder: Path, given: argparse.Namespace) -> list[Row]:
     Raises:
         RuntimeError: an answer is wrong, or a server fails.
     """
-    files, repeated = bodies(), REPEATED[given.dtype]
+    files, repeated = list(jpeg_files(IMAGES)), REPEATED[given.dtype]
     exact = exact_answers(folder, files)
     samples: dict[tuple[str, int], list[tuple[list[float], float, float]]] = {}
     with (

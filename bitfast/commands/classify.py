@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitfast.images.files import Candidate, describe, one_line, printable, read_image
+from bitfast.images.files import Candidate, describe_unusable, one_line, printable, read_image
 from bitfast.images.processing import BitImageProcessor
 from bitfast.images.processing_base import processor_type
 from bitfast.images.processing_fast import BitImageProcessorFast
@@ -150,8 +150,7 @@ class Classifier:
                 pixels = self.preprocess(image)
             except Exception as error:
                 # Broken files make Pillow's decoders raise nearly anything; the others must go on.
-                # "images[0]" is the processor's name for what the user knows as this file.
-                outcome.error, pixels = describe(error).removeprefix("images[0]: "), None
+                outcome.error, pixels = describe_unusable(error), None
         outcome.warnings += [one_line(warning.message) for warning in caught]
         return pixels
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitfast.embedding.embedder import Embedder
 from bitfast.embedding.inputs import Item, read_item
 from bitfast.embedding.store import BatchResult
-from bitfast.images.files import describe, one_line
+from bitfast.images.files import describe_unusable, one_line
 
 Batch = tuple[int, Sequence[Item]]
 """A number and the items that go through the model together."""
@@ -50,8 +50,7 @@ def embed_batches(
         try:
             return embedder.preprocess(read_item(item))
         except Exception as error:  # broken files make Pillow's decoders raise nearly anything
-            # "images[0]" is the processor's name for what the user knows as this file.
-            return describe(error).removeprefix("images[0]: ")
+            return describe_unusable(error)
 
     # Pillow loads its rarer formats when it first needs them, and not safely for threads.
     Image.init()

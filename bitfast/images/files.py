@@ -145,6 +145,12 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"  # a decoder's internal error
 
 
+def describe_unusable(error: BaseException) -> str:
+    """Return in one line why an image could not be read, or made pixel_values by an image processor."""
+    # "images[0]" is the processor's name for what the user knows by another one.
+    return describe(error).removeprefix("images[0]: ")
+
+
 # ---- text ---------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bitfast.images.files import ImageTooLargeError, describe, one_line
+from bitfast.images.files import ImageTooLargeError, describe_unusable, one_line
 from bitfast.serving.batching import Batcher, batch_sizes
 from bitfast.serving.engine import Engine, Features
 from bitfast.serving.metrics import Metrics
@@ -162,8 +162,7 @@ class Service:
         except ImageTooLargeError as error:
             return self._failed(Refusal(413, one_line(error)))
         except Exception as error:
-            # "images[0]" is the processor's name for what the client knows as this image.
-            return self._failed(bad_image(describe(error).removeprefix("images[0]: ")))
+            return self._failed(bad_image(describe_unusable(error)))
         decoded = time.perf_counter()
         features = await self._features(pixels)
         if isinstance(features, Refusal):
