@@ -45,6 +45,9 @@ BITFAST_GPU int cluster_rank() {
 // The value of the lane whose number differs in the bits of `mask`. All 32 lanes of the warp call it.
 BITFAST_GPU float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
+// The same number, which all lanes of the warp have: the compiler may keep it for all of them together.
+BITFAST_GPU int same_in_warp(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+
 // ---- global and shared memory ----------------------------------------------------------------------------------------
 
 // Memory that is read once: it is not to displace anything from the L1 cache.
@@ -302,6 +305,13 @@ BITFAST_GPU void load_matrices(uint32_t (&fragment)[4], const void* row) {
                : "memory");
 }
 
+// The reverse: writes them to shared memory (capability 90).
+BITFAST_GPU void store_matrices(void* row, const uint32_t (&fragment)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+               "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+               : "memory");
+}
+
 // c (16x8) += a (16x16) * b (16x8), by a warp.
 template <typename T>
 BITFAST_GPU void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -318,74 +328,6 @@ BITFAST_GPU void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uin
 #undef BITFAST_MMA
 }
 
-// ---- matrices in shared memory (capability 90 exactly) ---------------------------------------------------------------
-//
-// Four warps, the first of which is a multiple of four, multiply together, all with the same matrices. What ordinary
-// stores have written there must have been fenced (fence_async_proxy) before a barrier. These instructions are only in
-// the machine code for sm_90a.
-
-// Where a matrix of 16-bit numbers lies: in parts of 8 rows of 16 bytes, one after the other.
-using MatrixPlace = uint64_t;
-
-// `k_step`: bytes to the part with the next 8 numbers of each row, `row_step`: to that with the next 8 rows; the address
-// and the steps are multiples of 16.
-BITFAST_GPU MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
-  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | static_cast<uint64_t>(k_step >> 4) << 16 |
-         static_cast<uint64_t>(row_step >> 4) << 32;
-}
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define BITFAST_WGMMA(...) asm volatile(__VA_ARGS__)
-#else
-#define BITFAST_WGMMA(...) __trap()
-#endif
-
-// Lets the compiler neither move sums over this place nor copy them.
-template <int count>
-BITFAST_GPU void keep_sums(float (&c)[count][8][4]) {
-#pragma unroll
-  for (int i = 0; i < count * 8 * 4; ++i) asm volatile("" : "+f"(c[i / 32][i / 4 % 8][i % 4])::"memory");
-}
-
-// Before products, whose sums nothing else may touch from here until they have been waited for.
-template <int count>
-BITFAST_GPU void begin_products(float (&c)[count][8][4]) {
-  keep_sums(c);
-  BITFAST_WGMMA("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-// Begins c (64x64) += a (64x16) * b (64x16, transposed). c[j] is a warp's part of columns 8 * j to 8 * j + 7, as of
-// multiply_add_16x8x16: of the first warp the first 16 rows, of the second the next.
-template <typename T>
-BITFAST_GPU void multiply_add_64x64x16(float (&c)[8][4], MatrixPlace a, MatrixPlace b) {
-#define BITFAST_SUMS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-#define BITFAST_PRODUCT(type)                                                                                         \
-  BITFAST_WGMMA(                                                                                                      \
-      "{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, 1, 0;\n\t"                                                          \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                     \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"  \
-      "%29,%30,%31}, %32, %33, adds, 1, 1, 0, 0;\n\t}"                                                                \
-      : BITFAST_SUMS(0), BITFAST_SUMS(1), BITFAST_SUMS(2), BITFAST_SUMS(3), BITFAST_SUMS(4), BITFAST_SUMS(5),         \
-        BITFAST_SUMS(6), BITFAST_SUMS(7)                                                                              \
-      : "l"(a), "l"(b))
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    BITFAST_PRODUCT("bf16");
-  } else {
-    BITFAST_PRODUCT("f16");
-  }
-#undef BITFAST_PRODUCT
-#undef BITFAST_SUMS
-}
-
-// Ends a group of products.
-BITFAST_GPU void commit_products() { BITFAST_WGMMA("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-// Waits for all groups of products; c holds their sums from here on.
-template <int count>
-BITFAST_GPU void wait_products(float (&c)[count][8][4]) {
-  BITFAST_WGMMA("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  keep_sums(c);
-}
-#undef BITFAST_WGMMA
-
 }  // namespace bitfast::gpu
+
+#include "gpu_products.h"

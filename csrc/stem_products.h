@@ -96,7 +96,7 @@ struct ByWarpGroups {
 #pragma unroll
         for (int r = 0; r < rows_per_step; ++r) {
           const unsigned char* pixels = windows + place_in_ring<row_bytes>(row + y + 2 * r) + half * 2 * pair_bytes;
-          multiply_add_64x64x16<T>(sums[r], matrix_at(pixels, pair_bytes, 8 * pair_bytes), weights);
+          multiply_add_64xNx16<T>(sums[r], matrix_at(pixels, pair_bytes, 8 * pair_bytes), weights, true);
         }
       }
     }

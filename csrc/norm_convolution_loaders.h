@@ -1,0 +1,281 @@
+// norm_convolution on a GPU: the warps that bring weights and input into shared memory, and normalize the latter.
+#pragma once
+
+#include "gpu_activation.h"
+#include "norm_convolution_tiles.h"
+
+namespace bitfast::norm_convolution {
+
+using gpu::load_shared_16;
+using gpu::store_shared_16;
+
+// Brings the weights of one place in the filter and 64 input channels: as a plane of each 8 channels, the vectors of the
+// tile's result channels.
+BITFAST_GPU void load_weight_stage(
+    const Arguments& a, const Tile& tile, int columns, int number, unsigned char* to, gpu::Barrier* barrier) {
+  const Output& output = a.outputs[tile.is_second];
+  const int count = min(columns, output.channels - tile.column);
+  const unsigned char* from =
+      output.weights + (static_cast<int64_t>(number) * planes * output.channels + tile.column) * vector_bytes;
+  if (count == output.channels && count == columns) {
+    gpu::bulk_load(to, from, planes * columns * vector_bytes, barrier);
+    return;
+  }
+  for (int plane = 0; plane < planes; ++plane) {
+    gpu::bulk_load(to + plane * columns * vector_bytes, from, count * vector_bytes, barrier);
+    from += static_cast<int64_t>(output.channels) * vector_bytes;
+  }
+}
+
+BITFAST_GPU uint32_t weight_bytes(const Arguments& a, const Tile& tile, int columns) {
+  return static_cast<uint32_t>(planes * min(columns, a.outputs[tile.is_second].channels - tile.column) * vector_bytes);
+}
+
+// What one thread does: brings the weights of all tiles of the block.
+BITFAST_GPU void load_weights(const Arguments& a, const Barriers& barriers, int columns) {
+  unsigned char* ring = gpu::shared_memory() + a.shared.weights;
+  const int stage_bytes = planes * columns * vector_bytes, steps = a.chunks * a.taps;
+  if (a.keeps_weights) {  // all tiles of the block are of the same channels
+    const Tile tile(a, static_cast<int>(blockIdx.x), columns);
+    gpu::arrive_and_expect(barriers.weights_full, steps * weight_bytes(a, tile, columns));
+    for (int i = 0; i < steps; ++i) {
+      load_weight_stage(a, tile, columns, i, ring + i * stage_bytes, barriers.weights_full);
+    }
+    return;
+  }
+  RingPlace place;
+  for (int t = static_cast<int>(blockIdx.x); t < a.tiles; t += static_cast<int>(gridDim.x)) {
+    const Tile tile(a, t, columns);
+    const uint32_t bytes = weight_bytes(a, tile, columns);
+    for (int i = 0; i < steps; ++i) {
+      gpu::wait_for(barriers.weights_empty + place.stage, place.parity ^ 1);
+      gpu::arrive_and_expect(barriers.weights_full + place.stage, bytes);
+      load_weight_stage(a, tile, columns, i, ring + place.stage * stage_bytes, barriers.weights_full + place.stage);
+      place.advance(a.weight_stages);
+    }
+  }
+}
+
+// The scale and the shift of eight channels.
+struct Factors {
+  uint4 words[4];
+
+  BITFAST_GPU void load(const float* scale, int channels) {
+    words[0] = gpu::load_16(scale);
+    words[1] = gpu::load_16(scale + 4);
+    words[2] = gpu::load_16(scale + channels);
+    words[3] = gpu::load_16(scale + channels + 4);
+  }
+
+  template <typename T, Activation activation>
+  BITFAST_GPU uint4 normalized(const uint4& v) const {
+    float numbers[8];
+    gpu::unpack<T>(v, numbers);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float scale = gpu::float_from_bits(gpu::word_of(words[i / 4], i % 4));
+      const float shift = gpu::float_from_bits(gpu::word_of(words[2 + i / 4], i % 4));
+      numbers[i] = gpu::fused_multiply_add(numbers[i], scale, shift);
+    }
+    return gpu::pack_activated<T, activation>(numbers);
+  }
+};
+
+// The items of a patch that a thread brings, one after the other: every twelfth pixel, of eight channels.
+struct Items {
+  int number, end;     // of the items of the patch
+  int row, column;     // of the items, in which 1x1 filters go on where the patch before ended
+  int row0, column0;   // of the input, where items are counted from
+  int step;            // pixels of the input from one to the next
+
+  BITFAST_GPU Items(const Arguments& a, const Patch& patch, int first) {
+    const Patches& p = a.patches;
+    const bool is_run = a.taps == 1;
+    const int per_row = static_cast<int>(p.items_per_row.value);
+    number = first;
+    end = is_run ? patch.columns : ((patch.rows - 1) * a.stride + 3) * per_row;
+    column = is_run ? patch.column + first : first;
+    row = p.items_per_row.divide(column);
+    row0 = is_run ? 0 : patch.row * a.stride - a.top;
+    column0 = is_run ? 0 : patch.column * a.stride - a.left;
+    step = is_run ? a.stride : 1;
+  }
+
+  BITFAST_GPU bool is_in_patch() const { return number < end; }
+
+  BITFAST_GPU void advance(const Arguments& a) {
+    number += items_at_once;
+    column += items_at_once;
+    row += a.patches.items_per_row.divide(column);
+  }
+
+  BITFAST_GPU int y() const { return row0 + row * step; }
+  BITFAST_GPU int x() const { return column0 + column * step; }
+  // Whether it is a pixel of the input, and not padding.
+  BITFAST_GPU bool is_in_map(const Arguments& a) const {
+    return static_cast<unsigned>(y()) < static_cast<unsigned>(a.height) &&
+           static_cast<unsigned>(x()) < static_cast<unsigned>(a.width);
+  }
+
+  // Its place in a plane, in bytes.
+  BITFAST_GPU int place(const Patches& p) const {
+    if (p.phase == 0) return number * vector_bytes;
+    const int phase = (row & 1) * 2 + (column & 1);
+    return (phase * p.phase + (row >> 1) * static_cast<int>(p.pitch.value) + (column >> 1)) * vector_bytes;
+  }
+};
+
+// What 96 threads do: bring the input of all tiles of the block, and normalize it some stages later; each thread what it
+// has brought itself, so that nobody waits for anybody. A thread has the same 8 channels of each 64.
+template <typename T>
+struct Loader {
+  const Arguments& a;
+  const Barriers& barriers;
+  int columns, thread, channel;
+  unsigned char* plane;
+
+  BITFAST_GPU Loader(const Arguments& arguments, const Barriers& all_barriers, int tile_columns)
+      : a(arguments), barriers(all_barriers), columns(tile_columns) {
+    thread = static_cast<int>(threadIdx.x) - 32;
+    channel = thread % planes * 8;
+    plane = gpu::shared_memory() + thread % planes * a.plane_bytes;
+  }
+
+  BITFAST_GPU void run() {
+    Step loading, normalizing;
+    int behind = 0;  // how many stages normalizing is
+    while (normalizing.tile < a.tiles) {
+      const bool normalizes = behind == a.lag;
+      Factors factors = {};
+      // Long before they are needed.
+      if (normalizes && normalizes_now(normalizing)) factors = factors_of(normalizing, 0);
+      if (loading.tile < a.tiles) {
+        gpu::wait_for(barriers.empty + loading.place.stage, loading.place.parity ^ 1);
+        load(loading);
+        loading.advance(a);
+      }
+      gpu::commit_copies();
+      if (!normalizes) {
+        ++behind;
+        continue;
+      }
+      wait_for_copies(a.lag);
+      if (normalizes_now(normalizing)) normalize(normalizing, factors);
+      gpu::fence_async_proxy();
+      gpu::sync_warp();
+      if (thread % 32 == 0) gpu::arrive(barriers.full + normalizing.place.stage);
+      normalizing.advance(a);
+    }
+    gpu::wait_copies<0>();
+  }
+
+ private:
+  // A tile of the block, and 64 channels.
+  struct Step {
+    int tile, chunk = 0;
+    RingPlace place;
+
+    BITFAST_GPU Step() : tile(static_cast<int>(blockIdx.x)) {}
+
+    BITFAST_GPU void advance(const Arguments& a) {
+      place.advance(a.stages);
+      if (++chunk == a.chunks) {
+        chunk = 0;
+        tile += static_cast<int>(gridDim.x);
+      }
+    }
+  };
+
+  static BITFAST_GPU void wait_for_copies(int stages_under_way) {
+    switch (stages_under_way) {
+      case 0:
+        return gpu::wait_copies<0>();
+      case 1:
+        return gpu::wait_copies<1>();
+      case 2:
+        return gpu::wait_copies<2>();
+      case 3:
+        return gpu::wait_copies<3>();
+      default:
+        return gpu::wait_copies<4>();
+    }
+  }
+
+  BITFAST_GPU int first_patch(const Step& step) const { return Tile(a, step.tile, columns).first_patch; }
+  // Of a tile.
+  BITFAST_GPU int patches(int first) const {
+    return min(1 << (a.units_log2 - a.patches.units_log2), a.patches.count - first);
+  }
+  // Where a patch of a stage lies in this thread's plane.
+  BITFAST_GPU unsigned char* place_of(const Step& step, int patch) const {
+    return plane + step.place.stage * planes * a.plane_bytes + patch * a.patches.positions * vector_bytes;
+  }
+  BITFAST_GPU bool has_channels(const Step& step) const {
+    return step.chunk * chunk_channels + channel < a.channels;
+  }
+
+  BITFAST_GPU void load(const Step& step) const {
+    const int first = first_patch(step), count = patches(first);
+    const bool has_channels = this->has_channels(step);
+    for (int n = 0; n < count; ++n) {
+      const Patch patch(a.patches, first + n);
+      unsigned char* to = place_of(step, n);
+      const uint16_t* image = a.x + static_cast<int64_t>(patch.image) * a.height * a.width * a.channels +
+                              step.chunk * chunk_channels + channel;
+      for (Items i(a, patch, thread / planes); i.is_in_patch(); i.advance(a)) {
+        unsigned char* place = to + i.place(a.patches);
+        if (has_channels && i.is_in_map(a)) {
+          gpu::copy_16_async(place, image + (static_cast<int64_t>(i.y()) * a.width + i.x()) * a.channels);
+        } else {
+          store_shared_16(place, make_uint4(0, 0, 0, 0));
+        }
+      }
+    }
+  }
+
+  BITFAST_GPU bool normalizes_now(const Step& step) const { return a.has_norm && has_channels(step); }
+
+  BITFAST_GPU Factors factors_of(const Step& step, int n) const {
+    const int64_t image = Patch(a.patches, first_patch(step) + n).image;
+    Factors factors;
+    factors.load(a.factors + image * 2 * a.channels + step.chunk * chunk_channels + channel, a.channels);
+    return factors;
+  }
+
+  // `next`: the factors of the first patch.
+  BITFAST_GPU void normalize(const Step& step, Factors next) const {
+    const int first = first_patch(step), count = patches(first);
+    for (int n = 0; n < count; ++n) {
+      const Factors factors = next;
+      if (n + 1 < count) next = factors_of(step, n + 1);
+      const Patch patch(a.patches, first + n);
+      if (a.activation == Activation::relu) {
+        normalize_patch<Activation::relu>(patch, place_of(step, n), factors);
+      } else {
+        normalize_patch<Activation::none>(patch, place_of(step, n), factors);
+      }
+    }
+  }
+
+  // Padding stays zero.
+  template <Activation activation>
+  BITFAST_GPU void normalize_patch(const Patch& patch, unsigned char* at, const Factors& factors) const {
+    constexpr int batch = 4, none = -1;
+    for (Items i(a, patch, thread / planes); i.is_in_patch();) {
+      uint4 v[batch];
+      int places[batch];
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        places[k] = i.is_in_patch() && i.is_in_map(a) ? i.place(a.patches) : none;
+        if (places[k] != none) v[k] = load_shared_16(at + places[k]);
+        i.advance(a);
+      }
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        if (places[k] != none) store_shared_16(at + places[k], factors.template normalized<T, activation>(v[k]));
+      }
+    }
+  }
+};
+
+}  // namespace bitfast::norm_convolution

@@ -1,0 +1,267 @@
+// norm_convolution on a GPU: the two groups of four warps that multiply, add residuals, write results and measure them.
+//
+// Either a group has tiles of its own, and they take turns: while one multiplies, the other writes; or both share a tile,
+// of which each has half of the units, and so the weights.
+#pragma once
+
+#include "norm_convolution_moments.h"
+
+namespace bitfast::norm_convolution {
+
+constexpr int multiplier_groups = 2;
+
+// Units of a tile that a group multiplies: as many as its registers hold sums of.
+template <int columns>
+constexpr int group_units = columns == 256 ? 1 : 2;
+
+template <typename T, int columns>
+struct Multiplier {
+  static constexpr int units = group_units<columns>;
+  static constexpr int vectors = columns / 8, pieces = columns / piece_channels;
+  static constexpr int rows_at_once = 32 * vector_bytes / (2 * piece_channels);  // that a warp copies
+  static constexpr int copies = strip_pixels / rows_at_once;
+  using Sums = float[units][vectors][4];
+
+  const Arguments& a;
+  const Barriers& barriers;
+  int lane, warp, group;  // warp: in the group
+  unsigned char* buffers;
+  int buffer = 0;
+
+  BITFAST_GPU Multiplier(const Arguments& arguments, const Barriers& all_barriers)
+      : a(arguments), barriers(all_barriers) {
+    const int thread = static_cast<int>(threadIdx.x);
+    lane = thread % 32;
+    warp = gpu::same_in_warp(thread / 32 % 4);
+    group = gpu::same_in_warp(thread / 128 - 1);
+    buffers = gpu::shared_memory() + a.shared.buffers + (group * 4 + warp) * a.buffers * buffer_bytes;
+  }
+
+  BITFAST_GPU void run() {
+    const int blocks = static_cast<int>(gridDim.x);
+    const int first = a.takes_turns ? group : 0, step = a.takes_turns ? multiplier_groups : 1;
+    if (a.keeps_weights) gpu::wait_for(barriers.weights_full, 0);
+    Sums sums;
+    // The tiles of the block that are this group's, by their number.
+    for (int n = first;; n += step) {
+      const int64_t index = blockIdx.x + static_cast<int64_t>(n) * blocks;
+      if (index >= a.tiles) break;
+      const Tile tile(a, static_cast<int>(index), columns);
+      if (adds(tile)) fetch_residual(tile, 0, 0, buffer);
+      // Without turns a group could wait for a phase two rounds of the ring ahead, whose parity has been there already.
+      if (a.takes_turns) gpu::wait_for(barriers.turn + group, turn_parity(n));
+      multiply(sums, n);
+      write(sums, tile);
+    }
+    gpu::wait_copies<0>();
+  }
+
+ private:
+  // ---- products ------------------------------------------------------------------------------------------------------
+
+  // The first group begins; each phase of its barrier is the end of one of the other group's turns.
+  BITFAST_GPU int turn_parity(int n) const { return (n / multiplier_groups & 1) ^ (group == 0 ? 1 : 0); }
+
+  BITFAST_GPU int unit_of(int i) const { return a.takes_turns ? i : group * units + i; }
+
+  BITFAST_GPU void multiply(Sums& sums, int n) const {
+    using gpu::moved;
+    const Patches& p = a.patches;
+    const int pitch = static_cast<int>(p.pitch.value), weight_stage_bytes = planes * columns * vector_bytes;
+    const gpu::MatrixPlace inputs = gpu::matrix_at(gpu::shared_memory(), a.plane_bytes, 8 * vector_bytes);
+    const gpu::MatrixPlace weights =
+        gpu::matrix_at(gpu::shared_memory() + a.shared.weights, columns * vector_bytes, 8 * vector_bytes);
+    int unit_bytes[units];
+#pragma unroll
+    for (int i = 0; i < units; ++i) {
+      const int unit = unit_of(i), patch = unit >> p.units_log2;
+      unit_bytes[i] = (patch * p.positions + (unit - (patch << p.units_log2)) * unit_pixels) * vector_bytes;
+    }
+    RingPlace place = after(n * a.chunks, a.stages);
+    RingPlace weight_place = a.keeps_weights ? RingPlace() : after(n * a.chunks * a.taps, a.weight_stages);
+    gpu::Barrier *read = nullptr, *weights_read = nullptr;  // to be told when the products before are done
+    gpu::begin_products(sums);
+    bool adds = false;
+    for (int chunk = 0; chunk < a.chunks; ++chunk) {
+      gpu::wait_for(barriers.full + place.stage, place.parity);
+      const gpu::MatrixPlace stage = moved(inputs, place.stage * planes * a.plane_bytes);
+      for (int tap = 0, y = 0, x = 0; tap < a.taps; ++tap) {
+        if (!a.keeps_weights) gpu::wait_for(barriers.weights_full + weight_place.stage, weight_place.parity);
+        const int phase = p.phase == 0 ? 0 : ((y & 1) * 2 + (x & 1)) * p.phase;
+        const int position = p.phase == 0 ? y * pitch + x : phase + (y >> 1) * pitch + (x >> 1);
+        const gpu::MatrixPlace left = moved(stage, position * vector_bytes);
+        const gpu::MatrixPlace right = moved(weights, weight_place.stage * weight_stage_bytes);
+        gpu::continue_products();
+#pragma unroll
+        for (int k = 0; k < chunk_channels / 16; ++k) {
+#pragma unroll
+          for (int i = 0; i < units; ++i) {
+            gpu::multiply_add_64xNx16<T>(
+                sums[i], moved(left, unit_bytes[i] + 2 * k * a.plane_bytes),
+                moved(right, 2 * k * columns * vector_bytes), adds || k > 0);
+          }
+        }
+        adds = true;
+        gpu::commit_products();
+        gpu::wait_product_groups<1>();
+        tell(read, weights_read);
+        read = tap + 1 == a.taps ? barriers.empty + place.stage : nullptr;
+        weights_read = a.keeps_weights ? nullptr : barriers.weights_empty + weight_place.stage;
+        if (++x == 3) {
+          x = 0;
+          ++y;
+        }
+        weight_place.advance(a.weight_stages);
+      }
+      place.advance(a.stages);
+    }
+    if (a.takes_turns && lane == 0) gpu::arrive(barriers.turn + (group ^ 1));
+    gpu::wait_products(sums);
+    tell(read, weights_read);
+  }
+
+  static BITFAST_GPU RingPlace after(int steps, int stages) {
+    RingPlace place;
+    place.stage = steps % stages;
+    place.parity = steps / stages & 1;
+    return place;
+  }
+
+  BITFAST_GPU void tell(gpu::Barrier* read, gpu::Barrier* weights_read) const {
+    if (lane != 0) return;
+    if (read != nullptr) gpu::arrive(read);
+    if (weights_read != nullptr) gpu::arrive(weights_read);
+  }
+
+  // ---- results ---------------------------------------------------------------------------------------------------------
+
+  // A unit of a tile, and where a lane's rows of it lie.
+  struct Unit {
+    bool exists;
+    Patch patch;
+    int64_t first_result;
+    int first_row;  // positions of the patch, of this warp's first row
+
+    BITFAST_GPU Unit(const Multiplier& m, const Tile& tile, int i)
+        : exists(tile.first_patch + (m.unit_of(i) >> m.a.patches.units_log2) < m.a.patches.count),
+          patch(m.a.patches, exists ? tile.first_patch + (m.unit_of(i) >> m.a.patches.units_log2) : 0) {
+      first_result = patch.first_result(m.a.patches);
+      first_row = (m.unit_of(i) & ((1 << m.a.patches.units_log2) - 1)) * unit_pixels + m.warp * strip_pixels;
+    }
+    // The result of the warp's row, counted from the patch's first; -1 if there is none.
+    BITFAST_GPU int result_at(const Multiplier& m, int row) const {
+      return exists ? patch.result_at(m.a.patches, first_row + row) : -1;
+    }
+  };
+
+  BITFAST_GPU bool adds(const Tile& tile) const { return a.residual != nullptr && !tile.is_second; }
+
+  // The row that the lane copies 16 bytes of, and which.
+  BITFAST_GPU int copied_row(int copy) const { return copy * rows_at_once + lane / planes; }
+  BITFAST_GPU int copied_channel() const { return lane % planes * 8; }
+
+  BITFAST_GPU void fetch_residual(const Tile& tile, int i, int piece, int to) const {
+    const int channels = a.outputs[0].channels, channel = tile.column + piece * piece_channels + copied_channel();
+    const Unit unit(*this, tile, i);
+    if (channel < channels) {
+#pragma unroll
+      for (int copy = 0; copy < copies; ++copy) {
+        const int result = unit.result_at(*this, copied_row(copy));
+        if (result >= 0) {
+          gpu::copy_16_async(
+              buffers + to * buffer_bytes + copied_row(copy) * buffer_row_bytes + copied_channel() * 2,
+              a.residual + (unit.first_result + result) * channels + channel);
+        }
+      }
+    }
+    gpu::commit_copies();
+  }
+
+  BITFAST_GPU void write(const Sums& sums, const Tile& tile) {
+    const Output& output = a.outputs[tile.is_second];
+    const int count = min(pieces, (output.channels - tile.column + piece_channels - 1) / piece_channels);
+#pragma unroll
+    for (int i = 0; i < units; ++i) {
+      const Unit unit(*this, tile, i);
+      int results[copies];
+#pragma unroll
+      for (int copy = 0; copy < copies; ++copy) results[copy] = unit.result_at(*this, copied_row(copy));
+      const Merging merging(unit.result_at(*this, lane / 4) >= 0, unit.result_at(*this, lane / 4 + 8) >= 0);
+      float* partials = partials_of(tile, unit);
+      if (partials != nullptr && tile.column == 0 && lane == 0) {
+        gpu::store_8(partials, make_uint2(gpu::bits_of(merging.pixels()), 0));
+      }
+#pragma unroll
+      for (int piece = 0; piece < pieces; ++piece) {
+        if (piece >= count) break;
+        const bool is_last = piece + 1 == count;
+        if (adds(tile)) {
+          if (!is_last || i + 1 < units) {
+            fetch_residual(tile, is_last ? i + 1 : i, is_last ? 0 : piece + 1, buffer ^ 1);
+          } else {
+            gpu::commit_copies();
+          }
+          gpu::wait_copies<1>();
+          gpu::sync_warp();
+        }
+        const int channel = tile.column + piece * piece_channels;
+        uint32_t packed[2 * piece_vectors];
+        pack_results(packed, sums[i], piece, adds(tile));
+        gpu::sync_warp();
+        store_results(output, unit, results, channel);
+        gpu::sync_warp();  // before anything is written there
+        if (a.buffers > 1) buffer ^= 1;
+        if (partials != nullptr) {
+          write_partials<T>(
+              merging, packed, lane, output.channels - channel, a.cell_channels,
+              partials + 2 + channel / a.cell_channels * 2);
+        }
+      }
+    }
+  }
+
+  // Rounds 64 channels of the warp's rows, with the residual that lies in the buffer added, and leaves them there.
+  BITFAST_GPU void pack_results(
+      uint32_t (&packed)[2 * piece_vectors], const float (&sums)[vectors][4], int piece, bool adds) const {
+    unsigned char* at = buffers + buffer * buffer_bytes + lane % 16 * buffer_row_bytes + lane / 16 * vector_bytes;
+#pragma unroll
+    for (int j = 0; j < piece_vectors / 2; ++j) {
+      uint32_t residual[4] = {}, result[4];
+      if (adds) gpu::load_matrices(residual, at + j * 2 * vector_bytes);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float* pair = &sums[piece * piece_vectors + 2 * j + k / 2][k % 2 * 2];
+        if (adds) {
+          result[k] = gpu::pack_two<T>(
+              pair[0] + gpu::low_number<T>(residual[k]), pair[1] + gpu::high_number<T>(residual[k]));
+        } else {
+          result[k] = gpu::pack_two<T>(pair[0], pair[1]);
+        }
+        packed[4 * j + k] = result[k];
+      }
+      gpu::store_matrices(at + j * 2 * vector_bytes, result);
+    }
+  }
+
+  BITFAST_GPU void store_results(const Output& output, const Unit& unit, const int (&results)[copies], int channel) const {
+    const unsigned char* from = buffers + buffer * buffer_bytes + copied_channel() * 2;
+    if (channel + copied_channel() >= output.channels) return;
+#pragma unroll
+    for (int copy = 0; copy < copies; ++copy) {
+      if (results[copy] < 0) continue;
+      const int64_t at = (unit.first_result + results[copy]) * output.channels + channel + copied_channel();
+      gpu::store_16(output.result + at, gpu::load_shared_16(from + copied_row(copy) * buffer_row_bytes));
+    }
+  }
+
+  // Of the warp's strip of a unit; null if there are none.
+  BITFAST_GPU float* partials_of(const Tile& tile, const Unit& unit) const {
+    if (a.partials == nullptr || tile.is_second || !unit.exists) return nullptr;
+    const int strip = (unit.patch.number << a.patches.units_log2) * (unit_pixels / strip_pixels) +
+                      unit.first_row / strip_pixels;
+    const int64_t row = static_cast<int64_t>(unit.patch.image) * a.strips + strip;
+    return a.partials + row * (1 + a.cells) * 2;
+  }
+};
+
+}  // namespace bitfast::norm_convolution

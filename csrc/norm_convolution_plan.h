@@ -1,0 +1,203 @@
+// norm_convolution on a GPU: how a convolution is cut into tiles, chosen for its shape; on the host.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "ceil_div.h"
+#include "norm_convolution_multipliers.h"
+
+namespace bitfast::norm_convolution {
+
+// How a convolution is done: the choices, and what follows from them.
+struct Plan {
+  int columns = 0;  // 0: the convolution cannot be done
+  Arguments arguments = {};
+  int64_t blocks = 0;
+  double cost = 0;
+};
+
+inline int units_of(int columns) { return columns == 256 ? group_units<256> : group_units<64>; }
+
+inline int log2_of(int power_of_two) {
+  int n = 0;
+  while (1 << n < power_of_two) ++n;
+  return n;
+}
+
+// ---- patches ---------------------------------------------------------------------------------------------------------
+
+struct PatchShape {
+  int units = 0, rows = 0, columns = 0;
+};
+
+// The shape of patches for 3x3 filters, of at most `most_units` units (a power of two): the one that takes the fewest
+// units for an image; of these the one that brings the fewest pixels, halos counted.
+inline PatchShape patch_shape(const Call& c, int most_units) {
+  const int gap = 3 - c.stride;  // positions from a row's last result to the next row's first
+  PatchShape best;
+  int64_t fewest_units = 0, fewest_items = 0;
+  for (int units = 1; units <= most_units; units *= 2) {
+    for (int across = 1; across <= c.result_width; ++across) {
+      const int columns = static_cast<int>(ceil_div(c.result_width, across));
+      const int most_rows = (units * unit_pixels + gap) / (columns + gap);
+      if (most_rows == 0) continue;
+      const int down = static_cast<int>(ceil_div(c.result_height, std::min(most_rows, c.result_height)));
+      const int rows = static_cast<int>(ceil_div(c.result_height, down));
+      const int64_t patches = static_cast<int64_t>(down) * across;
+      const int64_t items = patches * ((rows - 1) * c.stride + 3) * ((columns - 1) * c.stride + 3);
+      const bool is_better = best.units == 0 || patches * units < fewest_units ||
+                             (patches * units == fewest_units && items < fewest_items);
+      if (is_better) {
+        best = {units, rows, columns};
+        fewest_units = patches * units;
+        fewest_items = items;
+      }
+      if (columns == 1) break;
+    }
+  }
+  return best;
+}
+
+inline Patches patches_of(const Call& c, int most_units) {
+  Patches p = {};
+  int64_t down, across;
+  if (c.kernel_size == 1) {
+    // Runs of equal length.
+    p.map_height = 1;
+    p.map_width = c.result_height * c.result_width;
+    p.rows = 1;
+    p.columns = static_cast<int>(ceil_div(p.map_width, ceil_div(p.map_width, unit_pixels)));
+    p.pitch = Divisor(unit_pixels);
+    p.positions = unit_pixels;
+    p.items_per_row = Divisor(c.result_width);
+  } else {
+    const PatchShape shape = patch_shape(c, most_units);
+    p.map_height = c.result_height;
+    p.map_width = c.result_width;
+    p.rows = shape.rows;
+    p.columns = shape.columns;
+    p.units_log2 = log2_of(shape.units);
+    const int pitch = shape.columns + 3 - c.stride, read = shape.units * unit_pixels;
+    p.pitch = Divisor(pitch);
+    p.phase = c.stride == 1 ? 0 : (shape.rows + 1) * pitch;
+    p.positions = c.stride == 1 ? read + 2 * pitch + 2 : read + 3 * p.phase;
+    p.items_per_row = Divisor((shape.columns - 1) * c.stride + 3);
+  }
+  down = ceil_div(p.map_height, p.rows);
+  across = ceil_div(p.map_width, p.columns);
+  p.per_image = Divisor(static_cast<int>(down * across));
+  p.per_row = Divisor(static_cast<int>(across));
+  p.count = static_cast<int>(c.images * down * across);
+  return p;
+}
+
+// ---- shared memory -----------------------------------------------------------------------------------------------------
+
+// Stages from loading to normalizing: memory has that long to answer, and one stage is always left to multiply.
+inline int lag_of(int stages) { return stages <= 3 ? stages - 2 : stages / 2; }
+
+inline int bytes_of(Arguments& a, int columns) {
+  const int weight_stage = planes * columns * vector_bytes;
+  a.shared.weights = a.stages * planes * a.plane_bytes;
+  a.shared.buffers = a.shared.weights + a.weight_stages * weight_stage;
+  a.shared.barriers = a.shared.buffers + 4 * multiplier_groups * a.buffers * buffer_bytes;
+  a.shared.bytes = a.shared.barriers + most_barriers * static_cast<int>(sizeof(gpu::Barrier));
+  return a.shared.bytes;
+}
+
+// Gives the rings as many stages as there is room for; false if that is too few.
+inline bool fill_shared_memory(Arguments& a, int columns, int room) {
+  const int steps = a.chunks * a.taps;
+  // A stage of the input lasts for all places in the filter: deep rings of weights first.
+  const int most_weights = a.keeps_weights ? steps : std::min(most_weight_stages, a.taps == 1 ? 4 : 6);
+  const int fewest_weights = a.keeps_weights ? steps : 2, fewest = a.taps == 1 ? 3 : 2;
+  for (int weights = most_weights; weights >= fewest_weights; --weights) {
+    a.weight_stages = weights;
+    for (int stages = most_stages; stages >= fewest; --stages) {
+      a.stages = stages;
+      a.lag = lag_of(stages);
+      if (bytes_of(a, columns) <= room) return true;
+    }
+  }
+  return false;
+}
+
+// ---- the choice --------------------------------------------------------------------------------------------------------
+
+// What a tile costs, in cycles of a multiprocessor: what takes longest of all that goes on side by side. Rates are those
+// of an H100: 2048 multiplications a cycle, 13 bytes of memory, 40 bytes of the L2 cache; and what the instructions of
+// loaders and of writing warps come to.
+inline double tile_cost(const Call& c, const Arguments& a, int columns) {
+  const int units = 1 << a.units_log2, patches = units >> a.patches.units_log2;
+  const double steps = static_cast<double>(a.chunks) * a.taps;
+  const double products = units * unit_pixels * static_cast<double>(columns) * chunk_channels * steps / 2048;
+  const Patches& p = a.patches;
+  const double items =
+      c.kernel_size == 1 ? p.columns : p.items_per_row.value * static_cast<double>((p.rows - 1) * c.stride + 3);
+  const double loading = patches * items * a.chunks * (a.has_norm ? 8.0 : 3.0);
+  const double pieces = units * columns / static_cast<double>(piece_channels);
+  const double writing = 130.0 * pieces * (a.partials != nullptr ? 2.0 : 1.0);
+  const double results = patches * static_cast<double>(p.rows) * p.columns * columns * 2;
+  const double memory = (results * (c.has_residual ? 2 : 1) + patches * items * c.channels * 2 /
+                         static_cast<double>(a.tiles_per_row.value)) / 13;
+  const double weights = a.keeps_weights ? 0 : steps * columns * chunk_channels * 2;
+  const double cache = (weights + patches * items * c.channels * 2) / 40;
+  const double busy = std::max({products, loading, memory, cache});
+  // A group that shares its tiles writes while nobody multiplies.
+  return a.takes_turns ? std::max(busy, writing) : std::max(products + writing, busy);
+}
+
+// Returns the plan of one way to cut, if it can be.
+inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device, int columns, bool takes_turns,
+                     bool keeps_weights) {
+  Plan plan;
+  Arguments& a = plan.arguments;
+  a = common;
+  a.takes_turns = takes_turns;
+  a.keeps_weights = keeps_weights;
+  const int units = units_of(columns) * (takes_turns ? 1 : multiplier_groups);
+  a.units_log2 = log2_of(units);
+  a.patches = patches_of(c, units);
+  const int patches = units >> a.patches.units_log2;
+  a.plane_bytes = (patches * a.patches.positions | 1) * vector_bytes;
+  if (a.plane_bytes >= 1 << 18) return plan;
+  int across = 0;
+  for (Output& output : a.outputs) {
+    output.tiles = static_cast<int>(ceil_div(output.channels, columns));
+    across += output.tiles;
+  }
+  a.tiles_per_row = Divisor(across);
+  const int64_t tiles = ceil_div(a.patches.count, patches) * across;
+  if (tiles > INT32_MAX) return plan;
+  a.tiles = static_cast<int>(tiles);
+  plan.blocks = std::min<int64_t>(tiles, device.multiprocessors);
+  if (keeps_weights) {  // each block has the same channels all the time
+    if (across > device.multiprocessors) return plan;
+    plan.blocks = plan.blocks / across * across;
+  }
+  if (!fill_shared_memory(a, columns, device.shared_bytes_per_block)) return plan;
+  const int64_t rounds = ceil_div(tiles, plan.blocks);
+  if (rounds * a.chunks * a.taps > INT32_MAX) return plan;
+  // The first tile of a block also waits for memory.
+  plan.cost = tile_cost(c, a, columns) * rounds + 1500;
+  plan.columns = columns;
+  return plan;
+}
+
+// Chooses the cheapest way to cut. Without turns two groups share the weights that come in; with turns a block keeps them.
+inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device) {
+  Plan best;
+  for (const int columns : {64, 128, 256}) {
+    for (const bool takes_turns : {true, false}) {
+      for (const bool keeps_weights : {true, false}) {
+        if (takes_turns && !keeps_weights) continue;
+        const Plan plan = plan_for(c, common, device, columns, takes_turns, keeps_weights);
+        if (plan.columns != 0 && (best.columns == 0 || plan.cost < best.cost)) best = plan;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace bitfast::norm_convolution
