@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.emulated import at_page_end, call, emulate, library
+from tests.emulated import DTYPES, at_page_end, call, emulate, library
 
 SOURCE = "tests/host/gpu_emulation_faults.cpp"
 FAULTS = [
@@ -32,6 +32,15 @@ FAULTS = [
     "product_not_begun",
     "no_wait_for_product",
     "matrix_overwritten_too_early",
+    "different_matrices_of_warps",
+    "one_warp_does_not_multiply",
+    "sums_read_too_early",
+    "product_before_its_matrices",
+    "moved_too_far",
+    "moved_by_half_a_row",
+    "registers_of_three_warps",
+    "different_registers",
+    "matrices_of_the_wrong_lane",
 ]
 SEEDS = range(8)
 
@@ -42,6 +51,10 @@ def run(entry: str, fault: str, seed: int) -> bool:
     emulate(kernels, seed=seed)
     if entry == "multiply":
         return run_product(fault)
+    if entry == "multiply_copied":
+        return run_product_of_copied(fault)
+    if entry == "transport":
+        return run_transport(fault)
     x = at_page_end(torch.arange(1.0, 257))
     y = at_page_end(x, float("nan"))
     call(getattr(kernels, entry), x, y, FAULTS.index(fault))
@@ -53,14 +66,45 @@ def run(entry: str, fault: str, seed: int) -> bool:
     return torch.equal(y.view(4, 64), 2 * blocks)
 
 
-def run_product(fault: str) -> bool:
-    a, b = (at_page_end(torch.randint(-8, 9, (64, 32)).bfloat16()) for _ in range(2))
+def run_product(
+    fault: str = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    columns: int = 64,
+    adds: bool = True,
+) -> bool:
+    a, b = (at_page_end(torch.randint(-8, 9, (n, 64)).to(dtype)) for n in (64, columns))
+    c = at_page_end(torch.full((64, columns), 3.0 if adds else float("nan")))
+    expected = a.float() @ b.float().mT + (3 if adds else 0)
+    multiply = library(SOURCE).multiply
+    call(multiply, a, b, c, DTYPES[dtype], columns, int(adds), FAULTS.index(fault))
+    return torch.equal(c, expected)
+
+
+def run_product_of_copied(fault: str) -> bool:
+    rows = at_page_end(torch.randint(-8, 9, (64, 16)).bfloat16())
+    b = at_page_end(rows.view(64, 2, 8).transpose(0, 1).contiguous())
     c = at_page_end(torch.empty(64, 64), float("nan"))
-    call(library(SOURCE).multiply, a, b, c, FAULTS.index(fault))
-    return torch.equal(c, a.float() @ b.float().mT)
+    call(library(SOURCE).multiply_copied, b, c, FAULTS.index(fault))
+    return torch.equal(c, rows.float() @ rows.float().mT)
 
 
-KERNELS = ["reverse", "swap_blocks", "send_blocks", "double_in_bulk", "double_own", "multiply"]
+def run_transport(fault: str) -> bool:
+    x = at_page_end(torch.arange(8.0 * 16 * 8))
+    y = at_page_end(x, float("nan"))
+    call(library(SOURCE).transport, x, y, FAULTS.index(fault))
+    return torch.equal(x, y)
+
+
+KERNELS = [
+    "reverse",
+    "swap_blocks",
+    "send_blocks",
+    "double_in_bulk",
+    "double_own",
+    "multiply",
+    "multiply_copied",
+    "transport",
+]
 
 
 @pytest.mark.parametrize("entry", KERNELS)
@@ -78,6 +122,9 @@ def test_right_kernels(entry: str) -> None:
         ("double_in_bulk", "no_wait_for_copy"),
         ("multiply", "wrong_row_step"),
         ("multiply", "matrix_overwritten_too_early"),
+        ("multiply", "sums_read_too_early"),
+        ("multiply_copied", "product_before_its_matrices"),
+        ("transport", "matrices_of_the_wrong_lane"),
     ],
 )
 def test_a_missing_wait_or_a_wrong_step_gives_wrong_results(entry: str, fault: str) -> None:
@@ -103,10 +150,21 @@ def test_a_missing_wait_or_a_wrong_step_gives_wrong_results(entry: str, fault: s
         ("double_own", "no_wait_for_copy", "without waiting for its asynchronous work"),
         ("multiply", "misaligned_matrix", "a matrix is not aligned to 16 bytes"),
         ("multiply", "matrix_past_the_end", "a matrix is outside of shared memory"),
-        ("multiply", "different_matrices", "the threads of a warp multiply different matrices"),
+        ("multiply", "different_matrices", "of a warpgroup multiply different matrices"),
+        ("multiply", "different_matrices_of_warps", "of a warpgroup multiply different matrices"),
+        (
+            "multiply",
+            "one_warp_does_not_multiply",
+            "only some warps of a warpgroup have multiplied",
+        ),
+        ("multiply", "moved_too_far", "a matrix is moved out of shared memory"),
+        ("multiply", "moved_by_half_a_row", "a matrix cannot be moved by 8 bytes"),
         ("multiply", "no_fence_before_product", "a product meets shared memory that was written"),
         ("multiply", "product_not_begun", "a product without begin_products"),
         ("multiply", "no_wait_for_product", "without waiting for its asynchronous work"),
+        ("transport", "no_fence_before_bulk_store", "without fence_async_proxy"),
+        ("transport", "registers_of_three_warps", "change their registers"),
+        ("transport", "different_registers", "change their registers differently"),
     ],
 )
 def test_a_fault_ends_the_launch(entry: str, fault: str, message: str) -> None:
@@ -118,4 +176,13 @@ def test_a_fault_ends_the_launch(entry: str, fault: str, message: str) -> None:
 def test_products_of_shared_memory_are_for_one_generation_only() -> None:
     emulate(library(SOURCE), (100, 148, 227 * 1024))
     with pytest.raises(RuntimeError, match="this GPU has no products of shared memory"):
-        run_product("none")
+        run_product()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [64, 128, 256])
+@pytest.mark.parametrize("adds", [False, True])
+def test_products_of_shared_memory(dtype: torch.dtype, columns: int, adds: bool) -> None:
+    for seed in SEEDS:
+        emulate(library(SOURCE), seed=seed)
+        assert run_product("none", dtype, columns, adds)

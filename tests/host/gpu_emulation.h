@@ -2,14 +2,16 @@
 //
 // Each thread of a cluster of blocks is a fiber; clusters run one after the other. Whatever a GPU leaves open is left to
 // chance here (seeded): the order of warps and of lanes, warps that stand still for a while, how late asynchronous copies
-// arrive (as late as the kernel's waits allow). So a kernel that lacks a barrier gives wrong results. These end a launch
-// with a message: addresses that are not aligned as the hardware wants them, accesses outside of shared memory or of
-// buffers that end at a guard page (tests/emulated.py makes such), a barrier that is not initialised or arrived at too
-// often, a thread that waits for ever, shared memory that is given to the copy engine or to wgmma without a fence, and
-// copies that nobody has waited for. tests/test_gpu_emulation.py holds it to that.
+// arrive (as late as the kernel's waits allow), whether products of shared memory are done at once or as late as that. So
+// a kernel that lacks a barrier gives wrong results. These end a launch with a message: addresses that are not aligned as
+// the hardware wants them, accesses outside of shared memory or of buffers that end at a guard page (tests/emulated.py
+// makes such), a barrier that is not initialised or arrived at too often, a thread that waits for ever, shared memory that
+// is given to the copy engine or to wgmma without a fence, warps of a group that multiply different matrices or take
+// different numbers of registers, and copies or products that nobody has waited for. tests/test_gpu_emulation.py holds it
+// to that.
 //
-// Not modelled: time, bank conflicts, registers, memory order between blocks other than through barriers, and races whose
-// two orders give the same result.
+// Not modelled: time, bank conflicts, how many registers there are, memory order between blocks other than through
+// barriers, and races whose two orders give the same result.
 #pragma once
 
 #include "gpu_machine.h"
@@ -64,6 +66,25 @@ inline void sync_cluster() {
   auto& m = emulation::machine;
   emulation::meet(m.cluster_meeting, m.threads * static_cast<int>(m.blocks.size()));
 }
+
+// Each warp of a warpgroup must change its registers, to the same number.
+inline void change_registers(int registers) {
+  auto& changes = emulation::warp_group().registers;
+  const unsigned number = emulation::self().register_changes++;
+  if (number == changes.size()) changes.push_back(registers);
+  if (changes[number] != registers) emulation::fault("the warps of a warpgroup change their registers differently");
+}
+template <int registers>
+void take_registers() {
+  static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+  change_registers(registers);
+}
+template <int registers>
+void leave_registers() {
+  static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+  change_registers(registers);
+}
+
 inline int cluster_rank() { return emulation::block().rank; }
 
 inline float shuffle_xor(float v, int mask) {
@@ -194,7 +215,7 @@ inline void prefetch_l2(const void* global, uint32_t bytes) {
   if (bytes % 16 != 0) emulation::fault("a prefetch of %u bytes: not a multiple of 16", bytes);
   if (bytes > 0) static_cast<void>(static_cast<const volatile char*>(global)[bytes - 1]);
 }
-inline void fence_async_proxy() { emulation::self().written_first = emulation::self().written_last = nullptr; }
+inline void fence_async_proxy() { emulation::block().written[threadIdx.x] = {}; }
 
 // ---- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -256,143 +277,9 @@ inline int not_before_here(int v) { return v; }
 
 inline int recompute_from(int v) { return v; }
 
-// ---- matrices --------------------------------------------------------------------------------------------------------
-
-inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
-  emulation::check_shared(row, 16, "a matrix's row");
-  emulation::check_aligned(row, 16, "a matrix's row");
-  auto& w = emulation::warp();
-  w.slots[emulation::lane()] = reinterpret_cast<uint64_t>(row);
-  w.results[emulation::lane()] = fragment;
-  emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
-    for (int lane = 0; lane < emulation::warp_size; ++lane) {
-      auto* words = static_cast<uint32_t*>(w.results[lane]);
-      for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(w.slots[i * 8 + lane / 4])[lane % 4];
-    }
-  });
-}
-
-template <typename T>
-void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  auto& w = emulation::warp();
-  uint32_t* mine = w.fragments[emulation::lane()];
-  for (int i = 0; i < 4; ++i) mine[i] = a[i];
-  mine[4] = b0;
-  mine[5] = b1;
-  w.results[emulation::lane()] = c;
-  emulation::meet_and(w.meeting, emulation::warp_size, [&w] {
-    float left[16][16], right[16][8], sums[16][8];
-    for (int lane = 0; lane < emulation::warp_size; ++lane) {
-      const uint32_t* words = w.fragments[lane];
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
-        left[row][k] = low_number<T>(words[i]);
-        left[row][k + 1] = high_number<T>(words[i]);
-        sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = static_cast<float*>(w.results[lane])[i];
-      }
-      for (int i = 0; i < 2; ++i) {
-        right[lane % 4 * 2 + i * 8][lane / 4] = low_number<T>(words[4 + i]);
-        right[lane % 4 * 2 + i * 8 + 1][lane / 4] = high_number<T>(words[4 + i]);
-      }
-    }
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        for (int column = 0; column < 8; ++column) sums[row][column] += left[row][k] * right[k][column];
-      }
-    }
-    for (int lane = 0; lane < emulation::warp_size; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        static_cast<float*>(w.results[lane])[i] = sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-      }
-    }
-  });
-}
-
-// ---- matrices in shared memory ---------------------------------------------------------------------------------------
-
-using MatrixPlace = uint64_t;  // the fields of the hardware's descriptor; addresses count from the block's memory
-
-inline MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
-  emulation::check_shared(shared, 128, "a matrix");
-  emulation::check_aligned(shared, 16, "a matrix");
-  if ((k_step | row_step) % 16 != 0 || k_step < 0 || row_step < 0 || k_step >= 1 << 18 || row_step >= 1 << 18) {
-    emulation::fault("steps of %d and %d bytes do not fit a matrix", k_step, row_step);
-  }
-  const auto address = static_cast<uint64_t>(static_cast<const unsigned char*>(shared) - shared_memory());
-  return address >> 4 | static_cast<uint64_t>(k_step >> 4) << 16 | static_cast<uint64_t>(row_step >> 4) << 32;
-}
-
-namespace emulation {
-
-// Row `row` of the part with numbers 8 * part to 8 * part + 7 of each row.
-inline const unsigned char* matrix_row(MatrixPlace place, int row, int part) {
-  const auto field = [place](int bit) { return static_cast<int>(place >> bit & 0x3fff) << 4; };
-  const unsigned char* at = shared_memory() + field(0) + part * field(16) + row / 8 * field(32) + row % 8 * 16;
-  check_shared(at, 16, "a matrix");
-  return at;
-}
-
-template <typename T>
-void read_matrix_row(MatrixPlace place, int row, float (&numbers)[16]) {
-  for (int part = 0; part < 2; ++part) {
-    const auto* words = reinterpret_cast<const uint32_t*>(matrix_row(place, row, part));
-    for (int i = 0; i < 4; ++i) {
-      numbers[8 * part + 2 * i] = low_number<T>(words[i]);
-      numbers[8 * part + 2 * i + 1] = high_number<T>(words[i]);
-    }
-  }
-}
-
-inline void check_matrix(MatrixPlace place) {
-  for (int part = 0; part < 2; ++part) {
-    for (int row = 0; row < 64; row += 8) check_fenced(matrix_row(place, row, part), 128, "a product");
-  }
-}
-
-// The lanes of a warp must name the same matrices.
-inline void check_same_matrices(MatrixPlace a, MatrixPlace b) {
-  auto& all = warp().products;
-  const unsigned number = self().products_begun++;
-  if (number == all.size()) all.emplace_back(a, b);
-  if (all[number] != std::make_pair(a, b)) fault("the threads of a warp multiply different matrices");
-}
-
-}  // namespace emulation
-
-template <int count>
-void begin_products(float (&)[count][8][4]) {
-  emulation::self().may_multiply = true;
-}
-
-template <typename T>
-void multiply_add_64x64x16(float (&c)[8][4], MatrixPlace a, MatrixPlace b) {
-  if (emulation::machine.device.capability != 90) emulation::fault("this GPU has no products of shared memory");
-  if (!emulation::self().may_multiply) emulation::fault("a product without begin_products");
-  emulation::check_same_matrices(a, b);
-  if (emulation::lane() == 0) {
-    emulation::check_matrix(a);
-    emulation::check_matrix(b);
-  }
-  emulation::self().products.open.push_back([&c, a, b] {
-    const int lane = emulation::lane(), first_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
-    float left[2][16], right[16];
-    for (int half = 0; half < 2; ++half) emulation::read_matrix_row<T>(a, first_row + 8 * half, left[half]);
-    for (int i = 0; i < 16; ++i) {
-      emulation::read_matrix_row<T>(b, i / 2 * 8 + lane % 4 * 2 + i % 2, right);
-      for (int half = 0; half < 2; ++half) {
-        for (int k = 0; k < 16; ++k) c[i / 2][half * 2 + i % 2] += left[half][k] * right[k];
-      }
-    }
-  });
-}
-inline void commit_products() { emulation::self().products.commit(); }
-template <int count>
-void wait_products(float (&)[count][8][4]) {
-  emulation::self().products.wait(0);
-  emulation::self().may_multiply = false;
-}
-
 }  // namespace bitfast::gpu
+
+#include "gpu_matrices.h"
 
 // For the tests: the next launches are those of such a device, with this seed.
 BITFAST_ENTRY __attribute__((used)) inline void emulate_device(

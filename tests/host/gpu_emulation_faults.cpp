@@ -28,6 +28,15 @@ enum class Fault : int {
   product_not_begun,
   no_wait_for_product,
   matrix_overwritten_too_early,
+  different_matrices_of_warps,
+  one_warp_does_not_multiply,
+  sums_read_too_early,
+  product_before_its_matrices,
+  moved_too_far,
+  moved_by_half_a_row,
+  registers_of_three_warps,
+  different_registers,
+  matrices_of_the_wrong_lane,
 };
 
 struct Arguments {
@@ -143,48 +152,134 @@ struct DoubleOwn {
 };
 
 struct MatrixArguments {
-  const BFloat16 *a, *b;  // 64 rows of 32 numbers
-  float* c;               // 64 rows of 64
+  const void* a;  // 64 rows of 64 numbers of 16 bits
+  const void* b;  // 8 * parts rows
+  float* c;       // 64 rows of 8 * parts
+  int adds;       // to numbers that c holds
   Fault fault;
 };
 
-// c = a * b (transposed), by a group of warps that multiply in shared memory.
+// c = a * b (transposed), or c += a * b, by a group of warps that multiply in shared memory, in two groups of products.
+template <typename T, int parts>
 struct Multiply {
   using Arguments = MatrixArguments;
   static constexpr int threads = 128, min_blocks = 1, capability = 90;
-  static constexpr int k_step = 64 * 16, matrix_bytes = 4 * k_step;
+  static constexpr int columns = 8 * parts, left_step = 64 * 16, right_step = columns * 16;
+  static constexpr int shared_bytes = 8 * (left_step + right_step);
+
+  // The number of c that is number i of part j of a thread's sums.
+  static BITFAST_GPU int place_of(int j, int i) {
+    const int at = static_cast<int>(threadIdx.x), lane = at % 32;
+    return (at / 32 * 16 + lane / 4 + i / 2 * 8) * columns + 8 * j + lane % 4 * 2 + i % 2;
+  }
+
+  static BITFAST_GPU void copy_matrix(unsigned char* to, const void* from, int rows) {
+    for (int i = static_cast<int>(threadIdx.x); i < rows * 8; i += threads) {  // 8 numbers of a row
+      store_shared_16(to + (i % 8 * rows + i / 8) * 16, load_16(static_cast<const unsigned char*>(from) + 16 * i));
+    }
+  }
 
   static BITFAST_GPU void run(const Arguments& args) {
     unsigned char* a = shared_memory();
-    unsigned char* b = a + matrix_bytes;
-    const int at = static_cast<int>(threadIdx.x), lane = at % 32;
+    unsigned char* b = a + 8 * left_step;
+    const int at = static_cast<int>(threadIdx.x);
     const Fault fault = args.fault;
-    for (int i = at; i < 64 * 4; i += threads) {  // 8 numbers of a row
-      const int64_t from = i / 4 * 32 + i % 4 * 8;
-      store_shared_16(a + i % 4 * k_step + i / 4 * 16, load_16(args.a + from));
-      store_shared_16(b + i % 4 * k_step + i / 4 * 16, load_16(args.b + from));
-    }
+    copy_matrix(a, args.a, 64);
+    copy_matrix(b, args.b, columns);
     if (fault != Fault::no_fence_before_product) fence_async_proxy();
     sync_block();
-    float sums[1][8][4] = {};
+    float sums[1][parts][4];
+    for (int j = 0; j < parts; ++j) {
+      for (int i = 0; i < 4; ++i) sums[0][j][i] = args.c[place_of(j, i)];
+    }
     if (fault != Fault::product_not_begun) begin_products(sums);
     const int row_step = fault == Fault::wrong_row_step ? 256 : 128;
-    const int skew = fault == Fault::misaligned_matrix ? 8 : fault == Fault::matrix_past_the_end ? matrix_bytes : 0;
-    const int own = fault == Fault::different_matrices && at == 7 ? 16 : 0;
-    for (int k = 0; k < 2; ++k) {
-      const MatrixPlace left = matrix_at(a + 2 * k * k_step, k_step, row_step);
-      multiply_add_64x64x16<BFloat16>(sums[0], left, matrix_at(b + 2 * k * k_step + skew + own, k_step, 128));
+    const int skew = fault == Fault::misaligned_matrix ? 8 : fault == Fault::matrix_past_the_end ? 3 * right_step : 0;
+    const bool differs = fault == Fault::different_matrices ? at == 7 : at / 32 == 2;
+    const bool is_own = fault == Fault::different_matrices || fault == Fault::different_matrices_of_warps;
+    const MatrixPlace left = matrix_at(a, left_step, row_step);
+    const MatrixPlace right = matrix_at(b + skew + (is_own && differs ? 16 : 0), right_step, 128);
+    for (int k = 0; k < 4; ++k) {
+      if (fault == Fault::one_warp_does_not_multiply && k == 3 && at / 32 == 1) continue;
+      multiply_add_64xNx16<T>(
+          sums[0], moved(left, 2 * k * left_step), moved(right, 2 * k * right_step), k > 0 || args.adds);
+      if (k == 1) commit_products();
     }
     commit_products();
+    if (fault == Fault::moved_too_far) moved(right, 8 * right_step);
+    if (fault == Fault::moved_by_half_a_row) moved(right, 8);
+    wait_product_groups<1>();
     sync_block();
-    if (fault == Fault::matrix_overwritten_too_early) store_shared_16(a + at * 16, make_uint4(0, 0, 0, 0));
-    if (fault != Fault::no_wait_for_product) wait_products(sums);
-    for (int j = 0; j < 8; ++j) {
-      for (int i = 0; i < 4; ++i) {
-        const int row = at / 32 * 16 + lane / 4 + i / 2 * 8, column = 8 * j + lane % 4 * 2 + i % 2;
-        args.c[row * 64 + column] = sums[0][j][i];
-      }
+    if (fault == Fault::matrix_overwritten_too_early) {
+      store_shared_16(a + 4 * left_step + at * 16, make_uint4(0, 0, 0, 0));
     }
+    const bool reads_early = fault == Fault::sums_read_too_early;
+    if (!reads_early && fault != Fault::no_wait_for_product) wait_products(sums);
+    for (int j = 0; j < parts; ++j) {
+      for (int i = 0; i < 4; ++i) args.c[place_of(j, i)] = sums[0][j][i];
+    }
+    if (reads_early) wait_products(sums);
+  }
+};
+
+// The same of a product whose right matrix a bulk copy brings.
+struct MultiplyCopied {
+  using Arguments = MatrixArguments;
+  using Numbers = Multiply<BFloat16, 8>;
+  static constexpr int threads = 128, min_blocks = 1, capability = 90, matrix_bytes = 2 * Numbers::right_step;
+  static BITFAST_GPU void run(const Arguments& args) {
+    unsigned char* b = shared_memory();
+    auto* barrier = reinterpret_cast<Barrier*>(b + matrix_bytes);
+    if (threadIdx.x == 0) {
+      init_barrier(barrier, 1);
+      fence_barrier_init();
+    }
+    sync_block();
+    if (threadIdx.x == 0) {
+      arrive_and_expect(barrier, matrix_bytes);
+      bulk_load(b, args.b, matrix_bytes, barrier);
+    }
+    if (args.fault != Fault::product_before_its_matrices) wait_for(barrier, 0);
+    float sums[1][8][4];
+    begin_products(sums);
+    const MatrixPlace place = matrix_at(b, Numbers::right_step, 128);
+    multiply_add_64xNx16<BFloat16>(sums[0], place, place, false);
+    commit_products();
+    wait_for(barrier, 0);
+    wait_products(sums);
+    for (int j = 0; j < 8; ++j) {
+      for (int i = 0; i < 4; ++i) args.c[Numbers::place_of(j, i)] = sums[0][j][i];
+    }
+  }
+};
+
+// Takes 16 rows of 16 numbers of 16 bits through registers, for each of eight warps; the warps change their registers.
+struct Transport {
+  using Arguments = gpu::Arguments;
+  static constexpr int threads = 256, min_blocks = 1, capability = 90;
+  static constexpr int matrix_bytes = 16 * 32;
+  static BITFAST_GPU void run(const Arguments& args) {
+    const int at = static_cast<int>(threadIdx.x), lane = at % 32, warp = at / 32;
+    if (args.fault == Fault::different_registers && warp == 5) {
+      leave_registers<40>();
+    } else if (args.fault != Fault::registers_of_three_warps || warp != 3) {
+      leave_registers<24>();
+    }
+    take_registers<232>();
+    unsigned char* from = shared_memory() + warp * matrix_bytes;
+    unsigned char* to = from + 8 * matrix_bytes;
+    store_shared_16(from + 16 * lane, load_16(args.x + (32 * warp + lane) * 4));
+    sync_warp();
+    const int place = lane % 16 * 32 + lane / 16 * 16;  // of a row: of the upper left matrix first, then the lower left
+    uint32_t fragment[4];
+    load_matrices(fragment, from + place);
+    store_matrices(to + (args.fault == Fault::matrices_of_the_wrong_lane ? 16 * lane : place), fragment);
+    if (args.fault != Fault::no_fence_before_bulk_store) fence_async_proxy();
+    sync_block();
+    if (at > 0) return;
+    bulk_store(args.y, shared_memory() + 8 * matrix_bytes, 8 * matrix_bytes);
+    commit_bulk_stores();
+    wait_bulk_stores<0>();
   }
 };
 
@@ -208,6 +303,28 @@ BITFAST_ENTRY const char* double_in_bulk(const float* x, float* y, int fault) {
 BITFAST_ENTRY const char* double_own(const float* x, float* y, int fault) {
   return launch<DoubleOwn>({2, 1, 512}, {x, y, static_cast<Fault>(fault)}, nullptr);
 }
-BITFAST_ENTRY const char* multiply(const BFloat16* a, const BFloat16* b, float* c, int fault) {
-  return launch<Multiply>({1, 1, 2 * Multiply::matrix_bytes}, {a, b, c, static_cast<Fault>(fault)}, nullptr);
+BITFAST_ENTRY const char* transport(const float* x, float* y, int fault) {
+  return launch<Transport>({1, 1, 16 * Transport::matrix_bytes}, {x, y, static_cast<Fault>(fault)}, nullptr);
+}
+BITFAST_ENTRY const char* multiply(
+    const void* a, const void* b, float* c, int dtype, int columns, int adds, int fault) {
+  return dispatch(static_cast<Dtype>(dtype), [&](auto number) -> const char* {
+    using T = decltype(number);
+    const MatrixArguments arguments{a, b, c, adds, static_cast<Fault>(fault)};
+    if constexpr (sizeof(T) == 4) {
+      return "only numbers of 16 bits";
+    } else {
+      const auto launch_for = [&](auto kernel) {
+        using Kernel = decltype(kernel);
+        return launch<Kernel>({1, 1, Kernel::shared_bytes}, arguments, nullptr);
+      };
+      if (columns == 64) return launch_for(Multiply<T, 8>{});
+      if (columns == 128) return launch_for(Multiply<T, 16>{});
+      return launch_for(Multiply<T, 32>{});
+    }
+  });
+}
+BITFAST_ENTRY const char* multiply_copied(const void* b, float* c, int fault) {
+  return launch<MultiplyCopied>(
+      {1, 1, MultiplyCopied::matrix_bytes + 8}, {nullptr, b, c, 0, static_cast<Fault>(fault)}, nullptr);
 }

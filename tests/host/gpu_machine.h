@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -90,19 +91,47 @@ struct Fiber {
   bool has_begun = false, has_ended = false;
   unsigned thread = 0;
   Block* block = nullptr;
-  Groups copies, stores, products;
+  Groups copies, stores;
   bool may_multiply = false;  // since begin_products
-  unsigned products_begun = 0;
-  const unsigned char* written_first = nullptr;  // shared memory written since the last fence of the async proxy
-  const unsigned char* written_last = nullptr;
+  unsigned products_begun = 0, products_awaited = 0;
+  std::deque<unsigned> product_groups;  // of those committed and not awaited: how many products have begun with it
+  unsigned register_changes = 0;
 };
 
 struct Warp {
   Meeting meeting;
   uint64_t slots[warp_size];
   uint32_t fragments[warp_size][6];
-  std::vector<std::pair<uint64_t, uint64_t>> products;  // the matrices of each that a lane has begun
   void* results[warp_size];  // where the lanes want what one of them computes for all
+};
+
+constexpr int warps_per_group = 4;
+
+struct Product;
+
+// What is multiplied.
+struct Factors {
+  uint64_t left, right;  // the places of the matrices
+  bool adds;
+  void (*multiply)(const Product* const* products, int count, int warp);  // several that add to the same sums
+
+  bool operator==(const Factors& other) const {
+    return left == other.left && right == other.right && adds == other.adds && multiply == other.multiply;
+  }
+};
+
+// A product of matrices in shared memory, by four warps.
+struct Product {
+  Factors factors;
+  float* sums[warps_per_group * warp_size];  // of each thread
+  int lanes_begun[warps_per_group];
+};
+
+struct WarpGroup {
+  std::deque<Product> products;  // that some warp has yet to multiply
+  unsigned dropped = 0;          // the number of the first of them
+  unsigned done[warps_per_group] = {};
+  std::vector<int> registers;  // what they were changed to, change by change
 };
 
 // Pages with a guard page before and after them; the bytes in use end where the last page does.
@@ -125,8 +154,23 @@ struct GuardedPages {
   size_t used, total;
 };
 
+// What a thread has written to shared memory since its last fence of the async proxy.
+struct Written {
+  const unsigned char* first = nullptr;
+  const unsigned char* last = nullptr;
+
+  bool meets(const unsigned char* other_first, const unsigned char* other_last) const {
+    return first != nullptr && first < other_last && other_first < last;
+  }
+};
+
 struct Block {
-  Block(size_t bytes, int threads) : shared_bytes(bytes), shared(bytes), warps(threads / warp_size) {}
+  Block(size_t bytes, int threads)
+      : shared_bytes(bytes),
+        shared(bytes),
+        warps(threads / warp_size),
+        warp_groups((warps.size() + warps_per_group - 1) / warps_per_group),
+        written(threads) {}
 
   size_t shared_bytes;
   GuardedPages shared;
@@ -134,6 +178,8 @@ struct Block {
   bool any_holds = false;  // of sync_block_or
   bool* or_results[1024];
   std::vector<Warp> warps;
+  std::vector<WarpGroup> warp_groups;
+  std::vector<Written> written;  // by each thread
   int rank = 0;
 };
 
@@ -203,6 +249,7 @@ inline void meet(Meeting& meeting, int threads) {
 inline Fiber& self() { return *machine.current; }
 inline Block& block() { return *self().block; }
 inline Warp& warp() { return block().warps[threadIdx.x / warp_size]; }
+inline WarpGroup& warp_group() { return block().warp_groups[threadIdx.x / (warps_per_group * warp_size)]; }
 inline int lane() { return static_cast<int>(threadIdx.x % warp_size); }
 
 inline void check_aligned(const void* p, int bytes, const char* what) {
@@ -226,18 +273,19 @@ T* in_block(T* p, int rank) {
 
 inline void remember_write(const void* p, size_t bytes) {
   const auto* first = static_cast<const unsigned char*>(p);
-  Fiber& f = self();
-  if (f.written_first == nullptr || first < f.written_first) f.written_first = first;
-  if (f.written_last == nullptr || first + bytes > f.written_last) f.written_last = first + bytes;
+  Written& written = block().written[threadIdx.x];
+  if (written.first == nullptr || first < written.first) written.first = first;
+  if (written.last == nullptr || first + bytes > written.last) written.last = first + bytes;
+}
+
+inline bool is_unfenced(const void* p, size_t bytes) {
+  const auto* first = static_cast<const unsigned char*>(p);
+  const auto& all = block().written;
+  return std::any_of(all.begin(), all.end(), [&](const Written& w) { return w.meets(first, first + bytes); });
 }
 
 inline void check_fenced(const void* p, size_t bytes, const char* what) {
-  const auto* first = static_cast<const unsigned char*>(p);
-  for (const Fiber& f : machine.fibers) {
-    if (f.block == &block() && f.written_first != nullptr && f.written_first < first + bytes && first < f.written_last) {
-      fault("%s meets shared memory that was written without fence_async_proxy", what);
-    }
-  }
+  if (is_unfenced(p, bytes)) fault("%s meets shared memory that was written without fence_async_proxy", what);
 }
 
 struct BarrierState {
@@ -330,12 +378,19 @@ inline void run_cluster() {
 inline void check_end_of_cluster() {
   for (Fiber& fiber : machine.fibers) {
     threadIdx.x = fiber.thread;
-    if (!fiber.copies.is_idle() || !fiber.stores.open.empty() || !fiber.products.is_idle()) {
+    if (!fiber.copies.is_idle() || !fiber.stores.open.empty() || fiber.products_awaited != fiber.products_begun) {
       fault("a thread has ended without waiting for its asynchronous work");
+    }
+    machine.current = &fiber;
+    if (fiber.register_changes != warp_group().registers.size()) {
+      fault("only some warps of a warpgroup change their registers");
     }
     fiber.stores.wait(0);  // the hardware completes them
   }
   for (const auto& b : machine.blocks) {
+    for (const WarpGroup& group : b->warp_groups) {
+      if (!group.products.empty()) fault("only some warps of a warpgroup have multiplied");
+    }
     for (size_t i = b->shared_bytes; i < b->shared.used; ++i) {
       if (b->shared.begin[i] != 0xff) fault("shared memory was written past its end");
     }
@@ -391,10 +446,9 @@ inline void prepare_cluster(const Stacks& stacks, int64_t first_block) {
     b.rank = static_cast<int>(rank);
     b.meeting = {};
     for (Meeting& meeting : b.some) meeting = {};
-    for (Warp& w : b.warps) {
-      w.meeting = {};
-      w.products.clear();
-    }
+    for (Warp& w : b.warps) w.meeting = {};
+    for (WarpGroup& group : b.warp_groups) group = {};
+    for (Written& written : b.written) written = {};
     b.any_holds = false;
     memset(b.shared.begin, 0xff, b.shared.used);  // NaN in any dtype
   }
