@@ -87,6 +87,8 @@ void leave_registers() {
 
 inline int cluster_rank() { return emulation::block().rank; }
 
+inline int same_in_warp(int v) { return v; }
+
 inline float shuffle_xor(float v, int mask) {
   auto& w = emulation::warp();
   const int lane = emulation::lane();

@@ -260,6 +260,8 @@ void begin_products(float (&)[units][parts][4]) {
   emulation::self().may_multiply = true;
 }
 
+inline void continue_products() {}
+
 template <typename T, int parts>
 void multiply_add_64xNx16(float (&c)[parts][4], MatrixPlace a, MatrixPlace b, bool adds) {
   static_assert(parts == 8 || parts == 16 || parts == 32);
