@@ -15,7 +15,7 @@ struct NormConvolution {
   static constexpr int loader_registers = 96, multiplier_registers = 208;
 
   static BITFAST_GPU void run(const Arguments& a) {
-    const Barriers barriers(a);
+    const Barriers barriers{a};
     if (threadIdx.x == 0) init(a, barriers);
     gpu::sync_block();
     if (threadIdx.x < 128) {
@@ -31,15 +31,15 @@ struct NormConvolution {
   static BITFAST_GPU void init(const Arguments& a, const Barriers& barriers) {
     const int readers = 4 * (a.takes_turns ? 1 : multiplier_groups);  // warps
     for (int i = 0; i < a.stages; ++i) {
-      gpu::init_barrier(barriers.full + i, loaders / 32);
-      gpu::init_barrier(barriers.empty + i, readers);
+      gpu::init_barrier(barriers.full(i), loaders / 32);
+      gpu::init_barrier(barriers.empty(i), readers);
     }
     const int weight_stages = a.keeps_weights ? 1 : a.weight_stages;
     for (int i = 0; i < weight_stages; ++i) {
-      gpu::init_barrier(barriers.weights_full + i, 1);
-      gpu::init_barrier(barriers.weights_empty + i, readers);
+      gpu::init_barrier(barriers.weights_full(i), 1);
+      gpu::init_barrier(barriers.weights_empty(i), readers);
     }
-    for (int i = 0; i < multiplier_groups; ++i) gpu::init_barrier(barriers.turn + i, 4);
+    for (int i = 0; i < multiplier_groups; ++i) gpu::init_barrier(barriers.turn(i), 4);
     gpu::fence_barrier_init();
   }
 };

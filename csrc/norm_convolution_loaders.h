@@ -37,9 +37,9 @@ BITFAST_GPU void load_weights(const Arguments& a, const Barriers& barriers, int 
   const int stage_bytes = planes * columns * vector_bytes, steps = a.chunks * a.taps;
   if (a.keeps_weights) {  // all tiles of the block are of the same channels
     const Tile tile(a, static_cast<int>(blockIdx.x), columns);
-    gpu::arrive_and_expect(barriers.weights_full, steps * weight_bytes(a, tile, columns));
+    gpu::arrive_and_expect(barriers.weights_full(0), steps * weight_bytes(a, tile, columns));
     for (int i = 0; i < steps; ++i) {
-      load_weight_stage(a, tile, columns, i, ring + i * stage_bytes, barriers.weights_full);
+      load_weight_stage(a, tile, columns, i, ring + i * stage_bytes, barriers.weights_full(0));
     }
     return;
   }
@@ -48,9 +48,9 @@ BITFAST_GPU void load_weights(const Arguments& a, const Barriers& barriers, int 
     const Tile tile(a, t, columns);
     const uint32_t bytes = weight_bytes(a, tile, columns);
     for (int i = 0; i < steps; ++i) {
-      gpu::wait_for(barriers.weights_empty + place.stage, place.parity ^ 1);
-      gpu::arrive_and_expect(barriers.weights_full + place.stage, bytes);
-      load_weight_stage(a, tile, columns, i, ring + place.stage * stage_bytes, barriers.weights_full + place.stage);
+      gpu::wait_for(barriers.weights_empty(place.stage), place.parity ^ 1);
+      gpu::arrive_and_expect(barriers.weights_full(place.stage), bytes);
+      load_weight_stage(a, tile, columns, i, ring + place.stage * stage_bytes, barriers.weights_full(place.stage));
       place.advance(a.weight_stages);
     }
   }
@@ -131,26 +131,22 @@ template <typename T>
 struct Loader {
   const Arguments& a;
   const Barriers& barriers;
-  int columns, thread, channel;
-  unsigned char* plane;
+  int columns, thread;
 
   BITFAST_GPU Loader(const Arguments& arguments, const Barriers& all_barriers, int tile_columns)
-      : a(arguments), barriers(all_barriers), columns(tile_columns) {
-    thread = static_cast<int>(threadIdx.x) - 32;
-    channel = thread % planes * 8;
-    plane = gpu::shared_memory() + thread % planes * a.plane_bytes;
-  }
+      : a(arguments), barriers(all_barriers), columns(tile_columns), thread(static_cast<int>(threadIdx.x) - 32) {}
 
   BITFAST_GPU void run() {
     Step loading, normalizing;
     int behind = 0;  // how many stages normalizing is
     while (normalizing.tile < a.tiles) {
+      thread = gpu::not_before_here(thread);  // or what follows from it would be held in registers all the time
       const bool normalizes = behind == a.lag;
       Factors factors = {};
       // Long before they are needed.
       if (normalizes && normalizes_now(normalizing)) factors = factors_of(normalizing, 0);
       if (loading.tile < a.tiles) {
-        gpu::wait_for(barriers.empty + loading.place.stage, loading.place.parity ^ 1);
+        gpu::wait_for(barriers.empty(loading.place.stage), loading.place.parity ^ 1);
         load(loading);
         loading.advance(a);
       }
@@ -163,7 +159,7 @@ struct Loader {
       if (normalizes_now(normalizing)) normalize(normalizing, factors);
       gpu::fence_async_proxy();
       gpu::sync_warp();
-      if (thread % 32 == 0) gpu::arrive(barriers.full + normalizing.place.stage);
+      if (thread % 32 == 0) gpu::arrive(barriers.full(normalizing.place.stage));
       normalizing.advance(a);
     }
     gpu::wait_copies<0>();
@@ -208,11 +204,12 @@ struct Loader {
   }
   // Where a patch of a stage lies in this thread's plane.
   BITFAST_GPU unsigned char* place_of(const Step& step, int patch) const {
-    return plane + step.place.stage * planes * a.plane_bytes + patch * a.patches.positions * vector_bytes;
+    return gpu::shared_memory() + (step.place.stage * planes + thread % planes) * a.plane_bytes +
+           patch * a.patches.positions * vector_bytes;
   }
-  BITFAST_GPU bool has_channels(const Step& step) const {
-    return step.chunk * chunk_channels + channel < a.channels;
-  }
+  // The first of this thread's channels.
+  BITFAST_GPU int channel_of(const Step& step) const { return step.chunk * chunk_channels + thread % planes * 8; }
+  BITFAST_GPU bool has_channels(const Step& step) const { return channel_of(step) < a.channels; }
 
   BITFAST_GPU void load(const Step& step) const {
     const int first = first_patch(step), count = patches(first);
@@ -221,7 +218,7 @@ struct Loader {
       const Patch patch(a.patches, first + n);
       unsigned char* to = place_of(step, n);
       const uint16_t* image = a.x + static_cast<int64_t>(patch.image) * a.height * a.width * a.channels +
-                              step.chunk * chunk_channels + channel;
+                              channel_of(step);
       for (Items i(a, patch, thread / planes); i.is_in_patch(); i.advance(a)) {
         unsigned char* place = to + i.place(a.patches);
         if (has_channels && i.is_in_map(a)) {
@@ -238,7 +235,7 @@ struct Loader {
   BITFAST_GPU Factors factors_of(const Step& step, int n) const {
     const int64_t image = Patch(a.patches, first_patch(step) + n).image;
     Factors factors;
-    factors.load(a.factors + image * 2 * a.channels + step.chunk * chunk_channels + channel, a.channels);
+    factors.load(a.factors + image * 2 * a.channels + channel_of(step), a.channels);
     return factors;
   }
 

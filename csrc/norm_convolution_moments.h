@@ -2,7 +2,7 @@
 //
 // A warp holds 16 pixels (a strip) of 64 channels at a time, as products leave them: lane l has two channels of every 8,
 // of pixels l / 4 and l / 4 + 8. Each lane takes mean and squares of its own few numbers exactly; then lanes merge theirs
-// (Chan, Golub & LeVeque, 1979). As long as a lane has several vectors of channels, two lanes that merge go on with half
+// (Chan, Golub & LeVeque, 1979). As long as a lane has several vectors of 8 channels, two lanes that merge go on with half
 // of them each.
 #pragma once
 
@@ -67,39 +67,35 @@ BITFAST_GPU Moments moments_of(const Merging& merging, uint32_t first, uint32_t 
   return {mean, squares};
 }
 
-// Merges the moments of `count` vectors over the lanes that have the same channels. In the end the lane has those of one
-// vector, `which`, in moments[0].
-template <int round, int count>
-BITFAST_GPU void merge_lanes(const Merging& merging, Moments* moments, int lane, int& which) {
-  if constexpr (round < Merging::rounds) {
-    const int mask = Merging::lane_mask(round);
-    const bool takes_upper = (lane & mask) != 0;
-    if (takes_upper) which += count / 2;
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const Moments given = takes_upper ? moments[i] : moments[i + count / 2];
-      moments[i] = takes_upper ? moments[i + count / 2] : moments[i];
-      moments[i].merge(given.from_lane(mask), merging.share[round], merging.weight[round]);
-    }
-    merge_lanes<round + 1, count / 2>(merging, moments, lane, which);
-  }
+// Merges the moments that this lane keeps with those that another one gives for its own.
+BITFAST_GPU Moments merged(const Merging& merging, int round, int lane, const Moments& lower, const Moments& upper) {
+  const int mask = Merging::lane_mask(round);
+  const bool keeps_upper = (lane & mask) != 0;
+  Moments kept = keeps_upper ? upper : lower;
+  const Moments given = keeps_upper ? lower : upper;
+  kept.merge(given.from_lane(mask), merging.share[round], merging.weight[round]);
+  return kept;
 }
 
-// Writes the partials of 64 channels of a strip. `packed`: of each vector the pairs of the lane's two pixels; `channels`:
-// how many of the 64 there are; `partials`: of the strip, from the first of these channels on.
+// The first round, for two vectors: of each the packed pairs of the lane's two pixels.
 template <typename T>
+BITFAST_GPU Moments moments_of_pair(const Merging& merging, int lane, const uint32_t (&packed)[4]) {
+  return merged(
+      merging, 0, lane, moments_of<T>(merging, packed[0], packed[1]), moments_of<T>(merging, packed[2], packed[3]));
+}
+
+// The other rounds, for all vectors; writes the partials of 64 channels of a strip. `channels`: how many of the 64 there
+// are; `partials`: of the strip, from the first of these channels on.
 BITFAST_GPU void write_partials(
-    const Merging& merging, const uint32_t (&packed)[2 * piece_vectors], int lane, int channels, int cell_channels,
+    const Merging& merging, const Moments (&pairs)[piece_vectors / 2], int lane, int channels, int cell_channels,
     float* partials) {
-  Moments moments[piece_vectors];
-#pragma unroll
-  for (int i = 0; i < piece_vectors; ++i) moments[i] = moments_of<T>(merging, packed[2 * i], packed[2 * i + 1]);
-  int vector = 0;
-  merge_lanes<0, piece_vectors>(merging, moments, lane, vector);
-  // Now the lane's two channels of that vector with those of its neighbours: as many numbers on either side.
-  Moments cell = moments[0];
+  Moments cell = merged(
+      merging, 2, lane, merged(merging, 1, lane, pairs[0], pairs[2]), merged(merging, 1, lane, pairs[1], pairs[3]));
+  // Now the lane's two channels of its vector with those of its neighbours: as many numbers on either side.
   if (cell_channels >= 4) cell.merge(cell.from_lane(1), 0.5f, 0.5f * merging.count);
   if (cell_channels >= 8) cell.merge(cell.from_lane(2), 0.5f, merging.count);
+  const int upper[] = {lane & Merging::lane_mask(0), lane & Merging::lane_mask(1), lane & Merging::lane_mask(2)};
+  const int vector = (upper[0] ? 1 : 0) + (upper[1] ? 4 : 0) + (upper[2] ? 2 : 0);
   const int channel = vector * 8 + lane % 4 * 2;
   if (channel % cell_channels != 0 || channel >= channels) return;
   gpu::store_8(

@@ -20,6 +20,7 @@ struct Multiplier {
   static constexpr int vectors = columns / 8, pieces = columns / piece_channels;
   static constexpr int rows_at_once = 32 * vector_bytes / (2 * piece_channels);  // that a warp copies
   static constexpr int copies = strip_pixels / rows_at_once;
+  static constexpr int none = -1;
   using Sums = float[units][vectors][4];
 
   const Arguments& a;
@@ -40,7 +41,7 @@ struct Multiplier {
   BITFAST_GPU void run() {
     const int blocks = static_cast<int>(gridDim.x);
     const int first = a.takes_turns ? group : 0, step = a.takes_turns ? multiplier_groups : 1;
-    if (a.keeps_weights) gpu::wait_for(barriers.weights_full, 0);
+    if (a.keeps_weights) gpu::wait_for(barriers.weights_full(0), 0);
     Sums sums;
     // The tiles of the block that are this group's, by their number.
     for (int n = first;; n += step) {
@@ -49,7 +50,7 @@ struct Multiplier {
       const Tile tile(a, static_cast<int>(index), columns);
       if (adds(tile)) fetch_residual(tile, 0, 0, buffer);
       // Without turns a group could wait for a phase two rounds of the ring ahead, whose parity has been there already.
-      if (a.takes_turns) gpu::wait_for(barriers.turn + group, turn_parity(n));
+      if (a.takes_turns) gpu::wait_for(barriers.turn(group), turn_parity(n));
       multiply(sums, n);
       write(sums, tile);
     }
@@ -79,14 +80,14 @@ struct Multiplier {
     }
     RingPlace place = after(n * a.chunks, a.stages);
     RingPlace weight_place = a.keeps_weights ? RingPlace() : after(n * a.chunks * a.taps, a.weight_stages);
-    gpu::Barrier *read = nullptr, *weights_read = nullptr;  // to be told when the products before are done
+    int read = none, weights_read = none;  // stages that the products before read last
     gpu::begin_products(sums);
     bool adds = false;
     for (int chunk = 0; chunk < a.chunks; ++chunk) {
-      gpu::wait_for(barriers.full + place.stage, place.parity);
+      gpu::wait_for(barriers.full(place.stage), place.parity);
       const gpu::MatrixPlace stage = moved(inputs, place.stage * planes * a.plane_bytes);
       for (int tap = 0, y = 0, x = 0; tap < a.taps; ++tap) {
-        if (!a.keeps_weights) gpu::wait_for(barriers.weights_full + weight_place.stage, weight_place.parity);
+        if (!a.keeps_weights) gpu::wait_for(barriers.weights_full(weight_place.stage), weight_place.parity);
         const int phase = p.phase == 0 ? 0 : ((y & 1) * 2 + (x & 1)) * p.phase;
         const int position = p.phase == 0 ? y * pitch + x : phase + (y >> 1) * pitch + (x >> 1);
         const gpu::MatrixPlace left = moved(stage, position * vector_bytes);
@@ -105,8 +106,8 @@ struct Multiplier {
         gpu::commit_products();
         gpu::wait_product_groups<1>();
         tell(read, weights_read);
-        read = tap + 1 == a.taps ? barriers.empty + place.stage : nullptr;
-        weights_read = a.keeps_weights ? nullptr : barriers.weights_empty + weight_place.stage;
+        read = tap + 1 == a.taps ? place.stage : none;
+        weights_read = a.keeps_weights ? none : weight_place.stage;
         if (++x == 3) {
           x = 0;
           ++y;
@@ -115,7 +116,7 @@ struct Multiplier {
       }
       place.advance(a.stages);
     }
-    if (a.takes_turns && lane == 0) gpu::arrive(barriers.turn + (group ^ 1));
+    if (a.takes_turns && lane == 0) gpu::arrive(barriers.turn(group ^ 1));
     gpu::wait_products(sums);
     tell(read, weights_read);
   }
@@ -127,10 +128,11 @@ struct Multiplier {
     return place;
   }
 
-  BITFAST_GPU void tell(gpu::Barrier* read, gpu::Barrier* weights_read) const {
+  // Tells those who bring them that stages have been read.
+  BITFAST_GPU void tell(int read, int weights_read) const {
     if (lane != 0) return;
-    if (read != nullptr) gpu::arrive(read);
-    if (weights_read != nullptr) gpu::arrive(weights_read);
+    if (read != none) gpu::arrive(barriers.empty(read));
+    if (weights_read != none) gpu::arrive(barriers.weights_empty(weights_read));
   }
 
   // ---- results ---------------------------------------------------------------------------------------------------------
@@ -182,6 +184,7 @@ struct Multiplier {
     const int count = min(pieces, (output.channels - tile.column + piece_channels - 1) / piece_channels);
 #pragma unroll
     for (int i = 0; i < units; ++i) {
+      lane = gpu::not_before_here(lane);  // or what follows from it would be held in registers for all tiles
       const Unit unit(*this, tile, i);
       int results[copies];
 #pragma unroll
@@ -205,24 +208,26 @@ struct Multiplier {
           gpu::sync_warp();
         }
         const int channel = tile.column + piece * piece_channels;
-        uint32_t packed[2 * piece_vectors];
-        pack_results(packed, sums[i], piece, adds(tile));
+        Moments moments[piece_vectors / 2];
+        pack_results(moments, merging, sums[i], piece, adds(tile), partials != nullptr);
         gpu::sync_warp();
         store_results(output, unit, results, channel);
         gpu::sync_warp();  // before anything is written there
         if (a.buffers > 1) buffer ^= 1;
         if (partials != nullptr) {
-          write_partials<T>(
-              merging, packed, lane, output.channels - channel, a.cell_channels,
+          write_partials(
+              merging, moments, lane, output.channels - channel, a.cell_channels,
               partials + 2 + channel / a.cell_channels * 2);
         }
       }
     }
   }
 
-  // Rounds 64 channels of the warp's rows, with the residual that lies in the buffer added, and leaves them there.
+  // Rounds 64 channels of the warp's rows, with the residual that lies in the buffer added, leaves them there, and begins
+  // to measure them.
   BITFAST_GPU void pack_results(
-      uint32_t (&packed)[2 * piece_vectors], const float (&sums)[vectors][4], int piece, bool adds) const {
+      Moments (&moments)[piece_vectors / 2], const Merging& merging, const float (&sums)[vectors][4], int piece,
+      bool adds, bool measures) const {
     unsigned char* at = buffers + buffer * buffer_bytes + lane % 16 * buffer_row_bytes + lane / 16 * vector_bytes;
 #pragma unroll
     for (int j = 0; j < piece_vectors / 2; ++j) {
@@ -237,9 +242,9 @@ struct Multiplier {
         } else {
           result[k] = gpu::pack_two<T>(pair[0], pair[1]);
         }
-        packed[4 * j + k] = result[k];
       }
       gpu::store_matrices(at + j * 2 * vector_bytes, result);
+      if (measures) moments[j] = moments_of_pair<T>(merging, lane, result);
     }
   }
 

@@ -86,15 +86,19 @@ struct Arguments {
   int cell_channels, cells, strips;
 };
 
+// Of the stages: whether they may be read, or written again; and whether it is a group's turn.
 struct Barriers {
-  gpu::Barrier *full, *empty, *weights_full, *weights_empty, *turn;
+  const Arguments& a;
 
-  BITFAST_GPU explicit Barriers(const Arguments& a) {
-    full = reinterpret_cast<gpu::Barrier*>(gpu::shared_memory() + a.shared.barriers);
-    empty = full + a.stages;
-    weights_full = empty + a.stages;
-    weights_empty = weights_full + most_weight_stages;
-    turn = weights_empty + most_weight_stages;
+  BITFAST_GPU gpu::Barrier* full(int stage) const { return at(stage); }
+  BITFAST_GPU gpu::Barrier* empty(int stage) const { return at(most_stages + stage); }
+  BITFAST_GPU gpu::Barrier* weights_full(int stage) const { return at(2 * most_stages + stage); }
+  BITFAST_GPU gpu::Barrier* weights_empty(int stage) const { return at(2 * most_stages + most_weight_stages + stage); }
+  BITFAST_GPU gpu::Barrier* turn(int group) const { return at(2 * (most_stages + most_weight_stages) + group); }
+
+ private:
+  BITFAST_GPU gpu::Barrier* at(int i) const {
+    return reinterpret_cast<gpu::Barrier*>(gpu::shared_memory() + a.shared.barriers) + i;
   }
 };
 
