@@ -1,14 +1,14 @@
 // The primitives of csrc/gpu.h on a CPU, so that kernels can be run and proved where there is no GPU.
 //
-// Each thread of a cluster of blocks is a fiber; clusters run one after the other. Whatever a GPU leaves open is left to
-// chance here (seeded): the order of warps and of lanes, warps that stand still for a while, how late asynchronous copies
-// arrive (as late as the kernel's waits allow), whether products of shared memory are done at once or as late as that. So
-// a kernel that lacks a barrier gives wrong results. These end a launch with a message: addresses that are not aligned as
-// the hardware wants them, accesses outside of shared memory or of buffers that end at a guard page (tests/emulated.py
-// makes such), a barrier that is not initialised or arrived at too often, a thread that waits for ever, shared memory that
-// is given to the copy engine or to wgmma without a fence, warps of a group that multiply different matrices or take
-// different numbers of registers, and copies or products that nobody has waited for. tests/test_gpu_emulation.py holds it
-// to that.
+// Each thread of a cluster of blocks is a fiber; clusters run one after the other. Whatever a GPU leaves open is left
+// to chance here (seeded): the order of warps and of lanes, warps that stand still for a while, how late asynchronous
+// copies arrive (as late as the kernel's waits allow), whether products of shared memory are done at once or as late as
+// that. So a kernel that lacks a barrier gives wrong results. These end a launch with a message: addresses that are not
+// aligned as the hardware wants them, accesses outside of shared memory or of buffers that end at a guard page
+// (tests/emulated.py makes such), a barrier that is not initialised or arrived at too often, a thread that waits for
+// ever, shared memory that is given to the copy engine or to wgmma without a fence, warps of a group that multiply
+// different matrices or take different numbers of registers, and copies or products that nobody has waited for.
+// tests/test_gpu_emulation.py holds it to that.
 //
 // Not modelled: time, bank conflicts, how many registers there are, memory order between blocks other than through
 // barriers, and races whose two orders give the same result.
@@ -176,7 +176,7 @@ inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
   emulation::arrive_at(state);
 }
 inline void wait_for(Barrier* barrier, uint32_t parity) {
-  while (emulation::state_of(barrier).phase == parity) emulation::pause_thread();
+  emulation::pause_during(emulation::state_of(barrier).phase, static_cast<uint8_t>(parity));
 }
 
 inline void send_remote(float* p, int rank, float v, Barrier* barrier) {

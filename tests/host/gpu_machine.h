@@ -10,7 +10,6 @@
 #include <sys/mman.h>
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +20,8 @@
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#include "guarded_pages.h"
 
 #define BITFAST_GPU inline
 
@@ -54,7 +55,7 @@ constexpr int patience = 2000;  // rounds without progress, after which nobody w
 
 struct Meeting {  // a barrier for a number of threads
   int arrived = 0;
-  int generation = 0;
+  uint8_t phase = 0;
 };
 
 struct Copy {
@@ -88,6 +89,8 @@ struct Block;
 struct Fiber {
   ucontext_t start;
   jmp_buf where;
+  const uint8_t* awaited = nullptr;  // the fiber goes on when this is no longer
+  uint8_t awaited_phase = 0;         // that
   bool has_begun = false, has_ended = false;
   unsigned thread = 0;
   Block* block = nullptr;
@@ -132,26 +135,6 @@ struct WarpGroup {
   unsigned dropped = 0;          // the number of the first of them
   unsigned done[warps_per_group] = {};
   std::vector<int> registers;  // what they were changed to, change by change
-};
-
-// Pages with a guard page before and after them; the bytes in use end where the last page does.
-struct GuardedPages {
-  explicit GuardedPages(size_t bytes) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    used = (bytes + 127) / 128 * 128;
-    total = (used + page - 1) / page * page + 2 * page;
-    mapped = static_cast<unsigned char*>(
-        mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(mapped, page, PROT_NONE);
-    mprotect(mapped + total - page, page, PROT_NONE);
-    begin = mapped + total - page - used;
-  }
-  ~GuardedPages() { munmap(mapped, total); }
-  GuardedPages(const GuardedPages&) = delete;
-
-  unsigned char* mapped;
-  unsigned char* begin;
-  size_t used, total;
 };
 
 // What a thread has written to shared memory since its last fence of the async proxy.
@@ -220,6 +203,13 @@ inline Machine machine;
   if (_setjmp(machine.current->where) == 0) _longjmp(machine.scheduler, 1);
 }
 
+inline void pause_during(const uint8_t& phase, uint8_t awaited_phase) {
+  machine.current->awaited = &phase;
+  machine.current->awaited_phase = awaited_phase;
+  while (phase == awaited_phase) pause_thread();
+  machine.current->awaited = nullptr;
+}
+
 [[gnu::noinline]] inline void resume(Fiber& fiber) {
   machine.current = &fiber;
   if (_setjmp(machine.scheduler) != 0) return;
@@ -232,14 +222,14 @@ inline Machine machine;
 template <typename Work>
 void meet_and(Meeting& meeting, int threads, const Work& work) {
   ++machine.progress;
-  const int generation = meeting.generation;
+  const uint8_t phase = meeting.phase;
   if (++meeting.arrived == threads) {
     work();
     meeting.arrived = 0;
-    ++meeting.generation;
+    ++meeting.phase;
     return;
   }
-  while (meeting.generation == generation) pause_thread();
+  pause_during(meeting.phase, phase);
 }
 
 inline void meet(Meeting& meeting, int threads) {
@@ -359,6 +349,7 @@ inline void run_cluster() {
       Fiber& fiber = machine.fibers[at];
       if (fiber.has_ended) continue;
       all_ended = false;
+      if (fiber.awaited != nullptr && *fiber.awaited == fiber.awaited_phase) continue;
       if (frozen_rounds > 0 && at >= frozen_first && at < frozen_first + frozen_count) continue;
       threadIdx.x = fiber.thread;
       blockIdx.x = static_cast<unsigned>(fiber.block->rank) + blockIdx.x / machine.blocks.size() * machine.blocks.size();

@@ -1,7 +1,7 @@
 // Matrices, by warps and by groups of four warps (wgmma): the part of gpu_emulation.h that multiplies.
 //
-// A product of shared memory is computed warp by warp: by the last lane that waits for it, or, by chance, as soon as all
-// lanes have committed it.
+// A product of shared memory is computed warp by warp: by the last lane that waits for it, or, by chance, as soon as
+// all lanes have committed it.
 #pragma once
 
 #include "gpu_machine.h"
