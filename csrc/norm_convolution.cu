@@ -21,7 +21,12 @@ struct NormConvolution {
     if (threadIdx.x < 128) {
       gpu::leave_registers<loader_registers>();
       if (threadIdx.x == 0) load_weights(a, barriers, columns);
-      if (threadIdx.x >= 32) Loader<T>(a, barriers, columns).run();
+      if (threadIdx.x < 32) return;
+      if (a.taps == 1 && a.stride == 1) {
+        Loader<T, RunItems>(a, barriers, columns).run();
+      } else {
+        Loader<T, RowItems>(a, barriers, columns).run();
+      }
     } else {
       gpu::take_registers<multiplier_registers>();
       Multiplier<T, columns>(a, barriers).run();

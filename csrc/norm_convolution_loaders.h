@@ -81,19 +81,36 @@ struct Factors {
   }
 };
 
-// The items of a patch that a thread brings, one after the other: every twelfth pixel, of eight channels.
-struct Items {
-  int number, end;     // of the items of the patch
-  int row, column;     // of the items, in which 1x1 filters go on where the patch before ended
-  int row0, column0;   // of the input, where items are counted from
-  int step;            // pixels of the input from one to the next
+// The pixels of a patch that a thread brings, one after the other: every twelfth, of eight channels. Here those of a run:
+// 1x1 filters with stride 1.
+struct RunItems {
+  int number, end;  // in the patch
+  int first_pixel;  // of the patch, in the image
 
-  BITFAST_GPU Items(const Arguments& a, const Patch& patch, int first) {
+  BITFAST_GPU RunItems(const Arguments&, const Patch& patch, int first)
+      : number(first), end(patch.columns), first_pixel(patch.column) {}
+
+  BITFAST_GPU bool is_in_patch() const { return number < end; }
+  BITFAST_GPU void advance(const Arguments&) { number += items_at_once; }
+  // Whether it is a pixel of the input, and not padding.
+  BITFAST_GPU bool is_in_map(const Arguments&) const { return true; }
+  // Which.
+  BITFAST_GPU int64_t pixel(const Arguments&) const { return first_pixel + number; }
+  // Its place in a plane, in bytes.
+  BITFAST_GPU int place(const Patches&) const { return number * vector_bytes; }
+};
+
+// The same for all others. Items go along rows of the input; with 1x1 filters, on from where the patch before ended.
+struct RowItems {
+  int number, end;
+  int row, column;
+  int row0, column0;  // of the input, where items are counted from
+  int step;           // pixels of the input from one to the next
+
+  BITFAST_GPU RowItems(const Arguments& a, const Patch& patch, int first) : number(first) {
     const Patches& p = a.patches;
     const bool is_run = a.taps == 1;
-    const int per_row = static_cast<int>(p.items_per_row.value);
-    number = first;
-    end = is_run ? patch.columns : ((patch.rows - 1) * a.stride + 3) * per_row;
+    end = is_run ? patch.columns : ((patch.rows - 1) * a.stride + 3) * static_cast<int>(p.items_per_row.value);
     column = is_run ? patch.column + first : first;
     row = p.items_per_row.divide(column);
     row0 = is_run ? 0 : patch.row * a.stride - a.top;
@@ -102,22 +119,18 @@ struct Items {
   }
 
   BITFAST_GPU bool is_in_patch() const { return number < end; }
-
   BITFAST_GPU void advance(const Arguments& a) {
     number += items_at_once;
     column += items_at_once;
     row += a.patches.items_per_row.divide(column);
   }
-
   BITFAST_GPU int y() const { return row0 + row * step; }
   BITFAST_GPU int x() const { return column0 + column * step; }
-  // Whether it is a pixel of the input, and not padding.
   BITFAST_GPU bool is_in_map(const Arguments& a) const {
     return static_cast<unsigned>(y()) < static_cast<unsigned>(a.height) &&
            static_cast<unsigned>(x()) < static_cast<unsigned>(a.width);
   }
-
-  // Its place in a plane, in bytes.
+  BITFAST_GPU int64_t pixel(const Arguments& a) const { return static_cast<int64_t>(y()) * a.width + x(); }
   BITFAST_GPU int place(const Patches& p) const {
     if (p.phase == 0) return number * vector_bytes;
     const int phase = (row & 1) * 2 + (column & 1);
@@ -127,7 +140,7 @@ struct Items {
 
 // What 96 threads do: bring the input of all tiles of the block, and normalize it some stages later; each thread what it
 // has brought itself, so that nobody waits for anybody. A thread has the same 8 channels of each 64.
-template <typename T>
+template <typename T, typename Items>
 struct Loader {
   const Arguments& a;
   const Barriers& barriers;
@@ -222,7 +235,7 @@ struct Loader {
       for (Items i(a, patch, thread / planes); i.is_in_patch(); i.advance(a)) {
         unsigned char* place = to + i.place(a.patches);
         if (has_channels && i.is_in_map(a)) {
-          gpu::copy_16_async(place, image + (static_cast<int64_t>(i.y()) * a.width + i.x()) * a.channels);
+          gpu::copy_16_async(place, image + i.pixel(a) * a.channels);
         } else {
           store_shared_16(place, make_uint4(0, 0, 0, 0));
         }
@@ -257,19 +270,22 @@ struct Loader {
   // Padding stays zero.
   template <Activation activation>
   BITFAST_GPU void normalize_patch(const Patch& patch, unsigned char* at, const Factors& factors) const {
-    constexpr int batch = 4, none = -1;
+    constexpr int batch = 3;
     for (Items i(a, patch, thread / planes); i.is_in_patch();) {
       uint4 v[batch];
       int places[batch];
+      bool are_pixels[batch];
 #pragma unroll
       for (int k = 0; k < batch; ++k) {
-        places[k] = i.is_in_patch() && i.is_in_map(a) ? i.place(a.patches) : none;
-        if (places[k] != none) v[k] = load_shared_16(at + places[k]);
+        are_pixels[k] = i.is_in_patch() && i.is_in_map(a);
+        places[k] = i.place(a.patches);
+        v[k] = load_shared_16(at + places[k]);  // whatever lies there: only the result is left away
         i.advance(a);
       }
 #pragma unroll
       for (int k = 0; k < batch; ++k) {
-        if (places[k] != none) store_shared_16(at + places[k], factors.template normalized<T, activation>(v[k]));
+        const uint4 result = factors.template normalized<T, activation>(v[k]);
+        if (are_pixels[k]) store_shared_16(at + places[k], result);
       }
     }
   }
