@@ -14,7 +14,7 @@ constexpr int most_channels = 1 << 24, most_strips = 1 << 24;
 
 bool is_aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
-// ---- partials --------------------------------------------------------------------------------------------------------
+// ---- partials -------------------------------------------------------------------------------------------------------
 
 constexpr int most_strip_pixels = 1 << 16;  // more would cost digits, as each thread sums in float32
 constexpr int fewest_thread_pixels = 4;     // in strips of many
@@ -88,7 +88,7 @@ int strips_of(const PartialsCall& call, const PartialsArguments& a, int64_t at_o
   return static_cast<int>(best);
 }
 
-// ---- factors ---------------------------------------------------------------------------------------------------------
+// ---- factors --------------------------------------------------------------------------------------------------------
 
 constexpr int slice_channels = 2 * factors_threads;  // of which a block writes the factors, if groups are small
 

@@ -47,7 +47,7 @@ BITFAST_GPU Moments merged_lanes(Moments mine, int members) {
   return mine;
 }
 
-// ---- partials of a feature map ---------------------------------------------------------------------------------------
+// ---- partials of a feature map --------------------------------------------------------------------------------------
 
 constexpr int partials_threads = 256;
 constexpr int vector_channels = 8;        // of 16 bytes
@@ -67,8 +67,8 @@ struct PartialsArguments {
   int pitch;  // of the moments of a lane in shared memory: one more than there are, for the sake of banks
 };
 
-// A thread's sums of x - pivot and of its square, for each cell of its vector. The pivot is the mean of its first pixels,
-// rounded to T: so the differences have few digits, and their sums no bias from digits that are lost each time.
+// A thread's sums of x - pivot and of its square, for each cell of its vector. The pivot is the mean of its first
+// pixels, rounded to T: so the differences have few digits, and their sums no bias from digits that are lost each time.
 template <typename T, int cells>
 struct CellSums {
   static constexpr int cell_channels = vector_channels / cells;
@@ -217,7 +217,7 @@ struct PartialsKernel {
   }
 };
 
-// ---- factors of a norm -----------------------------------------------------------------------------------------------
+// ---- factors of a norm ----------------------------------------------------------------------------------------------
 
 constexpr int factors_threads = 256;
 constexpr int partials_at_once = 8;  // that a thread reads

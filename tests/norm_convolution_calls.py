@@ -64,7 +64,9 @@ def partials_of(x: Tensor, cell_channels: int, strips: int | None = None) -> Ten
     return partials
 
 
-def factors_call(partials: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float):
+def factors_call(
+    partials: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> FactorsCall:
     images, strips, cells = partials.shape[0], partials.shape[1], partials.shape[2] - 1
     channels = weight.numel()
     return FactorsCall(

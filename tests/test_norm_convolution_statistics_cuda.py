@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,11 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> Tenso
     return at_page_end(x.contiguous(memory_format=torch.channels_last))
 
 
-def parameters(channels: int, weight_dtype=torch.float32, bias_dtype=torch.float32):
+def parameters(
+    channels: int,
+    weight_dtype: torch.dtype = torch.float32,
+    bias_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     weight, bias = torch.rand(channels) + 0.5, torch.randn(channels)
     return at_page_end(weight.to(weight_dtype)), at_page_end(bias.to(bias_dtype))
 
@@ -77,7 +82,7 @@ def apply(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def check(
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     groups: int,
     cell_channels: int,
     dtype: torch.dtype = BFLOAT16,
@@ -117,7 +122,7 @@ def test_the_maps_of_the_model(channels: int, side: int) -> None:
 
 
 def test_how_many_strips_there_are() -> None:
-    """A large batch fills the GPU evenly and few images as well as they can; partials stay small beside maps."""
+    """A large batch fills the GPU evenly, few images as well as they can; partials stay small."""
     emulate(statistics_kernels(), H100)
     for channels, side in MAPS:
         cell_channels = min(channels // 32, 8)
@@ -134,7 +139,7 @@ def test_how_many_strips_there_are() -> None:
 
 
 @st.composite
-def cases(draw):
+def cases(draw: Any) -> tuple[tuple[int, ...], int, int, int | None]:
     cell_channels = draw(st.sampled_from([2, 4, 8]))
     channels = 8 * draw(st.integers(1, 40) | st.sampled_from([64, 65, 129, 200]))
     cells = channels // cell_channels
@@ -179,19 +184,19 @@ def test_channels_whose_means_differ() -> None:
     for cell_channels in (2, 4, 8):
         partials = partials_of(x, cell_channels, 7)
         check_partials(x, partials, cell_channels)
-        scale, shift = factors_of(partials, weight, bias, 2).double().unbind(1)
-        check_factors(scale, shift, x, weight, bias, 2)
+        check_factors(factors_of(partials, weight, bias, 2), x, weight, bias, 2)
 
 
-def check_factors(scale, shift, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+def check_factors(factors: Tensor, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+    scale, shift = factors.double().unbind(1)
     values = x.double().reshape(x.shape[0], groups, -1)
     mean, std = values.mean(-1), (values.var(-1, correction=0) + EPS).sqrt()
     mean, std = (v.repeat_interleave(x.shape[1] // groups, 1) for v in (mean, std))
     exact_scale = weight.double() / std
     exact_shift = bias.double() - mean * exact_scale
-    torch.testing.assert_close(scale.double(), exact_scale, rtol=5e-6, atol=0)
+    torch.testing.assert_close(scale, exact_scale, rtol=5e-6, atol=0)
     size = bias.double().abs() + (mean * exact_scale).abs()
-    assert ((shift.double() - exact_shift).abs() <= 5e-6 * size).all()
+    assert ((shift - exact_shift).abs() <= 5e-6 * size).all()
 
 
 # ---- partials that another kernel wrote --------------------------------------------------------------
@@ -225,7 +230,7 @@ def test_strips_of_any_size(counts: list[int], groups: int) -> None:
     partials = cut(x, 2, counts)
     assert torch.equal(merged(partials, 2)[0], torch.tensor([35.0, 35.0]).double())
     factors = factors_of(partials, weight, bias, groups)
-    check_factors(*factors.unbind(1), x, weight, bias, groups)
+    check_factors(factors, x, weight, bias, groups)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(8, 1), (64, 32), (6000, 1), (2048, 32), (40, 4)])
@@ -239,7 +244,7 @@ def test_many_strips_and_channels(channels: int, groups: int, strips: int) -> No
         x, cell_channels, [700 // strips] * (strips - 1) + [700 // strips + 700 % strips]
     )
     factors = factors_of(partials, weight, bias, groups)
-    check_factors(*factors.unbind(1), x, weight, bias, groups)
+    check_factors(factors, x, weight, bias, groups)
 
 
 # ---- numbers that are not ----------------------------------------------------------------------------
