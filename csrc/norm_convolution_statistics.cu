@@ -91,6 +91,7 @@ int strips_of(const PartialsCall& call, const PartialsArguments& a, int64_t at_o
 // ---- factors --------------------------------------------------------------------------------------------------------
 
 constexpr int slice_channels = 2 * factors_threads;  // of which a block writes the factors, if groups are small
+constexpr int fewest_columns = 8;                    // shorter pieces of memory would be read in vain
 
 bool is_dtype(int32_t dtype) {
   return dtype >= static_cast<int32_t>(Dtype::float32) && dtype <= static_cast<int32_t>(Dtype::float16);
@@ -115,7 +116,7 @@ const char* why_wrong(const FactorsCall& call) {
   return nullptr;
 }
 
-// As many threads to a group as have the fewest partials to read, and as many blocks to an image as that takes.
+// So many groups to a block that its threads read once, unless the pieces of memory became too short.
 FactorsArguments arguments_of(const FactorsCall& call) {
   FactorsArguments a = {};
   a.strips = call.strips;
@@ -127,17 +128,17 @@ FactorsArguments arguments_of(const FactorsCall& call) {
   a.eps = call.eps;
   const int group_channels = call.channels / call.groups;
   a.group_cells = group_channels / call.cell_channels;
-  const int64_t partials = static_cast<int64_t>(call.strips) * a.group_cells;
-  int needed = 1;  // members, if each is to read once
-  while (needed < 32 && needed * partials_at_once < partials) needed *= 2;
-  a.slice_groups = std::min({call.groups, std::max(slice_channels / group_channels, 1), factors_threads / needed});
+  const int at_once = std::max(factors_threads * partials_at_once / call.strips, fewest_columns);  // cells
+  const int most_cells = std::min({at_once, factors_threads, slice_channels / call.cell_channels});
+  a.slice_groups = std::min(call.groups, std::max(most_cells / a.group_cells, 1));
   a.slices = static_cast<int>(ceil_div(call.groups, a.slice_groups));
+  a.columns = std::min(a.slice_groups * a.group_cells, factors_threads);
+  a.rows = factors_threads / a.columns;
+  const int threads = std::min(a.group_cells, a.columns) * a.rows;  // that read a group
   a.members = 1;
-  while (a.members < std::min<int64_t>(32, partials) && 2 * a.members * a.slice_groups <= factors_threads) {
+  while (a.members < 32 && 2 * a.members <= threads && 2 * a.members * a.slice_groups <= factors_threads) {
     a.members *= 2;
   }
-  a.step_strips = a.members / a.group_cells;
-  a.step_cells = a.members % a.group_cells;
   return a;
 }
 
@@ -194,7 +195,7 @@ BITFAST_ENTRY const char* bitfast_norm_convolution_factors(
   a.weight = weight;
   a.bias = bias;
   a.factors = factors;
-  const bitfast::gpu::LaunchShape shape{
-      call->images * a.slices, 1, a.slice_groups * static_cast<int>(sizeof(float2))};
+  const int shared_bytes = FactorsKernel::found_bytes + a.slice_groups * static_cast<int>(sizeof(float2));
+  const bitfast::gpu::LaunchShape shape{call->images * a.slices, 1, shared_bytes};
   return bitfast::gpu::launch<FactorsKernel>(shape, a, stream);
 }

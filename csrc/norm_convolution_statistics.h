@@ -11,14 +11,14 @@ using gpu::Dtype;
 using gpu::Half;
 
 // Of some numbers: how many there are, their mean, and the sum of squared deviations from it.
-struct Moments {
+struct Statistics {
   float size, mean, squares;
 };
 
-// The moments of all numbers (Chan, Golub & LeVeque, 1979). All deviations are from numbers near the mean, so that
+// Those of all numbers (Chan, Golub & LeVeque, 1979). All deviations are from numbers near the mean, so that
 // nothing cancels.
 template <int count>
-BITFAST_GPU Moments merged(const Moments (&parts)[count]) {
+BITFAST_GPU Statistics merged(const Statistics (&parts)[count]) {
   const float pivot = parts[0].mean;
   float size = 0.0f, away = 0.0f;
 #pragma unroll
@@ -27,7 +27,7 @@ BITFAST_GPU Moments merged(const Moments (&parts)[count]) {
     away = gpu::fused_multiply_add(parts[i].mean - pivot, parts[i].size, away);
   }
   if (size == 0.0f) return {};
-  Moments all = {size, pivot + away / size, 0.0f};
+  Statistics all = {size, pivot + away / size, 0.0f};
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     const float d = parts[i].mean - all.mean;
@@ -37,9 +37,9 @@ BITFAST_GPU Moments merged(const Moments (&parts)[count]) {
 }
 
 // Those of `members` adjacent lanes, a power of two; all of them get the same.
-BITFAST_GPU Moments merged_lanes(Moments mine, int members) {
+BITFAST_GPU Statistics merged_lanes(Statistics mine, int members) {
   for (int mask = 1; mask < members; mask *= 2) {
-    const Moments other = {
+    const Statistics other = {
         gpu::shuffle_xor(mine.size, mask), gpu::shuffle_xor(mine.mean, mask), gpu::shuffle_xor(mine.squares, mask)};
     const bool is_upper = (threadIdx.x & mask) != 0;
     mine = merged<2>({is_upper ? other : mine, is_upper ? mine : other});
@@ -180,7 +180,7 @@ struct PartialsKernel {
   static BITFAST_GPU void merge(const Arguments& a, const PartialsPlace& place, int thread, const float2* of_lanes) {
     const int cell = thread / a.members, member = thread - cell * a.members, first_cell = place.first_vector * cells;
     const bool is_cell = cell < place.vectors * cells;
-    Moments parts[most_lanes_per_member];
+    Statistics parts[most_lanes_per_member];
 #pragma unroll
     for (int i = 0; i < most_lanes_per_member; ++i) {
       const int lane = member + i * a.members;
@@ -191,7 +191,7 @@ struct PartialsKernel {
         parts[i] = {static_cast<float>(numbers), v.x, v.y};
       }
     }
-    const Moments all = merged_lanes(merged(parts), a.members);
+    const Statistics all = merged_lanes(merged(parts), a.members);
     float2* of_strip = a.partials + static_cast<int64_t>(place.strip) * (1 + a.channels / vector_channels * cells);
     if (is_cell && member == 0) of_strip[1 + first_cell + cell] = make_float2(all.mean, all.squares);
     if (first_cell == 0 && thread == 0) of_strip[0] = make_float2(static_cast<float>(place.pixels), 0.0f);
@@ -227,8 +227,9 @@ BITFAST_GPU float2 load_floats(const float2* p) {
   return make_float2(gpu::float_from_bits(words.x), gpu::float_from_bits(words.y));
 }
 
-// A block has a slice of the groups of an image. Of each group, `members` threads read the partials of all cells, strip
-// by strip.
+// A block has a slice of the groups of an image. Its threads stand in rows beside each other: in `columns` of cells, which
+// lie beside each other in memory, and in `rows` of strips. A row is shorter than the slice only if that is one group.
+// What threads find is merged by `members` of them for each group.
 struct FactorsArguments {
   const float2* partials;
   const void *weight, *bias;
@@ -236,8 +237,8 @@ struct FactorsArguments {
   int strips, channels, groups;
   int cell_channels, group_cells;
   int slices, slice_groups;
+  int columns, rows;
   int members;
-  int step_strips, step_cells;  // `members` cells further
   Dtype weight_dtype, bias_dtype;
   float eps;
 };
@@ -247,6 +248,7 @@ struct FactorsKernel {
   static constexpr int threads = factors_threads;
   static constexpr int min_blocks = 4;
   static constexpr int capability = 80;
+  static constexpr int found_bytes = factors_threads * static_cast<int>(sizeof(Statistics));  // of shared memory
 
   struct Parameters {
     float weight, bias;
@@ -256,23 +258,26 @@ struct FactorsKernel {
     const int block = static_cast<int>(blockIdx.x), image = block / a.slices;
     const int first_group = (block - image * a.slices) * a.slice_groups;
     const int groups = min(a.slice_groups, a.groups - first_group), group_channels = a.channels / a.groups;
+    const int first_channel = first_group * group_channels, channels = groups * group_channels;
     const int thread = static_cast<int>(threadIdx.x);
-    const int group = thread / a.members, member = thread - group * a.members;
-    auto* statistics = reinterpret_cast<float2*>(gpu::shared_memory());
+    auto* of_threads = reinterpret_cast<Statistics*>(gpu::shared_memory());
+    auto* statistics = reinterpret_cast<float2*>(gpu::shared_memory() + found_bytes);
 
     // The first partials and the first parameters are on their way together.
-    Reader reader(a, image, first_group + min(group, groups - 1), member);
-    Moments parts[partials_at_once];
+    Reader reader(a, image, first_group * a.group_cells, groups * a.group_cells, thread);
+    Statistics parts[partials_at_once];
     reader.read(a, parts);
-    const int first_channel = first_group * group_channels, channels = groups * group_channels;
     const Parameters of_first = parameters_of(a, first_channel + min(thread, channels - 1));
-
-    Moments all = merged(parts);
-    while (!reader.is_at_end(a)) {
+    Statistics mine = merged(parts);
+    while (!reader.is_at_end()) {
       reader.read(a, parts);
-      all = merged<2>({all, merged(parts)});
+      mine = merged<2>({mine, merged(parts)});
     }
-    all = merged_lanes(all, a.members);
+    of_threads[thread] = mine;
+    gpu::sync_block();
+
+    const int group = thread / a.members, member = thread - group * a.members;
+    const Statistics all = of_group(a, of_threads, min(group, groups - 1), member);
     if (member == 0 && group < groups) {
       statistics[group] = make_float2(all.mean, gpu::reciprocal_sqrt(all.squares / all.size + a.eps));
     }
@@ -292,21 +297,33 @@ struct FactorsKernel {
     return {gpu::number_at(a.weight, channel, a.weight_dtype), gpu::number_at(a.bias, channel, a.bias_dtype)};
   }
 
-  // Goes through the cells of a group, strip by strip, by steps of `members`.
+  // Merges what threads found in a group of the slice.
+  static BITFAST_GPU Statistics of_group(const Arguments& a, const Statistics* of_threads, int group, int member) {
+    const int columns = min(a.group_cells, a.columns), first_column = group * columns;
+    auto at = [&](int i) {
+      const int row = i / columns;
+      return of_threads[row * a.columns + first_column + (i - row * columns)];
+    };
+    Statistics mine = at(member);
+    for (int i = member + a.members; i < columns * a.rows; i += a.members) mine = merged<2>({mine, at(i)});
+    return merged_lanes(mine, a.members);
+  }
+
+  // Goes down a column of cells, then down the next that is the thread's.
   struct Reader {
     const float2* of_image;
-    int pitch, strip, cell, first_cell;
+    int pitch, row, strip, cell, first_cell, cells;
 
-    BITFAST_GPU Reader(const Arguments& a, int image, int group, int member)
-        : pitch(1 + a.groups * a.group_cells), first_cell(1 + group * a.group_cells) {
+    BITFAST_GPU Reader(const Arguments& a, int image, int first_cell, int cells, int thread)
+        : pitch(1 + a.groups * a.group_cells), first_cell(1 + first_cell), cells(cells) {
       of_image = a.partials + static_cast<int64_t>(image) * a.strips * pitch;
-      strip = member / a.group_cells;
-      cell = member - strip * a.group_cells;
+      strip = row = thread / a.columns;
+      cell = row < min(a.rows, a.strips) ? thread - row * a.columns : cells;
     }
-    BITFAST_GPU bool is_at_end(const Arguments& a) const { return strip >= a.strips; }
+    BITFAST_GPU bool is_at_end() const { return cell >= cells; }
 
     // Beyond the end are cells without numbers.
-    BITFAST_GPU void read(const Arguments& a, Moments (&parts)[partials_at_once]) {
+    BITFAST_GPU void read(const Arguments& a, Statistics (&parts)[partials_at_once]) {
       // All loads come first, so that they are on their way together.
       float2 of_cells[partials_at_once];
       float pixels[partials_at_once];
@@ -314,16 +331,15 @@ struct FactorsKernel {
       for (int i = 0; i < partials_at_once; ++i) {
         of_cells[i] = {};
         pixels[i] = 0.0f;
-        if (!is_at_end(a)) {
+        if (!is_at_end()) {
           const float2* of_strip = of_image + static_cast<int64_t>(strip) * pitch;
           of_cells[i] = load_floats(of_strip + first_cell + cell);
           pixels[i] = load_floats(of_strip).x;
         }
-        strip += a.step_strips;
-        cell += a.step_cells;
-        if (cell >= a.group_cells) {
-          cell -= a.group_cells;
-          ++strip;
+        strip += a.rows;
+        if (strip >= a.strips) {
+          strip = row;
+          cell += a.columns;
         }
       }
 #pragma unroll

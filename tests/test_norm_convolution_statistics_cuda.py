@@ -161,7 +161,9 @@ DTYPES = st.sampled_from([torch.float32, BFLOAT16, FLOAT16])
     device=st.sampled_from(DEVICES),
     seed=st.integers(0, 1000),
 )
-def test_odd_cases(case, dtype, mean, parameter_dtypes, device, seed) -> None:
+def test_odd_cases(
+    case: Any, dtype: Any, mean: float, parameter_dtypes: Any, device: Any, seed: int
+) -> None:
     shape, groups, cell_channels, strips = case
     torch.manual_seed(seed)
     emulate(statistics_kernels(), device, seed)
