@@ -188,17 +188,22 @@ def test_channels_that_are_no_multiple_have_no_factors() -> None:
 # ---- the function -------------------------------------------------------------------------------------------
 
 
-def draw_map(*shape: int, dtype: torch.dtype = BFLOAT16) -> Tensor:
-    return torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+def draw_map(*shape: int, dtype: torch.dtype = BFLOAT16, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
 
 
-def draw_norm(channels: int, groups: int, activation: str = "relu") -> Norm:
-    weight, bias = torch.randn(channels).bfloat16(), torch.randn(channels)
-    return Norm(weight, bias, groups, 1e-5, activation)
+def draw_norm(channels: int, groups: int, activation: str = "relu", device: str = "cpu") -> Norm:
+    weight, bias = (torch.randn(channels, device=device) for _ in range(2))
+    return Norm(weight.bfloat16(), bias, groups, 1e-5, activation)
 
 
-def draw_filters(out: int, channels: int, size: int, dtype: torch.dtype = BFLOAT16) -> Tensor:
-    return (torch.randn(out, channels, size, size) / (channels * size**2) ** 0.5).to(dtype)
+def draw_filters(
+    out: int, channels: int, size: int, dtype: torch.dtype = BFLOAT16, device: str = "cpu"
+) -> Tensor:
+    return (
+        draw_map(out, channels, size, size, dtype=dtype, device=device)
+        / (channels * size**2) ** 0.5
+    )
 
 
 def plain(
