@@ -4,7 +4,7 @@
 """
 
 from bitfast.auto_classes import TransformersRegistration, register_with_transformers
-from bitfast.backends import BackendUnavailableError, use_backend
+from bitfast.backends import BackendUnavailableError, disable_kernel, enable_kernel, use_backend
 from bitfast.checkpoints.files import CheckpointError
 from bitfast.configuration import BitConfig
 from bitfast.export import exportable
@@ -32,6 +32,8 @@ __all__ = [
     "TransformersRegistration",
     "accelerate",
     "capture",
+    "disable_kernel",
+    "enable_kernel",
     "exportable",
     "register_with_transformers",
     "release_graphs",

@@ -3,7 +3,8 @@
 A *backend* is one way to compute an op: ``"native"`` (the C++/CUDA extension), ``"triton"`` (GPU kernels)
 or ``"reference"`` (plain PyTorch, always there). By default the first of these that can
 take the tensor at hand is used. :func:`use_backend` demands one instead; where that one cannot be used, an
-error says why, and no other is tried.
+error says why, and no other is tried. Some kernels are used on demand only, among them those that no card has
+proved yet; :func:`enable_kernel` lets one be used like any other.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Kernel:
     """Returns why the kernel cannot run on this machine; None if it can."""
 
     on_demand: bool | Callable[[], bool]
-    """Whether the kernel, made for tests or not the fastest here, is used only if :func:`use_backend` demands
-    it."""
+    """Whether the kernel, made for tests, not the fastest here or not proved yet, is used only if
+    :func:`use_backend` demands it, or :func:`enable_kernel` has enabled it."""
 
     unsuitable: Callable[[torch.dtype], str | None] | None
     """Returns why this machine should not run a dtype, or None; itself None if it should run all of them."""
@@ -67,9 +68,19 @@ class Row:
     available: bool
     default: bool
     reason: str
+    on_demand: str = ""
+    """"on demand", or "enabled" by :func:`enable_kernel`; "" for a kernel that needs neither."""
 
 
-_kernels: dict[tuple[str, str, str], Kernel] = {}
+KernelKey = tuple[str, str, str]
+"""Op, backend and device type."""
+
+_kernels: dict[KernelKey, Kernel] = {}
+
+_enabled: frozenset[KernelKey] = frozenset()
+"""The kernels on demand that :func:`enable_kernel` has enabled. Replaced, never changed."""
+
+_enabling = threading.Lock()
 
 
 class _Requested(threading.local):
@@ -98,9 +109,9 @@ def register_kernel(
     """Register that ``backend`` implements ``op`` for ``dtypes`` on ``device_type`` ("cpu", "cuda").
 
     ``bitfast/ops/<op>.py`` calls this once per kernel when it is imported. ``unavailable`` is called only when
-    the op first meets such a tensor, so that nothing is loaded before. An ``on_demand`` kernel is never the
-    default; that may depend on the machine. ``unsuitable`` is called with a dtype. ``memory_format`` is the
-    only one that the kernel takes.
+    the op first meets such a tensor, so that nothing is loaded before. An ``on_demand`` kernel is not the
+    default unless it is enabled; that may depend on the machine. ``unsuitable`` is called with a dtype.
+    ``memory_format`` is the only one that the kernel takes.
     """
     _kernels[op, backend, device_type] = Kernel(
         dtypes, unavailable, on_demand, unsuitable, memory_format
@@ -184,10 +195,68 @@ def has_kernel(op: str, backend: str, device_type: str) -> bool:
 
 
 def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
+    """Whether a kernel is used only if it is demanded: it is made for that, and not enabled."""
     kernel = _kernels.get((op, backend, device_type))
-    if kernel is None:
+    if kernel is None or (op, backend, device_type) in _enabled:
         return False
     return kernel.on_demand() if callable(kernel.on_demand) else kernel.on_demand
+
+
+# ---- kernels on demand ----------------------------------------------------------------------------
+
+
+def enable_kernel(op: str, backend: str, device_type: str) -> None:
+    """Let a kernel that is used on demand only be used by default where it can, in all threads of this process.
+
+    Networks are planned anew for it. One that runs as a CUDA graph has to be captured again.
+
+    Args:
+        op: One of :data:`OPS`.
+        backend: "native" or "triton".
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown op or backend, or there is no such kernel on demand.
+    """
+    global _enabled
+    key = _kernel_on_demand(op, backend, device_type)
+    with _enabling:
+        _enabled |= {key}
+
+
+def disable_kernel(op: str, backend: str, device_type: str) -> None:
+    """Undo :func:`enable_kernel`: let the kernel be used on demand only. Takes the same arguments.
+
+    Raises:
+        ValueError: an unknown op or backend, or there is no such kernel on demand.
+    """
+    global _enabled
+    key = _kernel_on_demand(op, backend, device_type)
+    with _enabling:
+        _enabled -= {key}
+
+
+def enabled_kernels() -> frozenset[KernelKey]:
+    """Return the kernels that :func:`enable_kernel` has enabled: op, backend and device type of each."""
+    return _enabled
+
+
+def _kernel_on_demand(op: str, backend: str, device_type: str) -> KernelKey:
+    import bitfast.ops  # noqa: F401  (registers the kernels)
+
+    _check_names(op, backend)
+    on_demand = [key for key, kernel in _kernels.items() if kernel.on_demand is not False]
+    key = op, backend, device_type
+    if key not in on_demand:
+        known = ", ".join(f"{op}/{backend}/{device}" for op, backend, device in sorted(on_demand))
+        raise ValueError(
+            f"there is no {backend} kernel of {op} for {device_type} tensors that is used on demand only; such"
+            f" are {known}"
+        )
+    return key
+
+
+# ---- demands --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -210,16 +279,23 @@ def use_backend(backend: str | None = None, **backend_by_op: str) -> Iterator[No
         demanded = dict.fromkeys(ops, backend)
     demanded.update(backend_by_op)
     for op, name in demanded.items():
-        if op not in OPS:
-            raise ValueError(f"unknown op {op!r}; choose from {', '.join(OPS)}")
-        if name not in BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+        _check_names(op, name)
     previous = _requested.by_op
     _requested.by_op = {**previous, **demanded}
     try:
         yield
     finally:
         _requested.by_op = previous
+
+
+def _check_names(op: str, backend: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; choose from {', '.join(OPS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+
+
+# ---- the table ------------------------------------------------------------------------------------
 
 
 def backend_table() -> list[Row]:
@@ -235,7 +311,17 @@ def backend_table() -> list[Row]:
                 if reason is None and device == "cuda" and not torch.cuda.is_available():
                     reason = "torch sees no CUDA device"
                 available = reason is None
-                default = available and not chosen and not _is_on_demand(op, backend, device)
-                rows.append(Row(op, device, backend, available, default, reason or ""))
+                state = _state(op, backend, device)
+                default = available and not chosen and state != ON_DEMAND
+                rows.append(Row(op, device, backend, available, default, reason or "", state))
                 chosen = chosen or default
     return rows
+
+
+ON_DEMAND, ENABLED = "on demand", "enabled"
+
+
+def _state(op: str, backend: str, device_type: str) -> str:
+    if (op, backend, device_type) in _enabled:
+        return ENABLED
+    return ON_DEMAND if _is_on_demand(op, backend, device_type) else ""

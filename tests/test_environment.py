@@ -29,7 +29,8 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
             for line in out.splitlines()
             if [row.op, row.device, row.backend + mark] == line.split()[:3]
         )
-        assert line.endswith("  runs" if row.available else f"  no: {row.reason}")
+        state = "runs" if row.available else f"no: {row.reason}"
+        assert line.endswith(f"  {state} ({row.on_demand})" if row.on_demand else f"  {state}")
 
 
 def test_env_json(capsys: pytest.CaptureFixture[str]) -> None:

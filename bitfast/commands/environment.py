@@ -175,7 +175,7 @@ def as_text(found: dict[str, Any]) -> str:
         [
             *_aligned([*versions, [], *machine, [], *extension]),
             "",
-            "Backends (* runs by default)",
+            "Backends (* runs by default; on demand: only where use_backend demands it)",
             *_aligned([_backend_row(row) for row in found["backends"]], indent="  "),
         ]
     )
@@ -213,6 +213,8 @@ def _convolution_row(kind: str, dtype: str, problem: str | None) -> list[str]:
 def _backend_row(row: dict[str, Any]) -> list[str]:
     mark = "*" if row["default"] else ""
     state = "runs" if row["available"] else f"no: {row['reason']}"
+    if row["on_demand"]:
+        state = f"{state} ({row['on_demand']})"
     return [row["op"], row["device"], row["backend"] + mark, state]
 
 

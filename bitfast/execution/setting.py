@@ -1,6 +1,6 @@
-"""What a pass depends on besides the network: the images' metadata, and torch's global state.
+"""What a pass depends on besides the network: the images' metadata, and the global state of torch and bitfast.
 
-For a whole network torch's state is read only here, once a pass.
+For a whole network that state is read only here, once a pass.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitfast.backends import requested_backends, select_backend
+from bitfast.backends import KernelKey, enabled_kernels, requested_backends, select_backend
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.packed_convolution import uses_packed_weights
 from bitfast.torch_state import is_concrete, is_dispatch_watched
@@ -24,6 +24,7 @@ class Setting(NamedTuple):
         device, dtype, shape, strides: Those of the images.
         autocast: The dtype that autocast asks for, or None.
         demands: The backends that :func:`~bitfast.use_backend` demands, by op.
+        enabled: The kernels that :func:`~bitfast.backends.enable_kernel` has enabled.
         switches: torch's switches: whether oneDNN is on, or for cuDNN: on, benchmark, deterministic, TF32.
     """
 
@@ -33,6 +34,7 @@ class Setting(NamedTuple):
     strides: tuple[int, ...]
     autocast: torch.dtype | None
     demands: tuple[tuple[str, str], ...]
+    enabled: frozenset[KernelKey]
     switches: tuple[bool, ...]
 
     @property
@@ -65,6 +67,7 @@ def planned_setting(images: Tensor) -> Setting | None:
         images.stride(),
         autocast_dtype(images),
         tuple(requested_backends().items()),
+        enabled_kernels(),
         switches,
     )
 

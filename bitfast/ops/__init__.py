@@ -6,6 +6,8 @@ Each is imported from its module, ``bitfast.ops.<op>``. Importing the package re
 from bitfast.ops import (  # noqa: F401
     group_norm_act,
     norm_convolution,
+    norm_convolution_cuda,
+    norm_convolution_fused,
     packed_convolution,
     resize_normalize,
     same_padding,
