@@ -125,8 +125,8 @@ def why_unsuited(convolution: Convolution) -> str | None:
     most = convolution.kernel_size - 1
     if not all(0 <= side <= most for side in convolution.padding):
         return (
-            f"0 to {most} zeros on a side suit filters of {convolution.kernel_size}, so that no window lies in"
-            f" them alone; there are {convolution.padding}"
+            f"a side may have 0 to {most} zeros, so that no window lies in them alone; there are"
+            f" {convolution.padding}"
         )
     size = convolution.result_size
     if min(size) < 1:
