@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import host
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.execution.plan import Plan
+from bitfast.kernels import launch
+from bitfast.ops import native_cuda
 from bitfast.ops.norm_convolution import OP
 from tests.interpreter import DEVICE
 from tests.norm_convolution_stand_in import StandIn, use_stand_in
@@ -338,3 +342,31 @@ def test_norms_of_another_dtype(kernels) -> None:
         if isinstance(module, nn.GroupNorm):
             module.float()
     assert torch.equal(features(model, x), expected)
+
+
+# ---- the host ---------------------------------------------------------------------------------------------
+
+
+class Idle(StandIn):
+    """Launches nothing, without a call of a Python function."""
+
+    def __getitem__(self, name: str) -> Any:
+        is_launch = not name.endswith(("_shape", "_strips"))
+        takes_anything = partial(Exception().__init__)  # written in C, and returns None
+        return takes_anything if is_launch else super().__getitem__(name)
+
+
+def test_a_fused_pass_costs_the_host_no_more(kernels, monkeypatch) -> None:
+    """It enters torch's dispatcher for new maps alone; for each convolution it may call one function more."""
+    monkeypatch.setattr(native_cuda, "library", Idle)
+    monkeypatch.setattr(launch.Launch, "launch", lambda *_: None)
+    monkeypatch.setattr(launch._PublicLaunch, "__call__", lambda *_: None)
+    model, x = model_of("preactivation"), images()
+    fused = host.calls_of(model, x)
+    with use_backend(norm_convolution="reference"):
+        unfused = host.calls_of(model, x)
+    print({name: (fused[name], unfused[name]) for name in ("python_calls", "operators")})
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert fused["operators"] <= unfused["operators"] - 4 * convolutions
+    assert fused["operators_from_python"] <= unfused["operators_from_python"]
+    assert fused["python_calls"] <= unfused["python_calls"] + convolutions

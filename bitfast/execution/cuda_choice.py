@@ -63,25 +63,25 @@ TABLE: tuple[Row, ...] = (
     Row(
         lambda facts: facts.tiles < FEWEST_TILES,
         False,
-        "{tiles} tiles are too few to keep 132 multiprocessors busy",
+        f"its block has maps of {{tiles}} times {TILE} pixels: too few tiles for 132 multiprocessors",
     ),
     # cuDNN's products were seen at 410 to 670 TFLOP/s there.
     Row(
         lambda facts: facts.intensity > MOST_FLOPS_PER_BYTE,
         False,
-        "at {intensity:.0f} FLOPs a byte its block is bound by the tensor cores, which cuDNN uses best",
+        "its block is bound by the tensor cores, at {intensity:.0f} FLOPs a byte: cuDNN uses them best",
     ),
     Row(
         lambda facts: True,
         True,
-        "at {intensity:.0f} FLOPs a byte its block is bound by memory, which norms would cross twice more",
+        "its block is bound by memory, at {intensity:.0f} FLOPs a byte: norms would cross it twice more",
     ),
 )
 """The first row that holds decides. A block is judged as a whole, since next to a fused convolution one that is
 not has to be measured or normalized by a launch of its own."""
 
-TOGETHER = "in one launch with {other}, so that what both read is read once"
-"""Why two convolutions of the same filters and steps are computed together, always where a kernel can."""
+SHARED = "in one launch with {other}, so that what both read is read once"
+"""Why two convolutions of the same map, filters and steps share a launch, always where a kernel can."""
 
 
 class Choices(NamedTuple):
@@ -279,10 +279,9 @@ def _partners(
                 and why_unsuited(first._replace(second_channels=second.out_channels)) is None
             ):
                 partners[earlier.result] = later
-                for step, other in ((earlier, "the block's first one"), (later, "the shortcut's")):
+                for step, other in ((earlier, "the block's first"), (later, "the shortcut's")):
                     choice = by_result[step.result]
-                    reason = f"{choice.reason}; {TOGETHER.format(other=other)}"
-                    by_result[step.result] = choice._replace(reason=reason)
+                    by_result[step.result] = choice._replace(shared=SHARED.format(other=other))
     return partners
 
 

@@ -9,6 +9,7 @@ each other on one stream, so each may overwrite the partials of the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -213,14 +214,14 @@ class FusedConvolutions:
 
     def alone(self, step: Convolve, prepared: PreparedConvolution, operands: _Operands) -> None:
         """Emit a convolution with one result, which is not added to anything."""
-        run, stream, weights, new = prepared.run, self.stream, self.weights, self.new
+        run, stream, weights = prepared.run, self.stream, self.weights
         source, factors, packed, partials = operands
-        shape = prepared.result_shape
+        new = self.new(prepared.result_shape)
         self.free_after(step)
         result = self.builder.new(step.result)
 
         def call(places: Places) -> None:
-            made = new(shape)
+            made = new()
             run(
                 places[stream], places[source].data_ptr(), places[factors],
                 places[weights][packed].data_ptr(), 0, made.data_ptr(), places[partials],
@@ -233,9 +234,9 @@ class FusedConvolutions:
         self, step: Convolve, shortcut: int, prepared: PreparedConvolution, operands: _Operands
     ) -> None:
         """Emit a convolution that is added to the shortcut, in its memory if nobody else needs that."""
-        run, stream, weights, new = prepared.run, self.stream, self.weights, self.new
+        run, stream, weights = prepared.run, self.stream, self.weights
         source, factors, packed, partials = operands
-        shape = prepared.result_shape
+        new = self.new(prepared.result_shape)
         residual = self.aligned(shortcut)
         if self.builder.may_overwrite(step, shortcut) and shortcut != step.source:
             total = self.builder.move(step.result, shortcut)
@@ -254,7 +255,7 @@ class FusedConvolutions:
         result = self.builder.new(step.result)
 
         def call(places: Places) -> None:
-            made = new(shape)
+            made = new()
             run(
                 places[stream], places[source].data_ptr(), places[factors],
                 places[weights][packed].data_ptr(), places[residual].data_ptr(), made.data_ptr(),
@@ -268,18 +269,18 @@ class FusedConvolutions:
         self, step: Convolve, partner: Convolve, prepared: PreparedConvolution, operands: _Operands
     ) -> None:
         """Emit a launch that computes the result of a later convolution, and second that of this step."""
-        run, stream, weights, new = prepared.run, self.stream, self.weights, self.new
+        run, stream, weights = prepared.run, self.stream, self.weights
         source, factors, packed, partials = operands
         second_packed = self.number_of(step.convolution)
-        shape, second_shape = prepared.result_shape, prepared.second_shape
-        assert second_shape is not None
+        assert prepared.second_shape is not None
+        new, new_second = self.new(prepared.result_shape), self.new(prepared.second_shape)
         self.builder.find_shape(partner)
         self.free_after(step)
         self.computed.add(partner.result)
         second, result = self.builder.new(step.result), self.builder.new(partner.result)
 
         def call(places: Places) -> None:
-            made, second_made, filters = new(shape), new(second_shape), places[weights]
+            made, second_made, filters = new(), new_second(), places[weights]
             run(
                 places[stream], places[source].data_ptr(), places[factors],
                 filters[packed].data_ptr(), 0, made.data_ptr(), places[partials],
@@ -289,10 +290,14 @@ class FusedConvolutions:
 
         self.builder.emit("norm_convolution, twice", call)
 
-    def new(self, shape: Sequence[int]) -> Tensor:
-        """Return a new feature map."""
-        return torch.empty(
-            shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last
+    def new(self, shape: Sequence[int]) -> Callable[[], Tensor]:
+        """Return a function that returns a new feature map of this shape."""
+        return partial(
+            torch.empty,
+            shape,
+            dtype=self.dtype,
+            device=self.device,
+            memory_format=torch.channels_last,
         )
 
 

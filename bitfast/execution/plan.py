@@ -127,11 +127,13 @@ class Plan:
         Those after a module that is called are there once the plan has been executed.
         """
         chosen = dict(item for part in self.parts for item in part.choices().items())
-        return [
-            (step, OP if chosen[step.result].fuses else "convolution", chosen[step.result].reason)
-            for step in self._steps.all()
-            if isinstance(step, Convolve) and step.result in chosen
-        ]
+        found = []
+        for step in self._steps.all():
+            choice = chosen.get(step.result)
+            if isinstance(step, Convolve) and choice is not None:
+                what = OP if choice.fuses else "convolution"
+                found.append((step, what, "; ".join(filter(None, (choice.reason, choice.shared)))))
+        return found
 
     def graphed(self, images: Tensor, recorder: Recorder) -> GraphedPlan:
         """Return the plan as a CUDA graph, which is recorded at first."""

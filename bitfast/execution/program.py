@@ -25,10 +25,17 @@ INPUT, NOTHING, UNUSED, RESERVED = 0, 1, 2, 3
 
 
 class Choice(NamedTuple):
-    """Whether a convolution is fused with the norms around it, and why."""
+    """How a convolution is computed.
+
+    Attributes:
+        fuses: Whether it is fused with the norms around it.
+        reason: Why.
+        shared: With which other convolution it shares a launch, and why; empty if it has its own.
+    """
 
     fuses: bool
     reason: str
+    shared: str = ""
 
 
 class Program(NamedTuple):
