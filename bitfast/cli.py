@@ -215,6 +215,11 @@ def _add_env(commands: Any) -> None:
         action="store_true",
         help="exit with status 1 if an op runs as plain PyTorch though there is a kernel for such a device",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="also print which convolutions of R50x1 a GPU computes fused with norms, and why",
+    )
     parser.set_defaults(run=run_env)
 
 
@@ -327,7 +332,13 @@ def run_env(arguments: argparse.Namespace) -> int:
     from bitfast.commands import environment
 
     found = environment.describe()
+    if arguments.plan:
+        from bitfast.commands import gpu_plan
+
+        found["plan"] = gpu_plan.describe()
     print(json.dumps(found, indent=2) if arguments.json else environment.as_text(found))
+    if arguments.plan and not arguments.json:
+        print(f"\n{gpu_plan.as_text(found['plan'])}")
     missing = environment.missing_kernels(found) if arguments.check else []
     for problem in missing:
         print(problem, file=sys.stderr)

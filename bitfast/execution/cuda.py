@@ -3,7 +3,8 @@
 The launches of norms, by CUDA or by Triton kernels, are prepared beforehand. Norms overwrite what they read
 where they may, and store no statistics. The norm after a residual block also adds the branch to the
 shortcut, in the memory of the shortcut, and writes its result over the branch. Convolutions are torch's, but
-for the stem's where the op ``stem`` serves, from images of any layout.
+for the stem's where the op ``stem`` serves, from images of any layout, and for those that
+:mod:`~bitfast.execution.cuda_choice` chooses to fuse with their norms.
 
 For tests, Triton's interpreter executes these programs on the CPU.
 """
@@ -15,10 +16,11 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitfast.activations import ACTIVATIONS, activation_name
 from bitfast.backends import select_backend
+from bitfast.execution.cuda_norm_convolution import FusedConvolutions
 from bitfast.execution.graph import is_recorded_by_others
 from bitfast.execution.program import RESERVED, Places, ProgramBuilder
 from bitfast.execution.setting import Setting
@@ -35,10 +37,11 @@ from bitfast.execution.steps import (
     ZeroPad,
     normalized,
 )
-from bitfast.execution.weights import kept_standardized, recorded_weights
-from bitfast.layers import GroupNormActivation
+from bitfast.execution.weights import kept_packed_filters, kept_standardized, recorded_weights
+from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.group_norm_act_eager import kernels_of, prepare_forward
+from bitfast.ops.norm_convolution_cuda import pack_filters, uses_fused_convolution
 from bitfast.torch_state import unseen
 
 IMAGES_IN_SLICES = False
@@ -66,36 +69,44 @@ def serves(device_type: str, dtype: torch.dtype) -> bool:
 def lower(blocks: Sequence[Block], builder: ProgramBuilder, setting: Setting) -> None:
     """Emit the calls of some blocks; see :class:`~bitfast.execution.plan.Lowering`."""
     steps = [step for block in blocks for step in block]
-    lowering = _Lowering(builder, setting, fused_stem(steps, builder, setting))
+    lowering = _Lowering(blocks, builder, setting, fused_stem(steps, builder, setting))
     lowering.begin(steps)
     for step in lowering.after_stem(steps):
         lowering.lower(step)
 
 
 class _Lowering:
-    """Lowers steps, one after the other, to calls of a :class:`ProgramBuilder`."""
+    """Lowers the steps of blocks, one after the other, to calls of a :class:`ProgramBuilder`."""
 
     def __init__(
-        self, builder: ProgramBuilder, setting: Setting, stem: FusedStem | None = None
+        self,
+        blocks: Sequence[Block],
+        builder: ProgramBuilder,
+        setting: Setting,
+        stem: FusedStem | None,
     ) -> None:
         self.builder = builder
         self.setting = setting
         self.stem = stem
         self.dtype, self.device = setting.compute_dtype, setting.device
-        self.numbers: dict[nn.Module, int] = {}
-        """The index of each convolution's weight in the list of weights."""
+        self.numbers: dict[tuple[WeightStandardizedConv2d, bool], int] = {}
+        """Which of the weights are those of each convolution, packed for fused convolutions or not."""
+        self.fused: FusedConvolutions | None = None
+        if may_fuse(setting):
+            fused = FusedConvolutions(
+                blocks, builder, setting, STREAM, WEIGHTS, self.packed_number, self.normalized
+            )
+            builder.choices = fused.choices.by_result
+            self.fused = fused if fused.is_needed else None
 
     def begin(self, steps: Sequence[Step]) -> None:
         """Emit the first call, which puts the stream and the weights into their places."""
-        convolutions = [step.convolution for step in steps if isinstance(step, Convolve)]
-        self.numbers = {convolution: n for n, convolution in enumerate(convolutions)}
-        stem = self.stem
-        as_they_are = [c for c in convolutions if stem is None or c is not stem.convolution]
-        kept_by_module = kept_standardized(as_they_are, channels_last=True)
-        if stem is not None:
-            kept_by_module[stem.convolution] = stem.kept_filters(self.setting)
-        kept = [kept_by_module[convolution] for convolution in convolutions]
-        index = self.device.index
+        uses = [(s.convolution, self.is_fused(s)) for s in steps if isinstance(s, Convolve)]
+        self.numbers = {use: n for n, use in enumerate(dict.fromkeys(uses))}
+        forms = [(c, self.preparation(c, is_packed)) for c, is_packed in self.numbers]
+        convolutions = [convolution for convolution, _ in self.numbers]
+        kept = self.kept_weights()
+        fused, index = self.fused, self.device.index
 
         def call(places: Places) -> None:
             places[STREAM] = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
@@ -103,11 +114,37 @@ class _Lowering:
             if is_recorded_by_others():
                 # The graph is replayed without asking whether weights have changed.
                 fresh = recorded_weights(convolutions, channels_last=True)
-                if stem is not None:
-                    fresh[stem.convolution] = stem.prepared(fresh[stem.convolution])
-                places[WEIGHTS] = [fresh[convolution] for convolution in convolutions]
+                places[WEIGHTS] = [prepare(fresh[convolution]) for convolution, prepare in forms]
+            if fused is not None:
+                fused.begin(places)
 
         self.builder.emit("begin", call)
+
+    def kept_weights(self) -> list[Tensor]:
+        """Return the weights in the order of their numbers, from those that are kept."""
+        stem = None if self.stem is None else self.stem.convolution
+        plain = [c for c, is_packed in self.numbers if not is_packed and c is not stem]
+        standardized = kept_standardized(plain, channels_last=True)
+        if self.stem is not None:
+            standardized[self.stem.convolution] = self.stem.kept_filters(self.setting)
+        packed = kept_packed_filters([c for c, is_packed in self.numbers if is_packed], self.dtype)
+        return [packed[c] if is_packed else standardized[c] for c, is_packed in self.numbers]
+
+    def preparation(
+        self, convolution: WeightStandardizedConv2d, is_packed: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the function that makes what a launch reads of a convolution's standardized weight."""
+        if self.stem is not None and convolution is self.stem.convolution:
+            return self.stem.prepared
+        return pack_filters if is_packed else _unchanged
+
+    def is_fused(self, step: Convolve) -> bool:
+        """Whether a convolution normalizes what it reads."""
+        return self.fused is not None and self.fused.choices.fuses(step)
+
+    def packed_number(self, convolution: WeightStandardizedConv2d) -> int:
+        """Return which of the weights are the packed filters of a convolution."""
+        return self.numbers[convolution, True]
 
     def after_stem(self, steps: Sequence[Step]) -> Sequence[Step]:
         """Emit the call for the steps that the op ``stem`` does, if there are any; return the others."""
@@ -117,7 +154,7 @@ class _Lowering:
         for step in stem.steps:
             builder.find_shape(step)
         first, last = stem.steps[0], stem.steps[-1]
-        source, number = builder.place(first.source), self.numbers[stem.convolution]
+        source, number = builder.place(first.source), self.numbers[stem.convolution, False]
         builder.free_after(first)
         builder.free_after(last)
         result = builder.new(last.result)
@@ -132,7 +169,10 @@ class _Lowering:
 
     def lower(self, step: Step) -> None:
         is_uneven = self.builder.find_shape(step)
-        if isinstance(step, Convolve):
+        if isinstance(step, Convolve) and self.is_fused(step):
+            assert self.fused is not None
+            self.fused.convolve(step)
+        elif isinstance(step, Convolve):
             self.convolve(step, is_uneven)
         elif isinstance(step, Normalize):
             self.normalized(step)
@@ -202,7 +242,7 @@ class _Lowering:
 
     def convolution(self, step: Convolve) -> Callable[[Places, Tensor], Tensor]:
         """Return a function of the places and a tensor that pads, casts and convolves the tensor."""
-        convolution, number = step.convolution, self.numbers[step.convolution]
+        convolution, number = step.convolution, self.numbers[step.convolution, False]
         stride, padding, dilation = convolution.geometry
         shape = self.builder.shapes[step.source]
         pad = self.builder.pad_before(step, self.setting)
@@ -292,6 +332,19 @@ class _Lowering:
         builder.emit("group_norm_act, add", call)
 
 
+def may_fuse(setting: Setting) -> bool:
+    """Whether convolutions may be fused with norms in this setting.
+
+    Raises:
+        BackendUnavailableError: that is demanded, and cannot be done.
+    """
+    return uses_fused_convolution(setting.device.type, setting.compute_dtype)
+
+
+def _unchanged(weight: Tensor) -> Tensor:
+    return weight
+
+
 def _norm_by_operator(norm: GroupNormActivation, adds: bool) -> Norm:
     """Return a :data:`Norm` that calls the op, for parameters not aligned as prepared launches need."""
     parameters = norm.op_parameters()
@@ -345,4 +398,4 @@ def why_not_direct(dtype: torch.dtype) -> str | None:
         return None
 
 
-__all__ = ["lower", "serves", "why_not_direct"]
+__all__ = ["lower", "may_fuse", "serves", "why_not_direct"]

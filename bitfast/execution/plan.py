@@ -7,7 +7,7 @@ that somebody has hooked, wrapped or replaced.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,13 +17,13 @@ from bitfast.backends import why_unavailable
 from bitfast.execution import cpu, cuda, op_by_op
 from bitfast.execution.graph import GraphedPlan, Recorder, Results
 from bitfast.execution.guard import ParameterGuard
-from bitfast.execution.program import Program, ProgramBuilder
+from bitfast.execution.program import Choice, Program, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import Shape, shapes_of
 from bitfast.execution.steps import Block, CallModule, Convolve, Join, Step, Steps
 from bitfast.execution.weights import standardized_weights
 from bitfast.memory import keep_freed_memory
-from bitfast.ops.norm_convolution import uses_norm_convolution
+from bitfast.ops.norm_convolution import OP, uses_norm_convolution
 
 SLICE_BYTES = 7 * 2**20
 """Bytes of the first stage's output for the images that go through the high-resolution stages together."""
@@ -104,7 +104,7 @@ class Plan:
         lowering: Lowering,
         slice_bytes: int | None,
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self._steps = parameters, steps
         self._graph: GraphedPlan | None = None
         self._device = setting.device.index
         values = [steps.outputs[number] for number in request.wanted]
@@ -120,6 +120,20 @@ class Plan:
     def holds(self) -> bool:
         """Whether the parameters are still those that the plan was made for."""
         return self._parameters.holds()
+
+    def choices(self) -> list[tuple[Convolve, str, str]]:
+        """Return for each convolution what computes it, and why; none where the lowering has no choice.
+
+        Those after a module that is called are there once the plan has been executed.
+        """
+        chosen = dict(item for part in self.parts for item in part.choices().items())
+        found = []
+        for step in self._steps.all():
+            choice = chosen.get(step.result)
+            if isinstance(step, Convolve) and choice is not None:
+                what = OP if choice.fuses else "convolution"
+                found.append((step, what, "; ".join(filter(None, (choice.reason, choice.shared)))))
+        return found
 
     def graphed(self, images: Tensor, recorder: Recorder) -> GraphedPlan:
         """Return the plan as a CUDA graph, which is recorded at first."""
@@ -156,6 +170,9 @@ class Part(Protocol):
     def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the wanted outputs among the values of the blocks, and the last of these."""
 
+    def choices(self) -> Mapping[int, Choice]:
+        """Return how the convolutions are computed, by the value that they compute."""
+
 
 class _ProgramPart:
     """Blocks whose input shape is known beforehand."""
@@ -166,6 +183,9 @@ class _ProgramPart:
     def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         results = self.program.execute(x)
         return results[: self._wanted], results[-1]
+
+    def choices(self) -> Mapping[int, Choice]:
+        return self.program.choices
 
 
 class _SlicedPart:
@@ -190,6 +210,9 @@ class _SlicedPart:
         results = [torch.cat(parts) for parts in zip(*slices, strict=True)]
         return results[: self._wanted], results[-1]
 
+    def choices(self) -> Mapping[int, Choice]:
+        return self.program.choices
+
 
 class _ModulePart:
     """A module that somebody has hooked, wrapped or replaced, and which is therefore called."""
@@ -200,6 +223,9 @@ class _ModulePart:
     def execute(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         x = self.module(x)
         return [x] if self._is_wanted else [], x
+
+    def choices(self) -> Mapping[int, Choice]:
+        return {}
 
 
 class _LatePart:
@@ -220,6 +246,9 @@ class _LatePart:
             part = self._planner.program_part(self._blocks, shape)
             self._programs[shape] = part
         return part.execute(x.contiguous(memory_format=torch.channels_last))
+
+    def choices(self) -> Mapping[int, Choice]:
+        return next((part.choices() for part in self._programs.values()), {})
 
 
 class _Planner:

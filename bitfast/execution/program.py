@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -24,6 +24,20 @@ INPUT, NOTHING, UNUSED, RESERVED = 0, 1, 2, 3
 """The first places: the input, None, results that nobody reads, and the first that a lowering may reserve."""
 
 
+class Choice(NamedTuple):
+    """How a convolution is computed.
+
+    Attributes:
+        fuses: Whether it is fused with the norms around it.
+        reason: Why.
+        shared: With which other convolution it shares a launch, and why; empty if it has its own.
+    """
+
+    fuses: bool
+    reason: str
+    shared: str = ""
+
+
 class Program(NamedTuple):
     """Calls that compute the values of some steps, without gradients.
 
@@ -33,6 +47,7 @@ class Program(NamedTuple):
         places: How many places they need.
         outputs: The places of the values that are returned.
         takes_any_layout: Whether the input may have any strides; else it must be channels_last.
+        choices: How convolutions are computed, by the value that they compute, where the lowering chooses.
     """
 
     calls: tuple[Call, ...]
@@ -40,6 +55,7 @@ class Program(NamedTuple):
     places: int
     outputs: tuple[int, ...]
     takes_any_layout: bool = False
+    choices: Mapping[int, Choice] = {}
 
     def execute(self, x: Tensor) -> list[Tensor]:
         """Return the outputs for an input."""
@@ -68,6 +84,7 @@ class ProgramBuilder:
 
     Attributes:
         takes_any_layout: Set by a lowering whose calls take the input in any layout, not only channels_last.
+        choices: Set by a lowering that chooses; see :class:`Program`.
     """
 
     def __init__(
@@ -81,6 +98,7 @@ class ProgramBuilder:
     ) -> None:
         self.shapes: dict[int, Shape] = {source: shape}
         self.takes_any_layout = False
+        self.choices: Mapping[int, Choice] = {}
         self._kept = kept
         self._shared = shared
         self._calls: list[Call] = []
@@ -142,11 +160,13 @@ class ProgramBuilder:
         self._moments[value] = place = self._new_place()
         return place
 
-    def _new_place(self) -> int:
-        if self._free:
-            return self._free.pop()
+    def reserve(self) -> int:
+        """Return a place that no value gets, for the lowering itself."""
         self._size += 1
         return self._size - 1
+
+    def _new_place(self) -> int:
+        return self._free.pop() if self._free else self.reserve()
 
     def move(self, value: int, other: int) -> int:
         """Give a value the place of another, which it overwrites; return it."""
@@ -191,8 +211,8 @@ class ProgramBuilder:
         """Return the program."""
         outputs = tuple(self._places[value] for value in self._kept)
         return Program(
-            tuple(self._calls), tuple(self._names), self._size, outputs, self.takes_any_layout
-        )
+            tuple(self._calls), tuple(self._names), self._size, outputs, self.takes_any_layout, self.choices
+        )  # fmt: skip
 
 
-__all__ = ["NOTHING", "RESERVED", "UNUSED", "Call", "Places", "Program", "ProgramBuilder"]
+__all__ = ["NOTHING", "RESERVED", "UNUSED", "Call", "Choice", "Places", "Program", "ProgramBuilder"]

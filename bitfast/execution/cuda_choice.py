@@ -1,0 +1,288 @@
+"""Which convolutions of a network are fused with the norms around them on a GPU, and why.
+
+A fused one normalizes what it reads and measures what it writes; the others are cuDNN's, between norms. All
+that is asked is arithmetic on shapes, so that the choices for a GPU can be seen without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from bitfast.execution.program import Choice
+from bitfast.execution.shapes import Shape, padding_of, shape_after
+from bitfast.execution.steps import IMAGES, Block, Convolve, Step
+from bitfast.layers import DynamicPad2d, GroupNormActivation
+from bitfast.ops import native_cuda
+from bitfast.ops.norm_convolution_cuda import Convolution, why_no_factors, why_unsuited
+
+# ---- the table ------------------------------------------------------------------------------------------
+
+TILE = 64
+"""Pixels of a tile, all of one image."""
+
+FEWEST_TILES = 66
+"""Half as many as an H100 has multiprocessors."""
+
+MOST_FLOPS_PER_BYTE = 150
+"""Up to here a fused kernel is bound by memory: 450 TFLOP/s, which it is meant to reach (not measured yet),
+over 3.0 TB/s, which an H100 was seen to copy. R50's blocks at 224x224 are below in stages 1 and 2 (maps of
+56x56 and 28x28), above in stages 3 and 4."""
+
+
+class Facts(NamedTuple):
+    """What the table asks about a convolution.
+
+    Attributes:
+        problem: Why no kernel can do it; None if one can.
+        is_demanded: Whether :func:`~bitfast.use_backend` demands the kernels.
+        tiles: Of the result, the fewest that a convolution of the same block has.
+        intensity: FLOPs of all convolutions of the block, by bytes that they read and write.
+    """
+
+    problem: str | None
+    is_demanded: bool
+    tiles: int
+    intensity: float
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    holds: Callable[[Facts], bool]
+    fuses: bool
+    reason: str
+
+
+TABLE: tuple[Row, ...] = (
+    Row(lambda facts: facts.problem is not None, False, "{problem}"),
+    Row(lambda facts: facts.is_demanded, True, "use_backend demands it"),
+    Row(
+        lambda facts: facts.tiles < FEWEST_TILES,
+        False,
+        f"its block has maps of {{tiles}} times {TILE} pixels: too few tiles for 132 multiprocessors",
+    ),
+    # cuDNN's products were seen at 410 to 670 TFLOP/s there.
+    Row(
+        lambda facts: facts.intensity > MOST_FLOPS_PER_BYTE,
+        False,
+        "its block is bound by the tensor cores, at {intensity:.0f} FLOPs a byte: cuDNN uses them best",
+    ),
+    Row(
+        lambda facts: True,
+        True,
+        "its block is bound by memory, at {intensity:.0f} FLOPs a byte: norms would cross it twice more",
+    ),
+)
+"""The first row that holds decides. A block is judged as a whole, since next to a fused convolution one that is
+not has to be measured or normalized by a launch of its own."""
+
+SHARED = "in one launch with {other}, so that what both read is read once"
+"""Why two convolutions of the same map, filters and steps share a launch, always where a kernel can."""
+
+
+class Choices(NamedTuple):
+    """How the convolutions of some steps are computed.
+
+    Attributes:
+        by_result: The choice for each convolution, by the value that it computes.
+        convolutions: The same convolutions as the kernels know them.
+        norms: The norms that fused convolutions apply as they read, by the value that they are applied to.
+        partners: By the value that a fused convolution computes: a later one whose result the same launch
+            computes.
+    """
+
+    by_result: dict[int, Choice]
+    convolutions: dict[int, Convolution]
+    norms: dict[int, GroupNormActivation]
+    partners: dict[int, Convolve]
+
+    def fuses(self, step: Convolve) -> bool:
+        """Whether a convolution is fused."""
+        return self.by_result[step.result].fuses
+
+
+# ---- choosing ---------------------------------------------------------------------------------------------
+
+
+def choose(
+    blocks: Sequence[Block], shapes: Mapping[int, Shape], dtype: torch.dtype, is_demanded: bool
+) -> Choices:
+    """Choose how the convolutions of some blocks are computed.
+
+    Args:
+        blocks: In order; none calls a module.
+        shapes: Of all values.
+        dtype: Of all feature maps.
+        is_demanded: Whether every convolution is to be fused that a kernel can do.
+    """
+    by_result: dict[int, Choice] = {}
+    convolutions: dict[int, Convolution] = {}
+    for block in blocks:
+        members = [step for step in block if isinstance(step, Convolve)]
+        tiles = min((_tiles(shapes[step.result]) for step in members), default=0)
+        intensity = _intensity(members, shapes, dtype)
+        for step in members:
+            problem = _why_no_kernel(step, shapes)
+            if problem is None:
+                convolutions[step.result] = convolution = _described(step, shapes, dtype)
+                problem = why_unsuited(convolution)
+            by_result[step.result] = _look_up(Facts(problem, is_demanded, tiles, intensity))
+    steps = [step for block in blocks for step in block]
+    norms = _norms_applied_in_reading(steps, by_result, shapes)
+    partners = _partners(blocks, by_result, convolutions, norms)
+    return Choices(by_result, convolutions, norms, partners)
+
+
+def _look_up(facts: Facts) -> Choice:
+    row = next(row for row in TABLE if row.holds(facts))
+    return Choice(row.fuses, row.reason.format(**facts._asdict()))
+
+
+def _tiles(shape: Shape) -> int:
+    images, _, height, width = shape
+    return images * -(-height * width // TILE)
+
+
+def _intensity(
+    members: Sequence[Convolve], shapes: Mapping[int, Shape], dtype: torch.dtype
+) -> float:
+    """Return FLOPs by bytes of some convolutions, the weights left out."""
+    flops = numbers = 0
+    for step in members:
+        _, channels, height, width = shapes[step.source]
+        images, results, *size = shapes[step.result]
+        pixels = size[0] * size[1]
+        taps = step.convolution.weight.shape[2] * step.convolution.weight.shape[3]
+        flops += 2 * images * pixels * taps * channels * results
+        read = min(height * width, pixels * taps) * channels
+        numbers += images * (read + pixels * results * (1 + (step.shortcut is not None)))
+    return flops / max(1, numbers * dtype.itemsize)
+
+
+# ---- what a kernel can do -----------------------------------------------------------------------------------
+
+
+def _described(step: Convolve, shapes: Mapping[int, Shape], dtype: torch.dtype) -> Convolution:
+    """Return a convolution as the kernels know it; it must be square, and not dilated."""
+    convolution, shape = step.convolution, shapes[step.source]
+    (stride, _), (vertical, horizontal), _ = convolution.geometry
+    more = [0, 0, 0, 0]
+    if isinstance(convolution.pad, DynamicPad2d):
+        more = padding_of(convolution.pad, shape[2:])
+    top, bottom, left, right = more
+    sides = vertical + top, vertical + bottom, horizontal + left, horizontal + right
+    return Convolution(
+        tuple(shape),
+        dtype,
+        convolution.weight.shape[2],
+        stride,
+        sides,
+        convolution.weight.shape[0],
+        activation=None if step.norm is None else step.norm.op_parameters().activation,
+        adds=step.shortcut is not None,
+    )
+
+
+def _why_no_kernel(step: Convolve, shapes: Mapping[int, Shape]) -> str | None:
+    """Return why no kernel can be told to do a convolution."""
+    convolution = step.convolution
+    stride, _, dilation = convolution.geometry
+    height, width = convolution.weight.shape[2:]
+    if step.source == IMAGES:
+        return "it reads the images"
+    if height != width or stride[0] != stride[1]:
+        return "its filters or its steps are not square"
+    if dilation != (1, 1) and (height, width) != (1, 1):
+        return "its filters are dilated"
+    if isinstance(convolution.pad, DynamicPad2d) and convolution.pad.value != 0:
+        return "it is not padded with zeros"
+    if (
+        step.shortcut is not None
+        and shape_after(step, shapes[step.source]) != shapes[step.shortcut]
+    ):
+        return "its result is not of the shape of its shortcut"
+    return None if step.norm is None else _why_not_in_reading(step.norm, shapes[step.source])
+
+
+def _why_not_in_reading(norm: GroupNormActivation, shape: Shape) -> str | None:
+    """Return why convolutions cannot apply a norm as they read."""
+    weight, bias, groups, *_ = norm.op_parameters()
+    problem = why_no_factors(shape[1], groups)
+    if problem is not None:
+        return problem
+    if weight.dtype not in native_cuda.DTYPES or bias.dtype not in native_cuda.DTYPES:
+        return f"its norm's parameters are of {weight.dtype} and {bias.dtype}"
+    if not weight.is_contiguous() or not bias.is_contiguous():
+        return "its norm's parameters are not contiguous"
+    return None
+
+
+# ---- norms and pairs ----------------------------------------------------------------------------------
+
+
+def _norms_applied_in_reading(
+    steps: Sequence[Step], by_result: Mapping[int, Choice], shapes: Mapping[int, Shape]
+) -> dict[int, GroupNormActivation]:
+    """Return the norms that no launch applies, by the value that they are applied to.
+
+    All that read the normalized value are fused, then. Else one launch normalizes it for all.
+    """
+    # A step that adds and is not fused normalizes the sum in the same launch.
+    normalized_by_maker = {
+        step.result
+        for step in steps
+        if isinstance(step, Convolve)
+        and step.shortcut is not None
+        and step.then is not None
+        and not by_result[step.result].fuses
+        and shape_after(step, shapes[step.source]) == shapes[step.result]
+    }
+    norms: dict[int, GroupNormActivation] = {}
+    others: set[int] = set(normalized_by_maker)
+    for step in steps:
+        norm = getattr(step, "norm", None)
+        if norm is None:
+            continue
+        if isinstance(step, Convolve) and by_result[step.result].fuses:
+            norms[step.source] = norm
+        else:
+            others.add(step.source)
+    return {value: norm for value, norm in norms.items() if value not in others}
+
+
+def _partners(
+    blocks: Sequence[Block],
+    by_result: dict[int, Choice],
+    convolutions: Mapping[int, Convolution],
+    norms: Mapping[int, GroupNormActivation],
+) -> dict[int, Convolve]:
+    """Return pairs of convolutions that one launch computes, and note in their choices why.
+
+    The earlier one is the downsample of a block's shortcut, whose result is not measured; the later one is the
+    block's first.
+    """
+    partners: dict[int, Convolve] = {}
+    for block in blocks:
+        members = [s for s in block if isinstance(s, Convolve) and by_result[s.result].fuses]
+        for earlier, later in pairwise(members):
+            first, second = convolutions[later.result], convolutions[earlier.result]
+            alike = second._replace(out_channels=first.out_channels) == first
+            if (
+                earlier.source == later.source
+                and earlier.shortcut is None
+                and alike
+                and earlier.result not in norms
+                and why_unsuited(first._replace(second_channels=second.out_channels)) is None
+            ):
+                partners[earlier.result] = later
+                for step, other in ((earlier, "the block's first"), (later, "the shortcut's")):
+                    choice = by_result[step.result]
+                    by_result[step.result] = choice._replace(shared=SHARED.format(other=other))
+    return partners
+
+
+__all__ = ["TABLE", "Choices", "Facts", "Row", "choose"]
