@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitfast.backends import enabled_kernels, requested_backend
 from bitfast.bench import contest, models, registry
 from bitfast.bench import norm_convolution_problems as problems
 from bitfast.bench import norm_convolutions as bench
 from bitfast.bench.accuracy import Float64Judge, WrongResultError
 from bitfast.bench.cases import OURS, PLAIN, Case, Contestant, NotHereError, Problem, called
+from bitfast.bench.contestant import fusing
 from bitfast.bench.isolated import IsolatedCases
 from bitfast.bench.norm_convolution_problems import UNFUSED, WITH_FACTORS, Layer
 from bitfast.bench.rows import EVERYBODY, FAILED, SKIPPED, TIMED, Row
@@ -159,6 +161,24 @@ def test_other_gpus_say_why(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(NotHereError, match=words):
         bench.require_kernels()
+
+
+def test_whole_models_are_run_in_three_ways() -> None:
+    kernel = "norm_convolution", "native", "cuda"
+
+    def state() -> tuple[str | None, bool]:
+        return requested_backend("norm_convolution"), kernel in enabled_kernels()
+
+    assert [entry.fused for entry in models.FUSED[1:]] == [
+        "",
+        "",
+        "table",
+        "table",
+        *["everywhere"] * 2,
+    ]
+    within = {how: fusing(how)(state)() for how in ("", "table", "everywhere")}
+    assert within == {"": (None, False), "table": (None, True), "everywhere": ("native", False)}
+    assert state() == (None, False)
 
 
 # ---- in a process of their own --------------------------------------------------------------------------
