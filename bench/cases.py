@@ -34,6 +34,10 @@ class NotInstalledError(RuntimeError):
     """A contestant needs what is not installed; the message says how to get it."""
 
 
+class NotHereError(RuntimeError):
+    """A case cannot be run on this machine; the message says why."""
+
+
 @dataclass
 class Running:
     """A contestant that has given its first results, and can be timed.
@@ -133,6 +137,8 @@ class Case:
         is_training: Whether autograd records what the contestants do.
         is_quick: Whether it stands for its like, in ``--quick`` and in the documentation.
         most_rounds: Of samples; None: as many as are asked for.
+        time_limit: Seconds, for kernels that no card has proved yet: the case runs in another process, which is
+            ended after them. None: it runs like the others.
     """
 
     kind: str
@@ -146,6 +152,7 @@ class Case:
     is_training: bool = False
     is_quick: bool = False
     most_rounds: int | None = None
+    time_limit: float | None = None
 
     @property
     def title(self) -> str:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from .accuracy import WrongResultError, check
-from .cases import Case, Contestant, NotInstalledError, Problem, Running
+from .cases import Case, Contestant, NotHereError, NotInstalledError, Problem, Running
 from .limits import Limits
 from .registry import opened
-from .rows import EVERYBODY, FAILED, MISSING, Row
+from .rows import EVERYBODY, FAILED, MISSING, SKIPPED, Row
 from .timing import summarize, take_turns
 from .workers import Base
 
@@ -42,6 +42,8 @@ def run(
         return _rows(
             case, limits, min(rounds, case.most_rounds or rounds), base, progress, is_quick
         )
+    except NotHereError as error:
+        return [not_run(case, SKIPPED, str(error))]
     except Exception as error:  # nor must one case's failure cost the others
         return [not_run(case, FAILED, f"{type(error).__name__}: {error}")]
 

@@ -9,8 +9,10 @@ many calls took, and "kernels" by samples of the GPU's share. None ends it.
 What a description says, by key: ``package`` is whose code computes ("transformers", "timm", "torchvision",
 "bitfast", "onnxruntime", "openvino"; "case" for any case of the benchmark); ``dtype`` and ``device``;
 ``form`` is "eager", "compiled" (with ``mode``), "autocast", "compiled autocast", "accelerated" or "captured";
-``folder`` holds the checkpoint, ``onnx`` the same network for other runtimes, ``input`` the images and ``grad``
-the gradient of the output, for training; of the first ``checked`` images the results go to ``output``.
+``fused`` says which convolutions of bitfast normalize what they read on a GPU: those that do so by default
+(""), those that the "table" of plans names, or all that have a kernel ("everywhere"); ``folder`` holds the
+checkpoint, ``onnx`` the same network for other runtimes, ``input`` the images and ``grad`` the gradient of the
+output, for training; of the first ``checked`` images the results go to ``output``.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import sys
 import time
 import timeit
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +159,11 @@ def load_torch(work: Work) -> Loaded:
     x = np.load(work["input"])
 
     def construct() -> Call:
+        with fusing(work["fused"]):
+            call = call_of_model()
+        return call if not work["fused"] else fusing(work["fused"])(call)
+
+    def call_of_model() -> Call:
         if work["package"] == "timm":
             model = timm_model(package, work["folder"])
         elif work["package"] == "torchvision":
@@ -248,6 +255,26 @@ def in_form(model: Any, images: Any, work: Work) -> Any:
 
         bitfast.capture(model, images)
     return model
+
+
+@contextmanager
+def fusing(convolutions: str) -> Iterator[None]:
+    """Let plans fuse the convolutions that ``fused`` in a description names, until the block ends."""
+    if not convolutions:
+        yield
+        return
+    from bitfast import backends
+
+    if convolutions == "everywhere":
+        with backends.use_backend(norm_convolution="native"):
+            yield
+        return
+    kernel = "norm_convolution", "native", "cuda"
+    backends.enable_kernel(*kernel)
+    try:
+        yield
+    finally:
+        backends.disable_kernel(*kernel)
 
 
 def outputs_of(result: Any) -> list[Any]:

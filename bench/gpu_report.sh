@@ -40,6 +40,8 @@ note() {
 "
 }
 
+# Kernels that no card has proved yet have steps of their own: one that hangs must not cost the others' results.
+unproved="tests/gpu/test_norm_convolution.py"
 small="tests/gpu/test_same_padding.py tests/gpu/test_prepared_launch.py"
 kernels="tests/test_group_norm_act_kernels.py tests/test_weight_standardization_kernels.py
     tests/test_resize_normalize_kernels.py"
@@ -54,7 +56,8 @@ step environment 60 "$python" -m bitfast env --check
 step bench "$((${SECONDS_OF_BENCH:-240} + 90))" "$python" -m bench.run --device cuda \
     --seconds "${SECONDS_OF_BENCH:-240}" --rounds 5 --output "$out/report.json" --markdown "$out/report.md" --charts "$out"
 # shellcheck disable=SC2086 # lists of words
-step tests 240 "$python" $pytest $spread tests/gpu $kernels
+step tests 240 "$python" $pytest $spread --ignore=$unproved tests/gpu $kernels
+step tests-unproved 90 "$python" $pytest -vv $unproved
 if command -v compute-sanitizer > /dev/null
 then
     # Without torch's cache every tensor is an allocation of its own, whose ends are watched. Calls that torch makes

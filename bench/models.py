@@ -23,6 +23,7 @@ from . import contestant as own_process
 from . import peers
 from .accuracy import GRADIENT_LIMITS, LIMITS, Float64Judge, Verdict, overall_error
 from .cases import Case, Contestant, NotInstalledError, Problem, Running
+from .norm_convolutions import require_kernels
 from .torchvision_import import import_torchvision
 from .workers import Work, begin_process
 
@@ -37,6 +38,7 @@ class Entry:
     form: str = "eager"
     mode: str = "default"
     is_channels_last: bool = False
+    fused: str = ""
 
 
 BASELINE = Entry("transformers", "transformers")
@@ -203,6 +205,39 @@ def gpu_case(
     settings = GPU_NETWORKS[name]
     network = Network(settings, batch, is_training=is_training, checked=2, device="cuda", threads=0)
     return network.case(f"{name} 224x224 batch {batch} {dtype}{note}", entries, is_quick=is_quick)
+
+
+FUSED = (
+    Entry("transformers", "transformers", "bfloat16"),
+    *(
+        Entry("bitfast" + words + suffix, "bitfast", "bfloat16", form, fused=fused)
+        for fused, words in (
+            ("", ""),
+            ("table", ", fused by the table"),
+            ("everywhere", ", fused everywhere"),
+        )
+        for form, suffix in (("eager", ""), ("captured", ", CUDA graph"))
+    ),
+)
+"""Plans without convolutions that normalize what they read; with them where the plan's table has them pay; with
+them wherever there is a kernel."""
+FUSED_BATCHES = (128, 1, 8)
+FUSED_TIME_LIMIT = 75.0
+
+
+def fused_cases() -> Iterator[Case]:
+    """Yield the cases of :data:`FUSED`."""
+
+    @contextmanager
+    def opened_here(network: Network) -> Iterator[Problem]:
+        require_kernels()
+        with opened(network, FUSED) as problem:
+            yield problem
+
+    for batch in FUSED_BATCHES:
+        case = gpu_case("R50x1", batch, "bfloat16", FUSED, ", norm_convolution", is_training=False)
+        network = Network(R50X1, batch, checked=2, device="cuda", threads=0)
+        yield replace(case, open=partial(opened_here, network), time_limit=FUSED_TIME_LIMIT)
 
 
 # ---- what a case's contestants are given --------------------------------------------------------

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import images, models, ops
+from . import images, models, norm_convolutions, ops
 from .cases import Case, Problem
 
 
@@ -18,6 +18,10 @@ def cases(device: str, thread_counts: Sequence[int]) -> Iterator[Case]:
         device: "cpu" or "cuda".
         thread_counts: Models and image processors run with each on the CPU, ops with the largest.
     """
+    if device == "cuda":  # first, since nothing is known of them yet
+        yield from norm_convolutions.cases()
+        yield from models.fused_cases()
+        yield from norm_convolutions.further_cases()
     yield from ops.cases(device, max(thread_counts))
     yield from images.cases(device, thread_counts)
     yield from models.cases(device, thread_counts)

@@ -31,9 +31,13 @@ PACKAGES = {
 
 def markdown(report: Report) -> str:
     models, ops, images = (report.of_kind(kind) for kind in ("model", "op", "images"))
+    fused = [row for row in ops if row.op == "norm_convolution" and row.device == "cuda"]
+    ops = [row for row in ops if row not in fused]
     parts = ["# bitfast beside others", "", *header(report), "", *limits_lines(report)]
     for title, rows in cases_of(models).items():
         parts += ["", f"## {title}", "", *model_table(rows)]
+    if fused:
+        parts += ["", "## Convolutions that normalize what they read", "", *rate_table(fused)]
     if ops:
         parts += ["", "## Ops", "", *op_table(ops)]
     if images:
@@ -111,6 +115,32 @@ def op_table(rows: Iterable[Row]) -> list[str]:
             "; ".join(f"{name} {short_cell(row)}" for name, row in by_name.items()),
         ])  # fmt: skip
     return table(heads, lines, "llrrrrrll")
+
+
+def rate_table(rows: Iterable[Row]) -> list[str]:
+    """Return cases about ops that are about bytes and arithmetic, a line per contestant."""
+    heads = [
+        "case",
+        "contestant",
+        "time",
+        "ratio",
+        "GB/s",
+        "TFLOP/s",
+        "of the limit",
+        "error",
+        "note",
+    ]
+    lines = []
+    for row in rows:
+        cells = [row.status, "", "", "", "", "", cell_text(row.note)]
+        if row.seconds is not None:
+            rates = (cell("{:.0f}", count / row.seconds or None, scale)
+                     for count, scale in ((row.bytes, 1e-9), (row.flops, 1e-12)))  # fmt: skip
+            limit = cell("{:.0f} %", row.fraction, 100) + (f" ({row.limit})" if row.limit else "")
+            note = cell_text(row.note.removeprefix("backend: native"))
+            cells = [time_cell(row), ratio_cell(row), *rates, limit, error(row.error), note]
+        lines.append([row.case, bold(row.contestant), *cells])
+    return table(heads, lines, "llrrrrrrl")
 
 
 def image_table(rows: Iterable[Row]) -> list[str]:

@@ -107,6 +107,7 @@ def measure(cases: Sequence[Case], arguments: argparse.Namespace, base: Base | N
     from tqdm import tqdm
 
     from . import contest, limits, peers, rows
+    from .isolated import IsolatedCases
 
     report = rows.Report(rows.machine(cases[0].device), peers=peers.installed())
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
@@ -114,7 +115,8 @@ def measure(cases: Sequence[Case], arguments: argparse.Namespace, base: Base | N
     end = time.monotonic() + (arguments.seconds or float("inf"))
     interval = 0.1 if sys.stderr.isatty() else 30.0
     total = len(needed) + len(cases)
-    with tqdm(total=total, file=sys.stderr, mininterval=interval, dynamic_ncols=True) as bar:
+    progress = tqdm(total=total, file=sys.stderr, mininterval=interval, dynamic_ncols=True)
+    with progress as bar, IsolatedCases() as isolated:
         bar.set_description("the machine's limits")
         for threads in needed:
             report.limits[threads] = limits.measure(cases[0].device, threads)
@@ -123,7 +125,11 @@ def measure(cases: Sequence[Case], arguments: argparse.Namespace, base: Base | N
             bar.set_description(case.title)
             if time.monotonic() > end:
                 report.rows.append(contest.not_run(case, rows.SKIPPED, "out of time"))
+            elif case.time_limit is not None and base is None:
+                known = report.limits.get(case.threads)
+                report.rows += isolated.run(case, known, rounds, is_quick=arguments.quick)
             else:
+                isolated.close()
                 known, tell = report.limits.get(case.threads), bar.set_postfix_str
                 report.rows += contest.run(
                     case, known, rounds, base, tell, is_quick=arguments.quick

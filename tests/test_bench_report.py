@@ -11,7 +11,7 @@ from bitfast.bench import charts, readme
 from bitfast.bench.cases import OURS, PLAIN
 from bitfast.bench.limits import Limits
 from bitfast.bench.report import documentation, markdown
-from bitfast.bench.rows import FAILED, MISSING, Report, Row
+from bitfast.bench.rows import EVERYBODY, FAILED, MISSING, SKIPPED, Report, Row
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +110,29 @@ def test_markdown(report: Report) -> None:
     # Every line of a table has as many cells as its head.
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {8, 10}
+
+
+def test_fused_convolutions_have_a_table_of_their_own(report: Report) -> None:
+    about = ("op", "norm_convolution", "128x64x56x56 1x1", "cuda", 0)
+    report.rows += [
+        Row(
+            *about, OURS, "bfloat16", seconds=2e-4, quartiles=(2e-4, 2e-4), ratio=4.0, fraction=0.8,
+            limit="copy", bytes=500_000_000, flops=13_200_000_000, error=1e-3, note="backend: native",
+        ),
+        Row(*about, f"{OURS}, with the factors", "bfloat16", FAILED, "statistics: wrong"),
+        Row("op", "norm_convolution", "another", "cuda", 0, EVERYBODY, "bfloat16", SKIPPED, "no GPU"),
+    ]  # fmt: skip
+    lines = markdown(report).splitlines()
+    assert (
+        "| 128x64x56x56 1x1 | **bitfast** | 200 us | 4.00x | 2500 | 66 | 80 % (copy) | 1.0e-03 | |"
+        in lines
+    )
+    assert (
+        "| 128x64x56x56 1x1 | **bitfast, with the factors** | failed | | | | | | statistics: wrong |"
+        in lines
+    )
+    assert "| another | all | skipped | | | | | | no GPU |" in lines
+    assert sum("128x64x56x56" in line for line in lines) == 2
 
 
 def test_charts(report: Report, tmp_path: Path) -> None:
