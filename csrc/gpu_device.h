@@ -148,6 +148,11 @@ BITFAST_GPU void fence_barrier_init() {
 BITFAST_GPU void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// At the barrier of a block of the cluster, given by the address that it has in this one.
+BITFAST_GPU void arrive_remote(Barrier* barrier, int rank) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in_block(barrier, rank))
+               : "memory");
+}
 // Arrives, and announces so many bytes of bulk copies, which the phase waits for too.
 BITFAST_GPU void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -185,6 +190,15 @@ BITFAST_GPU void bulk_load(void* shared, const void* global, uint32_t bytes, Bar
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+// The same, to all blocks of the cluster that `blocks` has a bit for, at the address that it has in this one; each of
+// their barriers counts the bytes.
+BITFAST_GPU void bulk_load_to(uint16_t blocks, void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
 }
 // Copies from shared to global memory; the thread that began it waits for it.
 BITFAST_GPU void bulk_store(void* global, const void* shared, uint32_t bytes) {

@@ -17,19 +17,32 @@ struct NormConvolution {
   static BITFAST_GPU void run(const Arguments& a) {
     const Barriers barriers{a};
     if (threadIdx.x == 0) init(a, barriers);
-    gpu::sync_block();
+    sync(a);
     if (threadIdx.x < 128) {
       gpu::leave_registers<loader_registers>();
-      if (threadIdx.x == 0) load_weights(a, barriers, columns);
-      if (threadIdx.x < 32) return;
-      if (a.taps == 1 && a.stride == 1) {
-        Loader<T, RunItems>(a, barriers, columns).run();
-      } else {
-        Loader<T, RowItems>(a, barriers, columns).run();
-      }
+      load(a, barriers);
     } else {
       gpu::take_registers<multiplier_registers>();
       Multiplier<T, columns>(a, barriers).run();
+    }
+    if (a.cluster > 1) gpu::sync_cluster();  // the other block may still send something here
+  }
+
+  static BITFAST_GPU void load(const Arguments& a, const Barriers& barriers) {
+    if (threadIdx.x == 0) WeightLoader{a, barriers, columns}.run();
+    if (threadIdx.x < 32) return;
+    if (a.taps == 1 && a.stride == 1) {
+      Loader<T, RunItems>(a, barriers, columns).run();
+    } else {
+      Loader<T, RowItems>(a, barriers, columns).run();
+    }
+  }
+
+  static BITFAST_GPU void sync(const Arguments& a) {
+    if (a.cluster > 1) {
+      gpu::sync_cluster();
+    } else {
+      gpu::sync_block();
     }
   }
 
@@ -39,10 +52,9 @@ struct NormConvolution {
       gpu::init_barrier(barriers.full(i), loaders / 32);
       gpu::init_barrier(barriers.empty(i), readers);
     }
-    const int weight_stages = a.keeps_weights ? 1 : a.weight_stages;
-    for (int i = 0; i < weight_stages; ++i) {
+    for (int i = 0; i < a.weight_stages; ++i) {
       gpu::init_barrier(barriers.weights_full(i), 1);
-      gpu::init_barrier(barriers.weights_empty(i), readers);
+      gpu::init_barrier(barriers.weights_empty(i), readers * a.cluster);
     }
     for (int i = 0; i < multiplier_groups; ++i) gpu::init_barrier(barriers.turn(i), 4);
     gpu::fence_barrier_init();
@@ -126,7 +138,7 @@ const char* plan(const Call& c, Plan& found) {
 
 template <typename T>
 const char* run(const Plan& plan, void* stream) {
-  const gpu::LaunchShape shape{plan.blocks, 1, plan.arguments.shared.bytes};
+  const gpu::LaunchShape shape{plan.blocks, plan.arguments.cluster, plan.arguments.shared.bytes};
   switch (plan.columns) {
     case 64:
       return gpu::launch<NormConvolution<T, 64>>(shape, plan.arguments, stream);
@@ -152,7 +164,8 @@ BITFAST_ENTRY const char* bitfast_norm_convolution_shape(
   Plan found;
   if (const char* problem = plan(*call, found)) return problem;
   const Arguments& a = found.arguments;
-  *shape = {found.columns, a.takes_turns, a.keeps_weights, a.stages, a.strips, a.shared.bytes, found.blocks, a.tiles};
+  *shape = {found.columns, a.takes_turns,     a.keeps_weights, a.cluster,           a.stages,
+            a.strips,      a.shared.bytes, found.blocks,    int64_t{a.tiles} * a.cluster};
   return nullptr;
 }
 

@@ -38,6 +38,7 @@ struct Shape {
   int32_t columns;         // result channels of a tile
   int32_t takes_turns;     // whether each group of warps has tiles of its own, or both share each tile
   int32_t keeps_weights;   // whether a block loads its weights once
+  int32_t cluster;         // blocks that bring weights for each other
   int32_t stages;          // of the ring of x
   int32_t strips;          // of the partials, in each image
   int32_t shared_bytes;

@@ -9,52 +9,55 @@ namespace bitfast::norm_convolution {
 using gpu::load_shared_16;
 using gpu::store_shared_16;
 
-// Brings the weights of one place in the filter and 64 input channels: as a plane of each 8 channels, the vectors of the
-// tile's result channels.
-BITFAST_GPU void load_weight_stage(
-    const Arguments& a, const Tile& tile, int columns, int number, unsigned char* to, gpu::Barrier* barrier) {
-  const Output& output = a.outputs[tile.is_second];
-  const int count = min(columns, output.channels - tile.column);
-  const unsigned char* from =
-      output.weights + (static_cast<int64_t>(number) * planes * output.channels + tile.column) * vector_bytes;
-  if (count == output.channels && count == columns) {
-    gpu::bulk_load(to, from, planes * columns * vector_bytes, barrier);
-    return;
-  }
-  for (int plane = 0; plane < planes; ++plane) {
-    gpu::bulk_load(to + plane * columns * vector_bytes, from, count * vector_bytes, barrier);
-    from += static_cast<int64_t>(output.channels) * vector_bytes;
-  }
-}
-
-BITFAST_GPU uint32_t weight_bytes(const Arguments& a, const Tile& tile, int columns) {
-  return static_cast<uint32_t>(planes * min(columns, a.outputs[tile.is_second].channels - tile.column) * vector_bytes);
-}
-
 // What one thread does: brings the weights of all tiles of the block.
-BITFAST_GPU void load_weights(const Arguments& a, const Barriers& barriers, int columns) {
-  unsigned char* ring = gpu::shared_memory() + a.shared.weights;
-  const int stage_bytes = planes * columns * vector_bytes, steps = a.chunks * a.taps;
-  if (a.keeps_weights) {  // all tiles of the block are of the same channels
-    const Tile tile(a, static_cast<int>(blockIdx.x), columns);
-    gpu::arrive_and_expect(barriers.weights_full(0), steps * weight_bytes(a, tile, columns));
-    for (int i = 0; i < steps; ++i) {
-      load_weight_stage(a, tile, columns, i, ring + i * stage_bytes, barriers.weights_full(0));
-    }
-    return;
-  }
-  RingPlace place;
-  for (int t = static_cast<int>(blockIdx.x); t < a.tiles; t += static_cast<int>(gridDim.x)) {
-    const Tile tile(a, t, columns);
-    const uint32_t bytes = weight_bytes(a, tile, columns);
-    for (int i = 0; i < steps; ++i) {
-      gpu::wait_for(barriers.weights_empty(place.stage), place.parity ^ 1);
-      gpu::arrive_and_expect(barriers.weights_full(place.stage), bytes);
-      load_weight_stage(a, tile, columns, i, ring + place.stage * stage_bytes, barriers.weights_full(place.stage));
-      place.advance(a.weight_stages);
+struct WeightLoader {
+  const Arguments& a;
+  const Barriers& barriers;
+  int columns;
+
+  BITFAST_GPU void run() const {
+    const BlockTiles tiles(a);
+    const int steps = a.chunks * a.taps;
+    RingPlace place;
+    for (int t = tiles.first; t < a.tiles; t += tiles.step) {
+      const Tile tile(a, t, columns);
+      for (int i = 0; i < steps; ++i) {
+        if (!a.keeps_weights) gpu::wait_for_remote(barriers.weights_empty(place.stage), place.parity ^ 1);
+        load(tile, i, place.stage);
+        place.advance(a.weight_stages);
+      }
+      if (a.keeps_weights) return;  // all tiles of the block are of the same channels
     }
   }
-}
+
+ private:
+  // Brings the weights of one place in the filter and 64 input channels: as a plane of each 8 channels, the vectors of the
+  // tile's result channels.
+  BITFAST_GPU void load(const Tile& tile, int number, int stage) const {
+    const Output& output = a.outputs[tile.is_second];
+    const int count = min(columns, output.channels - tile.column), mine = planes / a.cluster;
+    const int first = a.cluster == 1 ? 0 : gpu::cluster_rank() * mine;
+    unsigned char* to =
+        gpu::shared_memory() + a.shared.weights + (stage * planes + first) * columns * vector_bytes;
+    const unsigned char* from =
+        output.weights +
+        ((static_cast<int64_t>(number) * planes + first) * output.channels + tile.column) * vector_bytes;
+    gpu::Barrier* barrier = barriers.weights_full(stage);
+    gpu::arrive_and_expect(barrier, planes * count * vector_bytes);
+    const bool are_together = count == output.channels && count == columns;
+    const int copies = are_together ? 1 : mine;
+    const uint32_t bytes = (are_together ? mine : 1) * count * vector_bytes;
+    for (int i = 0; i < copies; ++i) {
+      if (a.cluster == 1) {
+        gpu::bulk_load(to, from, bytes, barrier);
+      } else {
+        gpu::bulk_load_to(static_cast<uint16_t>((1 << a.cluster) - 1), to, from, bytes, barrier);
+      }
+      to += columns * vector_bytes;
+      from += static_cast<int64_t>(output.channels) * vector_bytes;
+    }
+  }
+};
 
 // The scale and the shift of eight channels.
 struct Factors {
@@ -150,7 +153,8 @@ struct Loader {
       : a(arguments), barriers(all_barriers), columns(tile_columns), thread(static_cast<int>(threadIdx.x) - 32) {}
 
   BITFAST_GPU void run() {
-    Step loading, normalizing;
+    const BlockTiles tiles(a);
+    Step loading(tiles), normalizing(tiles);
     int behind = 0;  // how many stages normalizing is
     while (normalizing.tile < a.tiles) {
       thread = gpu::not_before_here(thread);  // or what follows from it would be held in registers all the time
@@ -161,7 +165,7 @@ struct Loader {
       if (loading.tile < a.tiles) {
         gpu::wait_for(barriers.empty(loading.place.stage), loading.place.parity ^ 1);
         load(loading);
-        loading.advance(a);
+        loading.advance(a, tiles);
       }
       gpu::commit_copies();
       if (!normalizes) {
@@ -173,7 +177,7 @@ struct Loader {
       gpu::fence_async_proxy();
       gpu::sync_warp();
       if (thread % 32 == 0) gpu::arrive(barriers.full(normalizing.place.stage));
-      normalizing.advance(a);
+      normalizing.advance(a, tiles);
     }
     gpu::wait_copies<0>();
   }
@@ -184,13 +188,13 @@ struct Loader {
     int tile, chunk = 0;
     RingPlace place;
 
-    BITFAST_GPU Step() : tile(static_cast<int>(blockIdx.x)) {}
+    BITFAST_GPU explicit Step(const BlockTiles& tiles) : tile(tiles.first) {}
 
-    BITFAST_GPU void advance(const Arguments& a) {
+    BITFAST_GPU void advance(const Arguments& a, const BlockTiles& tiles) {
       place.advance(a.stages);
       if (++chunk == a.chunks) {
         chunk = 0;
-        tile += static_cast<int>(gridDim.x);
+        tile += tiles.step;
       }
     }
   };
@@ -243,7 +247,9 @@ struct Loader {
     }
   }
 
-  BITFAST_GPU bool normalizes_now(const Step& step) const { return a.has_norm && has_channels(step); }
+  BITFAST_GPU bool normalizes_now(const Step& step) const {
+    return a.has_norm && has_channels(step) && first_patch(step) < a.patches.count;
+  }
 
   BITFAST_GPU Factors factors_of(const Step& step, int n) const {
     const int64_t image = Patch(a.patches, first_patch(step) + n).image;

@@ -39,13 +39,11 @@ struct Multiplier {
   }
 
   BITFAST_GPU void run() {
-    const int blocks = static_cast<int>(gridDim.x);
-    const int first = a.takes_turns ? group : 0, step = a.takes_turns ? multiplier_groups : 1;
-    if (a.keeps_weights) gpu::wait_for(barriers.weights_full(0), 0);
+    const BlockTiles tiles(a);
     Sums sums;
     // The tiles of the block that are this group's, by their number.
-    for (int n = first;; n += step) {
-      const int64_t index = blockIdx.x + static_cast<int64_t>(n) * blocks;
+    for (int n = a.takes_turns ? group : 0;; n += a.takes_turns ? multiplier_groups : 1) {
+      const int64_t index = tiles.first + static_cast<int64_t>(n) * tiles.step;
       if (index >= a.tiles) break;
       const Tile tile(a, static_cast<int>(index), columns);
       if (adds(tile)) fetch_residual(tile, 0, 0, buffer);
@@ -79,6 +77,7 @@ struct Multiplier {
       unit_bytes[i] = (patch * p.positions + (unit - (patch << p.units_log2)) * unit_pixels) * vector_bytes;
     }
     RingPlace place = after(n * a.chunks, a.stages);
+    // Weights that are kept have been there since the first phase.
     RingPlace weight_place = a.keeps_weights ? RingPlace() : after(n * a.chunks * a.taps, a.weight_stages);
     int read = none, weights_read = none;  // stages that the products before read last
     gpu::begin_products(sums);
@@ -87,7 +86,7 @@ struct Multiplier {
       gpu::wait_for(barriers.full(place.stage), place.parity);
       const gpu::MatrixPlace stage = moved(inputs, place.stage * planes * a.plane_bytes);
       for (int tap = 0, y = 0, x = 0; tap < a.taps; ++tap) {
-        if (!a.keeps_weights) gpu::wait_for(barriers.weights_full(weight_place.stage), weight_place.parity);
+        gpu::wait_for(barriers.weights_full(weight_place.stage), weight_place.parity);
         const int phase = p.phase == 0 ? 0 : ((y & 1) * 2 + (x & 1)) * p.phase;
         const int position = p.phase == 0 ? y * pitch + x : phase + (y >> 1) * pitch + (x >> 1);
         const gpu::MatrixPlace left = moved(stage, position * vector_bytes);
@@ -132,7 +131,9 @@ struct Multiplier {
   BITFAST_GPU void tell(int read, int weights_read) const {
     if (lane != 0) return;
     if (read != none) gpu::arrive(barriers.empty(read));
-    if (weights_read != none) gpu::arrive(barriers.weights_empty(weights_read));
+    if (weights_read == none) return;
+    gpu::arrive(barriers.weights_empty(weights_read));
+    if (a.cluster > 1) gpu::arrive_remote(barriers.weights_empty(weights_read), gpu::cluster_rank() ^ 1);
   }
 
   // ---- results ---------------------------------------------------------------------------------------------------------

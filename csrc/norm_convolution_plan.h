@@ -102,7 +102,8 @@ inline int bytes_of(Arguments& a, int columns) {
   a.shared.weights = a.stages * planes * a.plane_bytes;
   a.shared.buffers = a.shared.weights + a.weight_stages * weight_stage;
   a.shared.barriers = a.shared.buffers + 4 * multiplier_groups * a.buffers * buffer_bytes;
-  a.shared.bytes = a.shared.barriers + most_barriers * static_cast<int>(sizeof(gpu::Barrier));
+  const int barriers = 2 * most_stages + multiplier_groups + 2 * a.weight_stages;
+  a.shared.bytes = a.shared.barriers + barriers * static_cast<int>(sizeof(gpu::Barrier));
   return a.shared.bytes;
 }
 
@@ -110,8 +111,9 @@ inline int bytes_of(Arguments& a, int columns) {
 inline bool fill_shared_memory(Arguments& a, int columns, int room) {
   const int steps = a.chunks * a.taps;
   // A stage of the input lasts for all places in the filter: deep rings of weights first.
-  const int most_weights = a.keeps_weights ? steps : std::min(most_weight_stages, a.taps == 1 ? 4 : 6);
+  const int most_weights = a.keeps_weights ? steps : std::min(steps, a.taps == 1 ? 4 : 6);
   const int fewest_weights = a.keeps_weights ? steps : 2, fewest = a.taps == 1 ? 3 : 2;
+  if (most_weights > most_weight_stages || most_weights < fewest_weights) return false;
   for (int weights = most_weights; weights >= fewest_weights; --weights) {
     a.weight_stages = weights;
     for (int stages = most_stages; stages >= fewest; --stages) {
@@ -125,37 +127,47 @@ inline bool fill_shared_memory(Arguments& a, int columns, int room) {
 
 // ---- the choice --------------------------------------------------------------------------------------------------------
 
-// What a tile costs, in cycles of a multiprocessor: what takes longest of all that goes on side by side. Rates are those
-// of an H100: 2048 multiplications a cycle, 13 bytes of memory, 40 bytes of the L2 cache; and what the instructions of
-// loaders and of writing warps come to.
+// What a tile costs, in cycles of a multiprocessor. All of it goes on side by side, so that what takes longest decides; the
+// rest gets in its way a little. A cycle of an H100 has 2048 multiplications, 128 bytes of shared memory (of which conflicts
+// take some), 28 of the L2 cache and 13 of memory. What the instructions take is counted in the machine code.
 inline double tile_cost(const Call& c, const Arguments& a, int columns) {
-  const int units = 1 << a.units_log2, patches = units >> a.patches.units_log2;
-  const double steps = static_cast<double>(a.chunks) * a.taps;
-  const double products = units * unit_pixels * static_cast<double>(columns) * chunk_channels * steps / 2048;
   const Patches& p = a.patches;
-  const double items =
-      c.kernel_size == 1 ? p.columns : p.items_per_row.value * static_cast<double>((p.rows - 1) * c.stride + 3);
-  const double loading = patches * items * a.chunks * (a.has_norm ? 8.0 : 3.0);
+  const int units = 1 << a.units_log2, patches = units >> p.units_log2;
+  const double steps = static_cast<double>(a.chunks) * a.taps;
+  const double items = patches * (c.kernel_size == 1 ? p.columns : p.items_per_row.value * ((p.rows - 1.0) * c.stride + 3));
+  const double results = patches * static_cast<double>(p.rows) * p.columns;
   const double pieces = units * columns / static_cast<double>(piece_channels);
-  const double writing = 130.0 * pieces * (a.partials != nullptr ? 2.0 : 1.0);
-  const double results = patches * static_cast<double>(p.rows) * p.columns * columns * 2;
-  const double memory = (results * (c.has_residual ? 2 : 1) + patches * items * c.channels * 2 /
-                         static_cast<double>(a.tiles_per_row.value)) / 13;
-  const double weights = a.keeps_weights ? 0 : steps * columns * chunk_channels * 2;
-  const double cache = (weights + patches * items * c.channels * 2) / 40;
-  const double busy = std::max({products, loading, memory, cache});
-  // A group that shares its tiles writes while nobody multiplies.
-  return a.takes_turns ? std::max(busy, writing) : std::max(products + writing, busy);
+  const double weight_bytes = steps * columns * chunk_channels * 2;
+
+  const double products = units * unit_pixels * columns * chunk_channels * steps / 2048;
+  // Where a stage is normalized as soon as it has been asked for, the answer is waited for.
+  const double loading = items * a.chunks * ((a.has_norm ? 3.5 : 0) + (c.kernel_size == 1 && c.stride == 1 ? 2 : 5)) +
+                         (a.lag == 0 ? 800.0 * a.chunks : 0);
+  const double writing = pieces * (a.cell_channels != 0 ? 300 : 150);
+  const double product_bytes = units * steps * (chunk_channels / 16) * 32 * (unit_pixels + columns);
+  const double staged_bytes = items * a.chunks * chunk_channels * 2 * (a.has_norm ? 3 : 1) +
+                              units * unit_pixels * columns * 2 * (c.has_residual ? 4 : 2);
+  const double shared = (product_bytes + staged_bytes + (a.keeps_weights ? 0 : weight_bytes)) / 112;
+  const double read = items * c.channels * 2;
+  const double cache = (read + (a.keeps_weights ? 0 : weight_bytes / a.cluster)) / 28;
+  const double memory =
+      (read / static_cast<double>(a.tiles_per_row.value) + results * columns * 2 * (c.has_residual ? 2 : 1)) / 13;
+  // Groups that share a tile write while nobody multiplies.
+  const double alone = a.takes_turns ? 0 : writing;
+  const double longest = std::max({products + alone, loading, writing, shared + alone, cache, memory});
+  const double all = products + loading + writing + shared + cache + memory;
+  return longest + 0.1 * (all - longest);
 }
 
 // Returns the plan of one way to cut, if it can be.
 inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device, int columns, bool takes_turns,
-                     bool keeps_weights) {
+                     bool keeps_weights, int cluster) {
   Plan plan;
   Arguments& a = plan.arguments;
   a = common;
   a.takes_turns = takes_turns;
   a.keeps_weights = keeps_weights;
+  a.cluster = cluster;
   const int units = units_of(columns) * (takes_turns ? 1 : multiplier_groups);
   a.units_log2 = log2_of(units);
   a.patches = patches_of(c, units);
@@ -168,16 +180,15 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
     across += output.tiles;
   }
   a.tiles_per_row = Divisor(across);
-  const int64_t tiles = ceil_div(a.patches.count, patches) * across;
+  const int64_t tiles = ceil_div(a.patches.count, patches * cluster) * across;  // of a cluster
   if (tiles > INT32_MAX) return plan;
   a.tiles = static_cast<int>(tiles);
-  plan.blocks = std::min<int64_t>(tiles, device.multiprocessors);
-  if (keeps_weights) {  // each block has the same channels all the time
-    if (across > device.multiprocessors) return plan;
-    plan.blocks = plan.blocks / across * across;
-  }
+  int64_t clusters = std::min<int64_t>(tiles, device.multiprocessors / cluster);
+  if (keeps_weights) clusters = clusters / across * across;  // each block has the same channels all the time
+  if (clusters == 0) return plan;
+  plan.blocks = clusters * cluster;
   if (!fill_shared_memory(a, columns, device.shared_bytes_per_block)) return plan;
-  const int64_t rounds = ceil_div(tiles, plan.blocks);
+  const int64_t rounds = ceil_div(tiles, clusters);
   if (rounds * a.chunks * a.taps > INT32_MAX) return plan;
   // The first tile of a block also waits for memory.
   plan.cost = tile_cost(c, a, columns) * rounds + 1500;
@@ -186,14 +197,17 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
 }
 
 // Chooses the cheapest way to cut. Without turns two groups share the weights that come in; with turns a block keeps them.
+// Blocks that keep their weights need no other block to bring some.
 inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device) {
   Plan best;
   for (const int columns : {64, 128, 256}) {
     for (const bool takes_turns : {true, false}) {
       for (const bool keeps_weights : {true, false}) {
         if (takes_turns && !keeps_weights) continue;
-        const Plan plan = plan_for(c, common, device, columns, takes_turns, keeps_weights);
-        if (plan.columns != 0 && (best.columns == 0 || plan.cost < best.cost)) best = plan;
+        for (int cluster = 1; cluster <= (keeps_weights ? 1 : 2); ++cluster) {
+          const Plan plan = plan_for(c, common, device, columns, takes_turns, keeps_weights, cluster);
+          if (plan.columns != 0 && (best.columns == 0 || plan.cost < best.cost)) best = plan;
+        }
       }
     }
   }

@@ -7,7 +7,8 @@
 // the positions that a place in the filter reads still follow each other.
 //
 // A tile is some units times `columns` channels of a result. Blocks stay, and take one tile after the other, those of the
-// same pixels one after the other.
+// same pixels one after the other. Two blocks of a cluster have tiles of the same channels at the same time, and each
+// brings half of the weights for both.
 //
 // Shared memory holds 64 channels of a tile's input at a time, as 8 planes of vectors of 8 channels, one for each
 // position: a ring of stages. Weights lie likewise, a vector for each result channel. wgmma reads both as they are,
@@ -29,7 +30,7 @@ constexpr int piece_channels = 64;  // of a result, that a warp writes at once
 constexpr int strip_pixels = 16;    // that a warp has of a unit
 constexpr int loaders = 96;         // threads that bring the input
 constexpr int items_at_once = loaders / planes;
-constexpr int most_stages = 8, most_weight_stages = 8;
+constexpr int most_stages = 8, most_weight_stages = 32;
 
 // The warps that multiply write through memory of their own, a row for each pixel.
 constexpr int buffer_row_bytes = 2 * piece_channels + 16;
@@ -52,7 +53,6 @@ struct Patches {
 struct SharedLayout {
   int weights, buffers, barriers, bytes;
 };
-constexpr int most_barriers = 2 * (most_stages + most_weight_stages + 1);
 
 struct Output {
   const unsigned char* weights;
@@ -73,7 +73,8 @@ struct Arguments {
   int top, left, stride;
   int chunks, taps;         // chunks of channels; places in the filter
   Patches patches;
-  int tiles;
+  int cluster;              // blocks
+  int tiles;                // of a cluster
   Divisor tiles_per_row;    // beside each other, in both outputs
   int units_log2;           // of a tile
   bool takes_turns;
@@ -92,9 +93,9 @@ struct Barriers {
 
   BITFAST_GPU gpu::Barrier* full(int stage) const { return at(stage); }
   BITFAST_GPU gpu::Barrier* empty(int stage) const { return at(most_stages + stage); }
-  BITFAST_GPU gpu::Barrier* weights_full(int stage) const { return at(2 * most_stages + stage); }
-  BITFAST_GPU gpu::Barrier* weights_empty(int stage) const { return at(2 * most_stages + most_weight_stages + stage); }
-  BITFAST_GPU gpu::Barrier* turn(int group) const { return at(2 * (most_stages + most_weight_stages) + group); }
+  BITFAST_GPU gpu::Barrier* turn(int group) const { return at(2 * most_stages + group); }
+  BITFAST_GPU gpu::Barrier* weights_full(int stage) const { return at(2 * most_stages + 2 + stage); }
+  BITFAST_GPU gpu::Barrier* weights_empty(int stage) const { return at(2 * most_stages + 2 + a.weight_stages + stage); }
 
  private:
   BITFAST_GPU gpu::Barrier* at(int i) const {
@@ -139,6 +140,14 @@ struct Patch {
   }
 };
 
+// The tiles of a block: every `step`th, from the first on.
+struct BlockTiles {
+  int first, step;
+
+  BITFAST_GPU explicit BlockTiles(const Arguments& a)
+      : first(static_cast<int>(blockIdx.x) / a.cluster), step(static_cast<int>(gridDim.x) / a.cluster) {}
+};
+
 // What a tile is of.
 struct Tile {
   int first_patch;
@@ -147,7 +156,8 @@ struct Tile {
 
   BITFAST_GPU Tile(const Arguments& a, int tile, int columns) {
     const int row = a.tiles_per_row.divide(tile);
-    first_patch = row << (a.units_log2 - a.patches.units_log2);
+    const int rank = a.cluster == 1 ? 0 : gpu::cluster_rank();
+    first_patch = (row * a.cluster + rank) << (a.units_log2 - a.patches.units_log2);
     is_second = tile >= a.outputs[0].tiles;
     column = (is_second ? tile - a.outputs[0].tiles : tile) * columns;
   }

@@ -170,6 +170,9 @@ inline void init_barrier(Barrier* barrier, int arrivals) {
 }
 inline void fence_barrier_init() {}
 inline void arrive(Barrier* barrier) { emulation::arrive_at(emulation::state_of(barrier)); }
+inline void arrive_remote(Barrier* barrier, int rank) {
+  emulation::arrive_at(emulation::state_of(emulation::in_block(barrier, rank)));
+}
 inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
   auto& state = emulation::state_of(barrier);
   state.pending += static_cast<int32_t>(bytes);
@@ -198,6 +201,17 @@ inline void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier*
   check_bulk(shared, global, bytes);
   emulation::state_of(barrier);
   emulation::machine.bulk_copies.push_back({shared, global, bytes, barrier});
+}
+inline void bulk_load_to(uint16_t blocks, void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
+  if (blocks == 0) emulation::fault("a bulk copy goes to no block");
+  check_bulk(shared, global, bytes);
+  for (int rank = 0; rank < 16; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    auto* theirs = emulation::in_block(barrier, rank);
+    emulation::state_of(theirs);
+    auto* to = emulation::in_block(static_cast<unsigned char*>(shared), rank);
+    emulation::machine.bulk_copies.push_back({to, global, bytes, theirs});
+  }
 }
 inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
   check_bulk(shared, global, bytes);
