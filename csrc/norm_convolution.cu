@@ -130,7 +130,7 @@ const char* plan(const Call& c, Plan& found) {
   if (const char* error = gpu::current_device(device)) return error;
   if (device.capability != 90) return "norm_convolution: the kernel is for GPUs of capability 9.0";
   found = plan_for(c, arguments_of(c), device);
-  if (found.columns == 0) return "norm_convolution: the convolution does not fit on the device";
+  if (found.tiling.columns == 0) return "norm_convolution: the convolution cannot be cut to fit the device";
   const Patches& p = found.arguments.patches;
   found.arguments.strips = static_cast<int>(p.per_image.value << p.units_log2) * (unit_pixels / strip_pixels);
   return nullptr;
@@ -139,7 +139,7 @@ const char* plan(const Call& c, Plan& found) {
 template <typename T>
 const char* run(const Plan& plan, void* stream) {
   const gpu::LaunchShape shape{plan.blocks, plan.arguments.cluster, plan.arguments.shared.bytes};
-  switch (plan.columns) {
+  switch (plan.tiling.columns) {
     case 64:
       return gpu::launch<NormConvolution<T, 64>>(shape, plan.arguments, stream);
     case 128:
@@ -164,8 +164,7 @@ BITFAST_ENTRY const char* bitfast_norm_convolution_shape(
   Plan found;
   if (const char* problem = plan(*call, found)) return problem;
   const Arguments& a = found.arguments;
-  *shape = {found.columns, a.takes_turns,     a.keeps_weights, a.cluster,           a.stages,
-            a.strips,      a.shared.bytes, found.blocks,    int64_t{a.tiles} * a.cluster};
+  *shape = {found.tiling, a.stages, a.strips, a.shared.bytes, found.blocks, int64_t{a.tiles} * a.cluster};
   return nullptr;
 }
 

@@ -17,6 +17,14 @@
 
 namespace bitfast::norm_convolution {
 
+// How a convolution is cut into tiles.
+struct Tiling {
+  int32_t columns;        // result channels of a tile: 64, 128 or 256
+  int32_t takes_turns;    // whether each group of warps has tiles of its own, or both share each tile
+  int32_t keeps_weights;  // whether a block loads its weights once, or for each tile
+  int32_t cluster;        // blocks that bring weights for each other: 1 or 2
+};
+
 // Result = convolution of activation(norm(x)), with a residual added to it. Where two convolutions of the same kernel
 // size and stride read the same x, one launch may do both: the second has a result, and nothing else.
 struct Call {
@@ -31,16 +39,14 @@ struct Call {
   int32_t second_channels;          // of the second result, or 0
   int32_t has_residual;
   int32_t cell_channels;  // of the partials of the (first) result: 2, 4 or 8; 0 if there are to be none
+  Tiling tiling;          // with 0 columns, chosen for the shape; else, to compare, this one
 };
 
 // How a call is launched.
 struct Shape {
-  int32_t columns;         // result channels of a tile
-  int32_t takes_turns;     // whether each group of warps has tiles of its own, or both share each tile
-  int32_t keeps_weights;   // whether a block loads its weights once
-  int32_t cluster;         // blocks that bring weights for each other
-  int32_t stages;          // of the ring of x
-  int32_t strips;          // of the partials, in each image
+  Tiling tiling;
+  int32_t stages;  // of the ring of x
+  int32_t strips;  // of the partials, in each image
   int32_t shared_bytes;
   int64_t blocks, tiles;
 };

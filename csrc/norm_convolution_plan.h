@@ -11,7 +11,7 @@ namespace bitfast::norm_convolution {
 
 // How a convolution is done: the choices, and what follows from them.
 struct Plan {
-  int columns = 0;  // 0: the convolution cannot be done
+  Tiling tiling = {};  // of no columns if the convolution cannot be cut so
   Arguments arguments = {};
   int64_t blocks = 0;
   double cost = 0;
@@ -159,16 +159,15 @@ inline double tile_cost(const Call& c, const Arguments& a, int columns) {
   return longest + 0.1 * (all - longest);
 }
 
-// Returns the plan of one way to cut, if it can be.
-inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device, int columns, bool takes_turns,
-                     bool keeps_weights, int cluster) {
+// Returns the plan of one way to cut.
+inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device, const Tiling& tiling) {
   Plan plan;
   Arguments& a = plan.arguments;
   a = common;
-  a.takes_turns = takes_turns;
-  a.keeps_weights = keeps_weights;
-  a.cluster = cluster;
-  const int units = units_of(columns) * (takes_turns ? 1 : multiplier_groups);
+  a.takes_turns = tiling.takes_turns;
+  a.keeps_weights = tiling.keeps_weights;
+  a.cluster = tiling.cluster;
+  const int units = units_of(tiling.columns) * (a.takes_turns ? 1 : multiplier_groups);
   a.units_log2 = log2_of(units);
   a.patches = patches_of(c, units);
   const int patches = units >> a.patches.units_log2;
@@ -176,40 +175,45 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
   if (a.plane_bytes >= 1 << 18) return plan;
   int across = 0;
   for (Output& output : a.outputs) {
-    output.tiles = static_cast<int>(ceil_div(output.channels, columns));
+    output.tiles = static_cast<int>(ceil_div(output.channels, tiling.columns));
     across += output.tiles;
   }
   a.tiles_per_row = Divisor(across);
-  const int64_t tiles = ceil_div(a.patches.count, patches * cluster) * across;  // of a cluster
+  const int64_t tiles = ceil_div(a.patches.count, patches * a.cluster) * across;  // of a cluster
   if (tiles > INT32_MAX) return plan;
   a.tiles = static_cast<int>(tiles);
-  int64_t clusters = std::min<int64_t>(tiles, device.multiprocessors / cluster);
-  if (keeps_weights) clusters = clusters / across * across;  // each block has the same channels all the time
+  int64_t clusters = std::min<int64_t>(tiles, device.multiprocessors / a.cluster);
+  if (a.keeps_weights) clusters = clusters / across * across;  // each block has the same channels all the time
   if (clusters == 0) return plan;
-  plan.blocks = clusters * cluster;
-  if (!fill_shared_memory(a, columns, device.shared_bytes_per_block)) return plan;
+  plan.blocks = clusters * a.cluster;
+  if (!fill_shared_memory(a, tiling.columns, device.shared_bytes_per_block)) return plan;
   const int64_t rounds = ceil_div(tiles, clusters);
   if (rounds * a.chunks * a.taps > INT32_MAX) return plan;
   // The first tile of a block also waits for memory.
-  plan.cost = tile_cost(c, a, columns) * rounds + 1500;
-  plan.columns = columns;
+  plan.cost = tile_cost(c, a, tiling.columns) * rounds + 1500;
+  plan.tiling = tiling;
   return plan;
 }
 
-// Chooses the cheapest way to cut. Without turns two groups share the weights that come in; with turns a block keeps them.
-// Blocks that keep their weights need no other block to bring some.
+// The ways to cut: groups of warps that share a tile share the weights that come in for it, too, also with another block;
+// those that take turns need weights that are kept. Of the ways that cost the same the first is taken.
+constexpr Tiling tilings[] = {
+    {64, 1, 1, 1}, {64, 0, 1, 1}, {64, 0, 0, 1}, {64, 0, 0, 2},   //
+    {128, 1, 1, 1}, {128, 0, 1, 1}, {128, 0, 0, 1}, {128, 0, 0, 2},  //
+    {256, 1, 1, 1}, {256, 0, 1, 1}, {256, 0, 0, 1}, {256, 0, 0, 2}};
+
+inline bool are_equal(const Tiling& a, const Tiling& b) {
+  return a.columns == b.columns && a.takes_turns == b.takes_turns && a.keeps_weights == b.keeps_weights &&
+         a.cluster == b.cluster;
+}
+
+// Chooses the cheapest way to cut, or takes the one that is wanted.
 inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device) {
   Plan best;
-  for (const int columns : {64, 128, 256}) {
-    for (const bool takes_turns : {true, false}) {
-      for (const bool keeps_weights : {true, false}) {
-        if (takes_turns && !keeps_weights) continue;
-        for (int cluster = 1; cluster <= (keeps_weights ? 1 : 2); ++cluster) {
-          const Plan plan = plan_for(c, common, device, columns, takes_turns, keeps_weights, cluster);
-          if (plan.columns != 0 && (best.columns == 0 || plan.cost < best.cost)) best = plan;
-        }
-      }
-    }
+  for (const Tiling& tiling : tilings) {
+    if (c.tiling.columns != 0 && !are_equal(tiling, c.tiling)) continue;
+    const Plan plan = plan_for(c, common, device, tiling);
+    if (plan.tiling.columns != 0 && (best.tiling.columns == 0 || plan.cost < best.cost)) best = plan;
   }
   return best;
 }

@@ -237,6 +237,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kernel_size", "stride", "top", "left")),
         *((name, ctypes.c_int32) for name in ("result_height", "result_width", "result_channels")),
         *((name, ctypes.c_int32) for name in ("second_channels", "has_residual", "cell_channels")),
+        ("tiling", CTiling),
     )
 
     @classmethod
@@ -270,7 +271,7 @@ class Shape(ctypes.Structure):
     """``bitfast::norm_convolution::Shape``: how a call is launched."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("columns", "takes_turns", "keeps_weights")),
+        ("tiling", CTiling),
         *((name, ctypes.c_int32) for name in ("stages", "strips", "shared_bytes")),
         *((name, ctypes.c_int64) for name in ("blocks", "tiles")),
     )
