@@ -66,6 +66,11 @@ def emulate(kernels: ctypes.CDLL, device: tuple[int, int, int] = H100, seed: int
     kernels.emulate_device(*device, seed)
 
 
+def emulate_last_cluster_only(kernels: ctypes.CDLL) -> None:
+    """Let only the last cluster of each launch run, until the next ``emulate``, as where offsets are large."""
+    kernels.emulate_last_cluster_only()
+
+
 def call(function: Any, *arguments: Any) -> None:
     """Call an entry of a library.
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bitfast.activations import ACTIVATIONS
 from tests.emulated import DTYPES, at_page_end, call, library
 
 NAN = float("nan")
@@ -93,3 +99,213 @@ def merged(partials: Tensor, cell_channels: int) -> tuple[Tensor, Tensor, Tensor
     means = (mean * share).sum(1)
     apart = (mean - means[:, None]).square() * pixels[..., None] * cell_channels
     return pixels.sum(1), means, (squares + apart).sum(1)
+
+
+# ---- convolutions -----------------------------------------------------------------------------------
+
+
+class Call(ctypes.Structure):
+    """``bitfast::norm_convolution::Call``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("dtype", "has_norm", "activation")),
+        ("images", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("height", "width", "channels")),
+        *((name, ctypes.c_int32) for name in ("kernel_size", "stride", "top", "left")),
+        *((name, ctypes.c_int32) for name in ("result_height", "result_width", "result_channels")),
+        *((name, ctypes.c_int32) for name in ("second_channels", "has_residual", "cell_channels")),
+    )
+
+
+class Shape(ctypes.Structure):
+    """``bitfast::norm_convolution::Shape``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("columns", "takes_turns", "keeps_weights")),
+        *((name, ctypes.c_int32) for name in ("stages", "strips", "shared_bytes")),
+        *((name, ctypes.c_int64) for name in ("blocks", "tiles")),
+    )
+
+
+def convolution_kernels() -> ctypes.CDLL:
+    return library("csrc/norm_convolution.cu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution, with what is fused to it.
+
+    Attributes:
+        padding: (top, bottom, left, right).
+        activation: Of the norm of x: "relu" or "none"; None: x has no norm.
+        cell_channels: Of the partials; 0: there are none.
+    """
+
+    images: int
+    channels: int
+    size: tuple[int, int]
+    out_channels: int
+    kernel_size: int = 1
+    stride: int = 1
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    activation: str | None = "relu"
+    adds: bool = False
+    second_channels: int = 0
+    cell_channels: int = 8
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def result_size(self) -> tuple[int, int]:
+        top, bottom, left, right = self.padding
+        height, width = self.size[0] + top + bottom, self.size[1] + left + right
+        return (
+            (height - self.kernel_size) // self.stride + 1,
+            (width - self.kernel_size) // self.stride + 1,
+        )
+
+    @property
+    def products(self) -> int:
+        """How many multiplications it is, of 64 channels on both sides at least."""
+        sides = max(self.channels, 64) * max(self.out_channels, 64)
+        return self.images * math.prod(self.result_size) * sides * self.kernel_size**2
+
+    def call(self) -> Call:
+        rows, columns = self.result_size
+        return Call(
+            dtype=DTYPES[self.dtype],
+            has_norm=self.activation is not None,
+            activation=list(ACTIVATIONS).index(self.activation or "none"),
+            images=self.images,
+            height=self.size[0],
+            width=self.size[1],
+            channels=self.channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            top=self.padding[0],
+            left=self.padding[2],
+            result_height=rows,
+            result_width=columns,
+            result_channels=self.out_channels,
+            second_channels=self.second_channels,
+            has_residual=self.adds,
+            cell_channels=self.cell_channels,
+        )
+
+    def shape(self) -> Shape:
+        """How it is launched on the device that is emulated."""
+        shape = Shape()
+        entry = convolution_kernels().bitfast_norm_convolution_shape
+        call(entry, ctypes.byref(self.call()), ctypes.byref(shape))
+        return shape
+
+
+def feature_map(
+    images: int, channels: int, size: Sequence[int], dtype: torch.dtype, fill: float | None = None
+) -> Tensor:
+    """A channels_last map that ends where its memory does: random numbers, or all the same."""
+    x = (
+        torch.randn(images, channels, *size)
+        if fill is None
+        else torch.empty(images, channels, *size)
+    )
+    return at_page_end(x.to(dtype).contiguous(memory_format=torch.channels_last), fill)
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    factors: Tensor | None
+    weight: Tensor
+    residual: Tensor | None
+    second_weight: Tensor | None
+
+    @classmethod
+    def of(cls, case: Case, mean: float = 0.0) -> Inputs:
+        """Random ones; ``mean``: of the residual."""
+        x = feature_map(case.images, case.channels, case.size, case.dtype)
+        factors = residual = second = None
+        if case.activation is not None:
+            factors = torch.randn(case.images, 2, case.channels)
+            factors[:, 0] = factors[:, 0].abs() + 0.5
+            factors = at_page_end(factors)
+        if case.adds:
+            residual = feature_map(case.images, case.out_channels, case.result_size, case.dtype)
+            residual += mean
+        if case.second_channels:
+            second = _weight(case, case.second_channels)
+        return cls(x, factors, _weight(case, case.out_channels), residual, second)
+
+
+def _weight(case: Case, out_channels: int) -> Tensor:
+    weight = torch.randn(out_channels, case.channels, case.kernel_size, case.kernel_size)
+    return (weight / (case.channels * case.kernel_size**2) ** 0.5).to(case.dtype)
+
+
+def pack_filters(weight: Tensor) -> Tensor:
+    """(out, in, k, k) as (ceil(in / 64), k * k, 8, out, 8), with zeros for channels that the input lacks."""
+    out, channels, size, _ = weight.shape
+    chunks = -(-channels // 64)
+    packed = torch.zeros(chunks * 64, size * size, out, dtype=weight.dtype)
+    packed[:channels] = weight.reshape(out, channels, -1).permute(1, 2, 0)
+    packed = packed.view(chunks, 8, 8, size * size, out).permute(0, 3, 1, 4, 2)
+    return at_page_end(packed.contiguous())
+
+
+class Results(NamedTuple):
+    result: Tensor
+    second: Tensor | None
+    partials: Tensor | None
+
+
+def convolve(case: Case, inputs: Inputs, in_place: bool = False) -> Results:
+    """Call the entry; results lie in memory that was poisoned, or the first one in that of the residual."""
+    size, dtype = case.result_size, case.dtype
+    result = feature_map(case.images, case.out_channels, size, dtype, NAN)
+    residual, second, partials = inputs.residual, None, None
+    if in_place and residual is not None:
+        residual = result.copy_(residual)
+    if case.second_channels:
+        second = feature_map(case.images, case.second_channels, size, dtype, NAN)
+    if case.cell_channels:
+        cells = case.out_channels // case.cell_channels
+        partials = at_page_end(torch.empty(case.images, case.shape().strips, 1 + cells, 2), NAN)
+    call(
+        convolution_kernels().bitfast_norm_convolution, ctypes.byref(case.call()), None,
+        inputs.x, inputs.factors, pack_filters(inputs.weight), residual, result, partials,
+        None if inputs.second_weight is None else pack_filters(inputs.second_weight), second,
+    )  # fmt: skip
+    return Results(result, second, partials)
+
+
+def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Plain PyTorch's results: in float64, or in the dtype of x, multiplied in float32 as GPUs do."""
+    x, computes = inputs.x, torch.promote_types(dtype, torch.float32)
+    if inputs.factors is not None:
+        scale, shift = inputs.factors.to(computes)[..., None, None].unbind(1)
+        x = ACTIVATIONS[case.activation or "none"](x.to(computes) * scale + shift).to(dtype)
+    top, bottom, left, right = case.padding
+    x = F.pad(x.to(computes), (left, right, top, bottom))
+
+    def convolved(weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight.to(computes), stride=case.stride).to(dtype)
+
+    result = convolved(inputs.weight)
+    if inputs.residual is not None:
+        result = result + inputs.residual.to(dtype)
+    second = inputs.second_weight
+    return result, None if second is None else convolved(second)
+
+
+def check_statistics(result: Tensor, partials: Tensor, cell_channels: int) -> None:
+    """Hold the partials of all strips of each image together to the numbers that were stored."""
+    pixels, mean, squares = merged(partials, cell_channels)
+    assert (pixels == result[0, 0].numel()).all()
+    values = result.double().unflatten(1, (-1, cell_channels)).flatten(3)
+    count = values.shape[2] * values.shape[3]
+    exact_mean = values.mean((2, 3))
+    exact_squares = (values - exact_mean[..., None, None]).square().sum((2, 3))
+    std = (exact_squares / count).sqrt()
+    assert ((mean - exact_mean).abs() <= 3e-7 * std + 1.2e-7 * exact_mean.abs()).all()
+    # Each strip's mean is rounded to float32.
+    rounding = count**0.5 * 1.2e-7 * exact_mean.abs()
+    allowed = 1e-5 * exact_squares + 2 * rounding * exact_squares.sqrt() + rounding.square()
+    assert ((squares - exact_squares).abs() <= allowed).all()

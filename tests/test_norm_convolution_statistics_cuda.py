@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.emulated import A100, H100, at_page_end, call, emulate
+from tests.emulated import A100, H100, at_page_end, call, emulate, emulate_last_cluster_only
 from tests.norm_convolution_calls import (
     NAN,
     factors_call,
@@ -309,16 +309,25 @@ def test_no_images() -> None:
 
 
 def test_offsets_past_two_billion() -> None:
-    """The last image begins beyond 2^31 numbers; those before it are zero, and take no memory."""
+    """The last image begins beyond 2^31 numbers, in memory that takes none where nobody touches it."""
     emulate(statistics_kernels(), H100)
-    before, pixels, channels = 2**11, 2**13, 128
-    x = torch.empty((before + 1) * pixels * channels, dtype=BFLOAT16)
-    x = x.view(before + 1, pixels, 1, channels).permute(0, 3, 1, 2)
-    x[-1].copy_(torch.randn(x.shape[1:]))
+    emulate_last_cluster_only(statistics_kernels())
+    images, pixels, channels = 2**15 + 1, 2**10, 64
+    x = torch.empty(images * pixels * channels, dtype=BFLOAT16)
+    x = x.view(images, pixels, 1, channels).permute(0, 3, 1, 2)
     assert x[:-1].numel() == 2**31
-    partials = partials_of(x, 8)
-    assert not partials[:-1, :, 1:].any()
+    x[-1].copy_(torch.randn(x.shape[1:]))
+    partials = partials_of(x, 8, strips=1)
     check_partials(x[-1:], partials[-1:], 8)
+
+    huge = torch.empty(2**17 + 1, 2**12, 2, 2)
+    assert huge[:-1].numel() == 2**31
+    huge[-1] = 0.0
+    huge[-1, 0] = torch.tensor([[35.0, 0.0], [2.0, 280.0]])
+    weight, bias = parameters(8)
+    factors = factors_of(huge, weight, bias, 1)[-1]
+    torch.testing.assert_close(factors[0], weight / (1 + EPS) ** 0.5)
+    torch.testing.assert_close(factors[1], bias - 2 * weight / (1 + EPS) ** 0.5)
 
 
 def test_parameters_need_no_alignment() -> None:

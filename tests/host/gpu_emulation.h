@@ -306,4 +306,10 @@ BITFAST_ENTRY __attribute__((used)) inline void emulate_device(
   machine.device.shared_bytes_per_block = shared_bytes_per_block;
   machine.device.shared_bytes_per_multiprocessor = shared_bytes_per_block + 1024;
   machine.random.seed(seed);
+  machine.runs_last_only = false;
+}
+
+// For the tests: of the next launches on this device only the last cluster runs, as where offsets are large.
+BITFAST_ENTRY __attribute__((used)) inline void emulate_last_cluster_only() {
+  bitfast::gpu::emulation::machine.runs_last_only = true;
 }
