@@ -10,6 +10,9 @@ The functions of the CPU, :mod:`bitfast.ops.norm_convolution`, do not serve GPUs
 of channels in float64, their zeros are as many on all sides, and they have one result. So plans call what
 :func:`prepare_convolution` returns; tests and benchmarks call :mod:`bitfast.ops.norm_convolution_fused`.
 
+There is no Triton form: it would take statistics by reshape-and-reduce, which on a card has given other numbers
+than in the interpreter, so that nothing could prove it without one.
+
 The kernels multiply by wgmma of sm_90a: they are for compute capability 9.0 alone. Until cards have proved them
 they serve on demand: by ``use_backend(norm_convolution="native")``, or once
 :func:`bitfast.backends.enable_kernel` has enabled them.
