@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from ctypes import string_at
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from bench import host
 from bitfast.backends import BackendUnavailableError, use_backend
+from bitfast.execution import cuda, cuda_choice
+from bitfast.execution.cuda_choice import TABLE, Row
 from bitfast.execution.plan import Plan
 from bitfast.kernels import launch
 from bitfast.ops import native_cuda
 from bitfast.ops.norm_convolution import OP
+from tests import norm_convolution_stand_in
 from tests.interpreter import DEVICE
 from tests.norm_convolution_stand_in import StandIn, use_stand_in
 from tests.test_execution_cuda import plans
@@ -342,6 +346,84 @@ def test_norms_of_another_dtype(kernels) -> None:
         if isinstance(module, nn.GroupNorm):
             module.float()
     assert torch.equal(features(model, x), expected)
+
+
+def test_norms_whose_parameters_are_not_aligned(kernels, monkeypatch) -> None:
+    model, x = model_of("preactivation"), images()
+    expected = features(model, x)
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            for name in ("weight", "bias"):
+                parameter = getattr(module, name)
+                memory = torch.empty(module.num_channels + 1, dtype=parameter.dtype)
+                parameter.data = memory[1:].copy_(parameter)
+    aligned = norm_convolution_stand_in.at
+
+    def at(address: int, dtype: torch.dtype, shape: Any) -> Tensor:
+        if address % 16 == 0 or len(shape) > 1:
+            return aligned(address, dtype, shape)
+        count = torch.Size(shape).numel()
+        memory = bytearray(string_at(address, count * dtype.itemsize))
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    monkeypatch.setattr(norm_convolution_stand_in, "at", at)
+    assert torch.equal(features(model, x), expected)
+
+
+def test_weights_are_standardized_within_somebody_s_graph(kernels, monkeypatch) -> None:
+    model, x = model_of("same"), images()
+    packed: list[Tensor] = []
+    original = cuda.pack_filters
+    with use_backend(weight_standardization="triton"):
+        expected = features(model, x)
+        monkeypatch.setattr(cuda, "is_recorded_by_others", lambda: True)
+        monkeypatch.setattr(cuda, "pack_filters", lambda w: packed.append(w) or original(w))
+        model.plans.clear()
+        assert torch.equal(features(model, x), expected)
+    assert len(packed) == len(last_plan(model).choices()) - 1  # the stem's are not packed
+
+
+# ---- the table ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["preactivation", "bottleneck"])
+@pytest.mark.parametrize("fused_stage", [0, 1])
+def test_blocks_that_are_fused_next_to_others(monkeypatch, kind, fused_stage) -> None:
+    """Where a norm stands between the two, a launch normalizes."""
+    kernels = use_stand_in(monkeypatch)
+    row = TABLE[-1]._replace(holds=lambda facts: (facts.intensity < 14) == (fused_stage == 0))
+    monkeypatch.setattr(
+        cuda_choice, "TABLE", (TABLE[0], row, Row(lambda _: True, False, "it is not"))
+    )
+    with torch.no_grad():
+        model, x = model_of(kind), images()
+        actual = outputs(model, x)
+        by_module = {step.convolution: what for step, what, _ in last_plan(model).choices()}
+        for number, stage in enumerate(model.encoder.stages):
+            whats = {by_module[m] for m in stage.modules() if isinstance(m, nn.Conv2d)}
+            assert whats == {OP if number == fused_stage else "convolution"}
+        names = names_of(last_plan(model))
+        with use_backend(norm_convolution="reference"):
+            unfused = outputs(model, x)
+        with use_backend("reference"):
+            oracle = outputs(copy.deepcopy(model).double(), x.double())
+    for a, b, c in zip(actual, unfused, oracle, strict=True):
+        assert relative_error(a, c) <= 2 * relative_error(b, c) + 2**-8
+    assert kernels.calls.count("norm_convolution_partials") == names.count("partials")
+    assert names.count("partials") == (kind == "preactivation" and fused_stage == 0)
+
+
+def test_the_table_decides_where_nothing_is_demanded(monkeypatch) -> None:
+    use_stand_in(monkeypatch)
+    model = model_of("preactivation")
+    with torch.no_grad():
+        model(images())
+        assert not any(name.startswith("norm_convolution") for name in names_of(last_plan(model)))
+        model(images(count=66))
+    assert "norm_convolution" in names_of(last_plan(model))
+    (few, many) = ({why for _, _, why in plan.choices()} for plan in plans(model))
+    assert any("too few tiles" in why for why in few)
+    assert any("bound by memory" in why for why in many)
 
 
 # ---- the host ---------------------------------------------------------------------------------------------
