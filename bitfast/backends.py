@@ -208,7 +208,7 @@ def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
 def enable_kernel(op: str, backend: str, device_type: str) -> None:
     """Let a kernel that is used on demand only be used by default where it can, in all threads of this process.
 
-    Networks are planned anew for it; CUDA graphs and compiled programs that exist already stay as they are.
+    Networks are planned anew for it. One that runs as a CUDA graph has to be captured again.
 
     Args:
         op: One of :data:`OPS`.

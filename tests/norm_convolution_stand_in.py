@@ -1,15 +1,17 @@
-"""Plain PyTorch in place of the CUDA kernels of norm_convolution: for plans, and whatever else calls them.
+"""What can serve as the CUDA kernels of norm_convolution on the CPU, for plans and whatever else calls them.
 
-It reads and writes the memory at the addresses that it is given, and refuses calls that the kernels must not
-get.
+Plain PyTorch is fast. It reads and writes the memory at the addresses that it is given, and refuses calls that
+the kernels must not get. The kernels themselves, compiled for the CPU, are slow.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,9 @@ from bitfast.ops.norm_convolution_cuda import (
     factors_shape,
     partials_shape,
 )
+from tests.emulated import ROOT, emulate, library
+
+SOURCES = ("csrc/norm_convolution.cu", "csrc/norm_convolution_statistics.cu")
 
 DTYPE_OF = {number: dtype for dtype, number in native_cuda.DTYPES.items()}
 
@@ -66,25 +71,53 @@ class StandIn:
         return call
 
 
-def use_stand_in(monkeypatch: Any, is_enabled: bool = True) -> StandIn:
-    """Let the op, and the lowering for GPUs, use plain PyTorch in place of the kernels, for CPU tensors.
+class Emulated:
+    """The kernels, compiled for the CPU, of which several sources make one library."""
+
+    def __init__(self) -> None:
+        self._libraries = [library(source) for source in SOURCES]
+        for each in self._libraries:
+            emulate(each)
+
+    def __getitem__(self, name: str) -> Any:
+        return next(each[name] for each in self._libraries if hasattr(each, name))
+
+
+KERNELS: list[Any] = [
+    StandIn,
+    pytest.param(
+        Emulated,
+        marks=pytest.mark.skipif(
+            not all((ROOT / source).exists() for source in SOURCES), reason="there are no kernels"
+        ),
+    ),
+]
+"""For tests that call either."""
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, kernels: Any, is_enabled: bool = True) -> None:
+    """Let the op, and the lowering for GPUs, use these kernels for CPU tensors.
 
     Norms are those of Triton, without a demand; so the interpreter must be on where plans are made.
 
     Args:
         monkeypatch: Of the test.
+        kernels: :class:`StandIn` or :class:`Emulated`.
         is_enabled: Whether the kernels serve without being demanded.
     """
-    kernels = StandIn()
     served = dict(backends._kernels)
     served[OP, "native", "cpu"] = Kernel(DTYPES, lambda: None, not is_enabled, None, None)
     del served["group_norm_act", "native", "cpu"]
     triton = served["group_norm_act", "triton", "cpu"]
-    served["group_norm_act", "triton", "cpu"] = Kernel(
-        triton.dtypes, triton.unavailable, False, triton.unsuitable, triton.memory_format
-    )
+    served["group_norm_act", "triton", "cpu"] = replace(triton, on_demand=False)
     monkeypatch.setattr(backends, "_kernels", served)
     monkeypatch.setattr(native_cuda, "library", lambda: kernels)
+
+
+def use_stand_in(monkeypatch: pytest.MonkeyPatch, is_enabled: bool = True) -> StandIn:
+    """Let plain PyTorch serve as the kernels, as :func:`serve` says; return it."""
+    kernels = StandIn()
+    serve(monkeypatch, kernels, is_enabled)
     return kernels
 
 

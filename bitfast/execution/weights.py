@@ -6,8 +6,9 @@ pass, in the store of :mod:`bitfast.ops.kept_weights`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from bitfast.kernels.device_cache import is_capturing
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.kept_weights import Source, kept_weights
+from bitfast.ops.norm_convolution import OP as NORM_CONVOLUTION
+from bitfast.ops.norm_convolution_cuda import pack_filters
 from bitfast.ops.stem import OP as STEM
 from bitfast.ops.stem import prepare_filters
 from bitfast.ops.weight_standardization import (
@@ -87,21 +90,39 @@ def kept_standardized(
     convolutions: Sequence[WeightStandardizedConv2d], channels_last: bool
 ) -> Weights:
     """Return the standardized weights, without gradients. All but inference tensors are kept."""
-    for convolution in convolutions:
-        make_ordinary(convolution.weight)
-    convolutions = [c for c in convolutions if not c.weight.is_inference()]
-    results: Weights = {}
-    missing: dict[tuple[float, torch.dtype | None], list[WeightStandardizedConv2d]] = {}
-    for convolution in convolutions:
-        found = kept_weights.find(convolution.weight, form_of(convolution, channels_last))
-        if found is not None:
-            results[convolution] = found
-        else:
-            kind = convolution.eps, autocast_dtype(convolution.weight)
-            missing.setdefault(kind, []).append(convolution)
-    for (eps, dtype), members in missing.items():
-        results |= _keep(members, eps, dtype, channels_last)
-    return results
+
+    def make(weights: list[Tensor], eps: float, dtype: torch.dtype | None) -> list[Tensor]:
+        return weight_standardization_all(weights, eps, dtype, channels_last)
+
+    return _kept(
+        convolutions,
+        lambda convolution: autocast_dtype(convolution.weight),
+        lambda convolution: form_of(convolution, channels_last),
+        make,
+    )
+
+
+def kept_packed_filters(
+    convolutions: Sequence[WeightStandardizedConv2d], dtype: torch.dtype
+) -> Weights:
+    """Return the standardized weights as the CUDA kernels of ``norm_convolution`` take them.
+
+    Those that are not kept yet are standardized together.
+
+    Args:
+        convolutions: With square filters. Those whose weight is an inference tensor are left out.
+        dtype: Of the results.
+    """
+
+    def form(convolution: WeightStandardizedConv2d) -> tuple[object, ...]:
+        weight = convolution.weight
+        backend = select_backend(OP, weight.device.type, weight.dtype)
+        return NORM_CONVOLUTION, backend, convolution.eps, dtype
+
+    def make(weights: list[Tensor], eps: float, dtype: torch.dtype | None) -> list[Tensor]:
+        return [pack_filters(each) for each in weight_standardization_all(weights, eps, dtype)]
+
+    return _kept(convolutions, lambda _: dtype, form, make)
 
 
 def kept_stem_filters(
@@ -130,24 +151,44 @@ def form_of(convolution: WeightStandardizedConv2d, channels_last: bool) -> tuple
     return OP, backend, convolution.eps, autocast_dtype(weight) or weight.dtype, channels_last
 
 
-def _keep(
+def _kept(
     convolutions: Sequence[WeightStandardizedConv2d],
-    eps: float,
-    dtype: torch.dtype | None,
-    channels_last: bool,
+    dtype_of: Callable[[WeightStandardizedConv2d], torch.dtype | None],
+    form: Callable[[WeightStandardizedConv2d], Hashable],
+    make: Callable[[list[Tensor], float, torch.dtype | None], list[Tensor]],
 ) -> Weights:
-    """Standardize the weights of these convolutions, each once, and keep the results."""
-    weights = list(dict.fromkeys(convolution.weight for convolution in convolutions))
-    sources = [Source.of(weight) for weight in weights]
-    standardized = make_for_keeping(
-        lambda: weight_standardization_all(weights, eps, dtype, channels_last), weights[0].device
-    )
-    by_weight = dict(zip(weights, standardized, strict=True))
-    if all(type(result) is Tensor for result in standardized):  # not, for instance, a fake one
-        forms = {c.weight: form_of(c, channels_last) for c in convolutions}
-        for weight, source in zip(weights, sources, strict=True):
-            kept_weights.keep(source, weight, forms[weight], by_weight[weight])
-    return {convolution: by_weight[convolution.weight] for convolution in convolutions}
+    """Return a form of the weights; those that are not kept yet are made together, and kept.
+
+    Args:
+        convolutions: Those whose weight is an inference tensor are left out.
+        dtype_of: Returns the dtype that is asked for, or None.
+        form: Returns the key under which a weight's form is kept.
+        make: Makes the form of weights that share eps and the dtype that is asked for.
+    """
+    for convolution in convolutions:
+        make_ordinary(convolution.weight)
+    results: Weights = {}
+    missing: dict[tuple[float, torch.dtype | None], list[WeightStandardizedConv2d]] = {}
+    for convolution in convolutions:
+        if convolution.weight.is_inference():
+            continue
+        found = kept_weights.find(convolution.weight, form(convolution))
+        if found is not None:
+            results[convolution] = found
+        else:
+            kind = convolution.eps, dtype_of(convolution)
+            missing.setdefault(kind, []).append(convolution)
+    for (eps, dtype), members in missing.items():
+        forms = {member.weight: form(member) for member in members}  # each weight once
+        weights = list(forms)
+        sources = [Source.of(weight) for weight in weights]
+        made = make_for_keeping(partial(make, weights, eps, dtype), weights[0].device)
+        by_weight = dict(zip(weights, made, strict=True))
+        if all(type(result) is Tensor for result in made):  # not, for instance, a fake one
+            for weight, source in zip(weights, sources, strict=True):
+                kept_weights.keep(source, weight, forms[weight], by_weight[weight])
+        results |= {member: by_weight[member.weight] for member in members}
+    return results
 
 
 def make_for_keeping(make: Callable[[], Made], device: torch.device) -> Made:
@@ -192,6 +233,7 @@ def _has_plain_weight(convolution: WeightStandardizedConv2d) -> bool:
 __all__ = [
     "Weights",
     "form_of",
+    "kept_packed_filters",
     "kept_standardized",
     "kept_stem_filters",
     "make_for_keeping",

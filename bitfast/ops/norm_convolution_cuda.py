@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -110,8 +111,8 @@ def why_unsuited(convolution: Convolution) -> str | None:
     if convolution.dtype not in DTYPES:
         return f"the kernels are for bfloat16 and float16, not {convolution.dtype}"
     if convolution.kernel_size not in KERNEL_SIZES:
-        size = convolution.kernel_size
-        return f"the kernels are for filters of 1x1 and 3x3, not {size}x{size}"
+        kernel_size = convolution.kernel_size
+        return f"the kernels are for filters of 1x1 and 3x3, not {kernel_size}x{kernel_size}"
     if convolution.stride not in STRIDES:
         return f"the kernels are for strides of 1 and 2, not {convolution.stride}"
     if convolution.activation not in (None, *ACTIVATIONS_READ):
@@ -124,8 +125,8 @@ def why_unsuited(convolution: Convolution) -> str | None:
     most = convolution.kernel_size - 1
     if not all(0 <= side <= most for side in convolution.padding):
         return (
-            f"0 to {most} zeros on a side suit filters of {convolution.kernel_size}, so that no window lies in"
-            f" them alone; there are {convolution.padding}"
+            f"a side may have 0 to {most} zeros, so that no window lies in them alone; there are"
+            f" {convolution.padding}"
         )
     size = convolution.result_size
     if min(size) < 1:
@@ -348,7 +349,7 @@ def prepare_convolution(
         raise ValueError(f"{OP}: {reason}")
     told, shape = ctypes.byref(Call.of(convolution)), Shape()
     ask = entry("bitfast_norm_convolution_shape", ADDRESS, ADDRESS)
-    with as_current(device or torch.device("cpu")):
+    with _current(device):
         ask(told, ctypes.byref(shape))
     launch = entry("bitfast_norm_convolution", *(ADDRESS,) * 10)
 
@@ -402,7 +403,7 @@ def prepare_partials(
     call = PartialsCall(DTYPE_NUMBERS[dtype], channels, cell_channels, 0, images, height * width)
     told, strips = ctypes.byref(call), ctypes.c_int32()
     ask = entry("bitfast_norm_convolution_strips", ADDRESS, ADDRESS)
-    with as_current(device or torch.device("cpu")):
+    with _current(device):
         ask(told, ctypes.byref(strips))
     call.strips = strips.value
     launch = entry("bitfast_norm_convolution_partials", *(ADDRESS,) * 4)
@@ -449,6 +450,10 @@ def prepare_factors(
         launch(told, stream, partials, weight, bias, factors)
 
     return run
+
+
+def _current(device: torch.device | None) -> AbstractContextManager[object]:
+    return nullcontext() if device is None else as_current(device)
 
 
 register_kernel(OP, "native", "cuda", DTYPES, why_no_kernels, on_demand=True)

@@ -191,7 +191,7 @@ def _convolution(
     if len(padding) != 4:
         raise ValueError(f"{OP}: padding must be (top, bottom, left, right), got {padding!r}")
     convolution = Convolution(
-        tuple(x.shape), x.dtype, kernel_size, stride, tuple(padding), out_channels, second_channels,
+        tuple(x.shape), x.dtype, kernel_size, stride, padding, out_channels, second_channels,
         None if norm is None else norm.activation, residual is not None, cell_channels,
     )  # fmt: skip
     reason = why_unsuited(convolution)
