@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cuda_builds import Build, builds
+from bench.cuda_builds import Build, builds, machine_code
 from bitfast import extension
 
 LIBRARY = Path(extension.__file__).parent / "_native_cuda.abi3.so"
@@ -35,6 +36,34 @@ def test_every_kernel_is_there_for_every_chip(found: list[Build]) -> None:
 
 def test_nothing_is_spilled(found: list[Build]) -> None:
     assert [build for build in found if build.stack > 0] == []
+
+
+has_norm_convolution = pytest.mark.skipif(
+    not (Path(__file__).parent.parent / "csrc/norm_convolution.cu").exists(),
+    reason="the kernels of norm_convolution are not here yet",
+)
+
+
+@has_norm_convolution
+def test_norm_convolution_multiplies_by_wgmma_and_finds_the_registers_that_it_takes(
+    found: list[Build],
+) -> None:
+    """Of three groups of warps one leaves registers to the two others.
+
+    Together they have what they were launched with, the number in ``found``. Who asks for more waits for ever.
+    """
+    launched = {b.kernel: b.registers for b in found if b.architecture == "sm_90a"}
+    kernels = machine_code(LIBRARY, "sm_90a", "NormConvolution")
+    assert kernels
+    for kernel, instructions in kernels.items():
+        text = "\n".join(instructions)
+        assert "HGMMA" in text, kernel
+        left, taken = (
+            {int(number, 16) for number in re.findall(rf"USETMAXREG\.{action}.*(0x\w+)", text)}
+            for action in ("DEALLOC", "TRY_ALLOC")
+        )
+        assert len(left) == len(taken) == 1, kernel
+        assert max(left) + 2 * max(taken) <= 3 * launched[kernel], kernel
 
 
 LOAD = """

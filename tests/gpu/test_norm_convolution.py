@@ -22,6 +22,7 @@ from bitfast.graphs import capture
 from bitfast.ops import first_use
 from bitfast.ops.norm_convolution import OP, Norm
 from bitfast.ops.norm_convolution_cuda import (
+    CAPABILITY,
     Convolution,
     Sides,
     cell_channels_of,
@@ -38,11 +39,12 @@ from tests.gpu.test_group_norm_act import need_memory
 from tests.plain_ops import plain_norm
 from tests.test_execution_cuda import plans
 from tests.threads import in_threads
+from tests.tiny_models import ours
 from tests.tolerances import assert_within_contract, relative_error
 from tests.weight_changes import move_weights
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != CAPABILITY,
     reason="needs a GPU of compute capability 9.0, for whose wgmma the kernels are written",
 )
 
@@ -552,6 +554,28 @@ def test_whole_models_are_as_exact_as_unfused(batch: int, size: int) -> None:
         assert torch.equal(last_of(model, images), fused)
     exact = exact_output(model, images)
     assert relative_error(fused, exact) <= AS_EXACT * relative_error(unfused, exact)
+
+
+def test_the_hidden_states_of_a_small_model() -> None:
+    options = {
+        "embedding_size": 64,
+        "hidden_sizes": [256, 512],
+        "depths": [2, 2],
+        "num_groups": GROUPS,
+    }
+    model: Any = ours("BitModel", **options).cuda().eval()
+    move_weights(model)
+    model, images = model.bfloat16(), torch.randn(4, 3, 128, 96, device=DEVICE).bfloat16()
+    with use_backend(norm_convolution="native"):
+        actual = model(images, output_hidden_states=True).hidden_states
+        assert fused_calls(model)
+    with use_backend("reference"):
+        plain = model(images, output_hidden_states=True).hidden_states
+        exact_model: Any = ours("BitModel", **options).cuda().eval().double()
+        exact_model.load_state_dict(model.state_dict())
+        exact = exact_model(images.double(), output_hidden_states=True).hidden_states
+    for states in zip(actual, plain, exact, strict=True):
+        assert_within_contract(*states)
 
 
 def test_the_table_chooses_once_it_is_enabled(enabled: None) -> None:
