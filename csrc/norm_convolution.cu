@@ -1,5 +1,10 @@
 // norm_convolution on a GPU of capability 9.0: the kernel, and its entries. csrc/norm_convolution_cuda.h says how they are
 // called, csrc/norm_convolution_tiles.h how the work is cut.
+#include <string.h>
+
+#include <initializer_list>
+#include <type_traits>
+
 #include "norm_convolution_loaders.h"
 #include "norm_convolution_plan.h"
 
@@ -12,7 +17,7 @@ struct NormConvolution {
   using Arguments = norm_convolution::Arguments;
   static constexpr int threads = 384, min_blocks = 1, capability = 90;
   // What the warps that load leave, those that multiply take: 128 * 96 + 256 * 208 registers.
-  static constexpr int loader_registers = 96, multiplier_registers = 208;
+  static constexpr int loader_registers = 88, multiplier_registers = 208;
 
   static BITFAST_GPU void run(const Arguments& a) {
     const Barriers barriers{a};
@@ -137,15 +142,15 @@ const char* plan(const Call& c, Plan& found) {
 }
 
 template <typename T>
-const char* run(const Plan& plan, void* stream) {
-  const gpu::LaunchShape shape{plan.blocks, plan.arguments.cluster, plan.arguments.shared.bytes};
-  switch (plan.tiling.columns) {
+const char* run(const Prepared& prepared, const Arguments& arguments, void* stream) {
+  const gpu::LaunchShape shape{prepared.blocks, arguments.cluster, prepared.shared_bytes};
+  switch (prepared.tiling.columns) {
     case 64:
-      return gpu::launch<NormConvolution<T, 64>>(shape, plan.arguments, stream);
+      return gpu::launch<NormConvolution<T, 64>>(shape, arguments, stream);
     case 128:
-      return gpu::launch<NormConvolution<T, 128>>(shape, plan.arguments, stream);
+      return gpu::launch<NormConvolution<T, 128>>(shape, arguments, stream);
     default:
-      return gpu::launch<NormConvolution<T, 256>>(shape, plan.arguments, stream);
+      return gpu::launch<NormConvolution<T, 256>>(shape, arguments, stream);
   }
 }
 
@@ -158,36 +163,44 @@ bool are_aligned(std::initializer_list<const void*> addresses) {
 }  // namespace
 }  // namespace bitfast::norm_convolution
 
-BITFAST_ENTRY const char* bitfast_norm_convolution_shape(
-    const bitfast::norm_convolution::Call* call, bitfast::norm_convolution::Shape* shape) {
+BITFAST_ENTRY const char* bitfast_norm_convolution_prepare(
+    const bitfast::norm_convolution::Call* call, bitfast::norm_convolution::Prepared* prepared) {
   using namespace bitfast::norm_convolution;
   Plan found;
   if (const char* problem = plan(*call, found)) return problem;
   const Arguments& a = found.arguments;
-  *shape = {found.tiling, a.stages, a.strips, a.shared.bytes, found.blocks, int64_t{a.tiles} * a.cluster};
+  *prepared = {found.tiling, a.stages, a.strips, a.shared.bytes, found.blocks, int64_t{a.tiles} * a.cluster, call->dtype};
+  static_assert(std::is_trivially_copyable_v<Arguments> && sizeof a <= sizeof prepared->arguments);
+  memcpy(prepared->arguments, &a, sizeof a);
   return nullptr;
 }
 
 BITFAST_ENTRY const char* bitfast_norm_convolution(
-    const bitfast::norm_convolution::Call* call, void* stream, const void* x, const float* factors, const void* packed,
-    const void* residual, void* result, float* partials, const void* second_packed, void* second_result) {
+    const bitfast::norm_convolution::Prepared* prepared, void* stream, const void* x, const float* factors,
+    const void* packed, const void* residual, void* result, float* partials, const void* second_packed,
+    void* second_result) {
   using namespace bitfast::norm_convolution;
-  Plan found;
-  if (const char* problem = plan(*call, found)) return problem;
-  if (call->images == 0) return nullptr;
+  if (prepared->blocks == 0) return nullptr;
+  Arguments a;
+  memcpy(&a, prepared->arguments, sizeof a);
+  const bool are_complete = x != nullptr && packed != nullptr && result != nullptr &&
+                            (factors != nullptr) == a.has_norm && (residual != nullptr) == (a.buffers > 1) &&
+                            (partials != nullptr) == (a.cells > 0) &&
+                            (second_packed != nullptr) == (a.outputs[1].channels > 0) &&
+                            (second_result != nullptr) == (a.outputs[1].channels > 0);
+  if (!are_complete) return "norm_convolution: an address is missing, or is not what the call was prepared for";
   if (!are_aligned({x, factors, packed, residual, result, second_packed, second_result})) {
     return "norm_convolution: an address is not a multiple of 16";
   }
-  Arguments& a = found.arguments;
   a.x = static_cast<const uint16_t*>(x);
   a.factors = factors;
-  a.residual = call->has_residual ? static_cast<const uint16_t*>(residual) : nullptr;
-  a.partials = call->cell_channels == 0 ? nullptr : partials;
+  a.residual = static_cast<const uint16_t*>(residual);
+  a.partials = partials;
   a.outputs[0].weights = static_cast<const unsigned char*>(packed);
   a.outputs[0].result = static_cast<uint16_t*>(result);
   a.outputs[1].weights = static_cast<const unsigned char*>(second_packed);
   a.outputs[1].result = static_cast<uint16_t*>(second_result);
-  return call->dtype == static_cast<int32_t>(bitfast::gpu::Dtype::bfloat16)
-             ? run<bitfast::gpu::BFloat16>(found, stream)
-             : run<bitfast::gpu::Half>(found, stream);
+  return prepared->dtype == static_cast<int32_t>(bitfast::gpu::Dtype::bfloat16)
+             ? run<bitfast::gpu::BFloat16>(*prepared, a, stream)
+             : run<bitfast::gpu::Half>(*prepared, a, stream);
 }

@@ -42,13 +42,15 @@ struct Call {
   Tiling tiling;          // with 0 columns, chosen for the shape; else, to compare, this one
 };
 
-// How a call is launched.
-struct Shape {
+// A call, ready to be launched; and how it will be, for reports.
+struct Prepared {
   Tiling tiling;
   int32_t stages;  // of the ring of x
   int32_t strips;  // of the partials, in each image
   int32_t shared_bytes;
   int64_t blocks, tiles;
+  int32_t dtype;
+  alignas(8) unsigned char arguments[488];  // the kernel's
 };
 
 // Partials of a feature map: (images, pixels, channels).
@@ -71,16 +73,16 @@ struct FactorsCall {
 
 extern "C" {
 
-// How the call is launched on the current device; null, or why it cannot be.
-const char* bitfast_norm_convolution_shape(
-    const bitfast::norm_convolution::Call* call, bitfast::norm_convolution::Shape* shape);
+// Decides how the call is launched on devices like the current one; null, or why it cannot be.
+const char* bitfast_norm_convolution_prepare(
+    const bitfast::norm_convolution::Call* call, bitfast::norm_convolution::Prepared* prepared);
 
 // packed: (chunks, kernel_size^2, 8, result_channels, 8): of 64 input channels of each place in the filter, taken by 8s, of
 //   each result channel the 8 weights; zeros where the input has less than a multiple of 64 channels.
 // residual: of the shape of the (first) result, and may be the same memory; null if there is none.
 // factors: null without a norm. partials: null if there are to be none. second_packed, second_result: null if there is none.
 const char* bitfast_norm_convolution(
-    const bitfast::norm_convolution::Call* call, void* stream, const void* x, const float* factors, const void* packed,
+    const bitfast::norm_convolution::Prepared* prepared, void* stream, const void* x, const float* factors, const void* packed,
     const void* residual, void* result, float* partials, const void* second_packed, void* second_result);
 
 // As many strips as suit the current device.

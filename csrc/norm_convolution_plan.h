@@ -184,10 +184,10 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
   a.tiles = static_cast<int>(tiles);
   int64_t clusters = std::min<int64_t>(tiles, device.multiprocessors / a.cluster);
   if (a.keeps_weights) clusters = clusters / across * across;  // each block has the same channels all the time
-  if (clusters == 0) return plan;
+  if (clusters == 0 && tiles > 0) return plan;
   plan.blocks = clusters * a.cluster;
   if (!fill_shared_memory(a, tiling.columns, device.shared_bytes_per_block)) return plan;
-  const int64_t rounds = ceil_div(tiles, clusters);
+  const int64_t rounds = clusters == 0 ? 0 : ceil_div(tiles, clusters);
   if (rounds * a.chunks * a.taps > INT32_MAX) return plan;
   // The first tile of a block also waits for memory.
   plan.cost = tile_cost(c, a, tiling.columns) * rounds + 1500;

@@ -13,29 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.activations import ACTIVATIONS
+from bitfast.ops.norm_convolution_cuda import (
+    Call,
+    Convolution,
+    FactorsCall,
+    PartialsCall,
+    Prepared,
+    Tiling,
+)
 from tests.emulated import DTYPES, at_page_end, call, library
 
 NAN = float("nan")
-
-
-class PartialsCall(ctypes.Structure):
-    """``bitfast::norm_convolution::PartialsCall``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("dtype", "channels", "cell_channels", "strips")),
-        *((name, ctypes.c_int64) for name in ("images", "pixels")),
-    )
-
-
-class FactorsCall(ctypes.Structure):
-    """``bitfast::norm_convolution::FactorsCall``."""
-
-    _fields_ = (
-        ("images", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("strips", "channels", "cell_channels", "groups")),
-        *((name, ctypes.c_int32) for name in ("weight_dtype", "bias_dtype")),
-        ("eps", ctypes.c_float),
-    )
 
 
 # ---- statistics -------------------------------------------------------------------------------------
@@ -104,29 +92,6 @@ def merged(partials: Tensor, cell_channels: int) -> tuple[Tensor, Tensor, Tensor
 # ---- convolutions -----------------------------------------------------------------------------------
 
 
-class Call(ctypes.Structure):
-    """``bitfast::norm_convolution::Call``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("dtype", "has_norm", "activation")),
-        ("images", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("height", "width", "channels")),
-        *((name, ctypes.c_int32) for name in ("kernel_size", "stride", "top", "left")),
-        *((name, ctypes.c_int32) for name in ("result_height", "result_width", "result_channels")),
-        *((name, ctypes.c_int32) for name in ("second_channels", "has_residual", "cell_channels")),
-    )
-
-
-class Shape(ctypes.Structure):
-    """``bitfast::norm_convolution::Shape``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("columns", "takes_turns", "keeps_weights")),
-        *((name, ctypes.c_int32) for name in ("stages", "strips", "shared_bytes")),
-        *((name, ctypes.c_int64) for name in ("blocks", "tiles")),
-    )
-
-
 def convolution_kernels() -> ctypes.CDLL:
     return library("csrc/norm_convolution.cu")
 
@@ -169,34 +134,27 @@ class Case:
         sides = max(self.channels, 64) * max(self.out_channels, 64)
         return self.images * math.prod(self.result_size) * sides * self.kernel_size**2
 
-    def call(self) -> Call:
-        rows, columns = self.result_size
-        return Call(
-            dtype=DTYPES[self.dtype],
-            has_norm=self.activation is not None,
-            activation=list(ACTIVATIONS).index(self.activation or "none"),
-            images=self.images,
-            height=self.size[0],
-            width=self.size[1],
-            channels=self.channels,
+    @property
+    def convolution(self) -> Convolution:
+        return Convolution(
+            shape=(self.images, self.channels, *self.size),
+            dtype=self.dtype,
             kernel_size=self.kernel_size,
             stride=self.stride,
-            top=self.padding[0],
-            left=self.padding[2],
-            result_height=rows,
-            result_width=columns,
-            result_channels=self.out_channels,
+            padding=self.padding,
+            out_channels=self.out_channels,
             second_channels=self.second_channels,
-            has_residual=self.adds,
+            activation=self.activation,
+            adds=self.adds,
             cell_channels=self.cell_channels,
         )
 
-    def shape(self) -> Shape:
-        """How it is launched on the device that is emulated."""
-        shape = Shape()
-        entry = convolution_kernels().bitfast_norm_convolution_shape
-        call(entry, ctypes.byref(self.call()), ctypes.byref(shape))
-        return shape
+    def prepared(self, tiling: Tiling | None = None) -> Prepared:
+        """How it is launched on the device that is emulated, cut as the kernels choose or as is wanted."""
+        prepared = Prepared()
+        entry = convolution_kernels().bitfast_norm_convolution_prepare
+        call(entry, ctypes.byref(Call.of(self.convolution, tiling)), ctypes.byref(prepared))
+        return prepared
 
 
 def feature_map(
@@ -256,9 +214,11 @@ class Results(NamedTuple):
     partials: Tensor | None
 
 
-def convolve(case: Case, inputs: Inputs, in_place: bool = False) -> Results:
+def convolve(
+    case: Case, inputs: Inputs, in_place: bool = False, tiling: Tiling | None = None
+) -> Results:
     """Call the entry; results lie in memory that was poisoned, or the first one in that of the residual."""
-    size, dtype = case.result_size, case.dtype
+    size, dtype, prepared = case.result_size, case.dtype, case.prepared(tiling)
     result = feature_map(case.images, case.out_channels, size, dtype, NAN)
     residual, second, partials = inputs.residual, None, None
     if in_place and residual is not None:
@@ -267,9 +227,9 @@ def convolve(case: Case, inputs: Inputs, in_place: bool = False) -> Results:
         second = feature_map(case.images, case.second_channels, size, dtype, NAN)
     if case.cell_channels:
         cells = case.out_channels // case.cell_channels
-        partials = at_page_end(torch.empty(case.images, case.shape().strips, 1 + cells, 2), NAN)
+        partials = at_page_end(torch.empty(case.images, prepared.strips, 1 + cells, 2), NAN)
     call(
-        convolution_kernels().bitfast_norm_convolution, ctypes.byref(case.call()), None,
+        convolution_kernels().bitfast_norm_convolution, ctypes.byref(prepared), None,
         inputs.x, inputs.factors, pack_filters(inputs.weight), residual, result, partials,
         None if inputs.second_weight is None else pack_filters(inputs.second_weight), second,
     )  # fmt: skip

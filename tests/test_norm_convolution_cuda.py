@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitfast.ops.norm_convolution_cuda import Call, Prepared, Tiling
 from bitfast.ops.same_padding import same_padding
-from tests.emulated import A100, H100, ROOT, at_page_end, call, emulate, emulate_last_cluster_only
+from tests.emulated import A100, H100, at_page_end, call, emulate, emulate_last_cluster_only
 from tests.norm_convolution_calls import (
     NAN,
     Case,
@@ -32,20 +33,23 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "csrc/norm_convolution.cu").exists(), reason="the kernel is not there yet"
-)
 
 DEVICES = [H100, *((90, multiprocessors, 227 * 1024) for multiprocessors in (1, 2, 3))]
 ZEROS = (1, 1, 1, 1)
 
 
-def check(case: Case, mean: float = 0.0, in_place: bool = False, draws: int = 1) -> None:
+def check(
+    case: Case,
+    mean: float = 0.0,
+    in_place: bool = False,
+    draws: int = 1,
+    tiling: Tiling | None = None,
+) -> None:
     """Hold the results of several draws together to the contract, and their statistics to float64."""
 
     def draw() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         inputs = Inputs.of(case, mean)
-        actual = convolve(case, inputs, in_place)
+        actual = convolve(case, inputs, in_place, tiling)
         plain, exact = (expected(case, inputs, dtype) for dtype in (case.dtype, torch.float64))
         compared = {"result": (actual.result, plain[0], exact[0])}
         if actual.second is not None and plain[1] is not None and exact[1] is not None:
@@ -110,52 +114,64 @@ def test_zeros_on_all_sides(case: Case) -> None:
     check(replace(case, padding=ZEROS if case.kernel_size == 3 else case.padding, dtype=FLOAT16))
 
 
-# ---- ways to cut --------------------------------------------------------------------------------------
+# ---- tilings --------------------------------------------------------------------------------------------
 
-Way = tuple[int, int, int, int]
-"""Kernel size, columns, takes_turns, keeps_weights."""
+TILINGS = [
+    (columns, *rest)
+    for columns in (64, 128, 256)
+    for rest in ((1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 2))
+]
+"""(columns, takes_turns, keeps_weights, cluster)."""
 
-
-def way_of(case: Case) -> Way:
-    shape = case.shape()
-    return case.kernel_size, shape.columns, shape.takes_turns, shape.keeps_weights
-
-
-def cheapest_of_each_way(device: tuple[int, int, int]) -> dict[Way, Case]:
-    """Small convolutions, so many that every way to cut is among them."""
-    emulate(convolution_kernels(), device)
-    sides = ((1, 1), (7, 7), (9, 13), (16, 20), (56, 56))
-    found: dict[Way, Case] = {}
-    for size, channels, out_channels, kernel_size, images, adds in product(
-        sides, (8, 64, 136, 256, 512), (8, 64, 136, 256, 512, 2048), (1, 3), (1, 3, 40), (False, True)
-    ):  # fmt: skip
-        padding = ZEROS if kernel_size == 3 else (0, 0, 0, 0)
-        case = Case(images, channels, size, out_channels, kernel_size, 1, padding, adds=adds)
-        way = way_of(case)
-        if way not in found or case.products < found[way].products:
-            found[way] = case
-    return found
+CUT = [
+    Case(3, 136, (9, 11), 200, adds=True, second_channels=72, cell_channels=4),
+    Case(3, 64, (17, 20), 328, 3, 1, ZEROS, adds=True, cell_channels=2),
+    Case(5, 40, (13, 12), 72, 3, 2, (0, 1, 0, 1), second_channels=264),
+    Case(2, 200, (15, 9), 520, 1, 2, activation="none"),
+]
 
 
-CHOICES_DEVICES = [H100, (90, 2, 227 * 1024)]
+@pytest.mark.parametrize("case", CUT, ids=name_of)
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_every_tiling(tiling: tuple[int, ...], case: Case) -> None:
+    """On devices where blocks have one tile, and where they have many."""
+    for multiprocessors in (132, 7):
+        emulate(convolution_kernels(), (90, multiprocessors, 227 * 1024), seed=sum(tiling))
+        if not can_be_cut(case, tiling):
+            # Only the weights of 3x3 filters are too large to keep.
+            assert case.kernel_size == 3
+            assert tiling[2] == 1
+            return
+        check(case, tiling=Tiling(*tiling))
 
 
-def test_every_way_to_cut() -> None:
-    """Every way in which any convolution of a model is cut, for any batch, is run here."""
-    ways: dict[Way, tuple[Case, tuple[int, int, int]]] = {}
-    for device in CHOICES_DEVICES:
-        for way, case in cheapest_of_each_way(device).items():
-            if way not in ways or case.products < ways[way][0].products:
-                ways[way] = case, device
+def can_be_cut(case: Case, tiling: tuple[int, ...]) -> bool:
+    try:
+        prepared = case.prepared(Tiling(*tiling))
+    except RuntimeError as error:
+        assert "cannot be cut to fit" in str(error)
+        return False
+    assert tuple(getattr(prepared.tiling, name) for name, _ in Tiling._fields_) == tiling
+    return True
+
+
+def test_the_table_has_a_use_for_each_number_of_columns() -> None:
+    """And for both kinds of blocks, in the model, whatever the batch."""
     emulate(convolution_kernels(), H100)
-    needed = {
-        way_of(replace(case, images=images, second_channels=second))
-        for case, images, second in product(MODEL, (1, 2, 8, 32, 128, 1000), (0, 64, 1024))
-    }
-    assert needed <= ways.keys()
-    for case, device in ways.values():
-        emulate(convolution_kernels(), device, seed=1)
-        check(case)
+    chosen = [
+        replace(case, images=images).prepared().tiling
+        for case, images in product(MODEL, (1, 2, 8, 32, 128, 1000))
+    ]
+    assert {tiling.columns for tiling in chosen} == {64, 128, 256}
+    assert {(tiling.takes_turns, tiling.cluster) for tiling in chosen} >= {(1, 1), (0, 1), (0, 2)}
+
+
+def test_small_batches_use_more_of_the_device() -> None:
+    emulate(convolution_kernels(), H100)
+    for case in MODEL:
+        few, many = (replace(case, images=n).prepared() for n in (1, 128))
+        assert few.tiling.columns <= many.tiling.columns or few.blocks >= 8, name_of(case)
+        assert many.blocks >= 120, name_of(case)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -165,7 +181,7 @@ def test_there_is_a_way_to_cut_any_size(device: tuple[int, int, int]) -> None:
     for height, width, stride in product(sides, sides, (1, 2)):
         for channels, out_channels in ((8, 8), (64, 256), (2048, 512), (512, 2048)):
             case = Case(1, channels, (height, width), out_channels, 3, stride, ZEROS, adds=True)
-            assert case.shape().tiles >= 1, case
+            assert case.prepared().tiles >= 1, case
 
 
 # ---- small and odd ones -------------------------------------------------------------------------------
@@ -386,7 +402,7 @@ def test_offsets_past_two_billion(case: Case) -> None:
     factors = torch.empty(case.images, 2, case.channels)
     factors[-1:] = inputs.factors
     call(
-        convolution_kernels().bitfast_norm_convolution, ctypes.byref(case.call()), None, x, factors,
+        convolution_kernels().bitfast_norm_convolution, ctypes.byref(case.prepared()), None, x, factors,
         pack_filters(inputs.weight), residual, result, None, None, None,
     )  # fmt: skip
     exact = expected(last, inputs, torch.float64)[0]
@@ -421,27 +437,33 @@ def test_offsets_past_two_billion(case: Case) -> None:
 )
 def test_calls_that_are_refused(fields: dict[str, int], message: str) -> None:
     emulate(convolution_kernels(), H100)
-    x, result = torch.zeros(16 * 16, dtype=BFLOAT16), torch.full((16 * 16,), 7.0, dtype=BFLOAT16)
-    prepared = Case(1, 16, (4, 4), 16).call()
+    wanted, prepared = Call.of(Case(1, 16, (4, 4), 16).convolution), Prepared()
     for name, value in fields.items():
-        setattr(prepared, name, value)
-    entry = convolution_kernels().bitfast_norm_convolution
+        setattr(wanted, name, value)
+    entry = convolution_kernels().bitfast_norm_convolution_prepare
     with pytest.raises(RuntimeError, match=message):
-        call(entry, ctypes.byref(prepared), None, x, x, x, None, result, x, None, None)
-    assert (result == 7).all()
+        call(entry, ctypes.byref(wanted), ctypes.byref(prepared))
 
 
 def test_addresses_and_devices_that_are_refused() -> None:
     case = Case(1, 16, (4, 4), 16)
     emulate(convolution_kernels(), A100)
     with pytest.raises(RuntimeError, match=r"capability 9\.0"):
-        case.shape()
+        case.prepared()
     emulate(convolution_kernels(), H100)
     inputs = Inputs.of(case)
     shifted = torch.zeros(16 * 16 + 1, dtype=BFLOAT16)[1:]
-    entry = convolution_kernels().bitfast_norm_convolution
+    entry, prepared = convolution_kernels().bitfast_norm_convolution, ctypes.byref(case.prepared())
+    results = at_page_end(inputs.x), torch.zeros(1000), None, None
     with pytest.raises(RuntimeError, match="not a multiple of 16"):
         call(
-            entry, ctypes.byref(case.call()), None, shifted, inputs.factors, pack_filters(inputs.weight),
-            None, at_page_end(inputs.x), torch.zeros(1000), None, None,
+            entry, prepared, None, shifted, inputs.factors, pack_filters(inputs.weight), None, *results,
+        )  # fmt: skip
+    missing = (inputs.x, None), (None, inputs.factors)
+    for x, factors in missing:
+        with pytest.raises(RuntimeError, match="an address is missing"):
+            call(entry, prepared, None, x, factors, pack_filters(inputs.weight), None, *results)
+    with pytest.raises(RuntimeError, match="not what the call was prepared for"):
+        call(
+            entry, prepared, None, inputs.x, inputs.factors, pack_filters(inputs.weight), inputs.x, *results,
         )  # fmt: skip

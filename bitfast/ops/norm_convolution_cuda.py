@@ -230,6 +230,21 @@ def pack_filters(standardized: Tensor) -> Tensor:
 # ---- calls that are prepared --------------------------------------------------------------------------
 
 
+class Tiling(ctypes.Structure):
+    """``bitfast::norm_convolution::Tiling``: how a convolution is cut into tiles. The kernels choose by default.
+
+    Fields:
+        columns: Result channels of a tile: 64, 128 or 256. 0: chosen for the shape, and so is all else.
+        takes_turns: Whether each group of warps has tiles of its own, or both share each tile.
+        keeps_weights: Whether a block loads its weights once, or for each tile.
+        cluster: Blocks that bring weights for each other: 1 or 2.
+    """
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("columns", "takes_turns", "keeps_weights", "cluster")
+    )
+
+
 class Call(ctypes.Structure):
     """``bitfast::norm_convolution::Call`` of ``csrc/norm_convolution_cuda.h``."""
 
@@ -240,12 +255,12 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kernel_size", "stride", "top", "left")),
         *((name, ctypes.c_int32) for name in ("result_height", "result_width", "result_channels")),
         *((name, ctypes.c_int32) for name in ("second_channels", "has_residual", "cell_channels")),
-        ("tiling", CTiling),
+        ("tiling", Tiling),
     )
 
     @classmethod
-    def of(cls, convolution: Convolution) -> Call:
-        """Return the call for a convolution that the kernels suit."""
+    def of(cls, convolution: Convolution, tiling: Tiling | None = None) -> Call:
+        """Return the call for a convolution that the kernels suit, cut as they choose or as is wanted."""
         images, channels, height, width = convolution.shape
         rows, columns = convolution.result_size
         activation = convolution.activation
@@ -267,16 +282,19 @@ class Call(ctypes.Structure):
             second_channels=convolution.second_channels,
             has_residual=convolution.adds,
             cell_channels=convolution.cell_channels,
+            tiling=tiling or Tiling(),
         )
 
 
-class Shape(ctypes.Structure):
-    """``bitfast::norm_convolution::Shape``: how a call is launched."""
+class Prepared(ctypes.Structure):
+    """``bitfast::norm_convolution::Prepared``: a call that is ready, and how it is launched."""
 
     _fields_ = (
-        ("tiling", CTiling),
+        ("tiling", Tiling),
         *((name, ctypes.c_int32) for name in ("stages", "strips", "shared_bytes")),
         *((name, ctypes.c_int64) for name in ("blocks", "tiles")),
+        ("dtype", ctypes.c_int32),
+        ("arguments", ctypes.c_int64 * 61),
     )
 
 
@@ -317,7 +335,7 @@ class PreparedConvolution(NamedTuple):
     result_shape: tuple[int, int, int, int]
     second_shape: tuple[int, int, int, int] | None
     strips: int
-    launch: Shape
+    launch: Prepared
 
 
 class PreparedPartials(NamedTuple):
@@ -333,7 +351,7 @@ class PreparedPartials(NamedTuple):
 
 
 def prepare_convolution(
-    convolution: Convolution, device: torch.device | None = None
+    convolution: Convolution, device: torch.device | None = None, tiling: Tiling | None = None
 ) -> PreparedConvolution:
     """Prepare the launch of a convolution. From call to call only the stream and addresses change.
 
@@ -343,18 +361,20 @@ def prepare_convolution(
     Args:
         convolution: One that :func:`why_unsuited` has nothing against.
         device: Where the tensors will be. None: on the current device.
+        tiling: How the convolution is cut, for comparisons. None: as the kernels choose for its shape.
 
     Raises:
-        RuntimeError: there are no CUDA kernels here, or these cannot take the convolution.
+        RuntimeError: there are no CUDA kernels here, or these cannot take the convolution, or cut it like that.
         ValueError: :func:`why_unsuited` says why.
     """
     reason = why_unsuited(convolution)
     if reason is not None:
         raise ValueError(f"{OP}: {reason}")
-    told, shape = ctypes.byref(Call.of(convolution)), Shape()
-    ask = entry("bitfast_norm_convolution_shape", ADDRESS, ADDRESS)
+    prepared = Prepared()
+    prepare = entry("bitfast_norm_convolution_prepare", ADDRESS, ADDRESS)
     with _current(device):
-        ask(told, ctypes.byref(shape))
+        prepare(ctypes.byref(Call.of(convolution, tiling)), ctypes.byref(prepared))
+    told = ctypes.byref(prepared)
     launch = entry("bitfast_norm_convolution", *(ADDRESS,) * 10)
 
     def run(
@@ -381,8 +401,8 @@ def prepare_convolution(
         run,
         (images, convolution.out_channels, *size),
         (images, second, *size) if second else None,
-        shape.strips if convolution.cell_channels else 0,
-        shape,
+        prepared.strips if convolution.cell_channels else 0,
+        prepared,
     )
 
 
@@ -471,7 +491,8 @@ __all__ = [
     "PartialsCall",
     "PreparedConvolution",
     "PreparedPartials",
-    "Shape",
+    "Prepared",
+    "Tiling",
     "Sides",
     "cell_channels_of",
     "factors_shape",
