@@ -31,37 +31,44 @@ struct PatchShape {
   int units = 0, rows = 0, columns = 0;
 };
 
-// The shape of patches for 3x3 filters, of at most `most_units` units (a power of two): the one that takes the fewest
-// units for an image; of these the one that brings the fewest pixels, halos counted.
-inline PatchShape patch_shape(const Call& c, int most_units) {
+// Positions of a patch in a plane.
+inline int positions_of(const Call& c, const PatchShape& shape) {
+  const int pitch = shape.columns + 3 - c.stride, read = shape.units * unit_pixels;
+  return c.stride == 1 ? read + 2 * pitch + 2 : read + 3 * (shape.rows + 1) * pitch;
+}
+
+// The shape of patches for 3x3 filters, for tiles of so many units (a power of two) and planes of at most so many
+// positions: the one that takes the fewest units for an image; of these the one that brings the fewest pixels, halos
+// counted. Of no units if there is none.
+inline PatchShape patch_shape(const Call& c, int tile_units, int most_positions) {
   const int gap = 3 - c.stride;  // positions from a row's last result to the next row's first
   PatchShape best;
   int64_t fewest_units = 0, fewest_items = 0;
-  for (int units = 1; units <= most_units; units *= 2) {
+  for (int units = 1; units <= tile_units; units *= 2) {
     for (int across = 1; across <= c.result_width; ++across) {
-      const int columns = static_cast<int>(ceil_div(c.result_width, across));
-      const int most_rows = (units * unit_pixels + gap) / (columns + gap);
-      if (most_rows == 0) continue;
-      const int down = static_cast<int>(ceil_div(c.result_height, std::min(most_rows, c.result_height)));
-      const int rows = static_cast<int>(ceil_div(c.result_height, down));
+      PatchShape shape{units, 0, static_cast<int>(ceil_div(c.result_width, across))};
+      shape.rows = std::min((units * unit_pixels + gap) / (shape.columns + gap), c.result_height);
+      while (shape.rows > 0 && tile_units / units * positions_of(c, shape) > most_positions) --shape.rows;
+      if (shape.rows == 0) continue;
+      const int down = static_cast<int>(ceil_div(c.result_height, shape.rows));
+      shape.rows = static_cast<int>(ceil_div(c.result_height, down));
       const int64_t patches = static_cast<int64_t>(down) * across;
-      const int64_t items = patches * ((rows - 1) * c.stride + 3) * ((columns - 1) * c.stride + 3);
+      const int64_t items = patches * ((shape.rows - 1) * c.stride + 3) * ((shape.columns - 1) * c.stride + 3);
       const bool is_better = best.units == 0 || patches * units < fewest_units ||
                              (patches * units == fewest_units && items < fewest_items);
       if (is_better) {
-        best = {units, rows, columns};
+        best = shape;
         fewest_units = patches * units;
         fewest_items = items;
       }
-      if (columns == 1) break;
     }
   }
   return best;
 }
 
-inline Patches patches_of(const Call& c, int most_units) {
+// Of no patches if the filters are 3x3 and there is no shape for them.
+inline Patches patches_of(const Call& c, int tile_units, int most_positions) {
   Patches p = {};
-  int64_t down, across;
   if (c.kernel_size == 1) {
     // Runs of equal length.
     p.map_height = 1;
@@ -72,20 +79,20 @@ inline Patches patches_of(const Call& c, int most_units) {
     p.positions = unit_pixels;
     p.items_per_row = Divisor(c.result_width);
   } else {
-    const PatchShape shape = patch_shape(c, most_units);
+    const PatchShape shape = patch_shape(c, tile_units, most_positions);
+    if (shape.units == 0) return p;
+    const int pitch = shape.columns + 3 - c.stride;
     p.map_height = c.result_height;
     p.map_width = c.result_width;
     p.rows = shape.rows;
     p.columns = shape.columns;
     p.units_log2 = log2_of(shape.units);
-    const int pitch = shape.columns + 3 - c.stride, read = shape.units * unit_pixels;
     p.pitch = Divisor(pitch);
     p.phase = c.stride == 1 ? 0 : (shape.rows + 1) * pitch;
-    p.positions = c.stride == 1 ? read + 2 * pitch + 2 : read + 3 * p.phase;
+    p.positions = positions_of(c, shape);
     p.items_per_row = Divisor((shape.columns - 1) * c.stride + 3);
   }
-  down = ceil_div(p.map_height, p.rows);
-  across = ceil_div(p.map_width, p.columns);
+  const int64_t down = ceil_div(p.map_height, p.rows), across = ceil_div(p.map_width, p.columns);
   p.per_image = Divisor(static_cast<int>(down * across));
   p.per_row = Divisor(static_cast<int>(across));
   p.count = static_cast<int>(c.images * down * across);
@@ -93,6 +100,8 @@ inline Patches patches_of(const Call& c, int most_units) {
 }
 
 // ---- shared memory -----------------------------------------------------------------------------------------------------
+
+constexpr int fewest_stages = 2, fewest_weight_stages = 2;
 
 // Stages from loading to normalizing: memory has that long to answer, and one stage is always left to multiply.
 inline int lag_of(int stages) { return stages <= 3 ? stages - 2 : stages / 2; }
@@ -107,19 +116,26 @@ inline int bytes_of(Arguments& a, int columns) {
   return a.shared.bytes;
 }
 
+// Positions that a plane may have so that the fewest stages fit.
+inline int most_positions(const Arguments& a, int columns, int room) {
+  const int weight_stages = a.keeps_weights ? a.chunks * a.taps : fewest_weight_stages;
+  const int others = weight_stages * (planes * columns * vector_bytes + 16) + 4 * multiplier_groups * a.buffers * buffer_bytes;
+  return (room - others - 512) / fewest_stages / (planes * vector_bytes);
+}
+
 // Gives the rings as many stages as there is room for; false if that is too few.
 inline bool fill_shared_memory(Arguments& a, int columns, int room) {
   const int steps = a.chunks * a.taps;
-  // A stage of the input lasts for all places in the filter: deep rings of weights first.
-  const int most_weights = a.keeps_weights ? steps : std::min(steps, a.taps == 1 ? 4 : 6);
-  const int fewest_weights = a.keeps_weights ? steps : 2, fewest = a.taps == 1 ? 3 : 2;
-  if (most_weights > most_weight_stages || most_weights < fewest_weights) return false;
-  for (int weights = most_weights; weights >= fewest_weights; --weights) {
-    a.weight_stages = weights;
-    for (int stages = most_stages; stages >= fewest; --stages) {
-      a.stages = stages;
-      a.lag = lag_of(stages);
-      if (bytes_of(a, columns) <= room) return true;
+  if (a.keeps_weights && steps > most_weight_stages) return false;
+  // First so many stages that the input has time to come; then weights, which 3x3 filters read nine times as often.
+  const int most_weights = a.keeps_weights ? steps : a.taps == 1 ? 4 : 6;
+  const int fewest_weights = a.keeps_weights ? steps : fewest_weight_stages;
+  for (const int fewest : {fewest_stages + 1, fewest_stages}) {
+    for (a.weight_stages = most_weights; a.weight_stages >= fewest_weights; --a.weight_stages) {
+      for (a.stages = most_stages; a.stages >= fewest; --a.stages) {
+        a.lag = lag_of(a.stages);
+        if (bytes_of(a, columns) <= room) return true;
+      }
     }
   }
   return false;
@@ -169,7 +185,8 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
   a.cluster = tiling.cluster;
   const int units = units_of(tiling.columns) * (a.takes_turns ? 1 : multiplier_groups);
   a.units_log2 = log2_of(units);
-  a.patches = patches_of(c, units);
+  a.patches = patches_of(c, units, most_positions(a, tiling.columns, device.shared_bytes_per_block));
+  if (a.patches.positions == 0) return plan;
   const int patches = units >> a.patches.units_log2;
   a.plane_bytes = (patches * a.patches.positions | 1) * vector_bytes;
   if (a.plane_bytes >= 1 << 18) return plan;

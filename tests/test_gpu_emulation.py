@@ -41,6 +41,9 @@ FAULTS = [
     "registers_of_three_warps",
     "different_registers",
     "matrices_of_the_wrong_lane",
+    "too_many_registers",
+    "copy_to_the_other_block_only",
+    "the_other_block_is_not_told",
 ]
 SEEDS = range(8)
 
@@ -104,6 +107,7 @@ KERNELS = [
     "multiply",
     "multiply_copied",
     "transport",
+    "share",
 ]
 
 
@@ -165,6 +169,9 @@ def test_a_missing_wait_or_a_wrong_step_gives_wrong_results(entry: str, fault: s
         ("transport", "no_fence_before_bulk_store", "without fence_async_proxy"),
         ("transport", "registers_of_three_warps", "change their registers"),
         ("transport", "different_registers", "change their registers differently"),
+        ("share", "too_many_registers", "wait for ever for registers"),
+        ("share", "copy_to_the_other_block_only", "wait for ever"),
+        ("share", "the_other_block_is_not_told", "wait for ever"),
     ],
 )
 def test_a_fault_ends_the_launch(entry: str, fault: str, message: str) -> None:

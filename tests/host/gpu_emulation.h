@@ -67,11 +67,16 @@ inline void sync_cluster() {
   emulation::meet(m.cluster_meeting, m.threads * static_cast<int>(m.blocks.size()));
 }
 
-// Each warp of a warpgroup must change its registers, to the same number.
+// Each warp of a warpgroup must change its registers, to the same number. In the end the groups may have no more than
+// they were launched with.
 inline void change_registers(int registers) {
   auto& changes = emulation::warp_group().registers;
   const unsigned number = emulation::self().register_changes++;
-  if (number == changes.size()) changes.push_back(registers);
+  if (number == changes.size()) {
+    const int before = number > 0 ? changes.back() : 65536 / emulation::machine.threads / 8 * 8;
+    emulation::block().registers_left += before - registers;
+    changes.push_back(registers);
+  }
   if (changes[number] != registers) emulation::fault("the warps of a warpgroup change their registers differently");
 }
 template <int registers>

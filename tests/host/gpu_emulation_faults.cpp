@@ -37,6 +37,9 @@ enum class Fault : int {
   registers_of_three_warps,
   different_registers,
   matrices_of_the_wrong_lane,
+  too_many_registers,
+  copy_to_the_other_block_only,
+  the_other_block_is_not_told,
 };
 
 struct Arguments {
@@ -253,6 +256,55 @@ struct MultiplyCopied {
   }
 };
 
+// Doubles 64 numbers a block, through a ring of one place: half of what a block reads at a time is brought by the other
+// block of the cluster, which must be told when the place is free. Two groups of warps take registers of a third.
+struct Share {
+  using Arguments = gpu::Arguments;
+  static constexpr int threads = 384, min_blocks = 1, capability = 90;
+  static constexpr int rounds = 4, shared_bytes = 32 * 4 + 16;  // two rows of 16 numbers at a time
+  static BITFAST_GPU void run(const Arguments& args) {
+    auto* place = reinterpret_cast<float*>(shared_memory());
+    auto* full = reinterpret_cast<Barrier*>(shared_memory() + 32 * 4);
+    Barrier* empty = full + 1;
+    const int at = static_cast<int>(threadIdx.x), rank = cluster_rank();
+    const int first_block = static_cast<int>(blockIdx.x) - rank;
+    if (at == 0) {
+      init_barrier(full, 1);
+      init_barrier(empty, 2);
+      fence_barrier_init();
+    }
+    sync_cluster();
+    if (at < 128) {
+      leave_registers<80>();
+      for (int round = 0; at == 0 && round < rounds; ++round) {
+        wait_for_remote(empty, (round & 1) ^ 1);
+        arrive_and_expect(full, 32 * 4);
+        const auto blocks = static_cast<uint16_t>(args.fault == Fault::copy_to_the_other_block_only ? 2 >> rank : 3);
+        // Row `round` of this block, for both.
+        bulk_load_to(blocks, place + rank * 16, args.x + (first_block + rank) * 64 + round * 16, 16 * 4, full);
+      }
+    } else {
+      if (args.fault == Fault::too_many_registers) {
+        take_registers<216>();
+      } else {
+        take_registers<208>();
+      }
+      for (int round = 0; at / 32 == 4 && round < rounds; ++round) {
+        wait_for(full, round & 1);
+        const int lane = at % 32;
+        if (lane < 16) args.y[blockIdx.x * 64 + round * 16 + lane] = 2 * place[rank * 16 + lane];
+        const float other = place[(rank ^ 1) * 16 + lane % 16];
+        if (other != args.x[(first_block + (rank ^ 1)) * 64 + round * 16 + lane % 16]) args.y[blockIdx.x * 64] = 0;
+        sync_warp();
+        if (lane != 0) continue;
+        arrive(empty);
+        if (args.fault != Fault::the_other_block_is_not_told) arrive_remote(empty, rank ^ 1);
+      }
+    }
+    sync_cluster();
+  }
+};
+
 // Takes 16 rows of 16 numbers of 16 bits through registers, for each of eight warps; the warps change their registers.
 struct Transport {
   using Arguments = gpu::Arguments;
@@ -302,6 +354,9 @@ BITFAST_ENTRY const char* double_in_bulk(const float* x, float* y, int fault) {
 }
 BITFAST_ENTRY const char* double_own(const float* x, float* y, int fault) {
   return launch<DoubleOwn>({2, 1, 512}, {x, y, static_cast<Fault>(fault)}, nullptr);
+}
+BITFAST_ENTRY const char* share(const float* x, float* y, int fault) {
+  return launch<Share>({4, 2, Share::shared_bytes}, {x, y, static_cast<Fault>(fault)}, nullptr);
 }
 BITFAST_ENTRY const char* transport(const float* x, float* y, int fault) {
   return launch<Transport>({1, 1, 16 * Transport::matrix_bytes}, {x, y, static_cast<Fault>(fault)}, nullptr);

@@ -159,6 +159,7 @@ struct Block {
   GuardedPages shared;
   Meeting meeting, some[16];
   bool any_holds = false;  // of sync_block_or
+  int registers_left = 0;  // of a thread of each group, by those who have changed theirs
   bool* or_results[1024];
   std::vector<Warp> warps;
   std::vector<WarpGroup> warp_groups;
@@ -380,6 +381,7 @@ inline void check_end_of_cluster() {
     fiber.stores.wait(0);  // the hardware completes them
   }
   for (const auto& b : machine.blocks) {
+    if (b->registers_left < 0) fault("warps wait for ever for registers that no others leave");
     for (const WarpGroup& group : b->warp_groups) {
       if (!group.products.empty()) fault("only some warps of a warpgroup have multiplied");
     }
@@ -442,6 +444,7 @@ inline void prepare_cluster(const Stacks& stacks, int64_t first_block) {
     for (WarpGroup& group : b.warp_groups) group = {};
     for (Written& written : b.written) written = {};
     b.any_holds = false;
+    b.registers_left = 0;
     memset(b.shared.begin, 0xff, b.shared.used);  // NaN in any dtype
   }
   blockIdx.x = static_cast<unsigned>(first_block);
