@@ -32,7 +32,7 @@ from bitfast.ops.norm_convolution_cuda import (
     Convolution,
     FactorsCall,
     PartialsCall,
-    Shape,
+    Tiling,
     cell_channels_of,
     factors_shape,
     pack_filters,
@@ -43,7 +43,13 @@ from bitfast.ops.norm_convolution_cuda import (
     why_no_kernels,
     why_unsuited,
 )
-from bitfast.ops.norm_convolution_fused import cell_moments, check_first_use, fused_convolution
+from bitfast.ops.norm_convolution_fused import (
+    CHOSEN,
+    CUT,
+    cell_moments,
+    check_first_use,
+    fused_convolution,
+)
 from bitfast.ops.weight_standardization import weight_standardization
 from tests import norm_convolution_stand_in
 from tests.emulated import ROOT
@@ -77,14 +83,21 @@ def on_demand(monkeypatch) -> StandIn:
 # ---- structures ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", [Call, Shape, PartialsCall, FactorsCall])
+@pytest.mark.parametrize("structure", [Tiling, Call, PartialsCall, FactorsCall])
 def test_structures_are_those_of_the_header(structure) -> None:
     header = (ROOT / "csrc" / "norm_convolution_cuda.h").read_text()
     (body,) = re.findall(rf"struct {structure.__name__} {{(.*?)}};", header, flags=re.DOTALL)
-    types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+    types = {
+        "int32_t": ctypes.c_int32,
+        "int64_t": ctypes.c_int64,
+        "float": ctypes.c_float,
+        "Tiling": Tiling,
+    }
     fields = [
         (name.strip(), types[kind])
-        for kind, names in re.findall(r"^ *(int32_t|int64_t|float) ([\w, ]+);", body, re.MULTILINE)
+        for kind, names in re.findall(
+            r"^ *(int32_t|int64_t|float|Tiling) ([\w, ]+);", body, re.MULTILINE
+        )
         for name in names.split(",")
     ]
     assert list(structure._fields_) == fields
@@ -95,7 +108,8 @@ def test_what_a_call_tells() -> None:
         (5, 64, 15, 14), FLOAT16, 3, 2, (0, 1, 1, 2), 128, 32, "relu", True, 4
     )
     call = Call.of(convolution)
-    told = {name: getattr(call, name) for name, _ in Call._fields_}
+    told = {name: getattr(call, name) for name, _ in Call._fields_ if name != "tiling"}
+    assert call.tiling.columns == 0, "the kernels choose"
     assert told == {
         "dtype": 2, "has_norm": 1, "activation": 1, "images": 5, "height": 15, "width": 14, "channels": 64,
         "kernel_size": 3, "stride": 2, "top": 0, "left": 1, "result_height": 7, "result_width": 8,
@@ -341,8 +355,8 @@ def test_an_entry_s_words_are_raised(stand_in, monkeypatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the image is too wide")
 
-    monkeypatch.setattr(norm_convolution_stand_in, "_shape", refuse)
-    with pytest.raises(RuntimeError, match=f"bitfast_{OP}_shape: the image is too wide"):
+    monkeypatch.setattr(norm_convolution_stand_in, "_prepare", refuse)
+    with pytest.raises(RuntimeError, match=f"bitfast_{OP}_prepare: the image is too wide"):
         prepare_convolution(SUITED)
 
 
@@ -364,7 +378,7 @@ def test_what_is_prepared(stand_in) -> None:
 def test_the_check_before_the_first_use(monkeypatch, kernels) -> None:
     serve(monkeypatch, kernels())
     assert first_use._checks[OP] is check_first_use
-    assert check_first_use(torch.device("cpu")) is None
+    assert check_first_use(torch.device("cpu"), (*CHOSEN, *CUT)) is None
 
 
 @pytest.mark.parametrize(
@@ -382,17 +396,13 @@ def test_the_check_notices_what_is_wrong(stand_in, monkeypatch, wrong, found) ->
         measured = right(*arguments)
         if wrong == "measure":
             return measured * 1.001
-        call, *_ = arguments
-        count = 8 if wrong == "_factors" else 64
-        dtype = (
-            torch.float32 if wrong == "_factors" else norm_convolution_stand_in.DTYPE_OF[call.dtype]
-        )
+        dtype, count = (torch.float32, 8) if wrong == "_factors" else (BFLOAT16, 64)
         written = arguments[{"_factors": 5, "_convolution": 6}[wrong]]
         norm_convolution_stand_in.at(written, dtype, (count,)).mul_(3)
         return measured
 
     monkeypatch.setattr(norm_convolution_stand_in, wrong, slightly_wrong)
-    assert found in str(check_first_use(torch.device("cpu")))
+    assert found in str(check_first_use(torch.device("cpu"), CHOSEN))
 
 
 @pytest.mark.parametrize(

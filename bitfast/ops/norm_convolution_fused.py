@@ -22,6 +22,7 @@ from bitfast.ops.norm_convolution_cuda import (
     KERNEL_SIZES,
     Convolution,
     Sides,
+    Tiling,
     cell_channels_of,
     factors_shape,
     pack_filters,
@@ -59,6 +60,7 @@ def fused_convolution(
     partials: Tensor | None = None,
     next_groups: int | None = None,
     second_packed: Tensor | None = None,
+    tiling: Tiling | None = None,
 ) -> Fused:
     """Convolve the normalized, activated x, add a residual, and measure the result for the norm that follows.
 
@@ -76,6 +78,7 @@ def fused_convolution(
         partials: Of x, for its norm: those of an earlier result, for instance. None: they are computed.
         next_groups: Groups of the norm that follows. None: the partials of the result are not computed.
         second_packed: Filters of a second convolution of the same normalized x, of the same size.
+        tiling: How the convolution is cut, for comparisons. None: as the kernels choose.
 
     Raises:
         TypeError: an argument is no tensor of a dtype that there are kernels for.
@@ -88,7 +91,7 @@ def fused_convolution(
     with as_current(x.device), torch.no_grad():
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         factors = None if norm is None else _factors(stream, x, norm, partials)
-        run = prepare_convolution(convolution)
+        run = prepare_convolution(convolution, tiling=tiling)
         result = _empty_map(x, run.result_shape)
         second = None if run.second_shape is None else _empty_map(x, run.second_shape)
         made = None
@@ -286,6 +289,8 @@ class Case(NamedTuple):
     Attributes:
         shape: Of x.
         kernel_size, stride, padding, out_channels, second_channels, adds: Of the first convolution.
+        groups, activation: Of both norms.
+        tiling: Of the first convolution; see :class:`Tiling`. None: the kernels choose.
     """
 
     shape: tuple[int, int, int, int]
@@ -298,22 +303,52 @@ class Case(NamedTuple):
     adds: bool = False
     groups: int = 8
     activation: str = "relu"
+    tiling: tuple[int, int, int, int] | None = None
 
 
-CHECKED = (
-    Case((3, 64, 20, 20), torch.bfloat16, 1, 1, (0, 0, 0, 0), 256, adds=True),
-    Case((2, 256, 9, 13), torch.float16, 1, 1, (0, 0, 0, 0), 64, 256),
-    Case((2, 128, 14, 14), torch.bfloat16, 1, 2, (0, 0, 0, 0), 128, activation="none"),
-    Case((2, 64, 20, 17), torch.float16, 3, 1, (1, 1, 1, 1), 64),
+NO_ZEROS, ONE_ZERO = (0, 0, 0, 0), (1, 1, 1, 1)
+
+CHOSEN = (
+    Case((3, 64, 20, 20), torch.bfloat16, 1, 1, NO_ZEROS, 256, adds=True),
+    Case((2, 256, 9, 13), torch.float16, 1, 1, NO_ZEROS, 64, 256),
+    Case((2, 128, 14, 14), torch.bfloat16, 1, 2, NO_ZEROS, 128, activation="none"),
+    Case((2, 64, 20, 17), torch.float16, 3, 1, ONE_ZERO, 64),
     Case((2, 128, 15, 14), torch.bfloat16, 3, 2, (0, 1, 0, 1), 128, groups=32),
-    Case((5, 256, 7, 7), torch.bfloat16, 3, 1, (1, 1, 1, 1), 256),
-    Case((2, 72, 10, 11), torch.bfloat16, 3, 1, (1, 1, 1, 1), 40, adds=True, groups=4),
+    Case((5, 256, 7, 7), torch.bfloat16, 3, 1, ONE_ZERO, 256),
+    Case((2, 72, 10, 11), torch.bfloat16, 3, 1, ONE_ZERO, 40, adds=True, groups=4),
 )
-"""Tiles of 64, 128 and 256 columns and channels that fill none; 1x1 and 3x3 filters at both strides; a
-residual, a second result; cells of 8, 4 and 2 channels."""
+"""As the kernels choose for the shape: 1x1 and 3x3 filters at both strides, channels that fill no tile, a
+residual, a second result, cells of 8, 4 and 2 channels."""
+
+SHARED = tuple((columns, 0, 0, cluster) for columns in (64, 128, 256) for cluster in (1, 2))
+KEPT = tuple((columns, takes_turns, 1, 1) for columns in (64, 128, 256) for takes_turns in (0, 1))
+
+CUT = (
+    *(
+        Case((2, 144, 9, 11), torch.bfloat16, 1, 1, NO_ZEROS, 208, 72, adds=True, tiling=tiling)
+        for tiling in (*SHARED, *KEPT)
+    ),
+    *(
+        Case((2, 64, 10, 11), torch.float16, 3, 1, ONE_ZERO, 144, tiling=tiling)
+        for tiling in (*SHARED, (64, 0, 1, 1), (64, 1, 1, 1), (128, 1, 1, 1))
+    ),
+    *(
+        Case((2, 64, 10, 11), torch.float16, 3, 2, ONE_ZERO, 144, tiling=tiling)
+        for tiling in (*SHARED[:2], *SHARED[4:], (64, 1, 1, 1))
+    ),
+)
+"""Each way to cut that there is; for 3x3 filters, of which few can be kept, each that fits."""
+
+LONG = (
+    Case((32, 64, 56, 56), torch.bfloat16, 1, 1, NO_ZEROS, 256, adds=True),
+    Case((32, 128, 28, 28), torch.bfloat16, 3, 1, ONE_ZERO, 256),
+)
+"""Blocks compute several tiles one after the other."""
 
 
-def check_first_use(device: torch.device, cases: Sequence[Case] = CHECKED) -> str | None:
+def check_first_use(
+    device: torch.device, cases: Sequence[Case] = (*CHOSEN, *CUT, *LONG)
+) -> str | None:
     """Run the kernels on a device; return how one differs from plain PyTorch in float64, or None."""
     for case in cases:
         for problem in _problems_of(case, device):
@@ -350,6 +385,7 @@ def _problems_of(case: Case, device: torch.device) -> Iterator[str | None]:
     found = fused_convolution(
         x, norm, pack_filters(weight), stride=case.stride, padding=case.padding, residual=residual,
         next_groups=case.groups, second_packed=None if second is None else pack_filters(second),
+        tiling=None if case.tiling is None else Tiling(*case.tiling),
     )  # fmt: skip
     yield difference("the result", found.result, expected)
     assert found.partials is not None
@@ -390,4 +426,4 @@ def _plain_moments(found: Fused) -> Tensor:
 
 register_first_use(OP, check_first_use)
 
-__all__ = ["Case", "Fused", "cell_moments", "check_first_use", "fused_convolution"]
+__all__ = ["CHOSEN", "CUT", "Case", "Fused", "cell_moments", "check_first_use", "fused_convolution"]
