@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import mmap
 import os
 import subprocess
@@ -120,3 +121,12 @@ def at_page_end(like: Tensor, fill: float | None = None) -> Tensor:
     flat = torch.frombuffer(memory, dtype=like.dtype, count=first + like.numel())
     result = flat[first:].as_strided(like.shape, like.stride())
     return result.copy_(like) if fill is None else result.fill_(fill)
+
+
+def untouched_memory(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that may be larger than the machine's memory: only what is written takes any."""
+    count = math.prod(shape)
+    no_reserve = 0x4000  # MAP_NORESERVE, which Python names only from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)

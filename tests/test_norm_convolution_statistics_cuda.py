@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.emulated import A100, H100, at_page_end, call, emulate, emulate_last_cluster_only
+from tests.emulated import (
+    A100,
+    H100,
+    at_page_end,
+    call,
+    emulate,
+    emulate_last_cluster_only,
+    untouched_memory,
+)
 from tests.norm_convolution_calls import (
     NAN,
     factors_call,
@@ -313,16 +321,14 @@ def test_offsets_past_two_billion() -> None:
     emulate(statistics_kernels(), H100)
     emulate_last_cluster_only(statistics_kernels())
     images, pixels, channels = 2**15 + 1, 2**10, 64
-    x = torch.empty(images * pixels * channels, dtype=BFLOAT16)
-    x = x.view(images, pixels, 1, channels).permute(0, 3, 1, 2)
+    x = untouched_memory(images, pixels, 1, channels, dtype=BFLOAT16).permute(0, 3, 1, 2)
     assert x[:-1].numel() == 2**31
     x[-1].copy_(torch.randn(x.shape[1:]))
     partials = partials_of(x, 8, strips=1)
     check_partials(x[-1:], partials[-1:], 8)
 
-    huge = torch.empty(2**17 + 1, 2**12, 2, 2)
-    assert huge[:-1].numel() == 2**31
-    huge[-1] = 0.0
+    huge = untouched_memory(2**18 + 1, 2**12, 2, 2, dtype=torch.float32)
+    assert huge[:-1].numel() == 2**32
     huge[-1, 0] = torch.tensor([[35.0, 0.0], [2.0, 280.0]])
     weight, bias = parameters(8)
     factors = factors_of(huge, weight, bias, 1)[-1]
