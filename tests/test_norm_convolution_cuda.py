@@ -149,7 +149,8 @@ def can_be_cut(case: Case, tiling: tuple[int, ...]) -> bool:
     try:
         prepared = case.prepared(Tiling(*tiling))
     except RuntimeError as error:
-        assert "cannot be cut to fit" in str(error)
+        if "cannot be cut to fit" not in str(error):
+            raise
         return False
     assert tuple(getattr(prepared.tiling, name) for name, _ in Tiling._fields_) == tiling
     return True

@@ -231,7 +231,7 @@ def pack_filters(standardized: Tensor) -> Tensor:
 
 
 class Tiling(ctypes.Structure):
-    """``bitfast::norm_convolution::Tiling``: how a convolution is cut into tiles. The kernels choose by default.
+    """``bitfast::norm_convolution::Tiling``: how a convolution is cut. By default the kernels choose.
 
     Fields:
         columns: Result channels of a tile: 64, 128 or 256. 0: chosen for the shape, and so is all else.
@@ -489,11 +489,11 @@ __all__ = [
     "FactorsCall",
     "Norm",
     "PartialsCall",
+    "Prepared",
     "PreparedConvolution",
     "PreparedPartials",
-    "Prepared",
-    "Tiling",
     "Sides",
+    "Tiling",
     "cell_channels_of",
     "factors_shape",
     "pack_filters",
