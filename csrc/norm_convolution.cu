@@ -138,7 +138,7 @@ const char* plan(const Call& c, Plan& found) {
   found = plan_for(c, arguments_of(c), device);
   if (found.tiling.columns == 0) return "norm_convolution: the convolution cannot be cut to fit the device";
   const Patches& p = found.arguments.patches;
-  found.arguments.strips = static_cast<int>(p.per_image.value << p.units_log2) * (unit_pixels / strip_pixels);
+  found.arguments.strips = static_cast<int>(p.per_image.value << p.units_log2);
   return nullptr;
 }
 

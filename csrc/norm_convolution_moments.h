@@ -1,6 +1,6 @@
 // norm_convolution on a GPU: the statistics of what a warp writes.
 //
-// A warp holds 16 pixels (a strip) of 64 channels at a time, as products leave them: lane l has two channels of every 8,
+// A strip of the partials is a unit. A warp holds 16 pixels of it, 64 channels at a time, as products leave them: lane l has two channels of every 8,
 // of pixels l / 4 and l / 4 + 8. Each lane takes mean and squares of its own few numbers exactly; then lanes merge theirs
 // (Chan, Golub & LeVeque, 1979). As long as a lane has several vectors of 8 channels, two lanes that merge go on with half
 // of them each.
@@ -84,11 +84,9 @@ BITFAST_GPU Moments moments_of_pair(const Merging& merging, int lane, const uint
       merging, 0, lane, moments_of<T>(merging, packed[0], packed[1]), moments_of<T>(merging, packed[2], packed[3]));
 }
 
-// The other rounds, for all vectors; writes the partials of 64 channels of a strip. `channels`: how many of the 64 there
-// are; `partials`: of the strip, from the first of these channels on.
-BITFAST_GPU void write_partials(
-    const Merging& merging, const Moments (&pairs)[piece_vectors / 2], int lane, int channels, int cell_channels,
-    float* partials) {
+// The other rounds, for all vectors; leaves the moments of the cells of 64 channels in shared memory.
+BITFAST_GPU void leave_cells(
+    const Merging& merging, const Moments (&pairs)[piece_vectors / 2], int lane, int cell_channels, Moments* cells) {
   Moments cell = merged(
       merging, 2, lane, merged(merging, 1, lane, pairs[0], pairs[2]), merged(merging, 1, lane, pairs[1], pairs[3]));
   // Now the lane's two channels of its vector with those of its neighbours: as many numbers on either side.
@@ -97,9 +95,30 @@ BITFAST_GPU void write_partials(
   const int upper[] = {lane & Merging::lane_mask(0), lane & Merging::lane_mask(1), lane & Merging::lane_mask(2)};
   const int vector = (upper[0] ? 1 : 0) + (upper[1] ? 4 : 0) + (upper[2] ? 2 : 0);
   const int channel = vector * 8 + lane % 4 * 2;
-  if (channel % cell_channels != 0 || channel >= channels) return;
-  gpu::store_8(
-      partials + channel / cell_channels * 2, make_uint2(gpu::bits_of(cell.mean), gpu::bits_of(cell.squares)));
+  if (channel % cell_channels == 0) cells[channel / cell_channels] = cell;
 }
+
+// What the four warps of a group have of a unit, in shared memory.
+struct UnitMoments {
+  float* pixels;   // of each warp
+  Moments* cells;  // of each warp, `count` of them
+  int count;
+
+  BITFAST_GPU UnitMoments(unsigned char* shared, int cells_of_tile)
+      : pixels(reinterpret_cast<float*>(shared)), cells(reinterpret_cast<Moments*>(shared + 16)), count(cells_of_tile) {}
+
+  // Merges the warps' moments of a cell, in order.
+  BITFAST_GPU Moments merged_cell(int cell, int cell_channels) const {
+    Moments all = cells[cell];
+    float numbers = pixels[0] * static_cast<float>(cell_channels);
+    for (int warp = 1; warp < 4; ++warp) {
+      const float others = pixels[warp] * static_cast<float>(cell_channels), sum = numbers + others;
+      const float share = sum > 0.0f ? others / sum : 0.0f;
+      all.merge(cells[warp * count + cell], share, numbers * share);
+      numbers = sum;
+    }
+    return all;
+  }
+};
 
 }  // namespace bitfast::norm_convolution

@@ -19,15 +19,14 @@ struct Multiplier {
   static constexpr int units = group_units<columns>;
   static constexpr int vectors = columns / 8, pieces = columns / piece_channels;
   static constexpr int rows_at_once = 32 * vector_bytes / (2 * piece_channels);  // that a warp copies
-  static constexpr int copies = strip_pixels / rows_at_once;
+  static constexpr int copies = warp_pixels / rows_at_once;
   static constexpr int none = -1;
   using Sums = float[units][vectors][4];
 
   const Arguments& a;
   const Barriers& barriers;
   int lane, warp, group;  // warp: in the group
-  unsigned char* buffers;
-  int buffer = 0;
+  int buffer = 0, moments = 0;  // which of two is next
 
   BITFAST_GPU Multiplier(const Arguments& arguments, const Barriers& all_barriers)
       : a(arguments), barriers(all_barriers) {
@@ -35,17 +34,16 @@ struct Multiplier {
     lane = thread % 32;
     warp = gpu::same_in_warp(thread / 32 % 4);
     group = gpu::same_in_warp(thread / 128 - 1);
-    buffers = gpu::shared_memory() + a.shared.buffers + (group * 4 + warp) * a.buffers * buffer_bytes;
   }
 
   BITFAST_GPU void run() {
     const BlockTiles tiles(a);
     Sums sums;
     // The tiles of the block that are this group's, by their number.
-    for (int n = a.takes_turns ? group : 0;; n += a.takes_turns ? multiplier_groups : 1) {
-      const int64_t index = tiles.first + static_cast<int64_t>(n) * tiles.step;
-      if (index >= a.tiles) break;
-      const Tile tile(a, static_cast<int>(index), columns);
+    int n = a.takes_turns ? group : 0;
+    const int step = a.takes_turns ? multiplier_groups : 1;
+    for (int t = tiles.first + n * tiles.step; t < a.tiles; t += step * tiles.step, n += step) {
+      const Tile tile(a, t, columns);
       if (adds(tile)) fetch_residual(tile, 0, 0, buffer);
       // Without turns a group could wait for a phase two rounds of the ring ahead, whose parity has been there already.
       if (a.takes_turns) gpu::wait_for(barriers.turn(group), turn_parity(n));
@@ -149,7 +147,7 @@ struct Multiplier {
         : exists(tile.first_patch + (m.unit_of(i) >> m.a.patches.units_log2) < m.a.patches.count),
           patch(m.a.patches, exists ? tile.first_patch + (m.unit_of(i) >> m.a.patches.units_log2) : 0) {
       first_result = patch.first_result(m.a.patches);
-      first_row = (m.unit_of(i) & ((1 << m.a.patches.units_log2) - 1)) * unit_pixels + m.warp * strip_pixels;
+      first_row = (m.unit_of(i) & ((1 << m.a.patches.units_log2) - 1)) * unit_pixels + m.warp * warp_pixels;
     }
     // The result of the warp's row, counted from the patch's first; -1 if there is none.
     BITFAST_GPU int result_at(const Multiplier& m, int row) const {
@@ -163,6 +161,11 @@ struct Multiplier {
   BITFAST_GPU int copied_row(int copy) const { return copy * rows_at_once + lane / planes; }
   BITFAST_GPU int copied_channel() const { return lane % planes * 8; }
 
+  // One of the warp's buffers.
+  BITFAST_GPU unsigned char* buffer_at(int number) const {
+    return gpu::shared_memory() + a.shared.buffers + ((group * 4 + warp) * a.buffers + number) * buffer_bytes;
+  }
+
   BITFAST_GPU void fetch_residual(const Tile& tile, int i, int piece, int to) const {
     const int channels = a.outputs[0].channels, channel = tile.column + piece * piece_channels + copied_channel();
     const Unit unit(*this, tile, i);
@@ -172,7 +175,7 @@ struct Multiplier {
         const int result = unit.result_at(*this, copied_row(copy));
         if (result >= 0) {
           gpu::copy_16_async(
-              buffers + to * buffer_bytes + copied_row(copy) * buffer_row_bytes + copied_channel() * 2,
+              buffer_at(to) + copied_row(copy) * buffer_row_bytes + copied_channel() * 2,
               a.residual + (unit.first_result + result) * channels + channel);
         }
       }
@@ -191,10 +194,8 @@ struct Multiplier {
 #pragma unroll
       for (int copy = 0; copy < copies; ++copy) results[copy] = unit.result_at(*this, copied_row(copy));
       const Merging merging(unit.result_at(*this, lane / 4) >= 0, unit.result_at(*this, lane / 4 + 8) >= 0);
-      float* partials = partials_of(tile, unit);
-      if (partials != nullptr && tile.column == 0 && lane == 0) {
-        gpu::store_8(partials, make_uint2(gpu::bits_of(merging.pixels()), 0));
-      }
+      const bool measures = a.partials != nullptr && !tile.is_second && unit.exists;
+      if (measures && lane == 0) unit_moments().pixels[warp] = merging.pixels();
 #pragma unroll
       for (int piece = 0; piece < pieces; ++piece) {
         if (piece >= count) break;
@@ -209,27 +210,28 @@ struct Multiplier {
           gpu::sync_warp();
         }
         const int channel = tile.column + piece * piece_channels;
-        Moments moments[piece_vectors / 2];
-        pack_results(moments, merging, sums[i], piece, adds(tile), partials != nullptr);
+        Moments pairs[piece_vectors / 2];
+        pack_results(pairs, merging, sums[i], piece, adds(tile), measures);
+        if (measures) {
+          const UnitMoments shared = unit_moments();
+          Moments* cells = shared.cells + warp * shared.count + piece * piece_channels / a.cell_channels;
+          leave_cells(merging, pairs, lane, a.cell_channels, cells);
+        }
         gpu::sync_warp();
         store_results(output, unit, results, channel);
         gpu::sync_warp();  // before anything is written there
         if (a.buffers > 1) buffer ^= 1;
-        if (partials != nullptr) {
-          write_partials(
-              merging, moments, lane, output.channels - channel, a.cell_channels,
-              partials + 2 + channel / a.cell_channels * 2);
-        }
       }
+      if (measures) write_partials(tile, unit);
     }
   }
 
   // Rounds 64 channels of the warp's rows, with the residual that lies in the buffer added, leaves them there, and begins
   // to measure them.
   BITFAST_GPU void pack_results(
-      Moments (&moments)[piece_vectors / 2], const Merging& merging, const float (&sums)[vectors][4], int piece,
+      Moments (&pairs)[piece_vectors / 2], const Merging& merging, const float (&sums)[vectors][4], int piece,
       bool adds, bool measures) const {
-    unsigned char* at = buffers + buffer * buffer_bytes + lane % 16 * buffer_row_bytes + lane / 16 * vector_bytes;
+    unsigned char* at = buffer_at(buffer) + lane % 16 * buffer_row_bytes + lane / 16 * vector_bytes;
 #pragma unroll
     for (int j = 0; j < piece_vectors / 2; ++j) {
       uint32_t residual[4] = {}, result[4];
@@ -245,12 +247,12 @@ struct Multiplier {
         }
       }
       gpu::store_matrices(at + j * 2 * vector_bytes, result);
-      if (measures) moments[j] = moments_of_pair<T>(merging, lane, result);
+      if (measures) pairs[j] = moments_of_pair<T>(merging, lane, result);
     }
   }
 
   BITFAST_GPU void store_results(const Output& output, const Unit& unit, const int (&results)[copies], int channel) const {
-    const unsigned char* from = buffers + buffer * buffer_bytes + copied_channel() * 2;
+    const unsigned char* from = buffer_at(buffer) + copied_channel() * 2;
     if (channel + copied_channel() >= output.channels) return;
 #pragma unroll
     for (int copy = 0; copy < copies; ++copy) {
@@ -260,13 +262,28 @@ struct Multiplier {
     }
   }
 
-  // Of the warp's strip of a unit; null if there are none.
-  BITFAST_GPU float* partials_of(const Tile& tile, const Unit& unit) const {
-    if (a.partials == nullptr || tile.is_second || !unit.exists) return nullptr;
-    const int strip = (unit.patch.number << a.patches.units_log2) * (unit_pixels / strip_pixels) +
-                      unit.first_row / strip_pixels;
-    const int64_t row = static_cast<int64_t>(unit.patch.image) * a.strips + strip;
-    return a.partials + row * (1 + a.cells) * 2;
+  // Two in turns, so that a warp may go on to the next unit while others still read.
+  BITFAST_GPU UnitMoments unit_moments() const {
+    const int at = a.shared.moments + (group * 2 + moments) * a.unit_moments_bytes;
+    return {gpu::shared_memory() + at, columns / a.cell_channels};
+  }
+
+  // Writes what the group's warps have left of a unit.
+  BITFAST_GPU void write_partials(const Tile& tile, const Unit& unit) {
+    gpu::sync_some(1 + group, 128);
+    const UnitMoments shared = unit_moments();
+    moments ^= 1;
+    const int strip = (unit.patch.number << a.patches.units_log2) + unit.first_row / unit_pixels;
+    float* of_strip = a.partials + (static_cast<int64_t>(unit.patch.image) * a.strips + strip) * (1 + a.cells) * 2;
+    const int cell = warp * 32 + lane, first = tile.column / a.cell_channels;
+    if (cell < shared.count && first + cell < a.cells) {
+      const Moments all = shared.merged_cell(cell, a.cell_channels);
+      gpu::store_8(of_strip + (1 + first + cell) * 2, make_uint2(gpu::bits_of(all.mean), gpu::bits_of(all.squares)));
+    }
+    if (first == 0 && warp == 0 && lane == 0) {
+      const float pixels = (shared.pixels[0] + shared.pixels[1]) + (shared.pixels[2] + shared.pixels[3]);
+      gpu::store_8(of_strip, make_uint2(gpu::bits_of(pixels), 0));
+    }
   }
 };
 

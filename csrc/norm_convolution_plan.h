@@ -110,7 +110,8 @@ inline int bytes_of(Arguments& a, int columns) {
   const int weight_stage = planes * columns * vector_bytes;
   a.shared.weights = a.stages * planes * a.plane_bytes;
   a.shared.buffers = a.shared.weights + a.weight_stages * weight_stage;
-  a.shared.barriers = a.shared.buffers + 4 * multiplier_groups * a.buffers * buffer_bytes;
+  a.shared.moments = a.shared.buffers + 4 * multiplier_groups * a.buffers * buffer_bytes;
+  a.shared.barriers = a.shared.moments + 2 * multiplier_groups * a.unit_moments_bytes;
   const int barriers = 2 * most_stages + multiplier_groups + 2 * a.weight_stages;
   a.shared.bytes = a.shared.barriers + barriers * static_cast<int>(sizeof(gpu::Barrier));
   return a.shared.bytes;
@@ -119,7 +120,8 @@ inline int bytes_of(Arguments& a, int columns) {
 // Positions that a plane may have so that the fewest stages fit.
 inline int most_positions(const Arguments& a, int columns, int room) {
   const int weight_stages = a.keeps_weights ? a.chunks * a.taps : fewest_weight_stages;
-  const int others = weight_stages * (planes * columns * vector_bytes + 16) + 4 * multiplier_groups * a.buffers * buffer_bytes;
+  const int others = weight_stages * (planes * columns * vector_bytes + 16) + 2 * multiplier_groups * a.unit_moments_bytes +
+                     4 * multiplier_groups * a.buffers * buffer_bytes;
   return (room - others - 512) / fewest_stages / (planes * vector_bytes);
 }
 
@@ -183,6 +185,7 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
   a.takes_turns = tiling.takes_turns;
   a.keeps_weights = tiling.keeps_weights;
   a.cluster = tiling.cluster;
+  if (a.cells > 0) a.unit_moments_bytes = 16 + 4 * tiling.columns / a.cell_channels * static_cast<int>(sizeof(Moments));
   const int units = units_of(tiling.columns) * (a.takes_turns ? 1 : multiplier_groups);
   a.units_log2 = log2_of(units);
   a.patches = patches_of(c, units, most_positions(a, tiling.columns, device.shared_bytes_per_block));
@@ -197,7 +200,7 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
   }
   a.tiles_per_row = Divisor(across);
   const int64_t tiles = ceil_div(a.patches.count, patches * a.cluster) * across;  // of a cluster
-  if (tiles > INT32_MAX) return plan;
+  if (tiles > INT32_MAX / 2) return plan;  // so that indices past the last one are numbers, too
   a.tiles = static_cast<int>(tiles);
   int64_t clusters = std::min<int64_t>(tiles, device.multiprocessors / a.cluster);
   if (a.keeps_weights) clusters = clusters / across * across;  // each block has the same channels all the time

@@ -27,14 +27,14 @@ constexpr int unit_pixels = 64;
 constexpr int chunk_channels = 64;  // of the input, in a stage
 constexpr int planes = 8, vector_bytes = 16;
 constexpr int piece_channels = 64;  // of a result, that a warp writes at once
-constexpr int strip_pixels = 16;    // that a warp has of a unit
+constexpr int warp_pixels = 16;     // that a warp has of a unit
 constexpr int loaders = 96;         // threads that bring the input
 constexpr int items_at_once = loaders / planes;
 constexpr int most_stages = 8, most_weight_stages = 32;
 
 // The warps that multiply write through memory of their own, a row for each pixel.
 constexpr int buffer_row_bytes = 2 * piece_channels + 16;
-constexpr int buffer_bytes = strip_pixels * buffer_row_bytes;
+constexpr int buffer_bytes = warp_pixels * buffer_row_bytes;
 
 // How a feature map is cut into patches. 1x1 filters take the map for a single row.
 struct Patches {
@@ -51,7 +51,7 @@ struct Patches {
 
 // Where things lie in shared memory, after the ring of the input. The host computes it.
 struct SharedLayout {
-  int weights, buffers, barriers, bytes;
+  int weights, buffers, moments, barriers, bytes;
 };
 
 struct Output {
@@ -85,6 +85,7 @@ struct Arguments {
   int buffers;              // of each warp
   SharedLayout shared;
   int cell_channels, cells, strips;
+  int unit_moments_bytes;   // of shared memory, for what the warps of a group have of a unit
 };
 
 // Of the stages: whether they may be read, or written again; and whether it is a group's turn.
