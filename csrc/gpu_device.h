@@ -42,6 +42,21 @@ BITFAST_GPU int cluster_rank() {
   return static_cast<int>(rank);
 }
 
+// Lets blocks of the next launch begin, if it may overlap with this one, as soon as all blocks have called this and there
+// is room for them.
+BITFAST_GPU void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the launch before this one, with which it overlaps, has ended; the thread sees all that it has written, but
+// not through load_16 and its like.
+BITFAST_GPU void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The value of the lane whose number differs in the bits of `mask`. All 32 lanes of the warp call it.
 BITFAST_GPU float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
@@ -65,7 +80,12 @@ BITFAST_GPU uint2 load_8(const void* p) { return __ldg(static_cast<const uint2*>
 BITFAST_GPU uint32_t load_4(const void* p) { return __ldg(static_cast<const uint32_t*>(p)); }
 BITFAST_GPU uint32_t load_2(const void* p) { return __ldg(static_cast<const uint16_t*>(p)); }
 
-// Memory that this launch writes too.
+// Memory that this launch writes too, or one that it overlaps with.
+BITFAST_GPU uint2 load_written_8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
 BITFAST_GPU uint4 load_written_16(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -44,19 +44,26 @@ inline const char* current_device(Device& device) {
   return device.capability > 0 ? nullptr : "the CUDA device does not tell its limits";
 }
 
+using LaunchAttributes = cudaLaunchAttribute[2];
+
 inline cudaLaunchConfig_t launch_config(
-    const LaunchShape& shape, int threads, cudaLaunchAttribute& attribute, void* stream) {
+    const LaunchShape& shape, int threads, LaunchAttributes& attributes, void* stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
   if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+  }
+  if (shape.overlaps) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   return config;
 }
@@ -112,8 +119,8 @@ const char* resident_clusters(const LaunchShape& shape, int64_t& clusters) {
   int found = 0;
   cudaError_t error;
   if (shape.cluster > 1) {
-    cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config = launch_config(one, threads, attribute, nullptr);
+    LaunchAttributes attributes;
+    cudaLaunchConfig_t config = launch_config(one, threads, attributes, nullptr);
     error = cudaOccupancyMaxActiveClusters(&found, kernel<Kernel>, &config);
   } else {
     Device device;
@@ -138,8 +145,8 @@ const char* launch(const LaunchShape& shape, const typename Kernel::Arguments& a
   if (shape.blocks == 0) return nullptr;
   if (shape.blocks > INT32_MAX) return "too many blocks for one launch";
   if (const char* error = allow_shared_bytes<Kernel>(shape.shared_bytes)) return error;
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t config = launch_config(shape, threads_of<Kernel>(shape), attribute, stream);
+  LaunchAttributes attributes;
+  const cudaLaunchConfig_t config = launch_config(shape, threads_of<Kernel>(shape), attributes, stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel<Kernel>, arguments);
   if (error != cudaSuccess) cudaGetLastError();
   return text_of(error);

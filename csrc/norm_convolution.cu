@@ -24,19 +24,23 @@ struct NormConvolution {
     const Barriers barriers{a};
     if (threadIdx.x == 0) init(a, barriers);
     sync(a);
+    gpu::let_next_launch_begin();
     if (threadIdx.x < 128) {
       gpu::leave_registers<loader_registers>();
       load(a, barriers);
     } else {
       gpu::take_registers<multiplier_registers>();
+      gpu::wait_for_launch_before();
       Multiplier<T, columns>(a, barriers).run();
     }
     if (a.cluster > 1) gpu::sync_cluster();  // the other block may still send something here
   }
 
   static BITFAST_GPU void load(const Arguments& a, const Barriers& barriers) {
+    // Weights have been there for long.
     if (threadIdx.x == 0) WeightLoader{a, barriers, columns}.run();
     if (threadIdx.x < 32) return;
+    gpu::wait_for_launch_before();
     if (a.taps == 1 && a.stride == 1) {
       Loader<T, RunItems>(a, barriers, columns).run();
     } else {
@@ -144,7 +148,8 @@ const char* plan(const Call& c, Plan& found) {
 
 template <typename T>
 const char* run(const Prepared& prepared, const Arguments& arguments, void* stream) {
-  const gpu::LaunchShape shape{prepared.blocks, arguments.cluster, prepared.shared_bytes};
+  gpu::LaunchShape shape{prepared.blocks, arguments.cluster, prepared.shared_bytes};
+  shape.overlaps = true;
   switch (prepared.tiling.columns) {
     case 64:
       return gpu::launch<NormConvolution<T, 64>>(shape, arguments, stream);

@@ -64,10 +64,10 @@ struct Factors {
   uint4 words[4];
 
   BITFAST_GPU void load(const float* scale, int channels) {
-    words[0] = gpu::load_16(scale);
-    words[1] = gpu::load_16(scale + 4);
-    words[2] = gpu::load_16(scale + channels);
-    words[3] = gpu::load_16(scale + channels + 4);
+    words[0] = gpu::load_written_16(scale);
+    words[1] = gpu::load_written_16(scale + 4);
+    words[2] = gpu::load_written_16(scale + channels);
+    words[3] = gpu::load_written_16(scale + channels + 4);
   }
 
   template <typename T, Activation activation>

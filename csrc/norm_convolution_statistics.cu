@@ -196,6 +196,9 @@ BITFAST_ENTRY const char* bitfast_norm_convolution_factors(
   a.bias = bias;
   a.factors = factors;
   const int shared_bytes = FactorsKernel::found_bytes + a.slice_groups * static_cast<int>(sizeof(float2));
-  const bitfast::gpu::LaunchShape shape{call->images * a.slices, 1, shared_bytes};
+  bitfast::gpu::LaunchShape shape{call->images * a.slices, 1, shared_bytes};
+  bitfast::gpu::Device device;
+  if (const char* error = bitfast::gpu::current_device(device)) return error;
+  shape.overlaps = device.capability >= 90;
   return bitfast::gpu::launch<FactorsKernel>(shape, a, stream);
 }

@@ -223,7 +223,7 @@ constexpr int factors_threads = 256;
 constexpr int partials_at_once = 8;  // that a thread reads
 
 BITFAST_GPU float2 load_floats(const float2* p) {
-  const uint2 words = gpu::load_8(p);
+  const uint2 words = gpu::load_written_8(p);
   return make_float2(gpu::float_from_bits(words.x), gpu::float_from_bits(words.y));
 }
 
@@ -263,11 +263,12 @@ struct FactorsKernel {
     auto* of_threads = reinterpret_cast<Statistics*>(gpu::shared_memory());
     auto* statistics = reinterpret_cast<float2*>(gpu::shared_memory() + found_bytes);
 
-    // The first partials and the first parameters are on their way together.
+    gpu::let_next_launch_begin();
+    const Parameters of_first = parameters_of(a, first_channel + min(thread, channels - 1));
+    gpu::wait_for_launch_before();
     Reader reader(a, image, first_group * a.group_cells, groups * a.group_cells, thread);
     Statistics parts[partials_at_once];
     reader.read(a, parts);
-    const Parameters of_first = parameters_of(a, first_channel + min(thread, channels - 1));
     Statistics mine = merged(parts);
     while (!reader.is_at_end()) {
       reader.read(a, parts);

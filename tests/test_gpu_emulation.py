@@ -44,6 +44,8 @@ FAULTS = [
     "too_many_registers",
     "copy_to_the_other_block_only",
     "the_other_block_is_not_told",
+    "no_wait_for_launch_before",
+    "load_that_need_not_wait",
 ]
 SEEDS = range(8)
 
@@ -169,6 +171,8 @@ def test_a_missing_wait_or_a_wrong_step_gives_wrong_results(entry: str, fault: s
         ("transport", "no_fence_before_bulk_store", "without fence_async_proxy"),
         ("transport", "registers_of_three_warps", "change their registers"),
         ("transport", "different_registers", "change their registers differently"),
+        ("transport", "no_wait_for_launch_before", "before the launch before has ended"),
+        ("transport", "load_that_need_not_wait", "need not wait for the launch before"),
         ("share", "too_many_registers", "wait for ever for registers"),
         ("share", "copy_to_the_other_block_only", "wait for ever"),
         ("share", "the_other_block_is_not_told", "wait for ever"),

@@ -90,6 +90,9 @@ void leave_registers() {
   change_registers(registers);
 }
 
+inline void let_next_launch_begin() {}
+inline void wait_for_launch_before() { emulation::self().has_waited = true; }
+
 inline int cluster_rank() { return emulation::block().rank; }
 
 inline int same_in_warp(int v) { return v; }
@@ -120,15 +123,33 @@ void store_aligned(void* p, T v) {
   memcpy(p, &v, sizeof v);
 }
 
-inline uint4 load_streaming(const void* p) { return load_aligned<uint4>(p); }
-inline uint4 load_16(const void* p) { return load_aligned<uint4>(p); }
-inline uint2 load_8(const void* p) { return load_aligned<uint2>(p); }
-inline uint32_t load_4(const void* p) { return load_aligned<uint32_t>(p); }
-inline uint32_t load_2(const void* p) { return load_aligned<uint16_t>(p); }
-inline uint4 load_written_16(const void* p) { return load_aligned<uint4>(p); }
-inline void store_16(void* p, uint4 v) { store_aligned(p, v); }
-inline void store_8(void* p, uint2 v) { store_aligned(p, v); }
-inline void store_4(void* p, uint32_t v) { store_aligned(p, v); }
+// Of memory that does not change. The compiler may load it earlier, also before a wait.
+template <typename T>
+T load_constant(const void* p) {
+  if (emulation::machine.overlaps) emulation::fault("a load that need not wait for the launch before");
+  return load_aligned<T>(p);
+}
+template <typename T>
+T load_written(const void* p) {
+  emulation::check_waited();
+  return load_aligned<T>(p);
+}
+template <typename T>
+void store(void* p, T v) {
+  emulation::check_waited();
+  store_aligned(p, v);
+}
+
+inline uint4 load_streaming(const void* p) { return load_constant<uint4>(p); }
+inline uint4 load_16(const void* p) { return load_constant<uint4>(p); }
+inline uint2 load_8(const void* p) { return load_constant<uint2>(p); }
+inline uint32_t load_4(const void* p) { return load_constant<uint32_t>(p); }
+inline uint32_t load_2(const void* p) { return load_constant<uint16_t>(p); }
+inline uint2 load_written_8(const void* p) { return load_written<uint2>(p); }
+inline uint4 load_written_16(const void* p) { return load_written<uint4>(p); }
+inline void store_16(void* p, uint4 v) { store(p, v); }
+inline void store_8(void* p, uint2 v) { store(p, v); }
+inline void store_4(void* p, uint32_t v) { store(p, v); }
 
 inline uint4 load_shared_16(const void* p) {
   emulation::check_shared(p, 16, "a load");
@@ -149,6 +170,7 @@ inline void store_remote(float* p, int rank, float v) { store_aligned(emulation:
 // ---- asynchronous copies ---------------------------------------------------------------------------------------------
 
 inline void copy_16_async(void* shared, const void* global) {
+  emulation::check_waited();
   emulation::check_shared(shared, 16, "a copy");
   emulation::check_aligned(shared, 16, "a copy");
   emulation::check_aligned(global, 16, "a copy");

@@ -40,6 +40,8 @@ enum class Fault : int {
   too_many_registers,
   copy_to_the_other_block_only,
   the_other_block_is_not_told,
+  no_wait_for_launch_before,
+  load_that_need_not_wait,
 };
 
 struct Arguments {
@@ -305,7 +307,8 @@ struct Share {
   }
 };
 
-// Takes 16 rows of 16 numbers of 16 bits through registers, for each of eight warps; the warps change their registers.
+// Takes 16 rows of 16 numbers of 16 bits through registers, for each of eight warps; the warps change their registers, and
+// the launch before may still be at work.
 struct Transport {
   using Arguments = gpu::Arguments;
   static constexpr int threads = 256, min_blocks = 1, capability = 90;
@@ -320,7 +323,9 @@ struct Transport {
     take_registers<232>();
     unsigned char* from = shared_memory() + warp * matrix_bytes;
     unsigned char* to = from + 8 * matrix_bytes;
-    store_shared_16(from + 16 * lane, load_16(args.x + (32 * warp + lane) * 4));
+    if (args.fault != Fault::no_wait_for_launch_before) wait_for_launch_before();
+    const float* x = args.x + (32 * warp + lane) * 4;
+    store_shared_16(from + 16 * lane, args.fault == Fault::load_that_need_not_wait ? load_16(x) : load_written_16(x));
     sync_warp();
     const int place = lane % 16 * 32 + lane / 16 * 16;  // of a row: of the upper left matrix first, then the lower left
     uint32_t fragment[4];
@@ -359,7 +364,8 @@ BITFAST_ENTRY const char* share(const float* x, float* y, int fault) {
   return launch<Share>({4, 2, Share::shared_bytes}, {x, y, static_cast<Fault>(fault)}, nullptr);
 }
 BITFAST_ENTRY const char* transport(const float* x, float* y, int fault) {
-  return launch<Transport>({1, 1, 16 * Transport::matrix_bytes}, {x, y, static_cast<Fault>(fault)}, nullptr);
+  return launch<Transport>(
+      {1, 1, 16 * Transport::matrix_bytes, 0, true}, {x, y, static_cast<Fault>(fault)}, nullptr);
 }
 BITFAST_ENTRY const char* multiply(
     const void* a, const void* b, float* c, int dtype, int columns, int adds, int fault) {

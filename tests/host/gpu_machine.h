@@ -92,6 +92,7 @@ struct Fiber {
   const uint8_t* awaited = nullptr;  // the fiber goes on when this is no longer
   uint8_t awaited_phase = 0;         // that
   bool has_begun = false, has_ended = false;
+  bool has_waited = false;  // for the launch before
   unsigned thread = 0;
   Block* block = nullptr;
   Groups copies, stores;
@@ -181,6 +182,7 @@ struct Machine {
   std::string message;
   std::function<void()> body;
   int threads = 0;
+  bool overlaps = false;  // whether the launch may begin before the one before has ended
   long progress = 0;
 
   unsigned below(size_t n) { return static_cast<unsigned>(random() % n); }
@@ -274,6 +276,10 @@ inline bool is_unfenced(const void* p, size_t bytes) {
   const auto* first = static_cast<const unsigned char*>(p);
   const auto& all = block().written;
   return std::any_of(all.begin(), all.end(), [&](const Written& w) { return w.meets(first, first + bytes); });
+}
+
+inline void check_waited() {
+  if (machine.overlaps && !self().has_waited) fault("memory is touched before the launch before has ended");
 }
 
 inline void check_fenced(const void* p, size_t bytes, const char* what) {
@@ -466,12 +472,14 @@ inline const char* run_grid(const LaunchShape& shape, int threads, std::function
   machine.message.clear();
   machine.body = std::move(body);
   machine.threads = threads;
+  machine.overlaps = shape.overlaps;
   machine.blocks.clear();
   gridDim.x = static_cast<unsigned>(shape.blocks);
   blockDim.x = static_cast<unsigned>(threads);
   if (threads % warp_size != 0 || threads > 1024) return "the number of threads is not a multiple of 32 up to 1024";
   if (shape.blocks % shape.cluster != 0) return "the blocks do not divide into clusters";
   if (shape.cluster > 1 && machine.device.capability < 90) return "the device has no clusters";
+  if (shape.overlaps && machine.device.capability < 90) return "launches of the device do not overlap";
   if (shape.cluster > 8) return "clusters of more than 8 blocks are not portable";
   if (shape.shared_bytes > machine.device.shared_bytes_per_block) return "the launch shape does not fit on the device";
   for (int i = 0; i < shape.cluster; ++i) machine.blocks.push_back(std::make_unique<Block>(shape.shared_bytes, threads));
