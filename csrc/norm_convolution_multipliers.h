@@ -44,7 +44,7 @@ struct Multiplier {
     const int step = a.takes_turns ? multiplier_groups : 1;
     for (int t = tiles.first + n * tiles.step; t < a.tiles; t += step * tiles.step, n += step) {
       const Tile tile(a, t, columns);
-      if (adds(tile)) fetch_residual(tile, 0, 0, buffer);
+      if (adds(tile)) fetch_first_residual(tile, 0, buffer);
       // Without turns a group could wait for a phase two rounds of the ring ahead, whose parity has been there already.
       if (a.takes_turns) gpu::wait_for(barriers.turn(group), turn_parity(n));
       multiply(sums, n);
@@ -161,26 +161,37 @@ struct Multiplier {
   BITFAST_GPU int copied_row(int copy) const { return copy * rows_at_once + lane / planes; }
   BITFAST_GPU int copied_channel() const { return lane % planes * 8; }
 
+  BITFAST_GPU void find_results(int (&results)[copies], const Unit& unit) const {
+#pragma unroll
+    for (int copy = 0; copy < copies; ++copy) results[copy] = unit.result_at(*this, copied_row(copy));
+  }
+
   // One of the warp's buffers.
   BITFAST_GPU unsigned char* buffer_at(int number) const {
     return gpu::shared_memory() + a.shared.buffers + ((group * 4 + warp) * a.buffers + number) * buffer_bytes;
   }
 
-  BITFAST_GPU void fetch_residual(const Tile& tile, int i, int piece, int to) const {
-    const int channels = a.outputs[0].channels, channel = tile.column + piece * piece_channels + copied_channel();
-    const Unit unit(*this, tile, i);
+  // Of 64 channels, from `channel` on.
+  BITFAST_GPU void fetch_residual(const Unit& unit, const int (&results)[copies], int channel, int to) const {
+    const int channels = a.outputs[0].channels;
+    channel += copied_channel();
     if (channel < channels) {
 #pragma unroll
       for (int copy = 0; copy < copies; ++copy) {
-        const int result = unit.result_at(*this, copied_row(copy));
-        if (result >= 0) {
-          gpu::copy_16_async(
-              buffer_at(to) + copied_row(copy) * buffer_row_bytes + copied_channel() * 2,
-              a.residual + (unit.first_result + result) * channels + channel);
-        }
+        if (results[copy] < 0) continue;
+        gpu::copy_16_async(
+            buffer_at(to) + copied_row(copy) * buffer_row_bytes + copied_channel() * 2,
+            a.residual + (unit.first_result + results[copy]) * channels + channel);
       }
     }
     gpu::commit_copies();
+  }
+
+  BITFAST_GPU void fetch_first_residual(const Tile& tile, int i, int to) const {
+    const Unit unit(*this, tile, i);
+    int results[copies];
+    find_results(results, unit);
+    fetch_residual(unit, results, tile.column, to);
   }
 
   BITFAST_GPU void write(const Sums& sums, const Tile& tile) {
@@ -191,25 +202,25 @@ struct Multiplier {
       lane = gpu::not_before_here(lane);  // or what follows from it would be held in registers for all tiles
       const Unit unit(*this, tile, i);
       int results[copies];
-#pragma unroll
-      for (int copy = 0; copy < copies; ++copy) results[copy] = unit.result_at(*this, copied_row(copy));
+      find_results(results, unit);
       const Merging merging(unit.result_at(*this, lane / 4) >= 0, unit.result_at(*this, lane / 4 + 8) >= 0);
       const bool measures = a.partials != nullptr && !tile.is_second && unit.exists;
       if (measures && lane == 0) unit_moments().pixels[warp] = merging.pixels();
 #pragma unroll
       for (int piece = 0; piece < pieces; ++piece) {
         if (piece >= count) break;
-        const bool is_last = piece + 1 == count;
+        const int channel = tile.column + piece * piece_channels;
         if (adds(tile)) {
-          if (!is_last || i + 1 < units) {
-            fetch_residual(tile, is_last ? i + 1 : i, is_last ? 0 : piece + 1, buffer ^ 1);
+          if (piece + 1 < count) {
+            fetch_residual(unit, results, channel + piece_channels, buffer ^ 1);
+          } else if (i + 1 < units) {
+            fetch_first_residual(tile, i + 1, buffer ^ 1);
           } else {
             gpu::commit_copies();
           }
           gpu::wait_copies<1>();
           gpu::sync_warp();
         }
-        const int channel = tile.column + piece * piece_channels;
         Moments pairs[piece_vectors / 2];
         pack_results(pairs, merging, sums[i], piece, adds(tile), measures);
         if (measures) {
