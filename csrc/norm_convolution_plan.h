@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "ceil_div.h"
 #include "norm_convolution_multipliers.h"
@@ -145,40 +144,60 @@ inline bool fill_shared_memory(Arguments& a, int columns, int room) {
 
 // ---- the choice --------------------------------------------------------------------------------------------------------
 
-// What a tile costs, in cycles of a multiprocessor. All of it goes on side by side, so that what takes longest decides; the
-// rest gets in its way a little. A cycle of an H100 has 2048 multiplications, 128 bytes of shared memory (of which conflicts
-// take some), 28 of the L2 cache and 13 of memory. What the instructions take is counted in the machine code.
+// What a multiprocessor of an H100 does in a cycle, when all of them are busy.
+constexpr double products_a_cycle = 2048;      // multiplications
+constexpr double shared_bytes_a_cycle = 112;   // of 128, as some accesses conflict
+constexpr double cache_bytes_a_cycle = 28;     // of the L2 cache
+constexpr double memory_bytes_a_cycle = 13;
+
+// Cycles that instructions take, counted in the machine code: of the loaders for an item, and of a group for a piece.
+constexpr double bringing_a_run = 2, bringing_rows = 5, normalizing = 3.5;
+constexpr double writing_a_piece = 150, measuring_a_piece = 150;
+
+constexpr double waiting_for_memory = 800;
+
+// What a tile costs, in cycles. What goes on side by side takes as long as the longest of it, in whose way the rest gets
+// a little.
 inline double tile_cost(const Call& c, const Arguments& a, int columns) {
   const Patches& p = a.patches;
   const int units = 1 << a.units_log2, patches = units >> p.units_log2;
   const double steps = static_cast<double>(a.chunks) * a.taps;
-  const double items = patches * (c.kernel_size == 1 ? p.columns : p.items_per_row.value * ((p.rows - 1.0) * c.stride + 3));
+  const bool are_runs = a.taps == 1;
+  const double items = patches * (are_runs ? p.columns : p.items_per_row.value * ((p.rows - 1.0) * c.stride + 3));
   const double results = patches * static_cast<double>(p.rows) * p.columns;
   const double pieces = units * columns / static_cast<double>(piece_channels);
-  const double weight_bytes = steps * columns * chunk_channels * 2;
+  const double input_bytes = items * c.channels * 2, result_bytes = results * columns * 2;
+  const double weight_bytes = a.keeps_weights ? 0 : steps * columns * chunk_channels * 2;
 
-  const double products = units * unit_pixels * columns * chunk_channels * steps / 2048;
-  // Where a stage is normalized as soon as it has been asked for, the answer is waited for.
-  const double loading = items * a.chunks * ((a.has_norm ? 3.5 : 0) + (c.kernel_size == 1 && c.stride == 1 ? 2 : 5)) +
-                         (a.lag == 0 ? 800.0 * a.chunks : 0);
-  const double writing = pieces * (a.cell_channels != 0 ? 300 : 150);
-  const double product_bytes = units * steps * (chunk_channels / 16) * 32 * (unit_pixels + columns);
-  const double staged_bytes = items * a.chunks * chunk_channels * 2 * (a.has_norm ? 3 : 1) +
+  const double multiplying = units * unit_pixels * columns * chunk_channels * steps / products_a_cycle;
+  const double bringing = are_runs && c.stride == 1 ? bringing_a_run : bringing_rows;
+  // A stage that is normalized as soon as it has been asked for is waited for.
+  const double loading =
+      a.chunks * (items * (bringing + (a.has_norm ? normalizing : 0)) + (a.lag == 0 ? waiting_for_memory : 0));
+  const double writing = pieces * (writing_a_piece + (a.cells > 0 ? measuring_a_piece : 0));
+  const double multiplied_bytes = units * steps * (chunk_channels / 16) * 32 * (unit_pixels + columns);
+  const double staged_bytes = items * a.chunks * chunk_channels * 2 * (a.has_norm ? 3 : 1) + weight_bytes +
                               units * unit_pixels * columns * 2 * (c.has_residual ? 4 : 2);
-  const double shared = (product_bytes + staged_bytes + (a.keeps_weights ? 0 : weight_bytes)) / 112;
-  const double read = items * c.channels * 2;
-  const double cache = (read + (a.keeps_weights ? 0 : weight_bytes / a.cluster)) / 28;
-  const double memory =
-      (read / static_cast<double>(a.tiles_per_row.value) + results * columns * 2 * (c.has_residual ? 2 : 1)) / 13;
+  const double shared = (multiplied_bytes + staged_bytes) / shared_bytes_a_cycle;
+  const double cache = (input_bytes + weight_bytes / a.cluster) / cache_bytes_a_cycle;
+  const double reading = input_bytes / static_cast<double>(a.tiles_per_row.value) / memory_bytes_a_cycle;
+  const double storing = result_bytes * (c.has_residual ? 2 : 1) / memory_bytes_a_cycle;
+  const double until_sums = std::max({multiplying, loading, shared, cache, reading});
+  const double after_sums = std::max(writing, storing);
   // Groups that share a tile write while nobody multiplies.
-  const double alone = a.takes_turns ? 0 : writing;
-  const double longest = std::max({products + alone, loading, writing, shared + alone, cache, memory});
-  const double all = products + loading + writing + shared + cache + memory;
+  const double longest = a.takes_turns ? std::max({until_sums, after_sums, reading + storing}) : until_sums + after_sums;
+  const double all = multiplying + loading + shared + cache + reading + writing + storing;
   return longest + 0.1 * (all - longest);
 }
 
+// What a block costs besides: its first input, and weights that it keeps.
+inline double block_cost(const Arguments& a, int columns) {
+  const double kept_bytes = a.keeps_weights ? a.chunks * a.taps * static_cast<double>(columns) * chunk_channels * 2 : 0;
+  return 2 * waiting_for_memory + kept_bytes / cache_bytes_a_cycle;
+}
+
 // Returns the plan of one way to cut.
-inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& device, const Tiling& tiling) {
+inline Plan cut(const Call& c, const Arguments& common, const gpu::Device& device, const Tiling& tiling) {
   Plan plan;
   Arguments& a = plan.arguments;
   a = common;
@@ -209,8 +228,7 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
   if (!fill_shared_memory(a, tiling.columns, device.shared_bytes_per_block)) return plan;
   const int64_t rounds = clusters == 0 ? 0 : ceil_div(tiles, clusters);
   if (rounds * a.chunks * a.taps > INT32_MAX) return plan;
-  // The first tile of a block also waits for memory.
-  plan.cost = tile_cost(c, a, tiling.columns) * rounds + 1500;
+  plan.cost = tile_cost(c, a, tiling.columns) * rounds + block_cost(a, tiling.columns);
   plan.tiling = tiling;
   return plan;
 }
@@ -218,7 +236,7 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
 // The ways to cut: groups of warps that share a tile share the weights that come in for it, too, also with another block;
 // those that take turns need weights that are kept. Of the ways that cost the same the first is taken.
 constexpr Tiling tilings[] = {
-    {64, 1, 1, 1}, {64, 0, 1, 1}, {64, 0, 0, 1}, {64, 0, 0, 2},   //
+    {64, 1, 1, 1},  {64, 0, 1, 1},  {64, 0, 0, 1},  {64, 0, 0, 2},   //
     {128, 1, 1, 1}, {128, 0, 1, 1}, {128, 0, 0, 1}, {128, 0, 0, 2},  //
     {256, 1, 1, 1}, {256, 0, 1, 1}, {256, 0, 0, 1}, {256, 0, 0, 2}};
 
@@ -232,7 +250,7 @@ inline Plan plan_for(const Call& c, const Arguments& common, const gpu::Device& 
   Plan best;
   for (const Tiling& tiling : tilings) {
     if (c.tiling.columns != 0 && !are_equal(tiling, c.tiling)) continue;
-    const Plan plan = plan_for(c, common, device, tiling);
+    const Plan plan = cut(c, common, device, tiling);
     if (plan.tiling.columns != 0 && (best.tiling.columns == 0 || plan.cost < best.cost)) best = plan;
   }
   return best;
