@@ -11,6 +11,7 @@
 //     static constexpr int threads = 256;            // per block at most, a multiple of 32
 //     static constexpr int min_blocks = 2;           // that must fit on a multiprocessor: bounds the registers
 //     static constexpr int capability = 90;          // the oldest GPU that it runs on, 80 or 90
+//     static constexpr bool needs_wgmma = true;      // optional: it runs on GPUs of capability 90 only
 //     static BITFAST_GPU void run(const Arguments&); // what a thread does
 //   };
 //

@@ -4,16 +4,29 @@
 #include <cuda_runtime.h>
 
 #include <mutex>
+#include <type_traits>
 
 #include "gpu_device.h"
 
 namespace bitfast::gpu {
 
+template <typename Kernel, typename = void>
+constexpr bool needs_wgmma = false;
+template <typename Kernel>
+constexpr bool needs_wgmma<Kernel, std::void_t<decltype(Kernel::needs_wgmma)>> = Kernel::needs_wgmma;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool has_wgmma = true;
+#else
+constexpr bool has_wgmma = false;
+#endif
+
+// Empty where it cannot run.
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::threads, Kernel::min_blocks)
     kernel(const __grid_constant__ typename Kernel::Arguments arguments) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (__CUDA_ARCH__ >= 10 * Kernel::capability) {
+  if constexpr (__CUDA_ARCH__ >= 10 * Kernel::capability && (has_wgmma || !needs_wgmma<Kernel>)) {
     Kernel::run(arguments);
   }
 #endif

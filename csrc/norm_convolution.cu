@@ -16,6 +16,7 @@ template <typename T, int columns>
 struct NormConvolution {
   using Arguments = norm_convolution::Arguments;
   static constexpr int threads = 384, min_blocks = 1, capability = 90;
+  static constexpr bool needs_wgmma = true;
   // What the warps that load leave, those that multiply take. A block of 384 threads begins with 168 registers each.
   static constexpr int loader_registers = 88, multiplier_registers = 208;
   static_assert(loader_registers + multiplier_groups * multiplier_registers <= 3 * 168);

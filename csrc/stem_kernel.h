@@ -99,6 +99,7 @@ struct Stem {
   using Arguments = stem::Arguments;
   static constexpr int columns = Product::columns, threads = 2 * columns, capability = Product::capability;
   static constexpr int min_blocks = columns > 64 ? 2 : 3;
+  static constexpr bool needs_wgmma = Product::capability == 90;
   // Whether images are read during the products: where there are registers for what is read. Two buffers make one
   // barrier a step enough then.
   static constexpr bool reads_meanwhile = Product::leaves_registers && sizeof(Number) == 2;
