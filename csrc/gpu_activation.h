@@ -27,9 +27,9 @@ BITFAST_GPU float activate(float v) {
 template <typename T, Activation activation>
 BITFAST_GPU uint4 pack_activated(float (&numbers)[vector_size<T>]) {
   if constexpr (activation == Activation::relu && sizeof(T) == 2) {
-    const uint4 v = pack<T>(numbers);
     return make_uint4(
-        maximum_of_two<T>(v.x, 0), maximum_of_two<T>(v.y, 0), maximum_of_two<T>(v.z, 0), maximum_of_two<T>(v.w, 0));
+        pack_two_relu<T>(numbers[0], numbers[1]), pack_two_relu<T>(numbers[2], numbers[3]),
+        pack_two_relu<T>(numbers[4], numbers[5]), pack_two_relu<T>(numbers[6], numbers[7]));
   } else {
 #pragma unroll
     for (float& number : numbers) number = activate<activation>(number);

@@ -168,10 +168,10 @@ BITFAST_GPU void fence_barrier_init() {
 BITFAST_GPU void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the barrier of a block of the cluster, given by the address that it has in this one.
+// At the barrier of a block of the cluster, given by the address that it has in this one. It orders no memory, for which
+// the whole GPU would be waited for.
 BITFAST_GPU void arrive_remote(Barrier* barrier, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in_block(barrier, rank))
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_block(barrier, rank)) : "memory");
 }
 // Arrives, and announces so many bytes of bulk copies, which the phase waits for too.
 BITFAST_GPU void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
@@ -293,6 +293,17 @@ BITFAST_GPU uint32_t pack_two(float low, float high) {
   }
   return word;
 }
+// The same, with 0 for what is less; a NaN stays one.
+template <typename T>
+BITFAST_GPU uint32_t pack_two_relu(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
 // The larger of each of two pairs; a NaN wins.
 template <typename T>
 BITFAST_GPU uint32_t maximum_of_two(uint32_t a, uint32_t b) {
@@ -318,13 +329,8 @@ BITFAST_GPU T* keep_address(T* p) {
 }
 // The same number, of which the compiler knows nothing: what follows from it is computed where it is needed, instead of
 // once before a loop that has no registers to spare.
-BITFAST_GPU int not_before_here(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
-
-// Keeps the compiler from holding what follows from a value in registers instead of recomputing it.
-BITFAST_GPU int recompute_from(int v) {
+template <typename T>
+BITFAST_GPU T not_before_here(T v) {
   asm volatile("" : "+r"(v));
   return v;
 }

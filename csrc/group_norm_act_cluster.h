@@ -80,7 +80,7 @@ class ClusterBlock {
     for_chunk(image, 0, parity, [&](const uint4& v) { sums.add_first(v); });
     sums.leave(sums_of_rows(), l, place);
     gpu::sync_block();
-    const float count = static_cast<float>(min(gpu::recompute_from(pixels), chunk())) * gpu::recompute_from(l.group_channels);
+    const float count = static_cast<float>(min(gpu::not_before_here(pixels), chunk())) * gpu::not_before_here(l.group_channels);
     for_each_group(sums_of_rows(), l, [&](int group, float first, float) { pivots()[group] = first / count; });
     gpu::sync_block();
     sums.begin(pivots(), groups);
@@ -90,7 +90,7 @@ class ClusterBlock {
     }
     sums.leave(sums_of_rows(), l, place);
     gpu::sync_block();
-    const float all = static_cast<float>(gpu::recompute_from(pixels)) * gpu::recompute_from(l.group_channels);
+    const float all = static_cast<float>(gpu::not_before_here(pixels)) * gpu::not_before_here(l.group_channels);
     float2* mine = partials(parity);
     for_each_group(sums_of_rows(), l, [&](int group, float first, float second) {
       mine[group] = moments_of(pivots()[group], first, second, all);
@@ -104,13 +104,13 @@ class ClusterBlock {
     } else {
       gpu::sync_block();
     }
-    const int at_once = gpu::recompute_from(static_cast<int>(blockDim.x)) / most_blocks;
+    const int at_once = gpu::not_before_here(static_cast<int>(blockDim.x)) / most_blocks;
     for (int from = 0; from < l.groups; from += at_once) {
       const int group = from + thread() / most_blocks, block = thread() % most_blocks;
       const float2* of_block = partials(parity) + min(group, l.groups - 1);
       const float2 moments = a.cluster > 1 ? merged(of_block, block) : *of_block;
       if (block > 0 || group >= l.groups) continue;
-      const float count = static_cast<float>(gpu::recompute_from(a.pixels)) * gpu::recompute_from(l.group_channels);
+      const float count = static_cast<float>(gpu::not_before_here(a.pixels)) * gpu::not_before_here(l.group_channels);
       const float rstd = rstd_of(moments.y, count, a.eps);
       statistics()[group] = make_float2(moments.x, rstd);
       if (a.tensors.mean != nullptr && rank() == 0) {
@@ -144,9 +144,9 @@ class ClusterBlock {
 
  private:
   // Cheaper to compute than to keep in registers.
-  BITFAST_GPU int thread() const { return gpu::recompute_from(static_cast<int>(threadIdx.x)); }
-  BITFAST_GPU int chunk() const { return vectors_of_chunk * gpu::recompute_from(l.lanes); }  // pixels
-  BITFAST_GPU unsigned char* data() const { return gpu::shared_memory() + gpu::recompute_from(0); }
+  BITFAST_GPU int thread() const { return gpu::not_before_here(static_cast<int>(threadIdx.x)); }
+  BITFAST_GPU int chunk() const { return vectors_of_chunk * gpu::not_before_here(l.lanes); }  // pixels
+  BITFAST_GPU unsigned char* data() const { return gpu::shared_memory() + gpu::not_before_here(0); }
   BITFAST_GPU float* weight() const { return reinterpret_cast<float*>(data() + a.shared.weight); }
   BITFAST_GPU float* bias() const { return reinterpret_cast<float*>(data() + a.shared.bias); }
   BITFAST_GPU float2* sums_of_rows() const { return reinterpret_cast<float2*>(data() + a.shared.sums); }
@@ -158,7 +158,7 @@ class ClusterBlock {
   BITFAST_GPU float* pivots() const { return reinterpret_cast<float*>(data() + a.shared.pivots); }
   BITFAST_GPU gpu::Barrier* barriers() const { return reinterpret_cast<gpu::Barrier*>(data() + a.shared.barriers); }
 
-  BITFAST_GPU int pixels_of(int block) const { return gpu::recompute_from(a.block_pixels) + (block < a.blocks_with_one_more ? 1 : 0); }
+  BITFAST_GPU int pixels_of(int block) const { return gpu::not_before_here(a.block_pixels) + (block < a.blocks_with_one_more ? 1 : 0); }
   BITFAST_GPU int rank() const { return a.cluster > 1 ? gpu::cluster_rank() : 0; }
   BITFAST_GPU int slice() const { return static_cast<int>(blockIdx.x) / a.cluster % a.slices; }
 
@@ -193,7 +193,7 @@ class ClusterBlock {
   // Calls use(pixel, vector) for each vector of the thread in a chunk that has arrived.
   template <int at_once = vectors_of_chunk, typename Use>
   BITFAST_GPU void for_loaded(int c, const Use& use) const {
-    const int first = c * chunk() + gpu::recompute_from(lane);
+    const int first = c * chunk() + gpu::not_before_here(lane);
 #pragma unroll at_once
     for (int i = 0; i < vectors_of_chunk; ++i) {
       const int pixel = first + i * l.lanes;
@@ -204,10 +204,10 @@ class ClusterBlock {
   // Waits for a chunk, adds the residual to it, and calls use(vector).
   template <typename Use>
   BITFAST_GPU void for_chunk(int image, int c, uint32_t parity, const Use& use) {
-    const int first = c * chunk() + gpu::recompute_from(lane);
+    const int first = c * chunk() + gpu::not_before_here(lane);
     uint4 residual[vectors_of_chunk] = {};  // without values the registers would be taken all the time
     if constexpr (adds) {
-      const char* more = vector_of(static_cast<const char*>(a.tensors.residual), gpu::recompute_from(image));
+      const char* more = vector_of(static_cast<const char*>(a.tensors.residual), gpu::not_before_here(image));
 #pragma unroll
       for (int i = 0; i < vectors_of_chunk; ++i) {
         const int pixel = first + i * l.lanes;
@@ -217,8 +217,8 @@ class ClusterBlock {
       }
     }
     gpu::wait_for(barriers() + c, parity);
-    const int again = gpu::recompute_from(first);
-    char* total = adds ? vector_of(static_cast<char*>(a.tensors.total), gpu::recompute_from(image)) : nullptr;
+    const int again = gpu::not_before_here(first);
+    char* total = adds ? vector_of(static_cast<char*>(a.tensors.total), gpu::not_before_here(image)) : nullptr;
 #pragma unroll
     for (int i = 0; i < vectors_of_chunk; ++i) {
       const int pixel = again + i * l.lanes;
@@ -239,8 +239,8 @@ class ClusterBlock {
     const float2 first = gpu::load_remote(of_block, 0), mine = gpu::load_remote(of_block, min(block, a.cluster - 1));
     const float size = block < a.cluster ? static_cast<float>(pixels_of(block)) : 0.0f;
     const float away = add_members((mine.x - first.x) * size, most_blocks);
-    const float mean = first.x + away / static_cast<float>(gpu::recompute_from(a.pixels)), d = mine.x - mean;
-    const float squares = block < a.cluster ? mine.y + d * d * (size * gpu::recompute_from(l.group_channels)) : 0.0f;
+    const float mean = first.x + away / static_cast<float>(gpu::not_before_here(a.pixels)), d = mine.x - mean;
+    const float squares = block < a.cluster ? mine.y + d * d * (size * gpu::not_before_here(l.group_channels)) : 0.0f;
     return make_float2(mean, add_members(squares, most_blocks));
   }
 

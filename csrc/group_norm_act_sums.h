@@ -157,9 +157,9 @@ BITFAST_GPU float add_members(float v, int members) {
 // After a barrier that follows Sums::leave.
 template <typename Use>
 BITFAST_GPU void for_each_group(const float2* sums, const Layout& l, const Use& use) {
-  const int thread = gpu::recompute_from(static_cast<int>(threadIdx.x)), member = thread & (l.members - 1);
-  const int at_once = gpu::recompute_from(static_cast<int>(blockDim.x)) / l.members;
-  const int count = gpu::recompute_from(l.rows) * l.parts_per_group, pitch = gpu::recompute_from(l.groups) * l.parts_per_group;
+  const int thread = gpu::not_before_here(static_cast<int>(threadIdx.x)), member = thread & (l.members - 1);
+  const int at_once = gpu::not_before_here(static_cast<int>(blockDim.x)) / l.members;
+  const int count = gpu::not_before_here(l.rows) * l.parts_per_group, pitch = gpu::not_before_here(l.groups) * l.parts_per_group;
   for (int from = 0; from < l.groups; from += at_once) {
     const int group = from + thread / l.members;
     float first = 0.0f, second = 0.0f;

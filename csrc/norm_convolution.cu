@@ -82,6 +82,7 @@ const char* why_wrong(const Call& c) {
   if (activation != Activation::none && activation != Activation::relu) {
     return "norm_convolution: the activation must be relu or none";
   }
+  if (!c.has_norm && activation != Activation::none) return "norm_convolution: an activation needs a norm";
   if (c.kernel_size != 1 && c.kernel_size != 3) return "norm_convolution: the kernel size must be 1 or 3";
   if (c.stride != 1 && c.stride != 2) return "norm_convolution: the stride must be 1 or 2";
   if (c.top < 0 || c.left < 0 || c.top >= c.kernel_size || c.left >= c.kernel_size) {
@@ -106,9 +107,12 @@ const char* why_wrong(const Call& c) {
     return "norm_convolution: the result is larger than its input allows";
   }
   constexpr int64_t most = INT32_MAX;
-  if (static_cast<int64_t>(c.height) * c.width > most || static_cast<int64_t>(c.result_height) * c.result_width > most ||
-      c.images * c.result_height * c.result_width > most) {
+  const int64_t pixels = int64_t{c.height} * c.width, results = int64_t{c.result_height} * c.result_width;
+  if (pixels > most || results > most || c.images > most / results) {
     return "norm_convolution: there are more pixels than one launch takes";
+  }
+  if (c.kernel_size == 1 && c.stride == 1 && (c.result_height != c.height || c.result_width != c.width)) {
+    return "norm_convolution: the result must be as large as its input";
   }
   return nullptr;
 }
@@ -129,7 +133,7 @@ Arguments arguments_of(const Call& c) {
   a.chunks = static_cast<int>(ceil_div(c.channels, chunk_channels));
   a.taps = c.kernel_size * c.kernel_size;
   a.buffers = c.has_residual ? 2 : 1;
-  a.cell_channels = c.cell_channels;
+  a.cell_log2 = c.cell_channels == 0 ? 0 : log2_of(c.cell_channels);
   a.cells = c.cell_channels == 0 ? 0 : c.result_channels / c.cell_channels;
   return a;
 }
@@ -161,10 +165,10 @@ const char* run(const Prepared& prepared, const Arguments& arguments, void* stre
   }
 }
 
-bool are_aligned(std::initializer_list<const void*> addresses) {
+bool are_aligned(int bytes, std::initializer_list<const void*> addresses) {
   uintptr_t together = 0;
   for (const void* p : addresses) together |= reinterpret_cast<uintptr_t>(p);
-  return together % 16 == 0;
+  return together % static_cast<uintptr_t>(bytes) == 0;
 }
 
 }  // namespace
@@ -196,9 +200,10 @@ BITFAST_ENTRY const char* bitfast_norm_convolution(
                             (second_packed != nullptr) == (a.outputs[1].channels > 0) &&
                             (second_result != nullptr) == (a.outputs[1].channels > 0);
   if (!are_complete) return "norm_convolution: an address is missing, or is not what the call was prepared for";
-  if (!are_aligned({x, factors, packed, residual, result, second_packed, second_result})) {
+  if (!are_aligned(16, {x, factors, packed, residual, result, second_packed, second_result})) {
     return "norm_convolution: an address is not a multiple of 16";
   }
+  if (!are_aligned(8, {partials})) return "norm_convolution: the address of the partials is not a multiple of 8";
   a.x = static_cast<const uint16_t*>(x);
   a.factors = factors;
   a.residual = static_cast<const uint16_t*>(residual);

@@ -22,7 +22,7 @@ struct WeightLoader {
     for (int t = tiles.first; t < a.tiles; t += tiles.step) {
       const Tile tile(a, t, columns);
       for (int i = 0; i < steps; ++i) {
-        if (!a.keeps_weights) gpu::wait_for_remote(barriers.weights_empty(place.stage), place.parity ^ 1);
+        if (!a.keeps_weights) gpu::wait_for(barriers.weights_empty(place.stage), place.parity ^ 1);
         load(tile, i, place.stage);
         place.advance(a.weight_stages);
       }
@@ -98,7 +98,7 @@ struct RunItems {
   // Whether it is a pixel of the input, and not padding.
   BITFAST_GPU bool is_in_map(const Arguments&) const { return true; }
   // Which.
-  BITFAST_GPU int64_t pixel(const Arguments&) const { return first_pixel + number; }
+  BITFAST_GPU int pixel(const Arguments&) const { return first_pixel + number; }
   // Its place in a plane, in bytes.
   BITFAST_GPU int place(const Patches&) const { return number * vector_bytes; }
 };
@@ -133,7 +133,7 @@ struct RowItems {
     return static_cast<unsigned>(y()) < static_cast<unsigned>(a.height) &&
            static_cast<unsigned>(x()) < static_cast<unsigned>(a.width);
   }
-  BITFAST_GPU int64_t pixel(const Arguments& a) const { return static_cast<int64_t>(y()) * a.width + x(); }
+  BITFAST_GPU int pixel(const Arguments& a) const { return y() * a.width + x(); }
   BITFAST_GPU int place(const Patches& p) const {
     if (p.phase == 0) return number * vector_bytes;
     const int phase = (row & 1) * 2 + (column & 1);
@@ -147,14 +147,15 @@ template <typename T, typename Items>
 struct Loader {
   const Arguments& a;
   const Barriers& barriers;
-  int columns, thread;
+  int columns;
+  unsigned thread;
 
   BITFAST_GPU Loader(const Arguments& arguments, const Barriers& all_barriers, int tile_columns)
-      : a(arguments), barriers(all_barriers), columns(tile_columns), thread(static_cast<int>(threadIdx.x) - 32) {}
+      : a(arguments), barriers(all_barriers), columns(tile_columns), thread(threadIdx.x - 32) {}
 
   BITFAST_GPU void run() {
     const BlockTiles tiles(a);
-    Step loading(tiles), normalizing(tiles);
+    Step loading(a, tiles, columns), normalizing(a, tiles, columns);
     int behind = 0;  // how many stages normalizing is
     while (normalizing.tile < a.tiles) {
       thread = gpu::not_before_here(thread);  // or what follows from it would be held in registers all the time
@@ -165,7 +166,7 @@ struct Loader {
       if (loading.tile < a.tiles) {
         gpu::wait_for(barriers.empty(loading.place.stage), loading.place.parity ^ 1);
         load(loading);
-        loading.advance(a, tiles);
+        loading.advance(a, tiles, columns);
       }
       gpu::commit_copies();
       if (!normalizes) {
@@ -174,10 +175,9 @@ struct Loader {
       }
       wait_for_copies(a.lag);
       if (normalizes_now(normalizing)) normalize(normalizing, factors);
-      gpu::fence_async_proxy();
-      gpu::sync_warp();
+      gpu::sync_warp();  // those who multiply fence what lies there: a fence here could wait for the copies under way
       if (thread % 32 == 0) gpu::arrive(barriers.full(normalizing.place.stage));
-      normalizing.advance(a, tiles);
+      normalizing.advance(a, tiles, columns);
     }
     gpu::wait_copies<0>();
   }
@@ -186,16 +186,25 @@ struct Loader {
   // A tile of the block, and 64 channels.
   struct Step {
     int tile, chunk = 0;
+    int first_patch, patches;  // of the tile
     RingPlace place;
 
-    BITFAST_GPU explicit Step(const BlockTiles& tiles) : tile(tiles.first) {}
+    BITFAST_GPU Step(const Arguments& a, const BlockTiles& tiles, int columns) : tile(tiles.first) {
+      find_patches(a, columns);
+    }
 
-    BITFAST_GPU void advance(const Arguments& a, const BlockTiles& tiles) {
+    BITFAST_GPU void advance(const Arguments& a, const BlockTiles& tiles, int columns) {
       place.advance(a.stages);
-      if (++chunk == a.chunks) {
-        chunk = 0;
-        tile += tiles.step;
-      }
+      if (++chunk < a.chunks) return;
+      chunk = 0;
+      tile += tiles.step;
+      find_patches(a, columns);
+    }
+
+   private:
+    BITFAST_GPU void find_patches(const Arguments& a, int columns) {
+      first_patch = Tile(a, tile, columns).first_patch;
+      patches = min(1 << (a.units_log2 - a.patches.units_log2), a.patches.count - first_patch);
     }
   };
 
@@ -214,45 +223,51 @@ struct Loader {
     }
   }
 
-  BITFAST_GPU int first_patch(const Step& step) const { return Tile(a, step.tile, columns).first_patch; }
-  // Of a tile.
-  BITFAST_GPU int patches(int first) const {
-    return min(1 << (a.units_log2 - a.patches.units_log2), a.patches.count - first);
-  }
+  BITFAST_GPU int plane() const { return thread & (planes - 1); }
+  BITFAST_GPU Items items_of(const Patch& patch) const { return Items(a, patch, thread / planes); }
   // Where a patch of a stage lies in this thread's plane.
   BITFAST_GPU unsigned char* place_of(const Step& step, int patch) const {
-    return gpu::shared_memory() + (step.place.stage * planes + thread % planes) * a.plane_bytes +
+    return gpu::shared_memory() + (step.place.stage * planes + plane()) * a.plane_bytes +
            patch * a.patches.positions * vector_bytes;
   }
   // The first of this thread's channels.
-  BITFAST_GPU int channel_of(const Step& step) const { return step.chunk * chunk_channels + thread % planes * 8; }
+  BITFAST_GPU int channel_of(const Step& step) const { return step.chunk * chunk_channels + plane() * 8; }
   BITFAST_GPU bool has_channels(const Step& step) const { return channel_of(step) < a.channels; }
 
   BITFAST_GPU void load(const Step& step) const {
-    const int first = first_patch(step), count = patches(first);
     const bool has_channels = this->has_channels(step);
-    for (int n = 0; n < count; ++n) {
-      const Patch patch(a.patches, first + n);
+    for (int n = 0; n < step.patches; ++n) {
+      const Patch patch(a.patches, step.first_patch + n);
       unsigned char* to = place_of(step, n);
-      const uint16_t* image = a.x + static_cast<int64_t>(patch.image) * a.height * a.width * a.channels +
-                              channel_of(step);
-      for (Items i(a, patch, thread / planes); i.is_in_patch(); i.advance(a)) {
-        unsigned char* place = to + i.place(a.patches);
-        if (has_channels && i.is_in_map(a)) {
-          gpu::copy_16_async(place, image + i.pixel(a) * a.channels);
-        } else {
-          store_shared_16(place, make_uint4(0, 0, 0, 0));
-        }
+      if (has_channels) {
+        load_patch(step, patch, to);
+      } else {
+        for (Items i = items_of(patch); i.is_in_patch(); i.advance(a)) set_zero(to + i.place(a.patches));
       }
     }
   }
 
+  BITFAST_GPU void load_patch(const Step& step, const Patch& patch, unsigned char* to) const {
+    const uint16_t* image =
+        a.x + static_cast<int64_t>(patch.image) * a.height * a.width * a.channels + channel_of(step);
+    for (Items i = items_of(patch); i.is_in_patch(); i.advance(a)) {
+      unsigned char* place = to + i.place(a.patches);
+      if (i.is_in_map(a)) {
+        gpu::copy_16_async(place, image + static_cast<int64_t>(i.pixel(a)) * a.channels);
+      } else {
+        set_zero(place);
+      }
+    }
+  }
+
+  static BITFAST_GPU void set_zero(unsigned char* place) { store_shared_16(place, make_uint4(0, 0, 0, 0)); }
+
   BITFAST_GPU bool normalizes_now(const Step& step) const {
-    return a.has_norm && has_channels(step) && first_patch(step) < a.patches.count;
+    return a.has_norm && has_channels(step) && step.patches > 0;
   }
 
   BITFAST_GPU Factors factors_of(const Step& step, int n) const {
-    const int64_t image = Patch(a.patches, first_patch(step) + n).image;
+    const int64_t image = Patch(a.patches, step.first_patch + n).image;
     Factors factors;
     factors.load(a.factors + image * 2 * a.channels + channel_of(step), a.channels);
     return factors;
@@ -260,11 +275,10 @@ struct Loader {
 
   // `next`: the factors of the first patch.
   BITFAST_GPU void normalize(const Step& step, Factors next) const {
-    const int first = first_patch(step), count = patches(first);
-    for (int n = 0; n < count; ++n) {
+    for (int n = 0; n < step.patches; ++n) {
       const Factors factors = next;
-      if (n + 1 < count) next = factors_of(step, n + 1);
-      const Patch patch(a.patches, first + n);
+      if (n + 1 < step.patches) next = factors_of(step, n + 1);
+      const Patch patch(a.patches, step.first_patch + n);
       if (a.activation == Activation::relu) {
         normalize_patch<Activation::relu>(patch, place_of(step, n), factors);
       } else {
@@ -277,7 +291,7 @@ struct Loader {
   template <Activation activation>
   BITFAST_GPU void normalize_patch(const Patch& patch, unsigned char* at, const Factors& factors) const {
     constexpr int batch = 3;
-    for (Items i(a, patch, thread / planes); i.is_in_patch();) {
+    for (Items i = items_of(patch); i.is_in_patch();) {
       uint4 v[batch];
       int places[batch];
       bool are_pixels[batch];

@@ -86,16 +86,16 @@ BITFAST_GPU Moments moments_of_pair(const Merging& merging, int lane, const uint
 
 // The other rounds, for all vectors; leaves the moments of the cells of 64 channels in shared memory.
 BITFAST_GPU void leave_cells(
-    const Merging& merging, const Moments (&pairs)[piece_vectors / 2], int lane, int cell_channels, Moments* cells) {
+    const Merging& merging, const Moments (&pairs)[piece_vectors / 2], int lane, int cell_log2, Moments* cells) {
   Moments cell = merged(
       merging, 2, lane, merged(merging, 1, lane, pairs[0], pairs[2]), merged(merging, 1, lane, pairs[1], pairs[3]));
   // Now the lane's two channels of its vector with those of its neighbours: as many numbers on either side.
-  if (cell_channels >= 4) cell.merge(cell.from_lane(1), 0.5f, 0.5f * merging.count);
-  if (cell_channels >= 8) cell.merge(cell.from_lane(2), 0.5f, merging.count);
+  if (cell_log2 >= 2) cell.merge(cell.from_lane(1), 0.5f, 0.5f * merging.count);
+  if (cell_log2 >= 3) cell.merge(cell.from_lane(2), 0.5f, merging.count);
   const int upper[] = {lane & Merging::lane_mask(0), lane & Merging::lane_mask(1), lane & Merging::lane_mask(2)};
   const int vector = (upper[0] ? 1 : 0) + (upper[1] ? 4 : 0) + (upper[2] ? 2 : 0);
   const int channel = vector * 8 + lane % 4 * 2;
-  if (channel % cell_channels == 0) cells[channel / cell_channels] = cell;
+  if ((channel & ((1 << cell_log2) - 1)) == 0) cells[channel >> cell_log2] = cell;
 }
 
 // What the four warps of a group have of a unit, in shared memory.
@@ -107,12 +107,12 @@ struct UnitMoments {
   BITFAST_GPU UnitMoments(unsigned char* shared, int cells_of_tile)
       : pixels(reinterpret_cast<float*>(shared)), cells(reinterpret_cast<Moments*>(shared + 16)), count(cells_of_tile) {}
 
-  // Merges the warps' moments of a cell, in order.
-  BITFAST_GPU Moments merged_cell(int cell, int cell_channels) const {
+  // Merges the warps' moments of a cell, of so many channels, in order.
+  BITFAST_GPU Moments merged_cell(int cell, int channels) const {
     Moments all = cells[cell];
-    float numbers = pixels[0] * static_cast<float>(cell_channels);
+    float numbers = pixels[0] * static_cast<float>(channels);
     for (int warp = 1; warp < 4; ++warp) {
-      const float others = pixels[warp] * static_cast<float>(cell_channels), sum = numbers + others;
+      const float others = pixels[warp] * static_cast<float>(channels), sum = numbers + others;
       const float share = sum > 0.0f ? others / sum : 0.0f;
       all.merge(cells[warp * count + cell], share, numbers * share);
       numbers = sum;

@@ -44,11 +44,14 @@ struct Multiplier {
     const int step = a.takes_turns ? multiplier_groups : 1;
     for (int t = tiles.first + n * tiles.step; t < a.tiles; t += step * tiles.step, n += step) {
       const Tile tile(a, t, columns);
-      if (adds(tile)) fetch_first_residual(tile, 0, buffer);
       // Without turns a group could wait for a phase two rounds of the ring ahead, whose parity has been there already.
       if (a.takes_turns) gpu::wait_for(barriers.turn(group), turn_parity(n));
-      multiply(sums, n);
-      write(sums, tile);
+      multiply(sums, n, tile);
+      if (adds(tile)) {
+        write<true>(sums, tile);
+      } else {
+        write<false>(sums, tile);
+      }
     }
     gpu::wait_copies<0>();
   }
@@ -61,7 +64,7 @@ struct Multiplier {
 
   BITFAST_GPU int unit_of(int i) const { return a.takes_turns ? i : group * units + i; }
 
-  BITFAST_GPU void multiply(Sums& sums, int n) const {
+  BITFAST_GPU void multiply(Sums& sums, int n, const Tile& tile) const {
     using gpu::moved;
     const Patches& p = a.patches;
     const int pitch = static_cast<int>(p.pitch.value), weight_stage_bytes = planes * columns * vector_bytes;
@@ -82,6 +85,7 @@ struct Multiplier {
     bool adds = false;
     for (int chunk = 0; chunk < a.chunks; ++chunk) {
       gpu::wait_for(barriers.full(place.stage), place.parity);
+      gpu::fence_async_proxy();  // of what the loaders wrote
       const gpu::MatrixPlace stage = moved(inputs, place.stage * planes * a.plane_bytes);
       for (int tap = 0, y = 0, x = 0; tap < a.taps; ++tap) {
         gpu::wait_for(barriers.weights_full(weight_place.stage), weight_place.parity);
@@ -114,6 +118,7 @@ struct Multiplier {
       place.advance(a.stages);
     }
     if (a.takes_turns && lane == 0) gpu::arrive(barriers.turn(group ^ 1));
+    if (this->adds(tile)) fetch_first_residual(tile, 0, buffer);  // no fence waits for it any more
     gpu::wait_products(sums);
     tell(read, weights_read);
   }
@@ -176,12 +181,13 @@ struct Multiplier {
     const int channels = a.outputs[0].channels;
     channel += copied_channel();
     if (channel < channels) {
+      const uint16_t* from = a.residual + unit.first_result * channels + channel;
 #pragma unroll
       for (int copy = 0; copy < copies; ++copy) {
         if (results[copy] < 0) continue;
         gpu::copy_16_async(
             buffer_at(to) + copied_row(copy) * buffer_row_bytes + copied_channel() * 2,
-            a.residual + (unit.first_result + results[copy]) * channels + channel);
+            from + static_cast<int64_t>(results[copy]) * channels);
       }
     }
     gpu::commit_copies();
@@ -194,7 +200,9 @@ struct Multiplier {
     fetch_residual(unit, results, tile.column, to);
   }
 
+  template <bool adds>
   BITFAST_GPU void write(const Sums& sums, const Tile& tile) {
+    const bool measures = a.partials != nullptr && !tile.is_second;
     const Output& output = a.outputs[tile.is_second];
     const int count = min(pieces, (output.channels - tile.column + piece_channels - 1) / piece_channels);
 #pragma unroll
@@ -204,13 +212,12 @@ struct Multiplier {
       int results[copies];
       find_results(results, unit);
       const Merging merging(unit.result_at(*this, lane / 4) >= 0, unit.result_at(*this, lane / 4 + 8) >= 0);
-      const bool measures = a.partials != nullptr && !tile.is_second && unit.exists;
       if (measures && lane == 0) unit_moments().pixels[warp] = merging.pixels();
 #pragma unroll
       for (int piece = 0; piece < pieces; ++piece) {
         if (piece >= count) break;
         const int channel = tile.column + piece * piece_channels;
-        if (adds(tile)) {
+        if (adds) {
           if (piece + 1 < count) {
             fetch_residual(unit, results, channel + piece_channels, buffer ^ 1);
           } else if (i + 1 < units) {
@@ -222,26 +229,27 @@ struct Multiplier {
           gpu::sync_warp();
         }
         Moments pairs[piece_vectors / 2];
-        pack_results(pairs, merging, sums[i], piece, adds(tile), measures);
+        pack_results<adds>(pairs, merging, sums[i], piece, measures);
         if (measures) {
           const UnitMoments shared = unit_moments();
-          Moments* cells = shared.cells + warp * shared.count + piece * piece_channels / a.cell_channels;
-          leave_cells(merging, pairs, lane, a.cell_channels, cells);
+          Moments* cells = shared.cells + warp * shared.count + (piece * piece_channels >> a.cell_log2);
+          leave_cells(merging, pairs, lane, a.cell_log2, cells);
         }
         gpu::sync_warp();
         store_results(output, unit, results, channel);
         gpu::sync_warp();  // before anything is written there
         if (a.buffers > 1) buffer ^= 1;
       }
-      if (measures) write_partials(tile, unit);
+      if (measures && unit.exists) write_partials(tile, unit);
     }
   }
 
   // Rounds 64 channels of the warp's rows, with the residual that lies in the buffer added, leaves them there, and begins
   // to measure them.
+  template <bool adds>
   BITFAST_GPU void pack_results(
       Moments (&pairs)[piece_vectors / 2], const Merging& merging, const float (&sums)[vectors][4], int piece,
-      bool adds, bool measures) const {
+      bool measures) const {
     unsigned char* at = buffer_at(buffer) + lane % 16 * buffer_row_bytes + lane / 16 * vector_bytes;
 #pragma unroll
     for (int j = 0; j < piece_vectors / 2; ++j) {
@@ -265,18 +273,19 @@ struct Multiplier {
   BITFAST_GPU void store_results(const Output& output, const Unit& unit, const int (&results)[copies], int channel) const {
     const unsigned char* from = buffer_at(buffer) + copied_channel() * 2;
     if (channel + copied_channel() >= output.channels) return;
+    uint16_t* to = output.result + unit.first_result * output.channels + channel + copied_channel();
 #pragma unroll
     for (int copy = 0; copy < copies; ++copy) {
       if (results[copy] < 0) continue;
-      const int64_t at = (unit.first_result + results[copy]) * output.channels + channel + copied_channel();
-      gpu::store_16(output.result + at, gpu::load_shared_16(from + copied_row(copy) * buffer_row_bytes));
+      const uint4 v = gpu::load_shared_16(from + copied_row(copy) * buffer_row_bytes);
+      gpu::store_16(to + static_cast<int64_t>(results[copy]) * output.channels, v);
     }
   }
 
   // Two in turns, so that a warp may go on to the next unit while others still read.
   BITFAST_GPU UnitMoments unit_moments() const {
     const int at = a.shared.moments + (group * 2 + moments) * a.unit_moments_bytes;
-    return {gpu::shared_memory() + at, columns / a.cell_channels};
+    return {gpu::shared_memory() + at, columns >> a.cell_log2};
   }
 
   // Writes what the group's warps have left of a unit.
@@ -286,9 +295,9 @@ struct Multiplier {
     moments ^= 1;
     const int strip = (unit.patch.number << a.patches.units_log2) + unit.first_row / unit_pixels;
     float* of_strip = a.partials + (static_cast<int64_t>(unit.patch.image) * a.strips + strip) * (1 + a.cells) * 2;
-    const int cell = warp * 32 + lane, first = tile.column / a.cell_channels;
+    const int cell = warp * 32 + lane, first = tile.column >> a.cell_log2;
     if (cell < shared.count && first + cell < a.cells) {
-      const Moments all = shared.merged_cell(cell, a.cell_channels);
+      const Moments all = shared.merged_cell(cell, 1 << a.cell_log2);
       gpu::store_8(of_strip + (1 + first + cell) * 2, make_uint2(gpu::bits_of(all.mean), gpu::bits_of(all.squares)));
     }
     if (first == 0 && warp == 0 && lane == 0) {

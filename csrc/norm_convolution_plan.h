@@ -44,14 +44,15 @@ inline PatchShape patch_shape(const Call& c, int tile_units, int most_positions)
   PatchShape best;
   int64_t fewest_units = 0, fewest_items = 0;
   for (int units = 1; units <= tile_units; units *= 2) {
-    for (int across = 1; across <= c.result_width; ++across) {
+    for (int most_columns = std::min(c.result_width, units * unit_pixels); most_columns > 0; --most_columns) {
+      const int64_t across = ceil_div(c.result_width, most_columns);
       PatchShape shape{units, 0, static_cast<int>(ceil_div(c.result_width, across))};
       shape.rows = std::min((units * unit_pixels + gap) / (shape.columns + gap), c.result_height);
       while (shape.rows > 0 && tile_units / units * positions_of(c, shape) > most_positions) --shape.rows;
       if (shape.rows == 0) continue;
       const int down = static_cast<int>(ceil_div(c.result_height, shape.rows));
       shape.rows = static_cast<int>(ceil_div(c.result_height, down));
-      const int64_t patches = static_cast<int64_t>(down) * across;
+      const int64_t patches = down * across;
       const int64_t items = patches * ((shape.rows - 1) * c.stride + 3) * ((shape.columns - 1) * c.stride + 3);
       const bool is_better = best.units == 0 || patches * units < fewest_units ||
                              (patches * units == fewest_units && items < fewest_items);
@@ -204,7 +205,7 @@ inline Plan cut(const Call& c, const Arguments& common, const gpu::Device& devic
   a.takes_turns = tiling.takes_turns;
   a.keeps_weights = tiling.keeps_weights;
   a.cluster = tiling.cluster;
-  if (a.cells > 0) a.unit_moments_bytes = 16 + 4 * tiling.columns / a.cell_channels * static_cast<int>(sizeof(Moments));
+  if (a.cells > 0) a.unit_moments_bytes = 16 + 4 * (tiling.columns >> a.cell_log2) * static_cast<int>(sizeof(Moments));
   const int units = units_of(tiling.columns) * (a.takes_turns ? 1 : multiplier_groups);
   a.units_log2 = log2_of(units);
   a.patches = patches_of(c, units, most_positions(a, tiling.columns, device.shared_bytes_per_block));

@@ -162,7 +162,7 @@ struct PartialsKernel {
     read(a, PartialsPlace(a, block), thread, of_lanes);
     gpu::sync_block();
     // While all pixels were read, registers were short.
-    merge(a, PartialsPlace(a, gpu::recompute_from(block)), gpu::recompute_from(thread), of_lanes);
+    merge(a, PartialsPlace(a, gpu::not_before_here(block)), gpu::not_before_here(thread), of_lanes);
   }
 
   // Leaves the moments of the thread's cells in shared memory.

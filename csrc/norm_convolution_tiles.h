@@ -84,7 +84,7 @@ struct Arguments {
   bool keeps_weights;
   int buffers;              // of each warp
   SharedLayout shared;
-  int cell_channels, cells, strips;
+  int cell_log2, cells, strips;  // a cell has 1 << cell_log2 channels; without partials there are none
   int unit_moments_bytes;   // of shared memory, for what the warps of a group have of a unit
 };
 

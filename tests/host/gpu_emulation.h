@@ -171,6 +171,7 @@ inline void store_remote(float* p, int rank, float v) { store_aligned(emulation:
 
 inline void copy_16_async(void* shared, const void* global) {
   emulation::check_waited();
+  emulation::remember_write(shared, 16);
   emulation::check_shared(shared, 16, "a copy");
   emulation::check_aligned(shared, 16, "a copy");
   emulation::check_aligned(global, 16, "a copy");
@@ -193,10 +194,21 @@ inline void init_barrier(Barrier* barrier, int arrivals) {
   emulation::check_aligned(barrier, 8, "a barrier");
   if (arrivals < 1 || arrivals > 255) emulation::fault("a barrier of %d arrivals is not modelled", arrivals);
   const auto n = static_cast<uint8_t>(arrivals);
-  *reinterpret_cast<emulation::BarrierState*>(barrier) = {0, n, n, 0, emulation::valid};
+  *reinterpret_cast<emulation::BarrierState*>(barrier) = {0, n, n, 0, emulation::initialised};
+  emulation::self().new_barriers.push_back(barrier);
 }
-inline void fence_barrier_init() {}
-inline void arrive(Barrier* barrier) { emulation::arrive_at(emulation::state_of(barrier)); }
+inline void fence_barrier_init() {
+  for (Barrier* barrier : emulation::self().new_barriers) {
+    reinterpret_cast<emulation::BarrierState*>(barrier)->is_valid = emulation::valid;
+  }
+  emulation::self().new_barriers.clear();
+}
+inline void arrive(Barrier* barrier) {
+  // For the warp, whose lanes have met.
+  const int first = static_cast<int>(threadIdx.x) / emulation::warp_size * emulation::warp_size;
+  emulation::block().writes.hand_over(first, first + emulation::warp_size);
+  emulation::arrive_at(emulation::state_of(barrier));
+}
 inline void arrive_remote(Barrier* barrier, int rank) {
   emulation::arrive_at(emulation::state_of(emulation::in_block(barrier, rank)));
 }
@@ -213,7 +225,8 @@ inline void send_remote(float* p, int rank, float v, Barrier* barrier) {
   emulation::check_aligned(p, 4, "a number that is sent");
   uint64_t* theirs = emulation::in_block(barrier, rank);
   emulation::state_of(theirs);
-  emulation::machine.bulk_copies.push_back({emulation::in_block(p, rank), nullptr, 4, theirs, v});
+  emulation::machine.bulk_copies.push_back(
+      {emulation::in_block(p, rank), nullptr, 4, theirs, emulation::machine.blocks[rank].get(), v});
 }
 inline void wait_for_remote(Barrier* barrier, uint32_t parity) { wait_for(barrier, parity); }
 
@@ -227,7 +240,7 @@ inline void check_bulk(const void* shared, const void* global, uint32_t bytes) {
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   check_bulk(shared, global, bytes);
   emulation::state_of(barrier);
-  emulation::machine.bulk_copies.push_back({shared, global, bytes, barrier});
+  emulation::machine.bulk_copies.push_back({shared, global, bytes, barrier, &emulation::block()});
 }
 inline void bulk_load_to(uint16_t blocks, void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   if (blocks == 0) emulation::fault("a bulk copy goes to no block");
@@ -237,7 +250,7 @@ inline void bulk_load_to(uint16_t blocks, void* shared, const void* global, uint
     auto* theirs = emulation::in_block(barrier, rank);
     emulation::state_of(theirs);
     auto* to = emulation::in_block(static_cast<unsigned char*>(shared), rank);
-    emulation::machine.bulk_copies.push_back({to, global, bytes, theirs});
+    emulation::machine.bulk_copies.push_back({to, global, bytes, theirs, emulation::machine.blocks[rank].get()});
   }
 }
 inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
@@ -258,7 +271,7 @@ inline void prefetch_l2(const void* global, uint32_t bytes) {
   if (bytes % 16 != 0) emulation::fault("a prefetch of %u bytes: not a multiple of 16", bytes);
   if (bytes > 0) static_cast<void>(static_cast<const volatile char*>(global)[bytes - 1]);
 }
-inline void fence_async_proxy() { emulation::block().written[threadIdx.x] = {}; }
+inline void fence_async_proxy() { emulation::block().writes.fence(static_cast<int>(threadIdx.x)); }
 
 // ---- numbers ---------------------------------------------------------------------------------------------------------
 
@@ -304,6 +317,10 @@ uint32_t pack_two(float low, float high) {
   return rounded<T>(low).bits | static_cast<uint32_t>(rounded<T>(high).bits) << 16;
 }
 template <typename T>
+uint32_t pack_two_relu(float low, float high) {
+  return pack_two<T>(low < 0.0f ? 0.0f : low, high < 0.0f ? 0.0f : high);
+}
+template <typename T>
 uint32_t maximum_of_two(uint32_t a, uint32_t b) {
   auto larger = [](float x, float y) { return x != x || x > y ? x : y; };
   return pack_two<T>(
@@ -316,9 +333,11 @@ template <typename T>
 T* keep_address(T* p) {
   return p;
 }
-inline int not_before_here(int v) { return v; }
+template <typename T>
+T not_before_here(T v) {
+  return v;
+}
 
-inline int recompute_from(int v) { return v; }
 
 }  // namespace bitfast::gpu
 

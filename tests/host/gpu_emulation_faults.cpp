@@ -42,6 +42,9 @@ enum class Fault : int {
   the_other_block_is_not_told,
   no_wait_for_launch_before,
   load_that_need_not_wait,
+  no_fence_of_new_barriers,
+  no_barrier_at_the_end,
+  no_fence_after_barrier,
 };
 
 struct Arguments {
@@ -258,6 +261,42 @@ struct MultiplyCopied {
   }
 };
 
+// The same of a matrix that other threads store and hand over by a barrier; those who multiply fence it.
+struct MultiplyHandedOver {
+  using Arguments = MatrixArguments;
+  using Numbers = Multiply<BFloat16, 8>;
+  static constexpr int threads = 256, min_blocks = 1, capability = 90, matrix_bytes = 2 * Numbers::right_step;
+  static BITFAST_GPU void run(const Arguments& args) {
+    const int at = static_cast<int>(threadIdx.x);
+    unsigned char* b = shared_memory();
+    auto* barrier = reinterpret_cast<Barrier*>(b + matrix_bytes);
+    if (at == 0) {
+      init_barrier(barrier, 4);
+      fence_barrier_init();
+    }
+    sync_block();
+    if (at >= 128) {
+      for (int i = at - 128; i < matrix_bytes / 16; i += 128) {
+        store_shared_16(b + 16 * i, load_16(static_cast<const unsigned char*>(args.b) + 16 * i));
+      }
+      sync_warp();
+      if (at % 32 == 0) arrive(barrier);
+      return;
+    }
+    wait_for(barrier, 0);
+    if (args.fault != Fault::no_fence_after_barrier) fence_async_proxy();
+    float sums[1][8][4];
+    begin_products(sums);
+    const MatrixPlace place = matrix_at(b, Numbers::right_step, 128);
+    multiply_add_64xNx16<BFloat16>(sums[0], place, place, false);
+    commit_products();
+    wait_products(sums);
+    for (int j = 0; j < 8; ++j) {
+      for (int i = 0; i < 4; ++i) args.c[Numbers::place_of(j, i)] = sums[0][j][i];
+    }
+  }
+};
+
 // Doubles 64 numbers a block, through a ring of one place: half of what a block reads at a time is brought by the other
 // block of the cluster, which must be told when the place is free. Two groups of warps take registers of a third.
 struct Share {
@@ -273,7 +312,7 @@ struct Share {
     if (at == 0) {
       init_barrier(full, 1);
       init_barrier(empty, 2);
-      fence_barrier_init();
+      if (args.fault != Fault::no_fence_of_new_barriers) fence_barrier_init();
     }
     sync_cluster();
     if (at < 128) {
@@ -303,7 +342,7 @@ struct Share {
         if (args.fault != Fault::the_other_block_is_not_told) arrive_remote(empty, rank ^ 1);
       }
     }
-    sync_cluster();
+    if (args.fault != Fault::no_barrier_at_the_end) sync_cluster();
   }
 };
 
@@ -384,6 +423,10 @@ BITFAST_ENTRY const char* multiply(
       return launch_for(Multiply<T, 32>{});
     }
   });
+}
+BITFAST_ENTRY const char* multiply_handed_over(const void* b, float* c, int fault) {
+  return launch<MultiplyHandedOver>(
+      {1, 1, MultiplyHandedOver::matrix_bytes + 8}, {nullptr, b, c, 0, static_cast<Fault>(fault)}, nullptr);
 }
 BITFAST_ENTRY const char* multiply_copied(const void* b, float* c, int fault) {
   return launch<MultiplyCopied>(

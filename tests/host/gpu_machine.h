@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "guarded_pages.h"
+#include "shared_writes.h"
 
 #define BITFAST_GPU inline
 
@@ -58,11 +59,14 @@ struct Meeting {  // a barrier for a number of threads
   uint8_t phase = 0;
 };
 
+struct Block;
+
 struct Copy {
   void* to;
   const void* from;
   uint32_t bytes;
   uint64_t* barrier;
+  Block* block;  // whose shared memory it is
   float sent = 0;  // what is copied if `from` is null
 };
 
@@ -84,8 +88,6 @@ struct Groups {
   bool is_idle() const { return open.empty() && committed.empty(); }
 };
 
-struct Block;
-
 struct Fiber {
   ucontext_t start;
   jmp_buf where;
@@ -93,6 +95,7 @@ struct Fiber {
   uint8_t awaited_phase = 0;         // that
   bool has_begun = false, has_ended = false;
   bool has_waited = false;  // for the launch before
+  std::vector<uint64_t*> new_barriers;  // since fence_barrier_init
   unsigned thread = 0;
   Block* block = nullptr;
   Groups copies, stores;
@@ -138,23 +141,13 @@ struct WarpGroup {
   std::vector<int> registers;  // what they were changed to, change by change
 };
 
-// What a thread has written to shared memory since its last fence of the async proxy.
-struct Written {
-  const unsigned char* first = nullptr;
-  const unsigned char* last = nullptr;
-
-  bool meets(const unsigned char* other_first, const unsigned char* other_last) const {
-    return first != nullptr && first < other_last && other_first < last;
-  }
-};
-
 struct Block {
   Block(size_t bytes, int threads)
       : shared_bytes(bytes),
         shared(bytes),
         warps(threads / warp_size),
         warp_groups((warps.size() + warps_per_group - 1) / warps_per_group),
-        written(threads) {}
+        writes(bytes, threads) {}
 
   size_t shared_bytes;
   GuardedPages shared;
@@ -164,7 +157,7 @@ struct Block {
   bool* or_results[1024];
   std::vector<Warp> warps;
   std::vector<WarpGroup> warp_groups;
-  std::vector<Written> written;  // by each thread
+  SharedWrites writes;
   int rank = 0;
 };
 
@@ -256,26 +249,28 @@ inline void check_shared(const void* p, size_t bytes, const char* what) {
   if (at < b.shared.begin || at + bytes > b.shared.begin + b.shared_bytes) fault("%s is outside of shared memory", what);
 }
 
+// A block that has ended has no shared memory any more.
+inline void check_running(const Block& of) {
+  const auto has_ended = [&of](const Fiber& fiber) { return fiber.block != &of || fiber.has_ended; };
+  if (std::all_of(machine.fibers.begin(), machine.fibers.end(), has_ended)) fault("a block that has ended is written to");
+}
+
 // The same place in the shared memory of another block of the cluster.
 template <typename T>
 T* in_block(T* p, int rank) {
   check_shared(p, sizeof(T), "an address of another block");
   if (rank < 0 || rank >= static_cast<int>(machine.blocks.size())) fault("block %d is not in the cluster", rank);
+  check_running(*machine.blocks[rank]);
   auto* base = machine.blocks[rank]->shared.begin;
   return reinterpret_cast<T*>(base + ((unsigned char*)p - block().shared.begin));
 }
 
-inline void remember_write(const void* p, size_t bytes) {
-  const auto* first = static_cast<const unsigned char*>(p);
-  Written& written = block().written[threadIdx.x];
-  if (written.first == nullptr || first < written.first) written.first = first;
-  if (written.last == nullptr || first + bytes > written.last) written.last = first + bytes;
+inline size_t place_in_block(const void* p) {
+  return static_cast<size_t>(static_cast<const unsigned char*>(p) - block().shared.begin);
 }
 
-inline bool is_unfenced(const void* p, size_t bytes) {
-  const auto* first = static_cast<const unsigned char*>(p);
-  const auto& all = block().written;
-  return std::any_of(all.begin(), all.end(), [&](const Written& w) { return w.meets(first, first + bytes); });
+inline void remember_write(const void* p, size_t bytes) {
+  block().writes.write(static_cast<int>(threadIdx.x), place_in_block(p), bytes);
 }
 
 inline void check_waited() {
@@ -283,7 +278,7 @@ inline void check_waited() {
 }
 
 inline void check_fenced(const void* p, size_t bytes, const char* what) {
-  if (is_unfenced(p, bytes)) fault("%s meets shared memory that was written without fence_async_proxy", what);
+  if (!block().writes.are_fenced(place_in_block(p), bytes)) fault("%s meets shared memory that was written without fence_async_proxy", what);
 }
 
 struct BarrierState {
@@ -291,10 +286,11 @@ struct BarrierState {
   uint8_t arrivals, left, phase, is_valid;
 };
 static_assert(sizeof(BarrierState) == 8);
-constexpr uint8_t valid = 0xb7;
+constexpr uint8_t initialised = 0xb6, valid = 0xb7;  // before and after fence_barrier_init
 
 inline BarrierState& state_of(uint64_t* barrier) {
   auto& state = *reinterpret_cast<BarrierState*>(barrier);
+  if (state.is_valid == initialised) fault("a barrier is used without fence_barrier_init");
   if (state.is_valid != valid) fault("a barrier is not initialised");
   return state;
 }
@@ -320,6 +316,7 @@ inline void deliver_some_copies() {
     std::swap(copies[machine.below(copies.size())], copies.back());
     const Copy copy = copies.back();
     copies.pop_back();
+    check_running(*copy.block);
     memcpy(copy.to, copy.from == nullptr ? &copy.sent : copy.from, copy.bytes);
     auto& state = *reinterpret_cast<BarrierState*>(copy.barrier);
     state.pending -= static_cast<int32_t>(copy.bytes);
@@ -448,7 +445,7 @@ inline void prepare_cluster(const Stacks& stacks, int64_t first_block) {
     for (Meeting& meeting : b.some) meeting = {};
     for (Warp& w : b.warps) w.meeting = {};
     for (WarpGroup& group : b.warp_groups) group = {};
-    for (Written& written : b.written) written = {};
+    b.writes.clear();
     b.any_holds = false;
     b.registers_left = 0;
     memset(b.shared.begin, 0xff, b.shared.used);  // NaN in any dtype
