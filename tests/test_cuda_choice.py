@@ -18,7 +18,7 @@ from bitfast.execution.steps import IMAGES, Convolve, Steps
 @lru_cache
 def steps_of(**settings: Any) -> Steps:
     with torch.device("meta"):
-        model = BitModel(BitConfig(**settings)).eval()
+        model = BitModel(BitConfig(**settings)).eval().bfloat16()
     steps = model.plans.steps(model)
     assert steps is not None
     return steps

@@ -22,6 +22,8 @@ BATCHES = (1, 8, 128)
 
 IMAGE = (3, 224, 224)
 
+DTYPE = torch.bfloat16
+
 TITLE = (
     "Convolutions of R50x1 at 224x224 in bfloat16 that are fused with norms on a GPU where the native\n"
     "norm_convolution is enabled"
@@ -31,13 +33,13 @@ TITLE = (
 def describe() -> list[dict[str, Any]]:
     """Return what is chosen for R50x1, ready for JSON: one row for blocks in a row that are alike."""
     with torch.device("meta"):
-        model = BitModel(BitConfig()).eval()
+        model = BitModel(BitConfig()).eval().to(DTYPE)
     steps = model.plans.steps(model)
     assert steps is not None
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
         shapes = shapes_of(steps.all(), IMAGES, (batch, *IMAGE))
-        chosen = choose(steps.blocks(), shapes, torch.bfloat16, is_demanded=False).by_result
+        chosen = choose(steps.blocks(), shapes, DTYPE, is_demanded=False).by_result
         for stage, blocks in enumerate(steps.stages, 1):
             members = [
                 _summary([chosen[step.result] for step in block if isinstance(step, Convolve)])

@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -374,31 +375,14 @@ def prepare_convolution(
     prepare = entry("bitfast_norm_convolution_prepare", ADDRESS, ADDRESS)
     with _current(device):
         prepare(ctypes.byref(Call.of(convolution, tiling)), ctypes.byref(prepared))
-    told = ctypes.byref(prepared)
     launch = entry("bitfast_norm_convolution", *(ADDRESS,) * 10)
-
-    def run(
-        stream: int,
-        x: int,
-        factors: int,
-        packed: int,
-        residual: int,
-        result: int,
-        partials: int,
-        second_packed: int = 0,
-        second_result: int = 0,
-    ) -> None:
-        launch(
-            told, stream, x, factors, packed, residual, result, partials, second_packed, second_result
-        )  # fmt: skip
-
     images, second, size = (
         convolution.shape[0],
         convolution.second_channels,
         convolution.result_size,
     )
     return PreparedConvolution(
-        run,
+        partial(launch, ctypes.byref(prepared)),
         (images, convolution.out_channels, *size),
         (images, second, *size) if second else None,
         prepared.strips if convolution.cell_channels else 0,
@@ -432,10 +416,7 @@ def prepare_partials(
     call.strips = strips.value
     launch = entry("bitfast_norm_convolution_partials", *(ADDRESS,) * 4)
 
-    def run(stream: int, x: int, partials: int) -> None:
-        launch(told, stream, x, partials)
-
-    return PreparedPartials(run, strips.value)
+    return PreparedPartials(partial(launch, told), strips.value)
 
 
 def prepare_factors(
@@ -467,13 +448,7 @@ def prepare_factors(
     """
     numbers = DTYPE_NUMBERS[weight_dtype], DTYPE_NUMBERS[bias_dtype]
     call = FactorsCall(images, strips, channels, cell_channels, groups, *numbers, eps)
-    told = ctypes.byref(call)
-    launch = entry("bitfast_norm_convolution_factors", *(ADDRESS,) * 6)
-
-    def run(stream: int, partials: int, weight: int, bias: int, factors: int) -> None:
-        launch(told, stream, partials, weight, bias, factors)
-
-    return run
+    return partial(entry("bitfast_norm_convolution_factors", *(ADDRESS,) * 6), ctypes.byref(call))
 
 
 def _current(device: torch.device | None) -> AbstractContextManager[object]:
