@@ -344,7 +344,7 @@ def may_fuse(setting: Setting) -> bool:
         BackendUnavailableError: that is demanded, and cannot be done.
     """
     with as_current(setting.device):
-        return uses_fused_convolution(setting.device.type, setting.compute_dtype)
+        return uses_fused_convolution(setting.device.type, setting.compute_dtype, setting.enabled)
 
 
 def _unchanged(weight: Tensor) -> Tensor:

@@ -345,13 +345,15 @@ def _pair(
         members = [s for s in block if isinstance(s, Convolve) and by_result[s.result].fuses]
         for earlier, later in pairwise(members):
             first, second = launches[later.result], launches[earlier.result]
-            different = {"out_channels": first.out_channels, "cell_channels": first.cell_channels}
+            alike = second._replace(
+                out_channels=first.out_channels, cell_channels=first.cell_channels
+            )
             both = first._replace(second_channels=second.out_channels)
             if (
                 earlier.source == later.source
                 and earlier.shortcut is None
                 and earlier.result not in norms
-                and second._replace(**different) == first
+                and alike == first
                 and why_refused(both) is None
             ):
                 partners[earlier.result] = later

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from bitfast.backends import enabled_kernels, why_unavailable
+from bitfast.backends import why_unavailable
 from bitfast.execution import cpu, cuda, op_by_op
 from bitfast.execution.graph import GraphedPlan, Recorder, Results
 from bitfast.execution.guard import ParameterGuard
@@ -244,8 +244,7 @@ class _LatePart:
         part = self._programs.get(shape)
         if part is None:
             part = self._planner.program_part(self._blocks, shape)
-            if enabled_kernels() == setting.enabled:  # else another thread has just changed that
-                self._programs[shape] = part
+            self._programs[shape] = part
         return part.execute(x.contiguous(memory_format=torch.channels_last))
 
     def choices(self) -> Mapping[int, Choice]:

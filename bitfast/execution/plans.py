@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bitfast.backends import enabled_kernels
 from bitfast.execution.graph import (
     CudaRecording,
     GraphedPlan,
@@ -181,9 +180,7 @@ class Plans:
             plan = make_plan(network, reading.steps, images, setting, request, self.slice_bytes)
             if plan is None:
                 return None
-            # Another thread may have changed this while the plan was made, which may then be of either kind.
-            if enabled_kernels() is setting.enabled:
-                self._keep(reading.plans, key, plan)
+            self._keep(reading.plans, key, plan)
         if plan.calls_modules:  # a graph would call them only once, while it is recorded
             return plan
         if self._recorded is not None:

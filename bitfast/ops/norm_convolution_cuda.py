@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bitfast import extension
 from bitfast.activations import ACTIVATIONS
-from bitfast.backends import register_kernel, requested_backend, select_backend
+from bitfast.backends import KernelKey, register_kernel, requested_backend, select_backend
 from bitfast.kernels.launch import as_current
 from bitfast.ops.first_use import why_unusable
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
@@ -161,16 +161,23 @@ def cell_channels_of(channels: int, groups: int) -> int:
     return next((n for n in CELL_CHANNELS if channels // groups % n == 0), 0)
 
 
-def uses_fused_convolution(device_type: str, dtype: torch.dtype) -> bool:
+def uses_fused_convolution(
+    device_type: str, dtype: torch.dtype, enabled: frozenset[KernelKey] | None = None
+) -> bool:
     """Whether the kernels may be used now, where no gradient is recorded: they are demanded, or enabled.
 
     They do the work of ``group_norm_act`` and ``same_padding``, too, and are not used where the reference of
     one of these is demanded; nor, unless they are demanded themselves, where Triton is.
 
+    Args:
+        device_type: Of the feature maps.
+        dtype: Of the feature maps.
+        enabled: What ``enabled_kernels`` returned when this was to be decided; None: what it returns now.
+
     Raises:
         BackendUnavailableError: they are demanded, and cannot be used for this dtype, or here.
     """
-    if select_backend(OP, device_type, dtype) != "native":
+    if select_backend(OP, device_type, dtype, enabled=enabled) != "native":
         return False
     refused = {"reference"} if requested_backend(OP) == "native" else {"reference", "triton"}
     return not refused & {requested_backend(GROUP_NORM_ACT), requested_backend(SAME_PADDING)}
