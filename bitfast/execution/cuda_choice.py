@@ -69,18 +69,20 @@ TABLE: tuple[Row, ...] = (
     Row(
         lambda facts: facts.tiles < FEWEST_TILES,
         False,
-        f"its block has maps of {{tiles}} times {TILE} pixels: too few tiles for 132 multiprocessors",
+        f"too few tiles of {TILE} pixels for 132 multiprocessors: a map of its block has {{tiles}}",
     ),
     # cuDNN's products were seen at 410 to 670 TFLOP/s there.
     Row(
         lambda facts: facts.intensity > MOST_FLOPS_PER_BYTE,
         False,
-        "its block is bound by the tensor cores, at {intensity:.0f} FLOPs a byte: cuDNN uses them best",
+        "its block is bound by the tensor cores, at {intensity:.0f} FLOPs a byte: cuDNN is known to use them"
+        " well",
     ),
     Row(
         lambda facts: True,
         True,
-        "its block is bound by memory, at {intensity:.0f} FLOPs a byte: norms would cross it twice more",
+        "its block is bound by memory, at {intensity:.0f} FLOPs a byte: norms of their own would cross it twice"
+        " more",
     ),
 )
 """The first row that holds decides. A block is judged as a whole, since next to a fused convolution one that is

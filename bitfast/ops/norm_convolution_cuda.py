@@ -38,7 +38,7 @@ from bitfast.ops.first_use import why_unusable
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.native_cuda import ADDRESS, entry
 from bitfast.ops.native_cuda import DTYPES as DTYPE_NUMBERS
-from bitfast.ops.norm_convolution import OP, Norm
+from bitfast.ops.norm_convolution import OP
 from bitfast.ops.same_padding import OP as SAME_PADDING
 from bitfast.torch_state import constant_when_compiled
 
@@ -469,7 +469,6 @@ __all__ = [
     "Call",
     "Convolution",
     "FactorsCall",
-    "Norm",
     "PartialsCall",
     "Prepared",
     "PreparedConvolution",
