@@ -88,7 +88,7 @@ class FusedConvolutions:
         self.choices = choose(blocks, self.shapes, self.dtype, is_demanded, self.why_refused)
         self.builder, self.stream, self.filters = builder, stream, filters
         self.number_of, self.normalize = number_of, normalize
-        self.numbers = _Numbers(builder)
+        self.statistics = _Statistics(builder)
         self.factors: dict[int, int] = {}
         """The places of the addresses of factors, by the value that their norm is applied to."""
         self.computed: set[int] = set()
@@ -107,7 +107,7 @@ class FusedConvolutions:
 
     def begin(self, places: Places) -> None:
         """Put the addresses of partials and factors into their places, in the first call of a pass."""
-        self.numbers.allocate(places, self.device)
+        self.statistics.allocate(places, self.device)
 
     @property
     def is_needed(self) -> bool:
@@ -139,16 +139,16 @@ class FusedConvolutions:
         """Free the places, and the factors, of what no later step reads."""
         self.builder.free_after(step)
         if step.source in self.factors and self.builder.is_last_read(step, normalized(step.source)):
-            self.numbers.free_factors(self.factors.pop(step.source))
+            self.statistics.free_factors(self.factors.pop(step.source))
 
     # ---- what is read -------------------------------------------------------------------------------------
 
     def read(self, step: Convolve) -> tuple[int, int]:
         """Return the places of what a step reads and of the address of its factors; emit what makes these."""
         if step.norm is None:
-            return self.aligned(step.source), self.numbers.none
+            return self.aligned(step.source), self.statistics.none
         if step.source not in self.choices.norms:
-            return self.normalize(step), self.numbers.none
+            return self.normalize(step), self.statistics.none
         source = self.aligned(step.source)
         if step.source not in self.factors:
             self.measure(step.source)
@@ -175,10 +175,10 @@ class FusedConvolutions:
         """Return the place of the address at which a convolution leaves its partials."""
         cell_channels = convolution.cell_channels
         if not cell_channels:
-            return self.numbers.none
+            return self.statistics.none
         images, channels, *_ = prepared.result_shape
         shape = partials_shape(images, prepared.strips, channels, cell_channels)
-        return self.numbers.place_of_partials(prod(shape))
+        return self.statistics.place_of_partials(prod(shape))
 
     def measure(self, value: int) -> None:
         """Emit the launches that make the factors of a value that no fused convolution has written."""
@@ -186,7 +186,7 @@ class FusedConvolutions:
         cell_channels = cells_of(self.choices.norms[value], shape)
         run, strips = prepare_partials(shape, self.dtype, cell_channels, self.device)
         size = prod(partials_shape(shape[0], strips, shape[1], cell_channels))
-        partials = self.numbers.place_of_partials(size)
+        partials = self.statistics.place_of_partials(size)
 
         def call(places: Places) -> None:
             run(places[stream], places[source].data_ptr(), places[partials])
@@ -196,11 +196,11 @@ class FusedConvolutions:
 
     def make_factors(self, value: int, strips: int) -> None:
         """Emit the launch that makes the factors of a value's norm of the partials that were left last."""
-        stream, partials = self.stream, self.numbers.partials
+        stream, partials = self.stream, self.statistics.partials
         images, channels, *_ = shape = self.shapes[value]
         norm = self.choices.norms[value]
         weight, bias, groups, eps, _ = norm.op_parameters()
-        factors = self.numbers.place_of_factors(prod(factors_shape(images, channels)))
+        factors = self.statistics.place_of_factors(prod(factors_shape(images, channels)))
         self.factors[value] = factors
         run = prepare_factors(
             images, strips, channels, cells_of(norm, shape), groups, eps, weight.dtype, bias.dtype
@@ -303,7 +303,7 @@ class FusedConvolutions:
         )
 
 
-class _Numbers:
+class _Statistics:
     """Memory of a pass for the numbers that launches hand to later ones: one tensor of float32.
 
     Attributes:
