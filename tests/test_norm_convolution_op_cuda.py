@@ -332,6 +332,10 @@ def test_an_entry_s_words_are_raised(kernels) -> None:
         RuntimeError, match=f"bitfast_{OP}_prepare: .*more pixels than one launch takes"
     ):
         prepare_convolution(too_many)
+    too_large = SUITED._replace(shape=(1, 8, 2**15, 2**15))
+    assert prepare_convolution(too_large._replace(cell_channels=0)).strips == 0
+    with pytest.raises(RuntimeError, match="images of so many pixels cannot be measured"):
+        prepare_convolution(too_large)
     run = prepare_convolution(SUITED).run
     with pytest.raises(RuntimeError, match=f"bitfast_{OP}: .*an address is missing"):
         run(0, 16, 16, 16, 0, 0, 16, 0, 0)

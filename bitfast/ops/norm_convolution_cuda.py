@@ -64,6 +64,9 @@ ACTIVATIONS_READ = ("none", "relu")
 MOST = 2**31 - 1
 """The largest number in the kernels' arguments, but for the number of images."""
 
+MOST_STRIPS = 2**24
+"""Strips of an image that factors can be made of."""
+
 Sides = tuple[int, int, int, int]
 """(top, bottom, left, right)."""
 
@@ -382,6 +385,8 @@ def prepare_convolution(
     prepare = entry("bitfast_norm_convolution_prepare", ADDRESS, ADDRESS)
     with _current(device):
         prepare(ctypes.byref(Call.of(convolution, tiling)), ctypes.byref(prepared))
+    if convolution.cell_channels and prepared.strips > MOST_STRIPS:
+        raise RuntimeError(f"{OP}: images of so many pixels cannot be measured")
     launch = entry("bitfast_norm_convolution", *(ADDRESS,) * 10)
     images, second, size = (
         convolution.shape[0],
