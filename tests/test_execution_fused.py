@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import partial
+from random import Random
 from typing import Any
 
 import pytest
@@ -288,6 +289,20 @@ def test_blocks_that_are_fused_next_to_others(monkeypatch, kind, fused_stage) ->
         assert relative_error(a, c) <= 2 * relative_error(b, c) + 2**-8
     assert kernels.calls.count("norm_convolution_partials") == names.count("partials")
     assert names.count("partials") == (kind == "preactivation" and fused_stage == 0)
+
+
+@pytest.mark.parametrize("kind", ["preactivation", "bottleneck same", "dilated"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mixture_is_right(kernels, monkeypatch, kind, seed) -> None:
+    """Each convolution is fused or not, by chance."""
+    chance = Random(seed)
+    row = TABLE[-1]._replace(holds=lambda _: chance.random() < 0.5)
+    monkeypatch.setattr(
+        cuda_choice, "TABLE", (TABLE[0], row, Row(lambda _: True, False, "by chance"))
+    )
+    model, x = model_of(kind), images()
+    compare(model, x, outputs(model, x))
+    assert {what for _, what, _ in plans(model)[0].choices()} == {OP, "convolution"}
 
 
 def test_the_table_decides_where_nothing_is_demanded(monkeypatch) -> None:
