@@ -123,10 +123,12 @@ def select_backend(
     device_type: str,
     dtype: torch.dtype,
     memory_format: torch.memory_format | None = None,
+    enabled: frozenset[KernelKey] | None = None,
 ) -> str:
     """Return the backend that computes ``op`` for a tensor of this device type, dtype and memory format.
 
-    Without a memory format: for a tensor in the format that the backend likes best.
+    Without a memory format: for a tensor in the format that the backend likes best. ``enabled``: the kernels on
+    demand that are used like others, as :func:`enabled_kernels` returned them; None: those that are now.
 
     Under function transforms, forward-mode differentiation and ``torch.jit.trace``, which cannot see into
     kernels, that is the reference, also where another backend is demanded.
@@ -144,7 +146,7 @@ def select_backend(
     if requested is not None:
         return requested
     for backend in BACKENDS:
-        if not _is_on_demand(op, backend, device_type) and (
+        if not _is_on_demand(op, backend, device_type, enabled) and (
             why_unavailable(op, backend, device_type, dtype, memory_format) is None
         ):
             return backend
@@ -194,10 +196,12 @@ def has_kernel(op: str, backend: str, device_type: str) -> bool:
     return is_there and not _is_on_demand(op, backend, device_type)
 
 
-def _is_on_demand(op: str, backend: str, device_type: str) -> bool:
+def _is_on_demand(
+    op: str, backend: str, device_type: str, enabled: frozenset[KernelKey] | None = None
+) -> bool:
     """Whether a kernel is used only if it is demanded: it is made for that, and not enabled."""
     kernel = _kernels.get((op, backend, device_type))
-    if kernel is None or (op, backend, device_type) in _enabled:
+    if kernel is None or (op, backend, device_type) in (_enabled if enabled is None else enabled):
         return False
     return kernel.on_demand() if callable(kernel.on_demand) else kernel.on_demand
 

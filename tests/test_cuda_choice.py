@@ -18,7 +18,7 @@ from bitfast.execution.steps import IMAGES, Convolve, Steps
 @lru_cache
 def steps_of(**settings: Any) -> Steps:
     with torch.device("meta"):
-        model = BitModel(BitConfig(**settings)).eval()
+        model = BitModel(BitConfig(**settings)).eval().bfloat16()
     steps = model.plans.steps(model)
     assert steps is not None
     return steps
@@ -110,8 +110,8 @@ def test_env_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     at = lines.index("batch 128")
     assert lines[at + 1] == (
-        "stage 1, block 1     all     its block is bound by memory, at 64 FLOPs a byte: norms would cross it"
-        " twice more; the shortcut's is one launch with the first"
+        "stage 1, block 1     all     its block is bound by memory, at 64 FLOPs a byte: norms of their own"
+        " would cross it twice more; the first and the shortcut's share a launch"
     )
     assert lines[at + 8].startswith(
         "stage 4, blocks 2-3  none    its block is bound by the tensor cores, at 544"
@@ -120,5 +120,5 @@ def test_env_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)["plan"]
     assert rows[0] == {
         "batch": 1, "stage": 1, "blocks": [1, 3], "fused": "none", "shares_a_launch": False,
-        "reasons": ["its block has maps of 49 times 64 pixels: too few tiles for 132 multiprocessors"],
+        "reasons": ["too few tiles of 64 pixels for 132 multiprocessors: a map of its block has 49"],
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Python side of the CUDA kernels of norm_convolution: what they suit, how they are called and chosen."""
+"""The Python side of the CUDA kernels of norm_convolution: what they suit, and how they are called."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfast import backends, extension, reference
-from bitfast.backends import (
-    BackendUnavailableError,
-    backend_table,
-    disable_kernel,
-    enable_kernel,
-    enabled_kernels,
-    select_backend,
-    use_backend,
-)
-from bitfast.execution.setting import planned_setting
+from bitfast import extension, reference
 from bitfast.execution.weights import kept_packed_filters
 from bitfast.layers import WeightStandardizedConv2d
 from bitfast.ops import first_use, native_cuda, norm_convolution_cuda
@@ -38,7 +28,6 @@ from bitfast.ops.norm_convolution_cuda import (
     pack_filters,
     partials_shape,
     prepare_convolution,
-    uses_fused_convolution,
     why_no_factors,
     why_no_kernels,
     why_unsuited,
@@ -51,33 +40,22 @@ from bitfast.ops.norm_convolution_fused import (
     fused_convolution,
 )
 from bitfast.ops.weight_standardization import weight_standardization
-from tests import norm_convolution_stand_in
 from tests.emulated import ROOT
 from tests.interpreter import DEVICE
-from tests.norm_convolution_stand_in import KERNELS, StandIn, serve, use_stand_in
+from tests.norm_convolution_kernels import Kernels, at, serve
 from tests.operator_calls import calls_of
-from tests.test_execution_cuda import plans
-from tests.threads import in_threads
-from tests.tiny_models import ours
 from tests.tolerances import assert_within_contract
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="kernels on the CPU stand in for a card's")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu has the same for a card")
 
 NO_ZEROS, ONE_ZERO = (0, 0, 0, 0), (1, 1, 1, 1)
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture
-def stand_in(monkeypatch) -> StandIn:
-    """Plain PyTorch serves as the kernels, for CPU tensors, without being demanded."""
-    return use_stand_in(monkeypatch)
-
-
-@pytest.fixture
-def on_demand(monkeypatch) -> StandIn:
-    """Plain PyTorch serves as the kernels, for CPU tensors, where it is demanded."""
-    monkeypatch.setattr(backends, "_enabled", frozenset())
-    return use_stand_in(monkeypatch, is_enabled=False)
+def kernels(monkeypatch) -> Kernels:
+    """The kernels serve for CPU tensors, without being demanded."""
+    return serve(monkeypatch)
 
 
 # ---- structures ---------------------------------------------------------------------------------------------
@@ -241,7 +219,6 @@ def compare(x: Tensor, norm: Norm | None, filters: Tensor, found: Tensor, *other
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
     ("shape", "groups", "size", "stride", "padding", "dtype"),
     [
@@ -252,9 +229,8 @@ def compare(x: Tensor, norm: Norm | None, filters: Tensor, found: Tensor, *other
         ((1, 8, 1, 2), 1, 3, 1, (2, 2, 1, 0), BFLOAT16),
     ],
 )
-def test_the_function(monkeypatch, kernels, shape, groups, size, stride, padding, dtype) -> None:
+def test_the_function(kernels, shape, groups, size, stride, padding, dtype) -> None:
     """A chain of two: the first measures x, the second takes what the first has measured."""
-    serve(monkeypatch, kernels())
     x, norm = draw_map(*shape, dtype=dtype) + 2, draw_norm(shape[1], groups)
     filters, others = (draw_filters(out, shape[1], size, dtype) for out in (32, 48))
     geometry = stride, padding
@@ -279,24 +255,22 @@ def test_the_function(monkeypatch, kernels, shape, groups, size, stride, padding
     assert last[1:] == (None, None)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_without_a_norm(monkeypatch, kernels) -> None:
-    serve(monkeypatch, kernels())
+def test_without_a_norm(kernels) -> None:
     x, filters = draw_map(2, 24, 9, 9), draw_filters(16, 24, 3)
     found = fused_convolution(x, None, pack_filters(filters), padding=ONE_ZERO, next_groups=2)
     compare(x, None, filters, found.result, 1, ONE_ZERO, None)
     assert found.partials.shape[2] == 1 + 2
 
 
-def test_what_is_launched(stand_in) -> None:
+def test_what_is_launched(kernels) -> None:
     x, packed = draw_map(1, 16, 5, 5), pack_filters(draw_filters(16, 16, 1))
     result = fused_convolution(x, None, packed, next_groups=2)
-    assert stand_in.calls == ["norm_convolution"]
+    assert kernels.calls == ["norm_convolution"]
     fused_convolution(x, draw_norm(16, 2), packed, partials=result.partials)
-    assert stand_in.calls[1:] == ["norm_convolution_factors", "norm_convolution"]
+    assert kernels.calls[1:] == ["norm_convolution_factors", "norm_convolution"]
     fused_convolution(x, draw_norm(16, 2), packed)
     launched = ["norm_convolution_partials", "norm_convolution_factors", "norm_convolution"]
-    assert stand_in.calls[3:] == launched
+    assert kernels.calls[3:] == launched
 
 
 X, PACKED = torch.zeros(2, 16, 5, 5, dtype=BFLOAT16), torch.zeros(1, 1, 8, 24, 8, dtype=BFLOAT16)
@@ -338,29 +312,36 @@ MISALIGNED = torch.zeros(2 * 16 * 25 + 1, dtype=BFLOAT16)[1:].view(2, 5, 5, 16).
         ({"x": X.clone().requires_grad_()}, RuntimeError, "x requires a gradient, .*no_grad"),
     ],
 )  # fmt: skip
-def test_arguments_that_are_refused(stand_in, changes, error, message) -> None:
+def test_arguments_that_are_refused(kernels, changes, error, message) -> None:
     arguments = {"x": X, "norm": NORM, "packed": PACKED, **changes}
     with pytest.raises(error, match=message):
         fused_convolution(**arguments)
-    assert stand_in.calls == []
+    assert kernels.calls == []
 
 
-def test_no_gradient_is_no_obstacle_where_none_is_recorded(stand_in) -> None:
+def test_no_gradient_is_no_obstacle_where_none_is_recorded(kernels) -> None:
     x, norm = X.clone().requires_grad_(), NORM._replace(weight=nn.Parameter(torch.ones(16)))
     with torch.no_grad():
         assert not fused_convolution(x, norm, PACKED).result.requires_grad
 
 
-def test_an_entry_s_words_are_raised(stand_in, monkeypatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("the image is too wide")
+def test_an_entry_s_words_are_raised(kernels) -> None:
+    too_many = SUITED._replace(shape=(2**30, 8, 14, 15))
+    assert why_unsuited(too_many) is None
+    with pytest.raises(
+        RuntimeError, match=f"bitfast_{OP}_prepare: .*more pixels than one launch takes"
+    ):
+        prepare_convolution(too_many)
+    too_large = SUITED._replace(shape=(1, 8, 2**15, 2**15))
+    assert prepare_convolution(too_large._replace(cell_channels=0)).strips == 0
+    with pytest.raises(RuntimeError, match="images of so many pixels cannot be measured"):
+        prepare_convolution(too_large)
+    run = prepare_convolution(SUITED).run
+    with pytest.raises(RuntimeError, match=f"bitfast_{OP}: .*an address is missing"):
+        run(0, 16, 16, 16, 0, 0, 16, 0, 0)
 
-    monkeypatch.setattr(norm_convolution_stand_in, "_prepare", refuse)
-    with pytest.raises(RuntimeError, match=f"bitfast_{OP}_prepare: the image is too wide"):
-        prepare_convolution(SUITED)
 
-
-def test_what_is_prepared(stand_in) -> None:
+def test_what_is_prepared(kernels) -> None:
     prepared = prepare_convolution(SUITED._replace(second_channels=16))
     assert prepared.result_shape == (2, 128, 14, 15)
     assert prepared.second_shape == (2, 16, 14, 15)
@@ -374,34 +355,27 @@ def test_what_is_prepared(stand_in) -> None:
 # ---- before the first use -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_the_check_before_the_first_use(monkeypatch, kernels) -> None:
-    serve(monkeypatch, kernels())
+def test_the_check_before_the_first_use(kernels) -> None:
     assert first_use._checks[OP] is check_first_use
     assert check_first_use(torch.device("cpu"), (*CHOSEN, *CUT)) is None
 
 
 @pytest.mark.parametrize(
-    ("wrong", "found"),
+    ("launch", "address", "first", "found"),
     [
-        ("_convolution", "the error of the result"),
-        ("measure", "the error of the statistics' mean"),
-        ("_factors", "the error of the result"),
+        ("norm_convolution", 5, 0, "the error of the result"),
+        ("norm_convolution", 6, 2, "the error of the statistics' mean"),
+        ("norm_convolution_factors", 4, 0, "the error of the result"),
     ],
 )
-def test_the_check_notices_what_is_wrong(stand_in, monkeypatch, wrong, found) -> None:
-    right = getattr(norm_convolution_stand_in, wrong)
+def test_the_check_notices_what_is_wrong(kernels, launch, address, first, found) -> None:
+    """Some numbers are wrong that a launch has written at one of its addresses."""
 
-    def slightly_wrong(*arguments: Any) -> Any:
-        measured = right(*arguments)
-        if wrong == "measure":
-            return measured * 1.001
-        dtype, count = (torch.float32, 8) if wrong == "_factors" else (BFLOAT16, 64)
-        written = arguments[{"_factors": 5, "_convolution": 6}[wrong]]
-        norm_convolution_stand_in.at(written, dtype, (count,)).mul_(3)
-        return measured
+    def spoil(*arguments: int) -> None:
+        if arguments[address]:
+            at(arguments[address], torch.float32, (40,))[first:] *= 1.5
 
-    monkeypatch.setattr(norm_convolution_stand_in, wrong, slightly_wrong)
+    kernels.after[launch] = spoil
     assert found in str(check_first_use(torch.device("cpu"), CHOSEN))
 
 
@@ -427,120 +401,7 @@ def test_without_the_extension_the_reason_is_that_of_the_extension() -> None:
         assert why_no_kernels() == extension.CUDA.problem
 
 
-# ---- which backend ------------------------------------------------------------------------------------------
-
-
-def uses(dtype: torch.dtype = BFLOAT16) -> bool:
-    return uses_fused_convolution("cpu", dtype)
-
-
-def test_nothing_is_used_by_default(on_demand) -> None:
-    assert not uses()
-    assert not uses_fused_convolution("cuda", BFLOAT16)
-    with use_backend("native", group_norm_act="triton"):
-        assert not uses(), "a general demand does not concern it"
-
-
-def test_a_demand_is_met_or_refused(on_demand) -> None:
-    with use_backend(norm_convolution="native"):
-        for dtype in (BFLOAT16, FLOAT16):
-            assert uses(dtype)
-        with pytest.raises(BackendUnavailableError, match=r"supports .*, not torch.float32"):
-            uses(torch.float32)
-        with use_backend(group_norm_act="triton"):
-            assert uses()
-        for op in ("group_norm_act", "same_padding", "norm_convolution"):
-            with use_backend(**{op: "reference"}):
-                assert not uses()
-
-
-def test_an_enabled_kernel_is_used_by_default(on_demand) -> None:
-    enable_kernel(OP, "native", "cpu")
-    assert enabled_kernels() == {(OP, "native", "cpu")}
-    assert uses()
-    assert not uses(torch.float32), "nothing was demanded"
-    for demand in ("reference", "triton"):
-        with use_backend(demand):
-            assert not uses()
-    in_threads(lambda _: pytest.fail("not in all threads") if not uses() else None, 2)
-    disable_kernel(OP, "native", "cpu")
-    disable_kernel(OP, "native", "cpu")
-    assert not uses()
-
-
-def test_many_threads_enable_kernels(on_demand, monkeypatch) -> None:
-    names = [("same_padding", "native", f"device {number}") for number in range(8)]
-    for name in names:
-        backends.register_kernel(*name, torch.float32, lambda: None, on_demand=lambda: True)  # type: ignore[arg-type]
-    for _ in range(20):
-        in_threads(lambda number: enable_kernel(*names[number]), 8)
-        assert enabled_kernels() == set(names)
-        in_threads(lambda number: disable_kernel(*names[number]), 8)
-        assert enabled_kernels() == set()
-
-
-@pytest.mark.parametrize("change", [enable_kernel, disable_kernel])
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (("pooling", "native", "cuda"), "unknown op 'pooling'; choose from"),
-        ((OP, "fast", "cuda"), "unknown backend 'fast'; choose from"),
-        ((OP, "native", "tpu"), f"no native kernel of {OP} for tpu .*such are .*{OP}/native/cuda"),
-        (
-            ("stem", "native", "cuda"),
-            "no native kernel of stem for cuda tensors that is used on dem",
-        ),
-        ((OP, "reference", "cuda"), "no reference kernel"),
-    ],
-)
-def test_only_kernels_on_demand_are_enabled(change, names, message) -> None:
-    before = enabled_kernels()
-    with pytest.raises(ValueError, match=message):
-        change(*names)
-    assert enabled_kernels() == before
-
-
-def test_the_table_tells_the_state(on_demand) -> None:
-    def state(op: str, device: str) -> tuple[bool, str]:
-        (row,) = (
-            r for r in backend_table() if (r.op, r.device, r.backend) == (op, device, "native")
-        )
-        return row.default, row.on_demand
-
-    assert state(OP, "cuda") == (False, "on demand")
-    assert state(OP, "cpu") == (False, "on demand")
-    assert state("stem", "cuda")[1] == ""
-    enable_kernel(OP, "native", "cpu")
-    assert state(OP, "cpu") == (True, "enabled")
-    assert select_backend(OP, "cpu", BFLOAT16) == "native"
-
-
-# ---- plans and weights --------------------------------------------------------------------------------------
-
-
-def test_a_network_is_planned_anew(on_demand) -> None:
-    model, images = ours("BitModel").eval().bfloat16(), torch.randn(1, 3, 32, 32).bfloat16()
-    with torch.no_grad():
-        for count in (1, 2, 2):
-            model(images)
-            assert len(plans(model)) == count
-            enable_kernel(OP, "native", "cpu")
-        settings = [planned_setting(images)]
-        disable_kernel(OP, "native", "cpu")
-        settings.append(planned_setting(images))
-        assert settings[0] != settings[1]
-        model(images)
-        assert len(plans(model)) == 2
-
-
-def test_a_plan_does_not_pass_over_a_demand(on_demand) -> None:
-    model, images = ours("BitModel").eval(), torch.randn(1, 3, 32, 32)
-    with (
-        torch.no_grad(),
-        use_backend(norm_convolution="native"),
-        pytest.raises(BackendUnavailableError, match=r"norm_convolution: .* not torch.float32"),
-    ):
-        model(images)
+# ---- weights ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -587,7 +448,7 @@ def test_packed_weights_of_inference_mode_serve_outside(convolutions) -> None:
     assert not any(filters.is_inference() for filters in packed.values())
 
 
-def test_the_library_is_asked_for_once_prepared(on_demand, monkeypatch) -> None:
+def test_the_library_is_asked_for_once_prepared(monkeypatch) -> None:
     """What is said to be suited needs no library."""
     monkeypatch.setattr(native_cuda, "library", lambda: pytest.fail("asked"))
     assert norm_convolution_cuda.why_unsuited(SUITED) is None

@@ -175,7 +175,7 @@ def as_text(found: dict[str, Any]) -> str:
         [
             *_aligned([*versions, [], *machine, [], *extension]),
             "",
-            "Backends (* runs by default; on demand: only where use_backend demands it)",
+            "Backends (* runs by default; on demand: only by use_backend or enable_kernel)",
             *_aligned([_backend_row(row) for row in found["backends"]], indent="  "),
         ]
     )

@@ -22,22 +22,24 @@ BATCHES = (1, 8, 128)
 
 IMAGE = (3, 224, 224)
 
+DTYPE = torch.bfloat16
+
 TITLE = (
-    "Convolutions of R50x1 at 224x224 in bfloat16 that are fused with norms on a GPU where the native\n"
-    "norm_convolution is enabled"
+    "Convolutions of R50x1 at 224x224 in bfloat16 that would be fused with norms on a GPU, if the native\n"
+    "norm_convolution were enabled there"
 )
 
 
 def describe() -> list[dict[str, Any]]:
     """Return what is chosen for R50x1, ready for JSON: one row for blocks in a row that are alike."""
     with torch.device("meta"):
-        model = BitModel(BitConfig()).eval()
+        model = BitModel(BitConfig()).eval().to(DTYPE)
     steps = model.plans.steps(model)
     assert steps is not None
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
         shapes = shapes_of(steps.all(), IMAGES, (batch, *IMAGE))
-        chosen = choose(steps.blocks(), shapes, torch.bfloat16, is_demanded=False).by_result
+        chosen = choose(steps.blocks(), shapes, DTYPE, is_demanded=False).by_result
         for stage, blocks in enumerate(steps.stages, 1):
             members = [
                 _summary([chosen[step.result] for step in block if isinstance(step, Convolve)])
@@ -51,13 +53,11 @@ def describe() -> list[dict[str, Any]]:
 
 
 def _summary(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Return what the row of a block says about its convolutions."""
     count = sum(choice.fuses for choice in choices)
+    words = {0: "none", len(choices): "all"}
     return {
-        "fused": "all"
-        if count == len(choices)
-        else f"{count} of {len(choices)}"
-        if count
-        else "none",
+        "fused": words.get(count, f"{count} of {len(choices)}"),
         "reasons": list(dict.fromkeys(choice.reason for choice in choices)),
         "shares_a_launch": any(choice.shared for choice in choices),
     }
@@ -75,7 +75,7 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 def _line(row: dict[str, Any]) -> str:
     first, last = row["blocks"]
     blocks = f"block {first}" if first == last else f"blocks {first}-{last}"
-    shared = ["the shortcut's is one launch with the first"] if row["shares_a_launch"] else []
+    shared = ["the first and the shortcut's share a launch"] if row["shares_a_launch"] else []
     reasons = "; ".join([*row["reasons"], *shared])
     return f"stage {row['stage']}, {blocks:<10}  {row['fused']:<6}  {reasons}"
 

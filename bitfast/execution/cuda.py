@@ -38,6 +38,7 @@ from bitfast.execution.steps import (
     normalized,
 )
 from bitfast.execution.weights import kept_packed_filters, kept_standardized, recorded_weights
+from bitfast.kernels.launch import as_current
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from bitfast.ops.group_norm_act_eager import kernels_of, prepare_forward
@@ -46,12 +47,12 @@ from bitfast.torch_state import unseen
 
 IMAGES_IN_SLICES = False
 
-RESERVED_PLACES = 2
+RESERVED_PLACES = 3
 
 NEEDS_ADDRESSES_OF_NORMS = True
 
-STREAM, WEIGHTS = RESERVED, RESERVED + 1
-"""The places of the stream's handle, and of the standardized weights."""
+STREAM, WEIGHTS, ADDRESSES = range(RESERVED, RESERVED + RESERVED_PLACES)
+"""The places of the stream's handle, of the standardized weights, and of their addresses."""
 
 Norm = Callable[[Places, Tensor, Tensor | None, Tensor], None]
 """Takes the places, x, a residual or None, and the tensor for the result."""
@@ -94,7 +95,7 @@ class _Lowering:
         self.fused: FusedConvolutions | None = None
         if may_fuse(setting):
             fused = FusedConvolutions(
-                blocks, builder, setting, STREAM, WEIGHTS, self.packed_number, self.normalized
+                blocks, builder, setting, STREAM, ADDRESSES, self.packed_number, self.normalized
             )
             builder.choices = fused.choices.by_result
             self.fused = fused if fused.is_needed else None
@@ -106,15 +107,19 @@ class _Lowering:
         forms = [(c, self.preparation(c, is_packed)) for c, is_packed in self.numbers]
         convolutions = [convolution for convolution, _ in self.numbers]
         kept = self.kept_weights()
+        addresses = list(map(Tensor.data_ptr, kept))
         fused, index = self.fused, self.device.index
 
         def call(places: Places) -> None:
             places[STREAM] = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
-            places[WEIGHTS] = kept
+            places[WEIGHTS], places[ADDRESSES] = kept, addresses
             if is_recorded_by_others():
                 # The graph is replayed without asking whether weights have changed.
                 fresh = recorded_weights(convolutions, channels_last=True)
-                places[WEIGHTS] = [prepare(fresh[convolution]) for convolution, prepare in forms]
+                places[WEIGHTS] = made = [
+                    prepare(fresh[c] if c in fresh else c.filters()) for c, prepare in forms
+                ]
+                places[ADDRESSES] = list(map(Tensor.data_ptr, made))
             if fused is not None:
                 fused.begin(places)
 
@@ -338,7 +343,8 @@ def may_fuse(setting: Setting) -> bool:
     Raises:
         BackendUnavailableError: that is demanded, and cannot be done.
     """
-    return uses_fused_convolution(setting.device.type, setting.compute_dtype)
+    with as_current(setting.device):
+        return uses_fused_convolution(setting.device.type, setting.compute_dtype, setting.enabled)
 
 
 def _unchanged(weight: Tensor) -> Tensor:

@@ -17,7 +17,13 @@ from bitfast.execution.shapes import Shape, padding_of, shape_after
 from bitfast.execution.steps import IMAGES, Block, Convolve, Step
 from bitfast.layers import DynamicPad2d, GroupNormActivation
 from bitfast.ops import native_cuda
-from bitfast.ops.norm_convolution_cuda import Convolution, why_no_factors, why_unsuited
+from bitfast.ops.common import autocast_dtype
+from bitfast.ops.norm_convolution_cuda import (
+    Convolution,
+    cell_channels_of,
+    why_no_factors,
+    why_unsuited,
+)
 
 # ---- the table ------------------------------------------------------------------------------------------
 
@@ -63,18 +69,20 @@ TABLE: tuple[Row, ...] = (
     Row(
         lambda facts: facts.tiles < FEWEST_TILES,
         False,
-        f"its block has maps of {{tiles}} times {TILE} pixels: too few tiles for 132 multiprocessors",
+        f"too few tiles of {TILE} pixels for 132 multiprocessors: a map of its block has {{tiles}}",
     ),
     # cuDNN's products were seen at 410 to 670 TFLOP/s there.
     Row(
         lambda facts: facts.intensity > MOST_FLOPS_PER_BYTE,
         False,
-        "its block is bound by the tensor cores, at {intensity:.0f} FLOPs a byte: cuDNN uses them best",
+        "its block is bound by the tensor cores, at {intensity:.0f} FLOPs a byte: cuDNN is known to use them"
+        " well",
     ),
     Row(
         lambda facts: True,
         True,
-        "its block is bound by memory, at {intensity:.0f} FLOPs a byte: norms would cross it twice more",
+        "its block is bound by memory, at {intensity:.0f} FLOPs a byte: norms of their own would cross it twice"
+        " more",
     ),
 )
 """The first row that holds decides. A block is judged as a whole, since next to a fused convolution one that is
@@ -89,16 +97,17 @@ class Choices(NamedTuple):
 
     Attributes:
         by_result: The choice for each convolution, by the value that it computes.
-        convolutions: The same convolutions as the kernels know them.
         norms: The norms that fused convolutions apply as they read, by the value that they are applied to.
         partners: By the value that a fused convolution computes: a later one whose result the same launch
             computes.
+        launches: What the kernels are told of each fused convolution, by the value that it computes; of a pair
+            under that of the later one.
     """
 
     by_result: dict[int, Choice]
-    convolutions: dict[int, Convolution]
     norms: dict[int, GroupNormActivation]
     partners: dict[int, Convolve]
+    launches: dict[int, Convolution]
 
     def fuses(self, step: Convolve) -> bool:
         """Whether a convolution is fused."""
@@ -107,9 +116,16 @@ class Choices(NamedTuple):
 
 # ---- choosing ---------------------------------------------------------------------------------------------
 
+WhyRefused = Callable[[Convolution], "str | None"]
+"""Returns why there is no kernel for a convolution, or None."""
+
 
 def choose(
-    blocks: Sequence[Block], shapes: Mapping[int, Shape], dtype: torch.dtype, is_demanded: bool
+    blocks: Sequence[Block],
+    shapes: Mapping[int, Shape],
+    dtype: torch.dtype,
+    is_demanded: bool,
+    why_refused: WhyRefused = why_unsuited,
 ) -> Choices:
     """Choose how the convolutions of some blocks are computed.
 
@@ -118,23 +134,48 @@ def choose(
         shapes: Of all values.
         dtype: Of all feature maps.
         is_demanded: Whether every convolution is to be fused that a kernel can do.
+        why_refused: Asked about every launch that is chosen. A device may refuse more than others do.
     """
+    steps = [step for block in blocks for step in block]
+    refused: dict[int, str] = {}
+    while True:
+        by_result = _fused_or_not(blocks, shapes, dtype, is_demanded, refused)
+        norms = _norms_applied_in_reading(steps, by_result, shapes)
+        launches = {
+            step.result: _launch(step, shapes, dtype, norms)
+            for step in steps
+            if isinstance(step, Convolve) and by_result[step.result].fuses
+        }
+        problems = {
+            value: problem
+            for value, convolution in launches.items()
+            if (problem := why_refused(convolution)) is not None
+        }
+        if not problems:
+            break
+        # What is next to a refused convolution has other norms to apply, or none: all is chosen anew.
+        refused |= problems
+    partners = _pair(blocks, by_result, norms, launches, why_refused)
+    return Choices(by_result, norms, partners, launches)
+
+
+def _fused_or_not(
+    blocks: Sequence[Block],
+    shapes: Mapping[int, Shape],
+    dtype: torch.dtype,
+    is_demanded: bool,
+    refused: Mapping[int, str],
+) -> dict[int, Choice]:
+    """Return the choice for each convolution, by the value that it computes."""
     by_result: dict[int, Choice] = {}
-    convolutions: dict[int, Convolution] = {}
     for block in blocks:
         members = [step for step in block if isinstance(step, Convolve)]
         tiles = min((_tiles(shapes[step.result]) for step in members), default=0)
         intensity = _intensity(members, shapes, dtype)
         for step in members:
-            problem = _why_no_kernel(step, shapes)
-            if problem is None:
-                convolutions[step.result] = convolution = _described(step, shapes, dtype)
-                problem = why_unsuited(convolution)
+            problem = refused.get(step.result) or _why_no_kernel(step, shapes, dtype)
             by_result[step.result] = _look_up(Facts(problem, is_demanded, tiles, intensity))
-    steps = [step for block in blocks for step in block]
-    norms = _norms_applied_in_reading(steps, by_result, shapes)
-    partners = _partners(blocks, by_result, convolutions, norms)
-    return Choices(by_result, convolutions, norms, partners)
+    return by_result
 
 
 def _look_up(facts: Facts) -> Choice:
@@ -174,21 +215,50 @@ def _described(step: Convolve, shapes: Mapping[int, Shape], dtype: torch.dtype) 
     if isinstance(convolution.pad, DynamicPad2d):
         more = padding_of(convolution.pad, shape[2:])
     top, bottom, left, right = more
-    sides = vertical + top, vertical + bottom, horizontal + left, horizontal + right
     return Convolution(
-        tuple(shape),
-        dtype,
-        convolution.weight.shape[2],
-        stride,
-        sides,
-        convolution.weight.shape[0],
+        shape=tuple(shape),
+        dtype=dtype,
+        kernel_size=convolution.weight.shape[2],
+        stride=stride,
+        padding=(vertical + top, vertical + bottom, horizontal + left, horizontal + right),
+        out_channels=convolution.weight.shape[0],
         activation=None if step.norm is None else step.norm.op_parameters().activation,
         adds=step.shortcut is not None,
     )
 
 
-def _why_no_kernel(step: Convolve, shapes: Mapping[int, Shape]) -> str | None:
-    """Return why no kernel can be told to do a convolution."""
+def _launch(
+    step: Convolve,
+    shapes: Mapping[int, Shape],
+    dtype: torch.dtype,
+    norms: Mapping[int, GroupNormActivation],
+) -> Convolution:
+    """Return what the kernels are told: without the norm if a launch has applied it, and with statistics of the
+    result if they are needed."""
+    convolution = _described(step, shapes, dtype)
+    if step.source not in norms:
+        convolution = convolution._replace(activation=None)
+    following = norms.get(step.result)
+    if following is None:
+        return convolution
+    return convolution._replace(cell_channels=cells_of(following, shapes[step.result]))
+
+
+def cells_of(norm: GroupNormActivation, shape: Shape) -> int:
+    """Return how many channels a cell of the statistics for a norm has."""
+    return cell_channels_of(shape[1], norm.num_groups)
+
+
+def _why_no_kernel(step: Convolve, shapes: Mapping[int, Shape], dtype: torch.dtype) -> str | None:
+    """Return why no kernel can do a convolution as it is between its neighbours; None if one can."""
+    problem = _why_not_described(step, shapes, dtype)
+    return why_unsuited(_described(step, shapes, dtype)) if problem is None else problem
+
+
+def _why_not_described(
+    step: Convolve, shapes: Mapping[int, Shape], dtype: torch.dtype
+) -> str | None:
+    """Return why the kernels cannot be told what a convolution is, or what its norm is."""
     convolution = step.convolution
     stride, _, dilation = convolution.geometry
     height, width = convolution.weight.shape[2:]
@@ -200,6 +270,9 @@ def _why_no_kernel(step: Convolve, shapes: Mapping[int, Shape]) -> str | None:
         return "its filters are dilated"
     if isinstance(convolution.pad, DynamicPad2d) and convolution.pad.value != 0:
         return "it is not padded with zeros"
+    weight_dtype = autocast_dtype(convolution.weight) or convolution.weight.dtype
+    if weight_dtype != dtype:
+        return f"its weight is of {weight_dtype}, and what it reads of {dtype}"
     if (
         step.shortcut is not None
         and shape_after(step, shapes[step.source]) != shapes[step.shortcut]
@@ -254,35 +327,44 @@ def _norms_applied_in_reading(
     return {value: norm for value, norm in norms.items() if value not in others}
 
 
-def _partners(
+def _pair(
     blocks: Sequence[Block],
     by_result: dict[int, Choice],
-    convolutions: Mapping[int, Convolution],
     norms: Mapping[int, GroupNormActivation],
+    launches: dict[int, Convolution],
+    why_refused: WhyRefused,
 ) -> dict[int, Convolve]:
-    """Return pairs of convolutions that one launch computes, and note in their choices why.
+    """Let one launch compute two convolutions where it can; note that in their choices, and in the launches.
 
     The earlier one is the downsample of a block's shortcut, whose result is not measured; the later one is the
     block's first.
+
+    Returns:
+        The later ones, by the values that the earlier ones compute.
     """
     partners: dict[int, Convolve] = {}
     for block in blocks:
         members = [s for s in block if isinstance(s, Convolve) and by_result[s.result].fuses]
         for earlier, later in pairwise(members):
-            first, second = convolutions[later.result], convolutions[earlier.result]
-            alike = second._replace(out_channels=first.out_channels) == first
+            first, second = launches[later.result], launches[earlier.result]
+            alike = second._replace(
+                out_channels=first.out_channels, cell_channels=first.cell_channels
+            )
+            both = first._replace(second_channels=second.out_channels)
             if (
                 earlier.source == later.source
                 and earlier.shortcut is None
-                and alike
                 and earlier.result not in norms
-                and why_unsuited(first._replace(second_channels=second.out_channels)) is None
+                and alike == first
+                and why_refused(both) is None
             ):
                 partners[earlier.result] = later
+                launches[later.result] = both
+                del launches[earlier.result]
                 for step, other in ((earlier, "the block's first"), (later, "the shortcut's")):
                     choice = by_result[step.result]
                     by_result[step.result] = choice._replace(shared=SHARED.format(other=other))
     return partners
 
 
-__all__ = ["TABLE", "Choices", "Facts", "Row", "choose"]
+__all__ = ["TABLE", "Choices", "Facts", "Row", "cells_of", "choose"]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitfast.execution.cuda_choice import choose
+from bitfast.execution.cuda_choice import cells_of, choose
 from bitfast.execution.program import INPUT, Places, ProgramBuilder
 from bitfast.execution.setting import Setting
 from bitfast.execution.shapes import shapes_of
@@ -26,12 +26,12 @@ from bitfast.ops.norm_convolution import OP
 from bitfast.ops.norm_convolution_cuda import (
     Convolution,
     PreparedConvolution,
-    cell_channels_of,
     factors_shape,
     partials_shape,
     prepare_convolution,
     prepare_factors,
     prepare_partials,
+    why_unsuited,
 )
 
 ALIGNMENT = 16
@@ -60,8 +60,8 @@ class FusedConvolutions:
         builder: Of the program.
         setting: What the program is made for.
         stream: The place of the stream's handle.
-        weights: The place of the weights.
-        number_of: Returns which of the weights are a convolution's packed filters.
+        filters: The place of the addresses of all weights.
+        number_of: Returns which of these is that of a convolution's packed filters.
         normalize: Emits the launch that normalizes the source of a step, where convolutions do not; returns the
             place of the result.
 
@@ -75,7 +75,7 @@ class FusedConvolutions:
         builder: ProgramBuilder,
         setting: Setting,
         stream: int,
-        weights: int,
+        filters: int,
         number_of: Callable[[WeightStandardizedConv2d], int],
         normalize: Callable[[Convolve], int],
     ) -> None:
@@ -83,19 +83,31 @@ class FusedConvolutions:
         self.input, self.is_aligned = steps[0].source, False
         self.shapes = shapes_of(steps, self.input, builder.shapes[self.input])
         self.dtype, self.device = setting.compute_dtype, setting.device
+        self.prepared: dict[Convolution, PreparedConvolution] = {}
         is_demanded = dict(setting.demands).get(OP) == "native"
-        self.choices = choose(blocks, self.shapes, self.dtype, is_demanded)
-        self.builder, self.stream, self.weights = builder, stream, weights
+        self.choices = choose(blocks, self.shapes, self.dtype, is_demanded, self.why_refused)
+        self.builder, self.stream, self.filters = builder, stream, filters
         self.number_of, self.normalize = number_of, normalize
-        self.numbers = _Numbers(builder)
+        self.statistics = _Statistics(builder)
         self.factors: dict[int, int] = {}
         """The places of the addresses of factors, by the value that their norm is applied to."""
         self.computed: set[int] = set()
         """Results that the launch of an earlier convolution has computed."""
 
+    def why_refused(self, convolution: Convolution) -> str | None:
+        """Return why the kernels cannot do a convolution on this device; if they can, it is prepared."""
+        reason = why_unsuited(convolution)
+        if reason is not None or convolution in self.prepared:
+            return reason
+        try:
+            self.prepared[convolution] = prepare_convolution(convolution, self.device)
+        except RuntimeError as error:
+            return f"the kernels refuse it: {error}"
+        return None
+
     def begin(self, places: Places) -> None:
         """Put the addresses of partials and factors into their places, in the first call of a pass."""
-        self.numbers.allocate(places, self.device)
+        self.statistics.allocate(places, self.device)
 
     @property
     def is_needed(self) -> bool:
@@ -110,14 +122,8 @@ class FusedConvolutions:
         partner = self.choices.partners.get(step.result)
         main = step if partner is None else partner
         x, factors = self.read(step)
-        reads_normalized = step.norm is not None and step.source not in self.choices.norms
-        convolution = self.choices.convolutions[main.result]._replace(
-            second_channels=0 if partner is None else self.shapes[step.result][1],
-            cell_channels=self.cell_channels(main.result),
-        )
-        if reads_normalized:
-            convolution = convolution._replace(activation=None)
-        prepared = prepare_convolution(convolution, self.device)
+        convolution = self.choices.launches[main.result]
+        prepared = self.prepared[convolution]
         partials = self.partials_of(convolution, prepared)
         operands = _Operands(x, factors, self.number_of(main.convolution), partials)
         if partner is not None:
@@ -133,16 +139,16 @@ class FusedConvolutions:
         """Free the places, and the factors, of what no later step reads."""
         self.builder.free_after(step)
         if step.source in self.factors and self.builder.is_last_read(step, normalized(step.source)):
-            self.numbers.free_factors(self.factors.pop(step.source))
+            self.statistics.free_factors(self.factors.pop(step.source))
 
     # ---- what is read -------------------------------------------------------------------------------------
 
     def read(self, step: Convolve) -> tuple[int, int]:
         """Return the places of what a step reads and of the address of its factors; emit what makes these."""
         if step.norm is None:
-            return self.aligned(step.source), self.numbers.none
+            return self.aligned(step.source), self.statistics.none
         if step.source not in self.choices.norms:
-            return self.normalize(step), self.numbers.none
+            return self.normalize(step), self.statistics.none
         source = self.aligned(step.source)
         if step.source not in self.factors:
             self.measure(step.source)
@@ -165,27 +171,22 @@ class FusedConvolutions:
 
     # ---- partials and factors -------------------------------------------------------------------------------
 
-    def cell_channels(self, value: int) -> int:
-        """Return how many channels a cell of a value's partials has; 0 if no factors are made of them."""
-        norm = self.choices.norms.get(value)
-        return 0 if norm is None else cell_channels_of(self.shapes[value][1], norm.num_groups)
-
     def partials_of(self, convolution: Convolution, prepared: PreparedConvolution) -> int:
         """Return the place of the address at which a convolution leaves its partials."""
         cell_channels = convolution.cell_channels
         if not cell_channels:
-            return self.numbers.none
+            return self.statistics.none
         images, channels, *_ = prepared.result_shape
         shape = partials_shape(images, prepared.strips, channels, cell_channels)
-        return self.numbers.place_of_partials(prod(shape))
+        return self.statistics.place_of_partials(prod(shape))
 
     def measure(self, value: int) -> None:
         """Emit the launches that make the factors of a value that no fused convolution has written."""
         stream, source, shape = self.stream, self.builder.place(value), self.shapes[value]
-        cell_channels = self.cell_channels(value)
+        cell_channels = cells_of(self.choices.norms[value], shape)
         run, strips = prepare_partials(shape, self.dtype, cell_channels, self.device)
         size = prod(partials_shape(shape[0], strips, shape[1], cell_channels))
-        partials = self.numbers.place_of_partials(size)
+        partials = self.statistics.place_of_partials(size)
 
         def call(places: Places) -> None:
             run(places[stream], places[source].data_ptr(), places[partials])
@@ -195,13 +196,14 @@ class FusedConvolutions:
 
     def make_factors(self, value: int, strips: int) -> None:
         """Emit the launch that makes the factors of a value's norm of the partials that were left last."""
-        stream, partials = self.stream, self.numbers.partials
-        images, channels, *_ = self.shapes[value]
-        weight, bias, groups, eps, _ = self.choices.norms[value].op_parameters()
-        factors = self.numbers.place_of_factors(prod(factors_shape(images, channels)))
+        stream, partials = self.stream, self.statistics.partials
+        images, channels, *_ = shape = self.shapes[value]
+        norm = self.choices.norms[value]
+        weight, bias, groups, eps, _ = norm.op_parameters()
+        factors = self.statistics.place_of_factors(prod(factors_shape(images, channels)))
         self.factors[value] = factors
         run = prepare_factors(
-            images, strips, channels, self.cell_channels(value), groups, eps, weight.dtype, bias.dtype
+            images, strips, channels, cells_of(norm, shape), groups, eps, weight.dtype, bias.dtype
         )  # fmt: skip
         addresses = weight.data_ptr(), bias.data_ptr()
 
@@ -214,7 +216,7 @@ class FusedConvolutions:
 
     def alone(self, step: Convolve, prepared: PreparedConvolution, operands: _Operands) -> None:
         """Emit a convolution with one result, which is not added to anything."""
-        run, stream, weights = prepared.run, self.stream, self.weights
+        run, stream, filters = prepared.run, self.stream, self.filters
         source, factors, packed, partials = operands
         new = self.new(prepared.result_shape)
         self.free_after(step)
@@ -224,7 +226,7 @@ class FusedConvolutions:
             made = new()
             run(
                 places[stream], places[source].data_ptr(), places[factors],
-                places[weights][packed].data_ptr(), 0, made.data_ptr(), places[partials],
+                places[filters][packed], 0, made.data_ptr(), places[partials], 0, 0,
             )  # fmt: skip
             places[result] = made
 
@@ -234,7 +236,7 @@ class FusedConvolutions:
         self, step: Convolve, shortcut: int, prepared: PreparedConvolution, operands: _Operands
     ) -> None:
         """Emit a convolution that is added to the shortcut, in its memory if nobody else needs that."""
-        run, stream, weights = prepared.run, self.stream, self.weights
+        run, stream, filters = prepared.run, self.stream, self.filters
         source, factors, packed, partials = operands
         new = self.new(prepared.result_shape)
         residual = self.aligned(shortcut)
@@ -246,7 +248,7 @@ class FusedConvolutions:
                 address = places[total].data_ptr()
                 run(
                     places[stream], places[source].data_ptr(), places[factors],
-                    places[weights][packed].data_ptr(), address, address, places[partials],
+                    places[filters][packed], address, address, places[partials], 0, 0,
                 )  # fmt: skip
 
             self.builder.emit("norm_convolution_add_", call_in_place)
@@ -258,8 +260,8 @@ class FusedConvolutions:
             made = new()
             run(
                 places[stream], places[source].data_ptr(), places[factors],
-                places[weights][packed].data_ptr(), places[residual].data_ptr(), made.data_ptr(),
-                places[partials],
+                places[filters][packed], places[residual].data_ptr(), made.data_ptr(),
+                places[partials], 0, 0,
             )  # fmt: skip
             places[result] = made
 
@@ -269,7 +271,7 @@ class FusedConvolutions:
         self, step: Convolve, partner: Convolve, prepared: PreparedConvolution, operands: _Operands
     ) -> None:
         """Emit a launch that computes the result of a later convolution, and second that of this step."""
-        run, stream, weights = prepared.run, self.stream, self.weights
+        run, stream, filters = prepared.run, self.stream, self.filters
         source, factors, packed, partials = operands
         second_packed = self.number_of(step.convolution)
         assert prepared.second_shape is not None
@@ -280,11 +282,11 @@ class FusedConvolutions:
         second, result = self.builder.new(step.result), self.builder.new(partner.result)
 
         def call(places: Places) -> None:
-            made, second_made, filters = new(), new_second(), places[weights]
+            made, second_made, addresses = new(), new_second(), places[filters]
             run(
                 places[stream], places[source].data_ptr(), places[factors],
-                filters[packed].data_ptr(), 0, made.data_ptr(), places[partials],
-                filters[second_packed].data_ptr(), second_made.data_ptr(),
+                addresses[packed], 0, made.data_ptr(), places[partials],
+                addresses[second_packed], second_made.data_ptr(),
             )  # fmt: skip
             places[result], places[second] = made, second_made
 
@@ -301,7 +303,7 @@ class FusedConvolutions:
         )
 
 
-class _Numbers:
+class _Statistics:
     """Memory of a pass for the numbers that launches hand to later ones: one tensor of float32.
 
     Attributes:

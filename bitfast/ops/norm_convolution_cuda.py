@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,13 +32,13 @@ from torch import Tensor
 
 from bitfast import extension
 from bitfast.activations import ACTIVATIONS
-from bitfast.backends import register_kernel, requested_backend, select_backend
+from bitfast.backends import KernelKey, register_kernel, requested_backend, select_backend
 from bitfast.kernels.launch import as_current
 from bitfast.ops.first_use import why_unusable
 from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.native_cuda import ADDRESS, entry
 from bitfast.ops.native_cuda import DTYPES as DTYPE_NUMBERS
-from bitfast.ops.norm_convolution import OP, Norm
+from bitfast.ops.norm_convolution import OP
 from bitfast.ops.same_padding import OP as SAME_PADDING
 from bitfast.torch_state import constant_when_compiled
 
@@ -62,6 +63,9 @@ ACTIVATIONS_READ = ("none", "relu")
 
 MOST = 2**31 - 1
 """The largest number in the kernels' arguments, but for the number of images."""
+
+MOST_STRIPS = 2**24
+"""Strips of an image that factors can be made of."""
 
 Sides = tuple[int, int, int, int]
 """(top, bottom, left, right)."""
@@ -160,16 +164,23 @@ def cell_channels_of(channels: int, groups: int) -> int:
     return next((n for n in CELL_CHANNELS if channels // groups % n == 0), 0)
 
 
-def uses_fused_convolution(device_type: str, dtype: torch.dtype) -> bool:
+def uses_fused_convolution(
+    device_type: str, dtype: torch.dtype, enabled: frozenset[KernelKey] | None = None
+) -> bool:
     """Whether the kernels may be used now, where no gradient is recorded: they are demanded, or enabled.
 
     They do the work of ``group_norm_act`` and ``same_padding``, too, and are not used where the reference of
     one of these is demanded; nor, unless they are demanded themselves, where Triton is.
 
+    Args:
+        device_type: Of the feature maps.
+        dtype: Of the feature maps.
+        enabled: What ``enabled_kernels`` returned when this was to be decided; None: what it returns now.
+
     Raises:
         BackendUnavailableError: they are demanded, and cannot be used for this dtype, or here.
     """
-    if select_backend(OP, device_type, dtype) != "native":
+    if select_backend(OP, device_type, dtype, enabled=enabled) != "native":
         return False
     refused = {"reference"} if requested_backend(OP) == "native" else {"reference", "triton"}
     return not refused & {requested_backend(GROUP_NORM_ACT), requested_backend(SAME_PADDING)}
@@ -374,31 +385,16 @@ def prepare_convolution(
     prepare = entry("bitfast_norm_convolution_prepare", ADDRESS, ADDRESS)
     with _current(device):
         prepare(ctypes.byref(Call.of(convolution, tiling)), ctypes.byref(prepared))
-    told = ctypes.byref(prepared)
+    if convolution.cell_channels and prepared.strips > MOST_STRIPS:
+        raise RuntimeError(f"{OP}: images of so many pixels cannot be measured")
     launch = entry("bitfast_norm_convolution", *(ADDRESS,) * 10)
-
-    def run(
-        stream: int,
-        x: int,
-        factors: int,
-        packed: int,
-        residual: int,
-        result: int,
-        partials: int,
-        second_packed: int = 0,
-        second_result: int = 0,
-    ) -> None:
-        launch(
-            told, stream, x, factors, packed, residual, result, partials, second_packed, second_result
-        )  # fmt: skip
-
     images, second, size = (
         convolution.shape[0],
         convolution.second_channels,
         convolution.result_size,
     )
     return PreparedConvolution(
-        run,
+        partial(launch, ctypes.byref(prepared)),
         (images, convolution.out_channels, *size),
         (images, second, *size) if second else None,
         prepared.strips if convolution.cell_channels else 0,
@@ -432,10 +428,7 @@ def prepare_partials(
     call.strips = strips.value
     launch = entry("bitfast_norm_convolution_partials", *(ADDRESS,) * 4)
 
-    def run(stream: int, x: int, partials: int) -> None:
-        launch(told, stream, x, partials)
-
-    return PreparedPartials(run, strips.value)
+    return PreparedPartials(partial(launch, told), strips.value)
 
 
 def prepare_factors(
@@ -467,13 +460,7 @@ def prepare_factors(
     """
     numbers = DTYPE_NUMBERS[weight_dtype], DTYPE_NUMBERS[bias_dtype]
     call = FactorsCall(images, strips, channels, cell_channels, groups, *numbers, eps)
-    told = ctypes.byref(call)
-    launch = entry("bitfast_norm_convolution_factors", *(ADDRESS,) * 6)
-
-    def run(stream: int, partials: int, weight: int, bias: int, factors: int) -> None:
-        launch(told, stream, partials, weight, bias, factors)
-
-    return run
+    return partial(entry("bitfast_norm_convolution_factors", *(ADDRESS,) * 6), ctypes.byref(call))
 
 
 def _current(device: torch.device | None) -> AbstractContextManager[object]:
@@ -487,7 +474,6 @@ __all__ = [
     "Call",
     "Convolution",
     "FactorsCall",
-    "Norm",
     "PartialsCall",
     "Prepared",
     "PreparedConvolution",
