@@ -43,7 +43,7 @@ note() {
 
 # Kernels that no card has proved yet have steps of their own: one that hangs must not cost the others' results.
 # They come first: a machine may be taken away before the end.
-unproved="tests/gpu/test_norm_convolution.py" case=norm_convolution
+unproved="tests/gpu/test_norm_convolution*.py" case=norm_convolution
 small="tests/gpu/test_same_padding.py tests/gpu/test_prepared_launch.py"
 kernels="tests/test_group_norm_act_kernels.py tests/test_weight_standardization_kernels.py
     tests/test_resize_normalize_kernels.py"
@@ -70,7 +70,7 @@ step tilings 120 "$python" -m bench.norm_convolution_tilings --seconds 80 \
     --output "$out/tilings.json" --markdown "$out/tilings.md"
 bench_step bench "${SECONDS_OF_BENCH:-180}" report --skip "$case" --charts "$out"
 # shellcheck disable=SC2086
-step tests 240 "$python" $pytest $spread --ignore=$unproved tests/gpu $kernels
+step tests 240 "$python" $pytest $spread --ignore-glob=$unproved tests/gpu $kernels
 if command -v compute-sanitizer > /dev/null
 then
     # Without torch's cache every tensor is an allocation of its own, whose ends are watched. Calls that torch makes
