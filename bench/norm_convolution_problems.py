@@ -3,7 +3,8 @@
 The convolution is timed alone, its factors given, and once more with the launch that makes the factors of the
 next norm. Beside it stand plain PyTorch, and our norm followed by cuDNN's convolution, as plans do it without
 these kernels. (Plans normalize in place; here x must stay what it is. As many bytes cross memory.) Those add a
-residual together with the next norm, and so do their rows, which then hold one norm more than the fused ones.
+residual together with the next norm, and so do their rows, which then hold one norm more than the fused ones;
+what follows is cuDNN's convolution alone. That has a row, too, so that blocks can be added up.
 
 At most 48 sets of inputs take turns, so that no cache holds them. At batch 128 most maps alone exceed an L2
 cache of 50 MB; at batch 1 the smallest layers find a part of 48 sets there, and in a network nearly everything.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 EPS = 1e-5
 Cut = tuple[int, int, int, int]
 """How a convolution is cut: the fields of the kernels' ``Tiling``."""
+CUDNN = "cuDNN, normalized before"
 UNFUSED, WITH_FACTORS = f"{OURS}, norm and cuDNN", f"{OURS}, with the factors"
 STATISTICS_TOLERANCE = 1e-5
 """How far a mean may be off, in standard deviations, and a variance, relatively."""
@@ -296,6 +298,8 @@ def convolution_problem(
     if layer.has_norm and layer.measures:
         adds_norm = "the sum is normalized, too" if layer.adds else ""
         contestants.append(in_turns(UNFUSED, unfused, adds_norm))
+    if layer.has_norm and not layer.adds:
+        contestants.append(Contestant(CUDNN, word, partial(begin_cudnn, layer, given)))
     contestants.append(fused(OURS, False))
     if layer.has_norm and layer.measures:
         contestants.append(fused(WITH_FACTORS, True))
@@ -307,6 +311,12 @@ def drawn_sets(layer: Layer, images: int, dtype: torch.dtype, device: str) -> li
     draw = partial(Given.drawn, layer, images, dtype, device)
     first = draw()
     return [first, *(draw() for _ in range(sets_of(first.maps_and_filters()) - 1))]
+
+
+def begin_cudnn(layer: Layer, given: list[Given], stack: ExitStack) -> Running:
+    normalized = [each._replace(x=our_norm(each.x, *each.norm)) for each in given]
+    bare = layer._replace(has_norm=False)
+    return called(lambda number: plain(bare, normalized[number]), len(given))(stack)
 
 
 def begin_fused(

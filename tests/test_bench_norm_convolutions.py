@@ -20,7 +20,7 @@ from bitfast.bench.accuracy import Float64Judge, WrongResultError
 from bitfast.bench.cases import OURS, PLAIN, Case, Contestant, NotHereError, Problem, called
 from bitfast.bench.contestant import fusing
 from bitfast.bench.isolated import IsolatedCases
-from bitfast.bench.norm_convolution_problems import UNFUSED, WITH_FACTORS, Layer
+from bitfast.bench.norm_convolution_problems import CUDNN, UNFUSED, WITH_FACTORS, Layer
 from bitfast.bench.rows import EVERYBODY, FAILED, SKIPPED, TIMED, Row
 from bitfast.ops import native_cuda
 from bitfast.ops import norm_convolution_cuda as kernels
@@ -57,7 +57,8 @@ def test_the_contestants_are_right(layer: Layer, monkeypatch: pytest.MonkeyPatch
     problem = problems.convolution_problem(layer, 2, BFLOAT, "cpu")
     rows = rows_of(problem, monkeypatch)
     is_whole = layer.has_norm and layer.measures
-    assert set(rows) == {PLAIN, OURS, *([UNFUSED, WITH_FACTORS] if is_whole else [])}
+    names = [UNFUSED, WITH_FACTORS] * is_whole + [CUDNN] * (layer.has_norm and not layer.adds)
+    assert set(rows) == {PLAIN, OURS, *names}
     assert {name: row.note for name, row in rows.items() if row.status == FAILED} == {}
 
 
