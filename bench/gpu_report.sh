@@ -43,7 +43,7 @@ note() {
 
 # Kernels that no card has proved yet have steps of their own: one that hangs must not cost the others' results.
 # They come first: a machine may be taken away before the end.
-unproved="tests/gpu/test_norm_convolution*.py" case=norm_convolution
+unproved="tests/gpu/test_norm_convolution*.py" its_cases=norm_convolution
 small="tests/gpu/test_same_padding.py tests/gpu/test_prepared_launch.py"
 kernels="tests/test_group_norm_act_kernels.py tests/test_weight_standardization_kernels.py
     tests/test_resize_normalize_kernels.py"
@@ -64,11 +64,11 @@ step install 60 env BITFAST_EXTENSION=none "$python" -m pip install --quiet --no
 step build 180 env BITFAST_EXTENSION=cuda "$python" setup.py --quiet build_ext --inplace
 step environment 60 "$python" -m bitfast env --check
 # shellcheck disable=SC2086 # lists of words
-step tests-unproved 120 "$python" $pytest -vv $unproved
-bench_step bench-unproved 150 "$case" --only "$case"
+step tests-unproved 150 "$python" $pytest -vv $unproved
+bench_step bench-unproved 150 "$its_cases" --only "$its_cases"
 step tilings 120 "$python" -m bench.norm_convolution_tilings --seconds 80 \
     --output "$out/tilings.json" --markdown "$out/tilings.md"
-bench_step bench "${SECONDS_OF_BENCH:-180}" report --skip "$case" --charts "$out"
+bench_step bench "${SECONDS_OF_BENCH:-180}" report --skip "$its_cases" --charts "$out"
 # shellcheck disable=SC2086
 step tests 240 "$python" $pytest $spread --ignore-glob=$unproved tests/gpu $kernels
 if command -v compute-sanitizer > /dev/null
