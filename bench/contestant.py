@@ -74,14 +74,15 @@ def main() -> None:
 def begin(work: Work) -> First:
     loaded = LOADERS[work["package"]](work)
     before = memory_in_use(work)
-    start = clock()
-    call = loaded.construct()
-    result = call()
-    first_result = clock() - start
-    result = call()
-    clock()
+    with fusing(work["fused"]):
+        start = clock()
+        call = loaded.construct()
+        result = call()
+        first_result = clock() - start
+        result = call()
+        clock()
     peak = peak_memory(work) - before
-    time_calls = timeit.Timer(call, timer=clock).timeit
+    time_calls = fusing(work["fused"])(timeit.Timer(call, timer=clock).timeit)
     return First([loaded.array(result)], time_calls, None, first_result, peak)
 
 
@@ -159,11 +160,6 @@ def load_torch(work: Work) -> Loaded:
     x = np.load(work["input"])
 
     def construct() -> Call:
-        with fusing(work["fused"]):
-            call = call_of_model()
-        return call if not work["fused"] else fusing(work["fused"])(call)
-
-    def call_of_model() -> Call:
         if work["package"] == "timm":
             model = timm_model(package, work["folder"])
         elif work["package"] == "torchvision":

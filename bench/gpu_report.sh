@@ -3,10 +3,11 @@
 #
 #     bench/gpu_report.sh OUT        (make gpu-report OUT=<folder>)
 #
-# With what the machine's own Python has, nothing downloaded. OUT gets report.json, report.md, charts and log.txt.
+# With what the machine's own Python has, nothing downloaded. OUT gets log.txt, report.json and report.md with charts,
+# and of kernels that no card has proved norm_convolution.json and tilings.json, each with an .md beside it.
 # A step that fails, crashes or hangs is recorded, and the others still run; the exit status is 1 if one did.
-# PYTHON names another Python, ONLY="bench tests" those steps alone, SECONDS_OF_BENCH the time for measuring;
-# BITFAST_COMMIT says the commit where there is only a copy.
+# PYTHON names another Python, ONLY="bench tests" those steps alone, SECONDS_OF_BENCH the time for measuring
+# what has been proved; BITFAST_COMMIT says the commit where there is only a copy.
 
 out=$1
 [ -n "$out" ] || { echo "usage: $0 OUT" >&2; exit 2; }
@@ -41,7 +42,8 @@ note() {
 }
 
 # Kernels that no card has proved yet have steps of their own: one that hangs must not cost the others' results.
-unproved="tests/gpu/test_norm_convolution.py"
+# They come first: a machine may be taken away before the end.
+unproved="tests/gpu/test_norm_convolution*.py" its_cases=norm_convolution
 small="tests/gpu/test_same_padding.py tests/gpu/test_prepared_launch.py"
 kernels="tests/test_group_norm_act_kernels.py tests/test_weight_standardization_kernels.py
     tests/test_resize_normalize_kernels.py"
@@ -49,15 +51,26 @@ pytest="-m pytest -q -rfE -p no:cacheprovider"
 spread=""
 "$python" -c "import xdist" 2> /dev/null && spread="-n 8"
 
+# bench_step NAME SECONDS FILE ARGUMENTS...: cases of the benchmark, written to FILE.json and FILE.md.
+bench_step() {
+    name=$1 seconds=$2 file="$out/$3"
+    shift 3
+    step "$name" "$((seconds + 90))" "$python" -m bench.run --device cuda --seconds "$seconds" --rounds 5 \
+        --output "$file.json" --markdown "$file.md" "$@"
+}
+
 step install 60 env BITFAST_EXTENSION=none "$python" -m pip install --quiet --no-index --no-deps \
     --no-build-isolation --editable .
 step build 180 env BITFAST_EXTENSION=cuda "$python" setup.py --quiet build_ext --inplace
 step environment 60 "$python" -m bitfast env --check
-step bench "$((${SECONDS_OF_BENCH:-240} + 90))" "$python" -m bench.run --device cuda \
-    --seconds "${SECONDS_OF_BENCH:-240}" --rounds 5 --output "$out/report.json" --markdown "$out/report.md" --charts "$out"
 # shellcheck disable=SC2086 # lists of words
-step tests 240 "$python" $pytest $spread --ignore=$unproved tests/gpu $kernels
-step tests-unproved 90 "$python" $pytest -vv $unproved
+step tests-unproved 150 "$python" $pytest -vv $unproved
+bench_step bench-unproved 150 "$its_cases" --only "$its_cases"
+step tilings 120 "$python" -m bench.norm_convolution_tilings --seconds 80 \
+    --output "$out/tilings.json" --markdown "$out/tilings.md"
+bench_step bench "${SECONDS_OF_BENCH:-180}" report --skip "$its_cases" --charts "$out"
+# shellcheck disable=SC2086
+step tests 240 "$python" $pytest $spread --ignore-glob=$unproved tests/gpu $kernels
 if command -v compute-sanitizer > /dev/null
 then
     # Without torch's cache every tensor is an allocation of its own, whose ends are watched. Calls that torch makes

@@ -1,4 +1,4 @@
-"""Cases whose kernels no card has proved yet, in another process: one that dies or hangs loses nothing else."""
+"""Work for kernels that no card has proved yet, in another process: what dies or hangs loses nothing else."""
 
 from __future__ import annotations
 
@@ -23,36 +23,39 @@ Find = Callable[[str, Sequence[int]], Iterable[Case]]
 """Returns all cases of a device, as :func:`bench.registry.cases` does."""
 
 
-class IsolatedCases:
-    """Runs cases in a process, which is begun when the first one comes, and anew where one has ended it."""
+class LostError(RuntimeError):
+    """The other process died, or did not answer in time and was ended; the message says which."""
 
-    def __init__(self, find: Find = registry.cases) -> None:
-        self._find = find
-        self._hangs = 0
+
+class OtherProcess:
+    """A process that answers questions, begun when the first one comes, and anew where one has ended it.
+
+    Attributes:
+        hangs: How often it did not answer in time.
+    """
+
+    def __init__(self, answer: Callable[..., Any], *arguments: Any) -> None:
+        """Let ``answer``, called with the arguments and then a question, say what is to be sent back.
+
+        All of them must be picklable. What is to be kept between questions can be an argument, of which the
+        process has a copy.
+        """
+        self._answers = answer, arguments
         self._process: Any = None
         self._connection: Connection | None = None
+        self.hangs = 0
 
-    def __enter__(self) -> IsolatedCases:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def run(
-        self, case: Case, limits: Limits | None, rounds: int, *, is_quick: bool = False
-    ) -> list[Row]:
-        """Check and time one case, as :func:`bench.contest.run` does; it has ``case.time_limit`` seconds."""
-        if self._hangs >= MOST_HANGS:
-            return [contest.not_run(case, SKIPPED, f"{MOST_HANGS} cases before did not end")]
+    def ask(self, question: Any, seconds: float | None) -> Any:
+        """Return the answer to a question, which may take so many seconds; LostError says why there is none."""
         try:
             connection = self._begin()
-            connection.send((case.title, case.device, case.threads, limits, rounds, is_quick))
-            rows, is_usable = self._answer(connection, case.time_limit)
+            connection.send(question)
+            answer, is_usable = self._received(connection, seconds)
         except (EOFError, OSError, TimeoutError) as error:
-            return [contest.not_run(case, FAILED, self._end(error))]
+            raise LostError(self._end(error)) from None
         if not is_usable:
             self.close()
-        return rows
+        return answer
 
     def close(self) -> None:
         """End the process, if there is one, and what it holds of the GPU's memory with it."""
@@ -70,15 +73,16 @@ class IsolatedCases:
                 torch.cuda.empty_cache()
             spawn = multiprocessing.get_context("spawn")
             self._connection, theirs = spawn.Pipe()
-            self._process = spawn.Process(target=serve, args=(theirs, self._find), daemon=True)
+            arguments = (theirs, *self._answers)
+            self._process = spawn.Process(target=serve, args=arguments, daemon=True)
             self._process.start()
             theirs.close()
-            self._answer(self._connection, START_LIMIT)
+            self._received(self._connection, START_LIMIT)
         return self._connection
 
-    def _answer(self, connection: Connection, seconds: float | None) -> Any:
+    def _received(self, connection: Connection, seconds: float | None) -> Any:
         if not connection.poll(seconds):
-            self._hangs += 1
+            self.hangs += 1
             raise TimeoutError(f"no answer after {seconds:g} s")
         return connection.recv()
 
@@ -93,21 +97,20 @@ class IsolatedCases:
         return f"the process died, exit status {code}"
 
 
-def serve(connection: Connection, find: Find) -> None:
-    """Run the cases that come, by their titles, until nobody asks any more or the GPU can no longer be used."""
+def serve(connection: Connection, answer: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """Answer until nobody asks any more or the GPU can no longer be used."""
     if torch.cuda.is_available():
         torch.cuda.init()
     connection.send("ready")
     is_usable = True
     while is_usable:
         try:
-            title, device, threads, limits, rounds, is_quick = connection.recv()
+            question = connection.recv()
         except EOFError:
             return
-        (case,) = (case for case in find(device, [threads]) if case.title == title)
-        rows = contest.run(case, limits, rounds, is_quick=is_quick)
+        found = answer(*arguments, question)
         is_usable = has_usable_gpu()
-        connection.send((rows, is_usable))
+        connection.send((found, is_usable))
 
 
 def has_usable_gpu() -> bool:
@@ -119,3 +122,43 @@ def has_usable_gpu() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+# ---- cases ------------------------------------------------------------------------------------------------
+
+
+class IsolatedCases:
+    """Runs cases in another process."""
+
+    def __init__(self, find: Find = registry.cases) -> None:
+        self._process = OtherProcess(rows_of, find)
+
+    def __enter__(self) -> IsolatedCases:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self, case: Case, limits: Limits | None, rounds: int, *, is_quick: bool = False
+    ) -> list[Row]:
+        """Check and time one case, as :func:`bench.contest.run` does; it has ``case.time_limit`` seconds."""
+        if self._process.hangs >= MOST_HANGS:
+            return [contest.not_run(case, SKIPPED, f"{MOST_HANGS} cases before did not end")]
+        question = case.title, case.device, case.threads, limits, rounds, is_quick
+        try:
+            rows: list[Row] = self._process.ask(question, case.time_limit)
+        except LostError as error:
+            return [contest.not_run(case, FAILED, str(error))]
+        return rows
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()
+
+
+def rows_of(find: Find, question: tuple[str, str, int, Limits | None, int, bool]) -> list[Row]:
+    """Run the case that has a title; return its rows."""
+    title, device, threads, limits, rounds, is_quick = question
+    (case,) = (case for case in find(device, [threads]) if case.title == title)
+    return contest.run(case, limits, rounds, is_quick=is_quick)

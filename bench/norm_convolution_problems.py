@@ -2,8 +2,12 @@
 
 The convolution is timed alone, its factors given, and once more with the launch that makes the factors of the
 next norm. Beside it stand plain PyTorch, and our norm followed by cuDNN's convolution, as plans do it without
-these kernels. Those add a residual together with the next norm, and so do their rows, which then hold one norm
-more than the fused ones.
+these kernels. (Plans normalize in place; here x must stay what it is. As many bytes cross memory.) Those add a
+residual together with the next norm, and so do their rows, which then hold one norm more than the fused ones;
+what follows is cuDNN's convolution alone. That has a row, too, so that blocks can be added up.
+
+At most 48 sets of inputs take turns, so that no cache holds them. At batch 128 most maps alone exceed an L2
+cache of 50 MB; at batch 1 the smallest layers find a part of 48 sets there, and in a network nearly everything.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,13 @@ from .accuracy import Float64Judge, WrongResultError
 from .cases import OURS, PLAIN, Contestant, Problem, Running, called, name_of
 from .op_problems import CHANNELS_LAST, GROUPS, Inputs, bytes_of, our_norm, plain_norm, sets_of
 
+if TYPE_CHECKING:
+    from bitfast.ops.norm_convolution_cuda import PreparedConvolution
+
 EPS = 1e-5
+Cut = tuple[int, int, int, int]
+"""How a convolution is cut: the fields of the kernels' ``Tiling``."""
+CUDNN = "cuDNN, normalized before"
 UNFUSED, WITH_FACTORS = f"{OURS}, norm and cuDNN", f"{OURS}, with the factors"
 STATISTICS_TOLERANCE = 1e-5
 """How far a mean may be off, in standard deviations, and a variance, relatively."""
@@ -61,10 +71,24 @@ class Layer(NamedTuple):
     def result_size(self) -> int:
         return (self.size + 2 * self.padding - self.kernel_size) // self.stride + 1
 
+    @property
+    def pixels_read(self) -> int:
+        """Of an image: those in the windows of filters. 1x1 filters of stride 2 leave three of four out."""
+        return min(self.size**2, self.result_size**2 * self.kernel_size**2)
+
     def flops(self, images: int) -> int:
         pixels = images * self.result_size**2
         filters = self.channels * self.kernel_size**2 * (self.out_channels + self.second_channels)
         return 2 * pixels * filters
+
+    def bytes(self, images: int, dtype: torch.dtype) -> int:
+        """Return the fewest bytes of maps and filters that must be read and written."""
+        out_channels = self.out_channels + self.second_channels
+        filters = self.channels * self.kernel_size**2 * out_channels
+        written = self.result_size**2 * out_channels
+        added = self.result_size**2 * self.out_channels * self.adds
+        per_image = self.pixels_read * self.channels + written + added
+        return (images * per_image + filters) * dtype.itemsize
 
     def words(self, images: int) -> str:
         """Return what is convolved, and how, for people."""
@@ -128,15 +152,13 @@ class Given(NamedTuple):
         found = (self.x, self.filters, self.residual, self.second_filters)
         return [tensor for tensor in found if tensor is not None]
 
-    def doubled(self) -> Given:
-        def double(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor.double()
+    def to(self, dtype: torch.dtype) -> Given:
+        def cast(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(dtype)
 
         x, filters, *norms, residual, second_filters = self
-        norm, following = (Norm(*map(double, each)) for each in norms)
-        return Given(
-            double(x), double(filters), norm, following, double(residual), double(second_filters)
-        )
+        norm, following = (Norm(*map(cast, each)) for each in norms)
+        return Given(cast(x), cast(filters), norm, following, cast(residual), cast(second_filters))
 
 
 def plain(layer: Layer, given: Given) -> list[Tensor]:
@@ -169,19 +191,15 @@ class Fused:
         partials: The statistics of the last call's first result, or None.
     """
 
-    def __init__(self, layer: Layer, given: Given, makes_factors: bool) -> None:
+    def __init__(
+        self, layer: Layer, given: Given, makes_factors: bool, tiling: Cut | None = None
+    ) -> None:
         from bitfast.ops import norm_convolution_cuda as kernels  # another commit may lack it
 
         x, images, channels = given.x, given.x.shape[0], layer.out_channels
         self.given = given
-        self.cell_channels = kernels.cell_channels_of(channels, GROUPS) if layer.measures else 0
-        self.prepared = kernels.prepare_convolution(
-            kernels.Convolution(
-                tuple(x.shape), x.dtype, layer.kernel_size, layer.stride, (layer.padding,) * 4, channels,
-                second_channels=layer.second_channels, activation="relu" if layer.has_norm else None,
-                adds=layer.adds, cell_channels=self.cell_channels,
-            )
-        )  # fmt: skip
+        self.prepared = prepared_for(layer, images, x.dtype, tiling)
+        self.cell_channels = cell_channels_for(layer)
         self.factors = exact_factors(x, *given.norm) if layer.has_norm else None
         self.packed = kernels.pack_filters(given.filters)
         self.second_packed: Tensor | None = None
@@ -220,6 +238,29 @@ class Fused:
         return results
 
 
+def prepared_for(
+    layer: Layer, images: int, dtype: torch.dtype, tiling: Cut | None = None
+) -> PreparedConvolution:
+    """Return a layer's launch; RuntimeError where it cannot be cut as ``tiling`` says."""
+    from bitfast.ops import norm_convolution_cuda as kernels
+
+    convolution = kernels.Convolution(
+        (images, layer.channels, layer.size, layer.size), dtype, layer.kernel_size, layer.stride,
+        (layer.padding,) * 4, layer.out_channels, second_channels=layer.second_channels,
+        activation="relu" if layer.has_norm else None, adds=layer.adds,
+        cell_channels=cell_channels_for(layer),
+    )  # fmt: skip
+    if tiling is None:
+        return kernels.prepare_convolution(convolution)
+    return kernels.prepare_convolution(convolution, tiling=kernels.Tiling(*tiling))
+
+
+def cell_channels_for(layer: Layer) -> int:
+    from bitfast.ops.norm_convolution_cuda import cell_channels_of
+
+    return cell_channels_of(layer.out_channels, GROUPS) if layer.measures else 0
+
+
 def empty_maps(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
@@ -238,11 +279,8 @@ def convolution_problem(
     layer: Layer, images: int, dtype: torch.dtype, device: str = "cuda"
 ) -> Problem:
     """Draw the inputs of a convolution, and as many sets of them as the GPU's cache asks for."""
-    draw = partial(Given.drawn, layer, images, dtype, device)
-    first = draw()
-    given = [first, *(draw() for _ in range(sets_of(first.maps_and_filters()) - 1))]
-    oracle = plain(layer, first.doubled())
-    written = sum(result.numel() for result in oracle) * dtype.itemsize
+    given = drawn_sets(layer, images, dtype, device)
+    oracle = plain(layer, given[0].to(torch.float64))
     word = name_of(dtype)
 
     def in_turns(
@@ -260,15 +298,31 @@ def convolution_problem(
     if layer.has_norm and layer.measures:
         adds_norm = "the sum is normalized, too" if layer.adds else ""
         contestants.append(in_turns(UNFUSED, unfused, adds_norm))
+    if layer.has_norm and not layer.adds:
+        contestants.append(Contestant(CUDNN, word, partial(begin_cudnn, layer, given)))
     contestants.append(fused(OURS, False))
     if layer.has_norm and layer.measures:
         contestants.append(fused(WITH_FACTORS, True))
-    moved = bytes_of(first.maps_and_filters()) + written
+    moved = layer.bytes(images, dtype)
     return Problem(contestants, Float64Judge(oracle), moved, layer.flops(images))
 
 
-def begin_fused(layer: Layer, given: list[Given], makes_factors: bool, stack: ExitStack) -> Running:
-    functions = [Fused(layer, each, makes_factors) for each in given]
+def drawn_sets(layer: Layer, images: int, dtype: torch.dtype, device: str) -> list[Given]:
+    draw = partial(Given.drawn, layer, images, dtype, device)
+    first = draw()
+    return [first, *(draw() for _ in range(sets_of(first.maps_and_filters()) - 1))]
+
+
+def begin_cudnn(layer: Layer, given: list[Given], stack: ExitStack) -> Running:
+    normalized = [each._replace(x=our_norm(each.x, *each.norm)) for each in given]
+    bare = layer._replace(has_norm=False)
+    return called(lambda number: plain(bare, normalized[number]), len(given))(stack)
+
+
+def begin_fused(
+    layer: Layer, given: list[Given], makes_factors: bool, stack: ExitStack, tiling: Cut | None = None
+) -> Running:  # fmt: skip
+    functions = [Fused(layer, each, makes_factors, tiling) for each in given]
     running = called(lambda number: functions[number](), len(functions))(stack)
     first = functions[0]
     if first.partials is not None:

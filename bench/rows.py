@@ -55,6 +55,9 @@ class Row:
     flops: int = 0  # 0: it is not about arithmetic
     fraction: float | None = None  # of the machine's limit
     limit: str | None = None  # which that is, "arithmetic" or "copy"
+    predicted_cycles: float | None = (
+        None  # of a multiprocessor, by the model that kernels choose by
+    )
     first_result: float | None = None  # seconds from constructing to it, compilation included
     peak_memory: int | None = None  # bytes, of a process that does nothing else, or of a GPU
 

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true",
         help="some ops and one model, without what must be compiled: under two minutes")  # fmt: skip
     add("--only", default="", metavar="TEXT", help="cases whose title contains it (see --list)")
+    add("--skip", metavar="TEXT", help="leave out cases whose title contains it")
     add("--list", action="store_true", help="print the cases' titles and stop")
     add("--threads", nargs="+", **count,
         help="CPU threads; models and image processors run with each count, ops with the largest "
@@ -71,6 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     cases = [case for case in cases if case.is_quick or not arguments.quick]
     if not cases:
         return usage_error(f"--only: no case's title contains {arguments.only!r}")
+    if arguments.skip:
+        cases = [case for case in cases if arguments.skip not in case.title]
+    if not cases:
+        return usage_error(f"--skip: every case's title contains {arguments.skip!r}")
     if arguments.list:
         print("\n".join(case.title for case in cases))
         return SUCCESS

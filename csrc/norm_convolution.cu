@@ -180,7 +180,8 @@ BITFAST_ENTRY const char* bitfast_norm_convolution_prepare(
   Plan found;
   if (const char* problem = plan(*call, found)) return problem;
   const Arguments& a = found.arguments;
-  *prepared = {found.tiling, a.stages, a.strips, a.shared.bytes, found.blocks, int64_t{a.tiles} * a.cluster, call->dtype};
+  const int64_t tiles = int64_t{a.tiles} * a.cluster;
+  *prepared = {found.tiling, a.stages, a.strips, a.shared.bytes, found.blocks, tiles, found.cost, call->dtype};
   static_assert(std::is_trivially_copyable_v<Arguments> && sizeof a <= sizeof prepared->arguments);
   memcpy(prepared->arguments, &a, sizeof a);
   return nullptr;

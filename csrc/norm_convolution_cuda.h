@@ -49,6 +49,7 @@ struct Prepared {
   int32_t strips;  // of the partials, in each image
   int32_t shared_bytes;
   int64_t blocks, tiles;
+  double cost;  // predicted, in cycles of a multiprocessor: what ways to cut are compared by
   int32_t dtype;
   alignas(8) unsigned char arguments[488];  // the kernel's
 };

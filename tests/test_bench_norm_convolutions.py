@@ -20,7 +20,7 @@ from bitfast.bench.accuracy import Float64Judge, WrongResultError
 from bitfast.bench.cases import OURS, PLAIN, Case, Contestant, NotHereError, Problem, called
 from bitfast.bench.contestant import fusing
 from bitfast.bench.isolated import IsolatedCases
-from bitfast.bench.norm_convolution_problems import UNFUSED, WITH_FACTORS, Layer
+from bitfast.bench.norm_convolution_problems import CUDNN, UNFUSED, WITH_FACTORS, Layer
 from bitfast.bench.rows import EVERYBODY, FAILED, SKIPPED, TIMED, Row
 from bitfast.ops import native_cuda
 from bitfast.ops import norm_convolution_cuda as kernels
@@ -55,15 +55,29 @@ def rows_of(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> dict[str, Row]
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.words(2))
 def test_the_contestants_are_right(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problems.convolution_problem(layer, 2, BFLOAT, "cpu")
-    pixels, out = layer.result_size**2, layer.out_channels + layer.second_channels
-    filters = out * layer.channels * layer.kernel_size**2
-    numbers = 2 * layer.channels * layer.size**2 + filters + 2 * pixels * out
-    assert problem.bytes == 2 * (numbers + 2 * pixels * layer.out_channels * layer.adds)
-    assert problem.flops == 2 * 2 * pixels * filters
     rows = rows_of(problem, monkeypatch)
     is_whole = layer.has_norm and layer.measures
-    assert set(rows) == {PLAIN, OURS, *([UNFUSED, WITH_FACTORS] if is_whole else [])}
+    names = [UNFUSED, WITH_FACTORS] * is_whole + [CUDNN] * (layer.has_norm and not layer.adds)
+    assert set(rows) == {PLAIN, OURS, *names}
     assert {name: row.note for name, row in rows.items() if row.status == FAILED} == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "mega_bytes", "giga_flops"),
+    [
+        # x 51.38, residual and result 205.52 each, filters 0.03
+        (Layer(64, 56, 256, adds=True), 462.455, 13.153),
+        # x 12.85, filters 1.18, result 12.85
+        (Layer(256, 14, 256, 3), 26.870, 29.595),
+        # of x, 205.52, a quarter; filters 0.26, result 102.76
+        (Layer(256, 56, 512, 1, 2, measures=False), 154.403, 26.306),
+        # x 51.38, results 51.38 and 205.52, filters 0.04
+        (Layer(64, 56, 64, second_channels=256), 308.322, 16.442),
+    ],
+)
+def test_bytes_and_operations(layer: Layer, mega_bytes: float, giga_flops: float) -> None:
+    assert layer.bytes(128, BFLOAT) / 1e6 == pytest.approx(mega_bytes, abs=1e-3)
+    assert layer.flops(128) / 1e9 == pytest.approx(giga_flops, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -231,14 +245,15 @@ def test_what_dies_or_hangs_loses_its_case_alone() -> None:
             return {row.contestant: (row.status, row.note) for row in rows}
 
         assert statuses(answers) == {PLAIN: (TIMED, ""), OURS: (TIMED, "")}
-        first = isolated._process.pid
+        other = isolated._process
+        first = other._process.pid
         failed = (FAILED, "RuntimeError: out of order")
         assert statuses(fails) == {PLAIN: (TIMED, ""), OURS: failed}
-        assert isolated._process.pid == first
+        assert other._process.pid == first
         assert statuses(dies) == {EVERYBODY: (FAILED, "the process died, exit status 7")}
-        isolated._begin()
-        process = isolated._process
+        other._begin()
+        process = other._process
         assert statuses(hangs) == {EVERYBODY: (FAILED, "no answer after 0.5 s")}
         assert not process.is_alive()
-        isolated._hangs += 1
+        other.hangs += 1
         assert statuses(answers) == {EVERYBODY: (SKIPPED, "2 cases before did not end")}

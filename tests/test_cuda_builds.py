@@ -38,13 +38,6 @@ def test_nothing_is_spilled(found: list[Build]) -> None:
     assert [build for build in found if build.stack > 0] == []
 
 
-has_norm_convolution = pytest.mark.skipif(
-    not (Path(__file__).parent.parent / "csrc/norm_convolution.cu").exists(),
-    reason="the kernels of norm_convolution are not here yet",
-)
-
-
-@has_norm_convolution
 def test_norm_convolution_multiplies_by_wgmma_and_finds_the_registers_that_it_takes(
     found: list[Build],
 ) -> None:
@@ -71,7 +64,9 @@ import ctypes, os, sys
 import torch
 import bitfast.ops
 library = ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)  # what only a torch with CUDA has is not looked for yet
-for name in ("group_norm_act_forward", "group_norm_act_backward", "same_max_pool", "same_pad", "stem"):
+names = "group_norm_act_forward group_norm_act_backward same_max_pool same_pad stem norm_convolution_prepare"
+names += " norm_convolution norm_convolution_strips norm_convolution_partials norm_convolution_factors"
+for name in names.split():
     library["bitfast_" + name]
 size = library.bitfast_group_norm_act_workspace
 size.restype = ctypes.c_char_p

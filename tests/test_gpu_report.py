@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STEPS = (
-    *("install", "build", "environment", "bench", "tests", "tests-unproved"),
+    *(
+        "install",
+        "build",
+        "environment",
+        "tests-unproved",
+        "bench-unproved",
+        "tilings",
+        "bench",
+        "tests",
+    ),
     *("memcheck-checks", "racecheck-checks", "memcheck", "racecheck"),
 )
 PYTHON = """\
@@ -59,7 +68,7 @@ def test_a_failing_step_leaves_the_others_alone(tmp_path: Path) -> None:
     assert "failed (3)" in ended["build"]
     assert "out of order" in ended["build"]
     assert all(": done after" in ended[name] for name in STEPS if name != "build"), summary
-    assert (tmp_path / "out/report.json").exists()
+    assert all((tmp_path / f"out/{name}.json").exists() for name in ("report", "norm_convolution"))
     assert "===== build: " in log
     assert "env --check" in log
     commands = " ".join(line for line in log.splitlines() if line.startswith("====="))

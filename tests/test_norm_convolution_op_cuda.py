@@ -22,6 +22,7 @@ from bitfast.ops.norm_convolution_cuda import (
     Convolution,
     FactorsCall,
     PartialsCall,
+    Prepared,
     Tiling,
     cell_channels_of,
     factors_shape,
@@ -61,7 +62,7 @@ def kernels(monkeypatch) -> Kernels:
 # ---- structures ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", [Tiling, Call, PartialsCall, FactorsCall])
+@pytest.mark.parametrize("structure", [Tiling, Call, Prepared, PartialsCall, FactorsCall])
 def test_structures_are_those_of_the_header(structure) -> None:
     header = (ROOT / "csrc" / "norm_convolution_cuda.h").read_text()
     (body,) = re.findall(rf"struct {structure.__name__} {{(.*?)}};", header, flags=re.DOTALL)
@@ -69,16 +70,20 @@ def test_structures_are_those_of_the_header(structure) -> None:
         "int32_t": ctypes.c_int32,
         "int64_t": ctypes.c_int64,
         "float": ctypes.c_float,
+        "double": ctypes.c_double,
         "Tiling": Tiling,
     }
     fields = [
         (name.strip(), types[kind])
         for kind, names in re.findall(
-            r"^ *(int32_t|int64_t|float|Tiling) ([\w, ]+);", body, re.MULTILINE
+            r"^ *(int32_t|int64_t|float|double|Tiling) ([\w, ]+);", body, re.MULTILINE
         )
         for name in names.split(",")
     ]
-    assert list(structure._fields_) == fields
+    found = [(name, kind) for name, kind in structure._fields_ if name != "arguments"]
+    assert found == fields
+    for size in re.findall(r"alignas\(8\) unsigned char arguments\[(\d+)\]", body):
+        assert structure.arguments.size == int(size)
 
 
 def test_what_a_call_tells() -> None:

@@ -304,6 +304,7 @@ class Prepared(ctypes.Structure):
         ("tiling", Tiling),
         *((name, ctypes.c_int32) for name in ("stages", "strips", "shared_bytes")),
         *((name, ctypes.c_int64) for name in ("blocks", "tiles")),
+        ("cost", ctypes.c_double),
         ("dtype", ctypes.c_int32),
         ("arguments", ctypes.c_int64 * 61),
     )

@@ -322,11 +322,13 @@ residual, a second result, cells of 8, 4 and 2 channels."""
 
 SHARED = tuple((columns, 0, 0, cluster) for columns in (64, 128, 256) for cluster in (1, 2))
 KEPT = tuple((columns, takes_turns, 1, 1) for columns in (64, 128, 256) for takes_turns in (0, 1))
+TILINGS = (*SHARED, *KEPT)
+"""Each way to cut that there is, as :class:`Tiling` takes it: weights are loaded for each tile, or kept."""
 
 CUT = (
     *(
         Case((2, 144, 9, 11), torch.bfloat16, 1, 1, NO_ZEROS, 208, 72, adds=True, tiling=tiling)
-        for tiling in (*SHARED, *KEPT)
+        for tiling in TILINGS
     ),
     *(
         Case((2, 64, 10, 11), torch.float16, 3, 1, ONE_ZERO, 144, tiling=tiling)
@@ -426,4 +428,13 @@ def _plain_moments(found: Fused) -> Tensor:
 
 register_first_use(OP, check_first_use)
 
-__all__ = ["CHOSEN", "CUT", "Case", "Fused", "cell_moments", "check_first_use", "fused_convolution"]
+__all__ = [
+    "CHOSEN",
+    "CUT",
+    "TILINGS",
+    "Case",
+    "Fused",
+    "cell_moments",
+    "check_first_use",
+    "fused_convolution",
+]

@@ -21,6 +21,7 @@ SHORT = ("bench", "--quick", "--only", "dispatch: same_pad of one pixel, recorde
     [
         (["--only", "perpetual motion"], "--only: no case's title contains 'perpetual motion'"),
         (["--quick", "--only", "R101x1"], "no case's title contains 'R101x1'"),
+        (["--only", "dispatch", "--skip", "same"], "--skip: every case's title contains 'same'"),
         (["--device", "cuda"], "argument --device: torch sees no CUDA device"),
         (["--base", "no-such-commit"], "argument --base: there is no commit 'no-such-commit'"),
         (["--threads", "0"], "--threads: must be an integer of at least 1, got '0'"),
@@ -60,6 +61,17 @@ def test_list(run: Run) -> None:
         "inference: R50x1 224x224 batch 1, 1 thread",
         "inference: R50x1 224x224 batch 1, 2 threads",
     ]
+
+
+def test_what_is_skipped(run: Run) -> None:
+    words = "bench", "--list", "--device", "cuda"
+    listed, only, without = (
+        run(*words, *more)[1].splitlines()
+        for more in ([], ["--only", "norm_convolution"], ["--skip", "norm_convolution"])
+    )
+    assert only
+    assert without
+    assert sorted(only + without) == sorted(listed)
 
 
 def test_a_short_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
