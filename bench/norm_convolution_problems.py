@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bitfast.ops.norm_convolution_cuda import PreparedConvolution
 
 EPS = 1e-5
-Cut = tuple[int, int, int, int]
+Cut = tuple[int, int, int, int, int]
 """How a convolution is cut: the fields of the kernels' ``Tiling``."""
 CUDNN = "cuDNN, normalized before"
 UNFUSED, WITH_FACTORS = f"{OURS}, norm and cuDNN", f"{OURS}, with the factors"

@@ -88,10 +88,10 @@ class Asks(Protocol):
 
 def words_of(tiling: Cut) -> str:
     """Return how something is cut, for people."""
-    columns, takes_turns, keeps_weights, cluster = tiling
+    columns, takes_turns, keeps_weights, cluster, units = tiling
     tiles = "in turns" if takes_turns else "shared"  # by the two groups of warps that multiply
     weights = "kept" if keeps_weights else "by pairs" if cluster == 2 else "loaded"
-    return f"{columns} channels, {tiles}, weights {weights}"
+    return f"{columns} channels, {64 * units} pixels, {tiles}, weights {weights}"
 
 
 def contestant_name(tiling: Cut) -> str:
@@ -141,7 +141,7 @@ def ways_of(shape: Shape) -> Ways:
     """Ask the kernels in which ways they can cut a shape."""
     layer, images = shape
     prepared = prepared_for(layer, images, BFLOAT).launch.tiling
-    chosen = prepared.columns, prepared.takes_turns, prepared.keeps_weights, prepared.cluster
+    chosen = tuple(getattr(prepared, name) for name, _ in prepared._fields_)
     cycles = {}
     for tiling in TILINGS:
         try:

@@ -11,8 +11,8 @@
 namespace bitfast::norm_convolution {
 namespace {
 
-// T: of feature maps and weights; columns: of a tile. One warp brings weights, three bring the input, eight multiply.
-template <typename T, int columns>
+// T: of feature maps and weights; columns: of a tile; units: of a group of warps that multiplies. One warp brings weights, three bring the input, eight multiply.
+template <typename T, int columns, int units>
 struct NormConvolution {
   using Arguments = norm_convolution::Arguments;
   static constexpr int threads = 384, min_blocks = 1, capability = 90;
@@ -32,7 +32,7 @@ struct NormConvolution {
     } else {
       gpu::take_registers<multiplier_registers>();
       gpu::wait_for_launch_before();
-      Multiplier<T, columns>(a, barriers).run();
+      Multiplier<T, columns, units>(a, barriers).run();
     }
     if (a.cluster > 1) gpu::sync_cluster();  // the other block may still send something here
   }
@@ -157,11 +157,12 @@ const char* run(const Prepared& prepared, const Arguments& arguments, void* stre
   shape.overlaps = true;
   switch (prepared.tiling.columns) {
     case 64:
-      return gpu::launch<NormConvolution<T, 64>>(shape, arguments, stream);
+      return prepared.tiling.units == 1 ? gpu::launch<NormConvolution<T, 64, 1>>(shape, arguments, stream)
+                                        : gpu::launch<NormConvolution<T, 64, 2>>(shape, arguments, stream);
     case 128:
-      return gpu::launch<NormConvolution<T, 128>>(shape, arguments, stream);
+      return gpu::launch<NormConvolution<T, 128, 2>>(shape, arguments, stream);
     default:
-      return gpu::launch<NormConvolution<T, 256>>(shape, arguments, stream);
+      return gpu::launch<NormConvolution<T, 256, 1>>(shape, arguments, stream);
   }
 }
 

@@ -23,6 +23,7 @@ struct Tiling {
   int32_t takes_turns;    // whether each group of warps has tiles of its own, or both share each tile
   int32_t keeps_weights;  // whether a block loads its weights once, or for each tile
   int32_t cluster;        // blocks that bring weights for each other: 1 or 2
+  int32_t units;          // of 64 pixels, that a group of warps multiplies at a time: 1 or 2 of 64 columns, 2 of 128, 1 of 256
 };
 
 // Result = convolution of activation(norm(x)), with a residual added to it. Where two convolutions of the same kernel

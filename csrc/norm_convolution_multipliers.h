@@ -10,13 +10,9 @@ namespace bitfast::norm_convolution {
 
 constexpr int multiplier_groups = 2;
 
-// Units of a tile that a group multiplies: as many as its registers hold sums of.
-template <int columns>
-constexpr int group_units = columns == 256 ? 1 : 2;
-
-template <typename T, int columns>
+// units: of a tile, that a group multiplies at a time. Its registers hold the sums.
+template <typename T, int columns, int units>
 struct Multiplier {
-  static constexpr int units = group_units<columns>;
   static constexpr int vectors = columns / 8, pieces = columns / piece_channels;
   static constexpr int rows_at_once = 32 * vector_bytes / (2 * piece_channels);  // that a warp copies
   static constexpr int copies = warp_pixels / rows_at_once;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "ceil_div.h"
 #include "norm_convolution_multipliers.h"
@@ -16,7 +17,6 @@ struct Plan {
   double cost = 0;
 };
 
-inline int units_of(int columns) { return columns == 256 ? group_units<256> : group_units<64>; }
 
 inline int log2_of(int power_of_two) {
   int n = 0;
@@ -151,42 +151,57 @@ constexpr double shared_bytes_a_cycle = 112;   // of 128, as some accesses confl
 constexpr double cache_bytes_a_cycle = 28;     // of the L2 cache
 constexpr double memory_bytes_a_cycle = 13;
 
-// Cycles that instructions take, counted in the machine code: of the loaders for an item, and of a group for a piece.
-constexpr double bringing_a_run = 2, bringing_rows = 5, normalizing = 3.5;
-constexpr double writing_a_piece = 150, measuring_a_piece = 150;
+// Instructions of a warp, roughly as in its machine code, and how many it issues in a cycle. A loader has so many for a
+// stage, for each patch of it, and for each of its items; a warp that writes, for a piece.
+constexpr double instructions_a_cycle = 0.6;
+constexpr double of_stage = 160, of_patch = 180, of_run_item = 4, of_row_item = 48, of_run_norm = 26, of_row_norm = 50;
+constexpr double of_piece = 130, of_piece_residual = 90, of_piece_moments = 240;
 
 constexpr double waiting_for_memory = 800;
 
+// Cycles of the loaders for a stage.
+inline double loading_cost(const Arguments& a, int patches, double items) {
+  const bool are_runs = a.taps == 1 && a.stride == 1;
+  const double of_item = (are_runs ? of_run_item : of_row_item) + (!a.has_norm ? 0 : are_runs ? of_run_norm : of_row_norm);
+  const double instructions = of_stage + patches * (of_patch + std::ceil(items / items_at_once) * of_item);
+  // A stage that is normalized as soon as it has been asked for is waited for.
+  return instructions / instructions_a_cycle + (a.lag == 0 ? waiting_for_memory : 0);
+}
+
+// Cycles of a group for what it writes of a tile.
+inline double writing_cost(const Arguments& a, const Tiling& tiling, double columns) {
+  const double instructions =
+      of_piece + (a.buffers > 1 ? of_piece_residual : 0) + (a.cells > 0 ? of_piece_moments : 0);
+  return tiling.units * std::ceil(columns / piece_channels) * instructions / instructions_a_cycle;
+}
+
 // What a tile costs, in cycles. What goes on side by side takes as long as the longest of it, in whose way the rest gets
 // a little.
-inline double tile_cost(const Call& c, const Arguments& a, int columns) {
+inline double tile_cost(const Call& c, const Arguments& a, const Tiling& tiling) {
   const Patches& p = a.patches;
   const int units = 1 << a.units_log2, patches = units >> p.units_log2;
-  const double steps = static_cast<double>(a.chunks) * a.taps;
-  const bool are_runs = a.taps == 1;
-  const double items = patches * (are_runs ? p.columns : p.items_per_row.value * ((p.rows - 1.0) * c.stride + 3));
-  const double results = patches * static_cast<double>(p.rows) * p.columns;
-  const double pieces = units * columns / static_cast<double>(piece_channels);
-  const double input_bytes = items * c.channels * 2, result_bytes = results * columns * 2;
-  const double weight_bytes = a.keeps_weights ? 0 : steps * columns * chunk_channels * 2;
+  const double steps = static_cast<double>(a.chunks) * a.taps, across = static_cast<double>(a.tiles_per_row.value);
+  const double columns = (c.result_channels + static_cast<double>(c.second_channels)) / across;  // that are results
+  const double items = a.taps == 1 ? p.columns : p.items_per_row.value * ((p.rows - 1.0) * c.stride + 3);
+  const double input_bytes = patches * items * c.channels * 2;
+  const double result_bytes = patches * static_cast<double>(p.rows) * p.columns * columns * 2;
+  const double weight_bytes = a.keeps_weights ? 0 : steps * tiling.columns * chunk_channels * 2;
 
-  const double multiplying = units * unit_pixels * columns * chunk_channels * steps / products_a_cycle;
-  const double bringing = are_runs && c.stride == 1 ? bringing_a_run : bringing_rows;
-  // A stage that is normalized as soon as it has been asked for is waited for.
-  const double loading =
-      a.chunks * (items * (bringing + (a.has_norm ? normalizing : 0)) + (a.lag == 0 ? waiting_for_memory : 0));
-  const double writing = pieces * (writing_a_piece + (a.cells > 0 ? measuring_a_piece : 0));
-  const double multiplied_bytes = units * steps * (chunk_channels / 16) * 32 * (unit_pixels + columns);
-  const double staged_bytes = items * a.chunks * chunk_channels * 2 * (a.has_norm ? 3 : 1) + weight_bytes +
+  const double multiplying = units * unit_pixels * tiling.columns * chunk_channels * steps / products_a_cycle;
+  const double loading = a.chunks * loading_cost(a, patches, items);
+  const double writing = writing_cost(a, tiling, columns);
+  const double multiplied_bytes = units * steps * (chunk_channels / 16) * 32 * (unit_pixels + tiling.columns);
+  const double staged_bytes = input_bytes * (a.has_norm ? 3 : 1) + weight_bytes +
                               units * unit_pixels * columns * 2 * (c.has_residual ? 4 : 2);
   const double shared = (multiplied_bytes + staged_bytes) / shared_bytes_a_cycle;
   const double cache = (input_bytes + weight_bytes / a.cluster) / cache_bytes_a_cycle;
-  const double reading = input_bytes / static_cast<double>(a.tiles_per_row.value) / memory_bytes_a_cycle;
+  const double reading = input_bytes / across / memory_bytes_a_cycle;
   const double storing = result_bytes * (c.has_residual ? 2 : 1) / memory_bytes_a_cycle;
+
   const double until_sums = std::max({multiplying, loading, shared, cache, reading});
-  const double after_sums = std::max(writing, storing);
-  // Groups that share a tile write while nobody multiplies.
-  const double longest = a.takes_turns ? std::max({until_sums, after_sums, reading + storing}) : until_sums + after_sums;
+  // With turns two tiles are at work; else groups write while nobody multiplies.
+  const double longest = a.takes_turns ? std::max({until_sums, (until_sums + writing) / 2, reading + storing})
+                                       : until_sums + std::max(writing, storing);
   const double all = multiplying + loading + shared + cache + reading + writing + storing;
   return longest + 0.1 * (all - longest);
 }
@@ -206,7 +221,7 @@ inline Plan cut(const Call& c, const Arguments& common, const gpu::Device& devic
   a.keeps_weights = tiling.keeps_weights;
   a.cluster = tiling.cluster;
   if (a.cells > 0) a.unit_moments_bytes = 16 + 4 * (tiling.columns >> a.cell_log2) * static_cast<int>(sizeof(Moments));
-  const int units = units_of(tiling.columns) * (a.takes_turns ? 1 : multiplier_groups);
+  const int units = tiling.units * (a.takes_turns ? 1 : multiplier_groups);
   a.units_log2 = log2_of(units);
   a.patches = patches_of(c, units, most_positions(a, tiling.columns, device.shared_bytes_per_block));
   if (a.patches.positions == 0) return plan;
@@ -229,7 +244,7 @@ inline Plan cut(const Call& c, const Arguments& common, const gpu::Device& devic
   if (!fill_shared_memory(a, tiling.columns, device.shared_bytes_per_block)) return plan;
   const int64_t rounds = clusters == 0 ? 0 : ceil_div(tiles, clusters);
   if (rounds * a.chunks * a.taps > INT32_MAX) return plan;
-  plan.cost = tile_cost(c, a, tiling.columns) * rounds + block_cost(a, tiling.columns);
+  plan.cost = tile_cost(c, a, tiling) * rounds + block_cost(a, tiling.columns);
   plan.tiling = tiling;
   return plan;
 }
@@ -237,13 +252,14 @@ inline Plan cut(const Call& c, const Arguments& common, const gpu::Device& devic
 // The ways to cut: groups of warps that share a tile share the weights that come in for it, too, also with another block;
 // those that take turns need weights that are kept. Of the ways that cost the same the first is taken.
 constexpr Tiling tilings[] = {
-    {64, 1, 1, 1},  {64, 0, 1, 1},  {64, 0, 0, 1},  {64, 0, 0, 2},   //
-    {128, 1, 1, 1}, {128, 0, 1, 1}, {128, 0, 0, 1}, {128, 0, 0, 2},  //
-    {256, 1, 1, 1}, {256, 0, 1, 1}, {256, 0, 0, 1}, {256, 0, 0, 2}};
+    {64, 1, 1, 1, 1},  {64, 0, 1, 1, 1},  {64, 0, 0, 1, 1},  {64, 0, 0, 2, 1},   //
+    {64, 1, 1, 1, 2},  {64, 0, 1, 1, 2},  {64, 0, 0, 1, 2},  {64, 0, 0, 2, 2},   //
+    {128, 1, 1, 1, 2}, {128, 0, 1, 1, 2}, {128, 0, 0, 1, 2}, {128, 0, 0, 2, 2},  //
+    {256, 1, 1, 1, 1}, {256, 0, 1, 1, 1}, {256, 0, 0, 1, 1}, {256, 0, 0, 2, 1}};
 
 inline bool are_equal(const Tiling& a, const Tiling& b) {
   return a.columns == b.columns && a.takes_turns == b.takes_turns && a.keeps_weights == b.keeps_weights &&
-         a.cluster == b.cluster;
+         a.cluster == b.cluster && a.units == b.units;
 }
 
 // Chooses the cheapest way to cut, or takes the one that is wanted.

@@ -117,11 +117,11 @@ def test_zeros_on_all_sides(case: Case) -> None:
 # ---- tilings --------------------------------------------------------------------------------------------
 
 TILINGS = [
-    (columns, *rest)
-    for columns in (64, 128, 256)
+    (columns, *rest, units)
+    for columns, units in ((64, 1), (64, 2), (128, 2), (256, 1))
     for rest in ((1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 2))
 ]
-"""(columns, takes_turns, keeps_weights, cluster)."""
+"""(columns, takes_turns, keeps_weights, cluster, units)."""
 
 CUT = [
     Case(3, 136, (9, 11), 200, adds=True, second_channels=72, cell_channels=4),
@@ -337,19 +337,20 @@ def bits(results: Results) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", SOME, ids=name_of)
 def test_the_order_of_threads_makes_no_difference(case: Case) -> None:
-    """Nor does it how many multiprocessors there are, but that strips may be cut otherwise."""
+    """Nor does it how many multiprocessors there are, but that tiles may be cut otherwise."""
     inputs = Inputs.of(case)
     first: Results | None = None
-    of_strips: dict[int, Tensor] = {}
+    by_tiling: dict[bytes, Tensor] = {}
     for multiprocessors, seed in ((132, 0), (132, 1), (1, 2), (1, 3), (3, 4)):
         emulate(convolution_kernels(), (90, multiprocessors, 227 * 1024), seed)
         actual = convolve(case, inputs)
         assert actual.partials is not None
+        tiling = bytes(case.prepared().tiling)
         first = first or actual
         expected_bits = bits(first._replace(partials=None))
         for a, b in zip(expected_bits, bits(actual._replace(partials=None)), strict=True):
             assert torch.equal(a, b)
-        partials = of_strips.setdefault(actual.partials.shape[1], actual.partials)
+        partials = by_tiling.setdefault(tiling, actual.partials)
         assert torch.equal(partials, actual.partials)
 
 

@@ -249,10 +249,13 @@ class Tiling(ctypes.Structure):
         takes_turns: Whether each group of warps has tiles of its own, or both share each tile.
         keeps_weights: Whether a block loads its weights once, or for each tile.
         cluster: Blocks that bring weights for each other: 1 or 2.
+        units: Of 64 pixels, that a group of warps multiplies at a time: 1 or 2 for 64 columns, 2 for 128, 1 for
+            256.
     """
 
     _fields_ = tuple(
-        (name, ctypes.c_int32) for name in ("columns", "takes_turns", "keeps_weights", "cluster")
+        (name, ctypes.c_int32)
+        for name in ("columns", "takes_turns", "keeps_weights", "cluster", "units")
     )
 
 

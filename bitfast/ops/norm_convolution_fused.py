@@ -303,7 +303,7 @@ class Case(NamedTuple):
     adds: bool = False
     groups: int = 8
     activation: str = "relu"
-    tiling: tuple[int, int, int, int] | None = None
+    tiling: tuple[int, int, int, int, int] | None = None
 
 
 NO_ZEROS, ONE_ZERO = (0, 0, 0, 0), (1, 1, 1, 1)
@@ -320,8 +320,9 @@ CHOSEN = (
 """As the kernels choose for the shape: 1x1 and 3x3 filters at both strides, channels that fill no tile, a
 residual, a second result, cells of 8, 4 and 2 channels."""
 
-SHARED = tuple((columns, 0, 0, cluster) for columns in (64, 128, 256) for cluster in (1, 2))
-KEPT = tuple((columns, takes_turns, 1, 1) for columns in (64, 128, 256) for takes_turns in (0, 1))
+SIZES = ((64, 1), (64, 2), (128, 2), (256, 1))
+SHARED = tuple((columns, 0, 0, cluster, units) for columns, units in SIZES for cluster in (1, 2))
+KEPT = tuple((columns, turns, 1, 1, units) for columns, units in SIZES for turns in (0, 1))
 TILINGS = (*SHARED, *KEPT)
 """Each way to cut that there is, as :class:`Tiling` takes it: weights are loaded for each tile, or kept."""
 
@@ -332,11 +333,11 @@ CUT = (
     ),
     *(
         Case((2, 64, 10, 11), torch.float16, 3, 1, ONE_ZERO, 144, tiling=tiling)
-        for tiling in (*SHARED, (64, 0, 1, 1), (64, 1, 1, 1), (128, 1, 1, 1))
+        for tiling in (*SHARED, *KEPT[:4], (128, 1, 1, 1, 2))
     ),
     *(
         Case((2, 64, 10, 11), torch.float16, 3, 2, ONE_ZERO, 144, tiling=tiling)
-        for tiling in (*SHARED[:2], *SHARED[4:], (64, 1, 1, 1))
+        for tiling in (*SHARED[:4], *SHARED[6:], (64, 1, 1, 1, 2))
     ),
 )
 """Each way to cut that there is; for 3x3 filters, of which few can be kept, each that fits."""
