@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bench import host
+from bitfast import BitConfig, BitModel
 from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.execution import cuda_choice
 from bitfast.execution.cuda_choice import TABLE, Row
@@ -80,6 +81,22 @@ def test_the_error_is_no_larger_than_without_fusing(kernels, kind) -> None:
         errors.append([relative_error(each[-1], oracle[-1]) for each in (fused, unfused)])
     of_fused, of_unfused = torch.tensor(errors).square().mean(0).sqrt().tolist()
     assert of_fused <= 1.1 * of_unfused + torch.finfo(torch.bfloat16).eps / 2
+
+
+def test_r50x1_as_a_whole(kernels) -> None:
+    """All of its 53 convolutions but the stem's."""
+    model, x = BitModel(BitConfig()).eval(), torch.randn(1, 3, 64, 64)
+    oracle = outputs(model.double(), x.double())
+    model, x = model.bfloat16(), x.bfloat16()
+    fused = outputs(model, x)
+    with use_backend("reference"):
+        plain = outputs(model, x)
+    fused_calls = [
+        name for name in names_of(plans(model)[-1]) if name.startswith("norm_convolution")
+    ]
+    assert len(fused_calls) == 51, "one launch does two"
+    for actual, other, exact in zip(fused, plain, oracle, strict=True):
+        assert relative_error(actual, exact) <= 1.1 * relative_error(other, exact)
 
 
 @pytest.mark.parametrize("kind", ["preactivation", "same"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -173,6 +174,28 @@ def test_small_batches_use_more_of_the_device() -> None:
         few, many = (replace(case, images=n).prepared() for n in (1, 128))
         assert few.tiling.columns <= many.tiling.columns or few.blocks >= 8, name_of(case)
         assert many.blocks >= 120, name_of(case)
+
+
+def test_each_block_has_a_multiprocessor() -> None:
+    for multiprocessors in (132, 7, 1):
+        emulate(convolution_kernels(), (90, multiprocessors, 227 * 1024))
+        for case, images in product(MODEL, (1, 8, 128)):
+            assert replace(case, images=images).prepared().blocks <= multiprocessors, case
+
+
+def test_wide_maps_are_cut_in_no_time() -> None:
+    emulate(convolution_kernels(), H100)
+    begin = time.process_time()
+    Case(1, 64, (1, 10**7), 64, 3, 1, ZEROS).prepared()
+    assert time.process_time() - begin < 0.1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_group_waits_for_its_turn(seed: int) -> None:
+    """Tiles have more stages than the ring: without turns a group would find its barrier two rounds ahead."""
+    emulate(convolution_kernels(), (90, 1, 227 * 1024), seed)
+    case = Case(6, 576, (8, 8), 64)
+    check(case, tiling=Tiling(64, 1, 1, 1, 2))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -435,6 +458,9 @@ def test_offsets_past_two_billion(case: Case) -> None:
         ({"cell_channels": 3}, "2, 4 or 8 channels"),
         ({"result_height": 5}, "larger than its input allows"),
         ({"images": 2**28}, "more pixels than one launch takes"),
+        ({"images": 2**62}, "more pixels than one launch takes"),
+        ({"result_width": 3}, "as large as its input"),
+        ({"has_norm": 0}, "an activation needs a norm"),
     ],
 )
 def test_calls_that_are_refused(fields: dict[str, int], message: str) -> None:
@@ -460,6 +486,12 @@ def test_addresses_and_devices_that_are_refused() -> None:
     with pytest.raises(RuntimeError, match="not a multiple of 16"):
         call(
             entry, prepared, None, shifted, inputs.factors, pack_filters(inputs.weight), None, *results,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="the partials is not a multiple of 8"):
+        partials = torch.zeros(1001)[1:]
+        call(
+            entry, prepared, None, inputs.x, inputs.factors, pack_filters(inputs.weight), None, inputs.x, partials,
+            None, None,
         )  # fmt: skip
     missing = (inputs.x, None), (None, inputs.factors)
     for x, factors in missing:
