@@ -487,11 +487,11 @@ def test_addresses_and_devices_that_are_refused() -> None:
         call(
             entry, prepared, None, shifted, inputs.factors, pack_filters(inputs.weight), None, *results,
         )  # fmt: skip
+    partials = torch.zeros(1001)[1:]
     with pytest.raises(RuntimeError, match="the partials is not a multiple of 8"):
-        partials = torch.zeros(1001)[1:]
         call(
-            entry, prepared, None, inputs.x, inputs.factors, pack_filters(inputs.weight), None, inputs.x, partials,
-            None, None,
+            entry, prepared, None, inputs.x, inputs.factors, pack_filters(inputs.weight), None,
+            results[0], partials, None, None,
         )  # fmt: skip
     missing = (inputs.x, None), (None, inputs.factors)
     for x, factors in missing:
