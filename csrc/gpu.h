@@ -43,8 +43,8 @@ struct LaunchShape {
   int cluster = 1;       // blocks that share their shared memory; more than 1 only from capability 90 on
   int shared_bytes = 0;  // dynamic, per block
   int threads = 0;       // per block, a multiple of 32 up to the kernel's; 0 for as many as the kernel's
-  // Whether blocks may begin before the launch before them in the stream has ended (from capability 90 on). Threads of such
-  // a kernel wait (wait_for_launch_before) before they touch memory that earlier launches of such kernels touch.
+  // Whether blocks may begin before the launch before them in the stream has ended (from capability 90 on). Threads of
+  // such a kernel wait (wait_for_launch_before) before they touch memory that any launch may have touched.
   bool overlaps = false;
 };
 

@@ -35,6 +35,12 @@ BITFAST_GPU void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// The same, without order among accesses of memory, for which the whole GPU would be waited for; barriers that have been
+// initialised and fenced are there.
+BITFAST_GPU void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
+}
+
 // The number of the block in its cluster.
 BITFAST_GPU int cluster_rank() {
   uint32_t rank;
@@ -241,8 +247,8 @@ BITFAST_GPU void wait_bulk_stores() {
 BITFAST_GPU void prefetch_l2(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
-// Between ordinary accesses of shared memory and those of bulk copies or of wgmma, by the threads that made the former,
-// before the barrier that orders them.
+// Between ordinary accesses of shared memory and those of bulk copies or of wgmma: by the threads that made the former,
+// before the barrier that orders them, or by all that multiply, after it.
 BITFAST_GPU void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // Products of matrices in shared memory, on a GPU of capability 90 exactly: wgmma.
 //
 // Four warps, the first of which is a multiple of four, multiply together, all with the same matrices. What ordinary
-// stores have written there must have been fenced (fence_async_proxy) before a barrier. These instructions are only in
+// stores have written there must have been fenced (fence_async_proxy). These instructions are only in
 // the machine code for sm_90a.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace bitfast::gpu {
 #define BITFAST_SM90A(...) __trap()
 #endif
 
-// ---- registers -------------------------------------------------------------------------------------------------------
+// ---- registers ------------------------------------------------------------------------------------------------------
 
 // The warps that multiply take registers that the others leave. All four warps call it; a multiple of 8, 24 to 240.
 template <int registers>
@@ -27,13 +27,13 @@ BITFAST_GPU void leave_registers() {
   BITFAST_SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// ---- matrices --------------------------------------------------------------------------------------------------------
+// ---- matrices -------------------------------------------------------------------------------------------------------
 
 // Where a matrix of 16-bit numbers lies: in parts of 8 rows of 16 bytes, one after the other.
 using MatrixPlace = uint64_t;
 
-// `k_step`: bytes to the part with the next 8 numbers of each row, `row_step`: to that with the next 8 rows; the address
-// and the steps are multiples of 16.
+// `k_step`: bytes to the part with the next 8 numbers of each row, `row_step`: to that with the next 8 rows; the
+// address and the steps are multiples of 16.
 BITFAST_GPU MatrixPlace matrix_at(const void* shared, int k_step, int row_step) {
   return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | static_cast<uint64_t>(k_step >> 4) << 16 |
          static_cast<uint64_t>(row_step >> 4) << 32;
@@ -42,7 +42,7 @@ BITFAST_GPU MatrixPlace matrix_at(const void* shared, int k_step, int row_step) 
 // The same matrix, so many bytes further: a multiple of 16.
 BITFAST_GPU MatrixPlace moved(MatrixPlace place, int bytes) { return place + static_cast<uint64_t>(bytes >> 4); }
 
-// ---- products --------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 // Lets the compiler neither move sums over this place nor copy them.
 template <int units, int parts>

@@ -1,5 +1,5 @@
-// norm_convolution on a GPU of capability 9.0: the kernel, and its entries. csrc/norm_convolution_cuda.h says how they are
-// called, csrc/norm_convolution_tiles.h how the work is cut.
+// norm_convolution on a GPU of capability 9.0: the kernel, and its entries. csrc/norm_convolution_cuda.h says how they
+// are called, csrc/norm_convolution_tiles.h how the work is cut.
 #include <string.h>
 
 #include <initializer_list>
@@ -11,7 +11,8 @@
 namespace bitfast::norm_convolution {
 namespace {
 
-// T: of feature maps and weights; columns: of a tile; units: of a group of warps that multiplies. One warp brings weights, three bring the input, eight multiply.
+// T: of feature maps and weights; columns: of a tile; units: of a group of warps that multiplies. One warp brings
+// weights, three bring the input, eight multiply.
 template <typename T, int columns, int units>
 struct NormConvolution {
   using Arguments = norm_convolution::Arguments;
@@ -34,11 +35,10 @@ struct NormConvolution {
       gpu::wait_for_launch_before();
       Multiplier<T, columns, units>(a, barriers).run();
     }
-    if (a.cluster > 1) gpu::sync_cluster();  // the other block may still send something here
+    if (a.cluster > 1) gpu::meet_cluster();  // the other block may still send something here
   }
 
   static BITFAST_GPU void load(const Arguments& a, const Barriers& barriers) {
-    // Weights have been there for long.
     if (threadIdx.x == 0) WeightLoader{a, barriers, columns}.run();
     if (threadIdx.x < 32) return;
     gpu::wait_for_launch_before();
@@ -51,7 +51,7 @@ struct NormConvolution {
 
   static BITFAST_GPU void sync(const Arguments& a) {
     if (a.cluster > 1) {
-      gpu::sync_cluster();
+      gpu::meet_cluster();
     } else {
       gpu::sync_block();
     }

@@ -6,8 +6,8 @@
 //
 //   factors   float32 (images, 2, channels): scale and shift; the norm of x is x * scale + shift.
 //   partials  float32 (images, strips, 1 + cells, 2): of a strip, some pixels of an image, first (pixels, 0), then of
-//             each cell of `cell_channels` channels the mean and the sum of squared deviations from it. A strip
-//             may have no pixels: all of its numbers are zero then. How an image is cut into strips is up to who writes.
+//             each cell of `cell_channels` channels the mean and the sum of squared deviations from it. A strip may
+//             have no pixels: all of its numbers are zero then. How an image is cut into strips is up to who writes.
 //
 // Feature maps are dense and channels_last, of bfloat16 or float16. Their channels are a multiple of 8, and so are all
 // addresses of 16.
@@ -23,7 +23,7 @@ struct Tiling {
   int32_t takes_turns;    // whether each group of warps has tiles of its own, or both share each tile
   int32_t keeps_weights;  // whether a block loads its weights once, or for each tile
   int32_t cluster;        // blocks that bring weights for each other: 1 or 2
-  int32_t units;          // of 64 pixels, that a group of warps multiplies at a time: 1 or 2 of 64 columns, 2 of 128, 1 of 256
+  int32_t units;          // of 64 pixels, that a group multiplies at a time: 1 or 2 of 64 columns, 2 of 128, 1 of 256
 };
 
 // Result = convolution of activation(norm(x)), with a residual added to it. Where two convolutions of the same kernel
@@ -79,13 +79,15 @@ extern "C" {
 const char* bitfast_norm_convolution_prepare(
     const bitfast::norm_convolution::Call* call, bitfast::norm_convolution::Prepared* prepared);
 
-// packed: (chunks, kernel_size^2, 8, result_channels, 8): of 64 input channels of each place in the filter, taken by 8s, of
-//   each result channel the 8 weights; zeros where the input has less than a multiple of 64 channels.
+// packed: (chunks, kernel_size^2, 8, result_channels, 8): of 64 input channels of each place in the filter, taken by
+//   8s, of each result channel the 8 weights; zeros where the input has less than a multiple of 64 channels.
 // residual: of the shape of the (first) result, and may be the same memory; null if there is none.
-// factors: null without a norm. partials: null if there are to be none. second_packed, second_result: null if there is none.
+// factors: null without a norm. partials: null if there are to be none. second_packed, second_result: null if there is
+//   none.
 const char* bitfast_norm_convolution(
-    const bitfast::norm_convolution::Prepared* prepared, void* stream, const void* x, const float* factors, const void* packed,
-    const void* residual, void* result, float* partials, const void* second_packed, void* second_result);
+    const bitfast::norm_convolution::Prepared* prepared, void* stream, const void* x, const float* factors,
+    const void* packed, const void* residual, void* result, float* partials, const void* second_packed,
+    void* second_result);
 
 // As many strips as suit the current device.
 const char* bitfast_norm_convolution_strips(const bitfast::norm_convolution::PartialsCall* call, int32_t* strips);

@@ -18,6 +18,9 @@ struct WeightLoader {
   BITFAST_GPU void run() const {
     const BlockTiles tiles(a);
     const int steps = a.chunks * a.taps;
+    // Into the cache, where it is not stale if the launch before still writes it.
+    if (tiles.first < a.tiles) prefetch(Tile(a, tiles.first, columns), min(steps, a.weight_stages));
+    gpu::wait_for_launch_before();
     RingPlace place;
     for (int t = tiles.first; t < a.tiles; t += tiles.step) {
       const Tile tile(a, t, columns);
@@ -31,17 +34,30 @@ struct WeightLoader {
   }
 
  private:
-  // Brings the weights of one place in the filter and 64 input channels: as a plane of each 8 channels, the vectors of the
-  // tile's result channels.
+  BITFAST_GPU const unsigned char* plane_of(const Tile& tile, int number, int plane) const {
+    const Output& output = a.outputs[tile.is_second];
+    const int64_t vectors = (static_cast<int64_t>(number) * planes + plane) * output.channels + tile.column;
+    return output.weights + vectors * vector_bytes;
+  }
+  BITFAST_GPU int channels_of(const Tile& tile) const {
+    return min(columns, a.outputs[tile.is_second].channels - tile.column);
+  }
+
+  BITFAST_GPU void prefetch(const Tile& tile, int stages) const {
+    for (int i = 0; i < stages * planes; ++i) {
+      gpu::prefetch_l2(plane_of(tile, i / planes, i % planes), channels_of(tile) * vector_bytes);
+    }
+  }
+
+  // Brings the weights of one place in the filter and 64 input channels: as a plane of each 8 channels, the vectors of
+  // the tile's result channels.
   BITFAST_GPU void load(const Tile& tile, int number, int stage) const {
     const Output& output = a.outputs[tile.is_second];
-    const int count = min(columns, output.channels - tile.column), mine = planes / a.cluster;
+    const int count = channels_of(tile), mine = planes / a.cluster;
     const int first = a.cluster == 1 ? 0 : gpu::cluster_rank() * mine;
     unsigned char* to =
         gpu::shared_memory() + a.shared.weights + (stage * planes + first) * columns * vector_bytes;
-    const unsigned char* from =
-        output.weights +
-        ((static_cast<int64_t>(number) * planes + first) * output.channels + tile.column) * vector_bytes;
+    const unsigned char* from = plane_of(tile, number, first);
     gpu::Barrier* barrier = barriers.weights_full(stage);
     gpu::arrive_and_expect(barrier, planes * count * vector_bytes);
     const bool are_together = count == output.channels && count == columns;
@@ -84,8 +100,8 @@ struct Factors {
   }
 };
 
-// The pixels of a patch that a thread brings, one after the other: every twelfth, of eight channels. Here those of a run:
-// 1x1 filters with stride 1.
+// The pixels of a patch that a thread brings, one after the other: every twelfth, of eight channels. Here those of a
+// run: 1x1 filters with stride 1.
 struct RunItems {
   int number, end;  // in the patch
   int first_pixel;  // of the patch, in the image
@@ -141,8 +157,8 @@ struct RowItems {
   }
 };
 
-// What 96 threads do: bring the input of all tiles of the block, and normalize it some stages later; each thread what it
-// has brought itself, so that nobody waits for anybody. A thread has the same 8 channels of each 64.
+// What 96 threads do: bring the input of all tiles of the block, and normalize it some stages later; each thread what
+// it has brought itself, so that nobody waits for anybody. A thread has the same 8 channels of each 64.
 template <typename T, typename Items>
 struct Loader {
   const Arguments& a;

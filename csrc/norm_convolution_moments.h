@@ -1,9 +1,9 @@
 // norm_convolution on a GPU: the statistics of what a warp writes.
 //
-// A strip of the partials is a unit. A warp holds 16 pixels of it, 64 channels at a time, as products leave them: lane l has two channels of every 8,
-// of pixels l / 4 and l / 4 + 8. Each lane takes mean and squares of its own few numbers exactly; then lanes merge theirs
-// (Chan, Golub & LeVeque, 1979). As long as a lane has several vectors of 8 channels, two lanes that merge go on with half
-// of them each.
+// A strip of the partials is a unit. A warp holds 16 pixels of it, 64 channels at a time, as products leave them: lane
+// l has two channels of every 8, of pixels l / 4 and l / 4 + 8. Each lane takes mean and squares of its own few numbers
+// exactly; then lanes merge theirs (Chan, Golub & LeVeque, 1979). As long as a lane has several vectors of 8 channels,
+// two lanes that merge go on with half of them each.
 #pragma once
 
 #include "norm_convolution_tiles.h"
@@ -105,7 +105,9 @@ struct UnitMoments {
   int count;
 
   BITFAST_GPU UnitMoments(unsigned char* shared, int cells_of_tile)
-      : pixels(reinterpret_cast<float*>(shared)), cells(reinterpret_cast<Moments*>(shared + 16)), count(cells_of_tile) {}
+      : pixels(reinterpret_cast<float*>(shared)),
+        cells(reinterpret_cast<Moments*>(shared + 16)),
+        count(cells_of_tile) {}
 
   // Merges the warps' moments of a cell, of so many channels, in order.
   BITFAST_GPU Moments merged_cell(int cell, int channels) const {

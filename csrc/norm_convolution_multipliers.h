@@ -1,7 +1,7 @@
 // norm_convolution on a GPU: the two groups of four warps that multiply, add residuals, write results and measure them.
 //
-// Either a group has tiles of its own, and they take turns: while one multiplies, the other writes; or both share a tile,
-// of which each has half of the units, and so the weights.
+// Either a group has tiles of its own, and they take turns: while one multiplies, the other writes; or both share a
+// tile, of which each has half of the units, and so the weights.
 #pragma once
 
 #include "norm_convolution_moments.h"
@@ -53,7 +53,7 @@ struct Multiplier {
   }
 
  private:
-  // ---- products ------------------------------------------------------------------------------------------------------
+  // ---- products -----------------------------------------------------------------------------------------------------
 
   // The first group begins; each phase of its barrier is the end of one of the other group's turns.
   BITFAST_GPU int turn_parity(int n) const { return (n / multiplier_groups & 1) ^ (group == 0 ? 1 : 0); }
@@ -135,7 +135,7 @@ struct Multiplier {
     if (a.cluster > 1) gpu::arrive_remote(barriers.weights_empty(weights_read), gpu::cluster_rank() ^ 1);
   }
 
-  // ---- results ---------------------------------------------------------------------------------------------------------
+  // ---- results ------------------------------------------------------------------------------------------------------
 
   // A unit of a tile, and where a lane's rows of it lie.
   struct Unit {
@@ -240,8 +240,8 @@ struct Multiplier {
     }
   }
 
-  // Rounds 64 channels of the warp's rows, with the residual that lies in the buffer added, leaves them there, and begins
-  // to measure them.
+  // Rounds 64 channels of the warp's rows, with the residual that lies in the buffer added, leaves them there, and
+  // begins to measure them.
   template <bool adds>
   BITFAST_GPU void pack_results(
       Moments (&pairs)[piece_vectors / 2], const Merging& merging, const float (&sums)[vectors][4], int piece,
@@ -266,7 +266,8 @@ struct Multiplier {
     }
   }
 
-  BITFAST_GPU void store_results(const Output& output, const Unit& unit, const int (&results)[copies], int channel) const {
+  BITFAST_GPU void store_results(
+      const Output& output, const Unit& unit, const int (&results)[copies], int channel) const {
     const unsigned char* from = buffer_at(buffer) + copied_channel() * 2;
     if (channel + copied_channel() >= output.channels) return;
     uint16_t* to = output.result + unit.first_result * output.channels + channel + copied_channel();

@@ -24,7 +24,7 @@ inline int log2_of(int power_of_two) {
   return n;
 }
 
-// ---- patches ---------------------------------------------------------------------------------------------------------
+// ---- patches --------------------------------------------------------------------------------------------------------
 
 struct PatchShape {
   int units = 0, rows = 0, columns = 0;
@@ -99,7 +99,7 @@ inline Patches patches_of(const Call& c, int tile_units, int most_positions) {
   return p;
 }
 
-// ---- shared memory -----------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 
 constexpr int fewest_stages = 2, fewest_weight_stages = 2;
 
@@ -120,15 +120,14 @@ inline int bytes_of(Arguments& a, int columns) {
 // Positions that a plane may have so that the fewest stages fit.
 inline int most_positions(const Arguments& a, int columns, int room) {
   const int weight_stages = a.keeps_weights ? a.chunks * a.taps : fewest_weight_stages;
-  const int others = weight_stages * (planes * columns * vector_bytes + 16) + 2 * multiplier_groups * a.unit_moments_bytes +
-                     4 * multiplier_groups * a.buffers * buffer_bytes;
+  const int others = weight_stages * (planes * columns * vector_bytes + 16) +
+                     2 * multiplier_groups * (a.unit_moments_bytes + 2 * a.buffers * buffer_bytes);
   return (room - others - 512) / fewest_stages / (planes * vector_bytes);
 }
 
 // Gives the rings as many stages as there is room for; false if that is too few.
 inline bool fill_shared_memory(Arguments& a, int columns, int room) {
   const int steps = a.chunks * a.taps;
-  if (a.keeps_weights && steps > most_weight_stages) return false;
   // First so many stages that the input has time to come; then weights, which 3x3 filters read nine times as often.
   const int most_weights = a.keeps_weights ? steps : a.taps == 1 ? 4 : 6;
   const int fewest_weights = a.keeps_weights ? steps : fewest_weight_stages;
@@ -143,7 +142,7 @@ inline bool fill_shared_memory(Arguments& a, int columns, int room) {
   return false;
 }
 
-// ---- the choice --------------------------------------------------------------------------------------------------------
+// ---- the choice -----------------------------------------------------------------------------------------------------
 
 // What a multiprocessor of an H100 does in a cycle, when all of them are busy.
 constexpr double products_a_cycle = 2048;      // multiplications
@@ -162,7 +161,8 @@ constexpr double waiting_for_memory = 800;
 // Cycles of the loaders for a stage.
 inline double loading_cost(const Arguments& a, int patches, double items) {
   const bool are_runs = a.taps == 1 && a.stride == 1;
-  const double of_item = (are_runs ? of_run_item : of_row_item) + (!a.has_norm ? 0 : are_runs ? of_run_norm : of_row_norm);
+  const double of_norm = !a.has_norm ? 0 : are_runs ? of_run_norm : of_row_norm;
+  const double of_item = (are_runs ? of_run_item : of_row_item) + of_norm;
   const double instructions = of_stage + patches * (of_patch + std::ceil(items / items_at_once) * of_item);
   // A stage that is normalized as soon as it has been asked for is waited for.
   return instructions / instructions_a_cycle + (a.lag == 0 ? waiting_for_memory : 0);
@@ -175,8 +175,8 @@ inline double writing_cost(const Arguments& a, const Tiling& tiling, double colu
   return tiling.units * std::ceil(columns / piece_channels) * instructions / instructions_a_cycle;
 }
 
-// What a tile costs, in cycles. What goes on side by side takes as long as the longest of it, in whose way the rest gets
-// a little.
+// What a tile costs, in cycles. What goes on side by side takes as long as the longest of it, in whose way the rest
+// gets a little.
 inline double tile_cost(const Call& c, const Arguments& a, const Tiling& tiling) {
   const Patches& p = a.patches;
   const int units = 1 << a.units_log2, patches = units >> p.units_log2;
@@ -220,6 +220,7 @@ inline Plan cut(const Call& c, const Arguments& common, const gpu::Device& devic
   a.takes_turns = tiling.takes_turns;
   a.keeps_weights = tiling.keeps_weights;
   a.cluster = tiling.cluster;
+  if (a.keeps_weights && int64_t{a.chunks} * a.taps > most_weight_stages) return plan;
   if (a.cells > 0) a.unit_moments_bytes = 16 + 4 * (tiling.columns >> a.cell_log2) * static_cast<int>(sizeof(Moments));
   const int units = tiling.units * (a.takes_turns ? 1 : multiplier_groups);
   a.units_log2 = log2_of(units);
@@ -249,8 +250,8 @@ inline Plan cut(const Call& c, const Arguments& common, const gpu::Device& devic
   return plan;
 }
 
-// The ways to cut: groups of warps that share a tile share the weights that come in for it, too, also with another block;
-// those that take turns need weights that are kept. Of the ways that cost the same the first is taken.
+// The ways to cut: groups of warps that share a tile share the weights that come in for it, too, also with another
+// block; those that take turns need weights that are kept. Of the ways that cost the same the first is taken.
 constexpr Tiling tilings[] = {
     {64, 1, 1, 1, 1},  {64, 0, 1, 1, 1},  {64, 0, 0, 1, 1},  {64, 0, 0, 2, 1},   //
     {64, 1, 1, 1, 2},  {64, 0, 1, 1, 2},  {64, 0, 0, 1, 2},  {64, 0, 0, 2, 2},   //

@@ -227,9 +227,9 @@ BITFAST_GPU float2 load_floats(const float2* p) {
   return make_float2(gpu::float_from_bits(words.x), gpu::float_from_bits(words.y));
 }
 
-// A block has a slice of the groups of an image. Its threads stand in rows beside each other: in `columns` of cells, which
-// lie beside each other in memory, and in `rows` of strips. A row is shorter than the slice only if that is one group.
-// What threads find is merged by `members` of them for each group.
+// A block has a slice of the groups of an image. Its threads stand in rows beside each other: in `columns` of cells,
+// which lie beside each other in memory, and in `rows` of strips. A row is shorter than the slice only if that is one
+// group. What threads find is merged by `members` of them for each group.
 struct FactorsArguments {
   const float2* partials;
   const void *weight, *bias;
@@ -264,11 +264,12 @@ struct FactorsKernel {
     auto* statistics = reinterpret_cast<float2*>(gpu::shared_memory() + found_bytes);
 
     gpu::let_next_launch_begin();
-    const Parameters of_first = parameters_of(a, first_channel + min(thread, channels - 1));
     gpu::wait_for_launch_before();
+    // The first partials and the first parameters are on their way together.
     Reader reader(a, image, first_group * a.group_cells, groups * a.group_cells, thread);
     Statistics parts[partials_at_once];
     reader.read(a, parts);
+    const Parameters of_first = parameters_of(a, first_channel + min(thread, channels - 1));
     Statistics mine = merged(parts);
     while (!reader.is_at_end()) {
       reader.read(a, parts);

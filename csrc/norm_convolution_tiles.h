@@ -1,14 +1,14 @@
 // norm_convolution on a GPU: how the work is cut, and where it lies in shared memory.
 //
-// Results are cut into units of 64 pixels of one image, the rows of a product. For 1x1 filters a unit is a run of pixels.
-// For 3x3 filters some units share a patch of rows and columns, whose input is brought once, with its halo, and read
-// nine times, each time from a few positions further on: so units count positions along the rows of the input, of which
-// some at the end of each row belong to no result. With stride 2 the even and the odd rows and columns lie apart, so that
-// the positions that a place in the filter reads still follow each other.
+// Results are cut into units of 64 pixels of one image, the rows of a product. For 1x1 filters a unit is a run of
+// pixels. For 3x3 filters some units share a patch of rows and columns, whose input is brought once, with its halo, and
+// read nine times, each time from a few positions further on: so units count positions along the rows of the input, of
+// which some at the end of each row belong to no result. With stride 2 the even and the odd rows and columns lie apart,
+// so that the positions that a place in the filter reads still follow each other.
 //
-// A tile is some units times `columns` channels of a result. Blocks stay, and take one tile after the other, those of the
-// same pixels one after the other. Two blocks of a cluster have tiles of the same channels at the same time, and each
-// brings half of the weights for both.
+// A tile is some units times `columns` channels of a result. Blocks stay, and take one tile after the other, those of
+// the same pixels one after the other. Two blocks of a cluster have tiles of the same channels at the same time, and
+// each brings half of the weights for both.
 //
 // Shared memory holds 64 channels of a tile's input at a time, as 8 planes of vectors of 8 channels, one for each
 // position: a ring of stages. Weights lie likewise, a vector for each result channel. wgmma reads both as they are,

@@ -93,6 +93,7 @@ void leave_registers() {
 inline void let_next_launch_begin() {}
 inline void wait_for_launch_before() { emulation::self().has_waited = true; }
 
+inline void meet_cluster() { sync_cluster(); }
 inline int cluster_rank() { return emulation::block().rank; }
 
 inline int same_in_warp(int v) { return v; }
@@ -231,6 +232,7 @@ inline void send_remote(float* p, int rank, float v, Barrier* barrier) {
 inline void wait_for_remote(Barrier* barrier, uint32_t parity) { wait_for(barrier, parity); }
 
 inline void check_bulk(const void* shared, const void* global, uint32_t bytes) {
+  emulation::check_waited();
   emulation::check_shared(shared, bytes, "a bulk copy");
   emulation::check_aligned(shared, 16, "a bulk copy");
   emulation::check_aligned(global, 16, "a bulk copy");

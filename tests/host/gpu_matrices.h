@@ -12,7 +12,7 @@
 
 namespace bitfast::gpu {
 
-// ---- by a warp -------------------------------------------------------------------------------------------------------
+// ---- by a warp ------------------------------------------------------------------------------------------------------
 
 inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
   emulation::check_shared(row, 16, "a matrix's row");
@@ -81,7 +81,7 @@ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   });
 }
 
-// ---- in shared memory, by four warps ---------------------------------------------------------------------------------
+// ---- in shared memory, by four warps --------------------------------------------------------------------------------
 
 using MatrixPlace = uint64_t;  // the fields of the hardware's descriptor; addresses count from the block's memory
 

@@ -1,6 +1,6 @@
-// Which parts of shared memory ordinary stores have written that the copy engine and wgmma may not meet yet: a fence of the
-// async proxy must come first, by the thread that wrote, or, after it has arrived at a barrier, by one that waited there.
-// A fence by any thread of the block counts for the latter.
+// Which parts of shared memory ordinary stores have written that the copy engine and wgmma may not meet yet: a fence of
+// the async proxy must come first, by the thread that wrote, or, after it has arrived at a barrier, by one that waited
+// there. A fence by any thread of the block counts for the latter.
 #pragma once
 
 #include <stddef.h>
