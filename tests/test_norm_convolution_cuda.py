@@ -135,7 +135,7 @@ CUT = [
 @pytest.mark.parametrize("case", CUT, ids=name_of)
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_every_tiling(tiling: tuple[int, ...], case: Case) -> None:
-    """On a device where each block has many tiles; on an H100 the convolutions of the model have one or some."""
+    """On a device where each block has many tiles. Those of the model have one or some on an H100."""
     emulate(convolution_kernels(), (90, 7, 227 * 1024), seed=sum(tiling))
     if can_be_cut(case, tiling):
         check(case, tiling=Tiling(*tiling))
