@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,13 @@ from bitfast.ops.norm_convolution_cuda import (
     Prepared,
     Tiling,
 )
-from tests.emulated import DTYPES, at_page_end, call, library
+from bitfast.ops.same_padding import same_padding
+from tests.emulated import DTYPES, H100, at_page_end, call, library
+from tests.tolerances import assert_draws_within_contract
 
 NAN = float("nan")
+ZEROS = (1, 1, 1, 1)
+DEVICES = [H100, *((90, multiprocessors, 227 * 1024) for multiprocessors in (1, 2, 3))]
 
 
 # ---- statistics -------------------------------------------------------------------------------------
@@ -269,3 +273,66 @@ def check_statistics(result: Tensor, partials: Tensor, cell_channels: int) -> No
     rounding = count**0.5 * 1.2e-7 * exact_mean.abs()
     allowed = 1e-5 * exact_squares + 2 * rounding * exact_squares.sqrt() + rounding.square()
     assert ((squares - exact_squares).abs() <= allowed).all()
+
+
+def check(
+    case: Case,
+    mean: float = 0.0,
+    in_place: bool = False,
+    draws: int = 1,
+    tiling: Tiling | None = None,
+) -> None:
+    """Hold the results of several draws together to the contract, and their statistics to float64."""
+
+    def draw() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        inputs = Inputs.of(case, mean)
+        actual = convolve(case, inputs, in_place, tiling)
+        plain, exact = (expected(case, inputs, dtype) for dtype in (case.dtype, torch.float64))
+        compared = {"result": (actual.result, plain[0], exact[0])}
+        if actual.second is not None and plain[1] is not None and exact[1] is not None:
+            compared["second"] = (actual.second, plain[1], exact[1])
+        if actual.partials is not None:
+            check_statistics(actual.result, actual.partials, case.cell_channels)
+        return compared
+
+    assert_draws_within_contract(draw, draws)
+
+
+# ---- the convolutions of the model --------------------------------------------------------------------
+
+
+def of_model(
+    channels: int,
+    out_channels: int,
+    side: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    **options: Any,
+) -> Case:
+    """One of R50x1, with "same" padding; groups of its norms have as many channels as a 32nd."""
+    size = (side, side)
+    padding = same_padding(size, (kernel_size,) * 2, (stride,) * 2, (1, 1))
+    top, bottom, left, right = padding if kernel_size == 3 else (0, 0, 0, 0)
+    cell_channels = min(out_channels // 32, 8)
+    return Case(
+        options.pop("images", 1), channels, size, out_channels, kernel_size, stride,
+        (top, bottom, left, right), cell_channels=cell_channels, **options,
+    )  # fmt: skip
+
+
+MODEL = [
+    of_model(64, 256, 56, adds=True), of_model(256, 64, 56), of_model(64, 64, 56),
+    of_model(64, 64, 56, second_channels=256), of_model(256, 128, 56),
+    of_model(128, 512, 28, adds=True), of_model(512, 128, 28), of_model(512, 256, 28),
+    of_model(256, 1024, 14, adds=True, images=2), of_model(1024, 256, 14, images=3),
+    of_model(512, 2048, 7, adds=True, images=3), of_model(2048, 512, 7, images=2),
+    of_model(64, 64, 56, 3), of_model(128, 128, 28, 3), of_model(256, 256, 14, 3, images=2),
+    of_model(512, 512, 7, 3),
+    of_model(128, 128, 56, 3, 2), of_model(256, 256, 28, 3, 2), of_model(512, 512, 14, 3, 2),
+    of_model(256, 512, 56, 1, 2), of_model(512, 1024, 28, 1, 2), of_model(1024, 2048, 14, 1, 2),
+]  # fmt: skip
+
+
+def name_of(case: Case) -> str:
+    sides = f"{case.channels}-{case.out_channels}@{case.size[0]}x{case.size[1]}"
+    return f"{case.kernel_size}x{case.kernel_size}/{case.stride}-{sides}-{case.images}"

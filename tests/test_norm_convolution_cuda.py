@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bitfast.ops.norm_convolution_cuda import Call, Prepared, Tiling
-from bitfast.ops.same_padding import same_padding
+from bitfast.ops.norm_convolution_cuda import Call, Prepared
 from tests.emulated import A100, H100, at_page_end, call, emulate, emulate_last_cluster_only
 from tests.norm_convolution_calls import (
+    DEVICES,
+    MODEL,
     NAN,
+    ZEROS,
     Case,
     Inputs,
     Results,
+    check,
     check_statistics,
     convolution_kernels,
     convolve,
     expected,
+    name_of,
     pack_filters,
 )
-from tests.tolerances import assert_draws_within_contract, assert_within_contract
+from tests.tolerances import assert_within_contract
 
 hypothesis = pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis")
 from hypothesis import given, settings  # noqa: E402
@@ -35,71 +37,8 @@ from hypothesis import strategies as st  # noqa: E402
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 
-DEVICES = [H100, *((90, multiprocessors, 227 * 1024) for multiprocessors in (1, 2, 3))]
-ZEROS = (1, 1, 1, 1)
-
-
-def check(
-    case: Case,
-    mean: float = 0.0,
-    in_place: bool = False,
-    draws: int = 1,
-    tiling: Tiling | None = None,
-) -> None:
-    """Hold the results of several draws together to the contract, and their statistics to float64."""
-
-    def draw() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        inputs = Inputs.of(case, mean)
-        actual = convolve(case, inputs, in_place, tiling)
-        plain, exact = (expected(case, inputs, dtype) for dtype in (case.dtype, torch.float64))
-        compared = {"result": (actual.result, plain[0], exact[0])}
-        if actual.second is not None and plain[1] is not None and exact[1] is not None:
-            compared["second"] = (actual.second, plain[1], exact[1])
-        if actual.partials is not None:
-            check_statistics(actual.result, actual.partials, case.cell_channels)
-        return compared
-
-    assert_draws_within_contract(draw, draws)
-
 
 # ---- the convolutions of the model --------------------------------------------------------------------
-
-
-def of_model(
-    channels: int,
-    out_channels: int,
-    side: int,
-    kernel_size: int = 1,
-    stride: int = 1,
-    **options: Any,
-) -> Case:
-    """One of R50x1, with "same" padding; groups of its norms have as many channels as a 32nd."""
-    size = (side, side)
-    padding = same_padding(size, (kernel_size,) * 2, (stride,) * 2, (1, 1))
-    top, bottom, left, right = padding if kernel_size == 3 else (0, 0, 0, 0)
-    cell_channels = min(out_channels // 32, 8)
-    return Case(
-        options.pop("images", 1), channels, size, out_channels, kernel_size, stride,
-        (top, bottom, left, right), cell_channels=cell_channels, **options,
-    )  # fmt: skip
-
-
-MODEL = [
-    of_model(64, 256, 56, adds=True), of_model(256, 64, 56), of_model(64, 64, 56),
-    of_model(64, 64, 56, second_channels=256), of_model(256, 128, 56),
-    of_model(128, 512, 28, adds=True), of_model(512, 128, 28), of_model(512, 256, 28),
-    of_model(256, 1024, 14, adds=True, images=2), of_model(1024, 256, 14, images=3),
-    of_model(512, 2048, 7, adds=True, images=3), of_model(2048, 512, 7, images=2),
-    of_model(64, 64, 56, 3), of_model(128, 128, 28, 3), of_model(256, 256, 14, 3, images=2),
-    of_model(512, 512, 7, 3),
-    of_model(128, 128, 56, 3, 2), of_model(256, 256, 28, 3, 2), of_model(512, 512, 14, 3, 2),
-    of_model(256, 512, 56, 1, 2), of_model(512, 1024, 28, 1, 2), of_model(1024, 2048, 14, 1, 2),
-]  # fmt: skip
-
-
-def name_of(case: Case) -> str:
-    sides = f"{case.channels}-{case.out_channels}@{case.size[0]}x{case.size[1]}"
-    return f"{case.kernel_size}x{case.kernel_size}/{case.stride}-{sides}-{case.images}"
 
 
 @pytest.mark.parametrize("case", MODEL, ids=name_of)
@@ -113,97 +52,6 @@ def test_zeros_on_all_sides(case: Case) -> None:
     """As in released models: (1, 1) where "same" pads less before than after; and in float16."""
     emulate(convolution_kernels(), H100, seed=7)
     check(replace(case, padding=ZEROS if case.kernel_size == 3 else case.padding, dtype=FLOAT16))
-
-
-# ---- tilings --------------------------------------------------------------------------------------------
-
-TILINGS = [
-    (columns, *rest, units)
-    for columns, units in ((64, 1), (64, 2), (128, 2), (256, 1))
-    for rest in ((1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 2))
-]
-"""(columns, takes_turns, keeps_weights, cluster, units)."""
-
-CUT = [
-    Case(3, 136, (9, 11), 200, adds=True, second_channels=72, cell_channels=4),
-    Case(3, 64, (17, 20), 328, 3, 1, ZEROS, adds=True, cell_channels=2),
-    Case(5, 40, (13, 12), 72, 3, 2, (0, 1, 0, 1), second_channels=264),
-    Case(2, 200, (15, 9), 392, 1, 2, activation="none"),
-]
-
-
-@pytest.mark.parametrize("case", CUT, ids=name_of)
-@pytest.mark.parametrize("tiling", TILINGS)
-def test_every_tiling(tiling: tuple[int, ...], case: Case) -> None:
-    """On a device where each block has many tiles. Those of the model have one or some on an H100."""
-    emulate(convolution_kernels(), (90, 7, 227 * 1024), seed=sum(tiling))
-    if can_be_cut(case, tiling):
-        check(case, tiling=Tiling(*tiling))
-    else:  # only the weights of 3x3 filters are too large to keep
-        assert case.kernel_size == 3
-        assert tiling[2] == 1
-
-
-def can_be_cut(case: Case, tiling: tuple[int, ...]) -> bool:
-    try:
-        prepared = case.prepared(Tiling(*tiling))
-    except RuntimeError as error:
-        if "cannot be cut to fit" not in str(error):
-            raise
-        return False
-    assert tuple(getattr(prepared.tiling, name) for name, _ in Tiling._fields_) == tiling
-    return True
-
-
-def test_the_table_has_a_use_for_each_number_of_columns() -> None:
-    """And for both kinds of blocks, in the model, whatever the batch."""
-    emulate(convolution_kernels(), H100)
-    chosen = [
-        replace(case, images=images).prepared().tiling
-        for case, images in product(MODEL, (1, 2, 8, 32, 128, 1000))
-    ]
-    assert {tiling.columns for tiling in chosen} == {64, 128, 256}
-    assert {(tiling.takes_turns, tiling.cluster) for tiling in chosen} >= {(1, 1), (0, 2)}
-
-
-def test_small_batches_use_more_of_the_device() -> None:
-    emulate(convolution_kernels(), H100)
-    for case in MODEL:
-        few, many = (replace(case, images=n).prepared() for n in (1, 128))
-        assert few.tiling.columns <= many.tiling.columns or few.blocks >= 8, name_of(case)
-        assert many.blocks >= 120, name_of(case)
-
-
-def test_each_block_has_a_multiprocessor() -> None:
-    for multiprocessors in (132, 7, 1):
-        emulate(convolution_kernels(), (90, multiprocessors, 227 * 1024))
-        for case, images in product(MODEL, (1, 8, 128)):
-            assert replace(case, images=images).prepared().blocks <= multiprocessors, case
-
-
-def test_wide_maps_are_cut_in_no_time() -> None:
-    emulate(convolution_kernels(), H100)
-    begin = time.process_time()
-    Case(1, 64, (1, 10**7), 64, 3, 1, ZEROS).prepared()
-    assert time.process_time() - begin < 0.1
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_a_group_waits_for_its_turn(seed: int) -> None:
-    """Tiles have more stages than the ring: without turns a group would find its barrier two rounds ahead."""
-    emulate(convolution_kernels(), (90, 1, 227 * 1024), seed)
-    case = Case(6, 576, (8, 8), 64)
-    check(case, tiling=Tiling(64, 1, 1, 1, 2))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_there_is_a_way_to_cut_any_size(device: tuple[int, int, int]) -> None:
-    emulate(convolution_kernels(), device)
-    sides = (1, 2, 5, 14, 20, 37, 56, 97, 224, 1000)
-    for height, width, stride in product(sides, sides, (1, 2)):
-        for channels, out_channels in ((8, 8), (64, 256), (2048, 512), (512, 2048)):
-            case = Case(1, channels, (height, width), out_channels, 3, stride, ZEROS, adds=True)
-            assert case.prepared().tiles >= 1, case
 
 
 # ---- small and odd ones -------------------------------------------------------------------------------
