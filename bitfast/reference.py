@@ -81,15 +81,9 @@ def group_norm_act_forward(
     else:
         batch, channels, height, width = x.shape
         normalized, mean, rstd = torch.native_group_norm(
-            x.contiguous(),
-            weight.to(x.dtype),
-            bias.to(x.dtype),
-            batch,
-            channels,
-            height * width,
-            num_groups,
-            eps,
-        )
+            x.contiguous(), weight.to(x.dtype), bias.to(x.dtype),
+            batch, channels, height * width, num_groups, eps,
+        )  # fmt: skip
         mean, rstd = mean.to(compute_dtype(x.dtype)), rstd.to(compute_dtype(x.dtype))
     return ACTIVATIONS[activation](normalized), mean, rstd
 
@@ -152,27 +146,40 @@ def group_norm_act_backward(
     ``grad_total``, if given, is the gradient that reached x directly; it is added to dx.
     """
     dtype = compute_dtype(x.dtype)
-    per_group = x.shape[1] // num_groups
     scale = weight.to(dtype).view(1, -1, 1, 1)
-    mean_c, rstd_c = (_per_channel(s.to(dtype), per_group) for s in (mean, rstd))
-    normalized = (x.to(dtype) - mean_c) * rstd_c
-    before = normalized * scale + bias.to(dtype).view(1, -1, 1, 1)
+    normalized, before = _normalized_again(x, weight, bias, mean, rstd)
     grad_before = ACTIVATION_GRADIENTS[activation](grad.to(dtype), before)
     grad_weight = (grad_before * normalized).sum(dim=(0, 2, 3))
     grad_bias = grad_before.sum(dim=(0, 2, 3))
     g = (grad_before * scale).unflatten(1, (num_groups, -1))
     h = normalized.unflatten(1, (num_groups, -1))
     group_dims = (2, 3, 4)
-    g_mean = g.mean(dim=group_dims, keepdim=True)
-    projection = (g * h).mean(dim=group_dims, keepdim=True)
-    grad_x = (g - g_mean - h * projection).flatten(1, 2) * rstd_c
+    g_mean, projection = (v.mean(dim=group_dims, keepdim=True) for v in (g, g * h))
+    grad_x = (g - g_mean - h * projection).flatten(1, 2)
+    grad_x = grad_x * _per_channel(rstd.to(dtype), x.shape[1] // num_groups)
     if grad_total is not None:
         grad_x = grad_x + grad_total
-    return (
-        laid_out(grad_x.to(x.dtype), memory_format_of(x)),
-        grad_weight.to(weight.dtype),
-        grad_bias.to(bias.dtype),
-    )
+    grad_x = laid_out(grad_x.to(x.dtype), memory_format_of(x))
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _normalized_again(
+    x: Tensor, weight: Tensor, bias: Tensor, *statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x normalized with the forward's mean and 1/std, and that scaled and shifted."""
+    dtype = compute_dtype(x.dtype)
+    mean, rstd = (_per_channel(s.to(dtype), x.shape[1] // s.shape[1]) for s in statistics)
+    normalized = (x.to(dtype) - mean) * rstd
+    scale, shift = (p.to(dtype).view(1, -1, 1, 1) for p in (weight, bias))
+    return normalized, normalized * scale + shift
+
+
+def group_norm_act_recompute(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what :func:`group_norm_act_backward` returns, and what the forward returned for x."""
+    x, activation = arguments[2], arguments[-1]
+    result = ACTIVATIONS[activation](_normalized_again(*arguments[2:7])[1])
+    result = laid_out(result.to(x.dtype), memory_format_of(x))
+    return *group_norm_act_backward(*arguments), result
 
 
 # ---- same_padding ---------------------------------------------------------------------------------

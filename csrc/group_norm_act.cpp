@@ -255,9 +255,15 @@ Tensor parameter_gradient(const double* parts, const Division& division, const T
                                                       : torch::stable::to(result, parameter.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
+// The gradients of x, weight and bias, and the result of the forward pass if it is computed again.
+struct Gradients {
+  Tensor x, weight, bias, result;
+};
+
+Gradients gradients_of(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation,
+    bool recomputes) {
   check_arguments(x, weight, bias, num_groups);
   check_like("grad", grad, x);
   check_statistics(mean, rstd, x.size(0) * num_groups, "of shape (N, num_groups)");
@@ -269,8 +275,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     check_like("grad_total", *grad_total, x);
     dense_grad_total = torch::stable::contiguous(*grad_total, memory_format);
   }
-  Tensor grad_x = empty_spatial(dense_x, x.size(2), x.size(3), x.scalar_type());
-  Tensor grad_weight, grad_bias;
+  const auto empty_like_x = [&] { return empty_spatial(dense_x, x.size(2), x.size(3), x.scalar_type()); };
+  Gradients gradients;
+  gradients.x = empty_like_x();
+  if (recomputes) {
+    gradients.result = empty_like_x();
+  }
   const FloatData weights(weight), biases(bias);
   dispatch_kernel_dtype("group_norm_act", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -281,7 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     work.grad = static_cast<const T*>(dense_grad.const_data_ptr());
     work.grad_total = data_of<const T>(dense_grad_total);
     work.x = static_cast<const T*>(dense_x.const_data_ptr());
-    work.grad_x = static_cast<T*>(grad_x.mutable_data_ptr());
+    work.grad_x = static_cast<T*>(gradients.x.mutable_data_ptr());
+    work.result = recomputes ? static_cast<T*>(gradients.result.mutable_data_ptr()) : nullptr;
     work.weight = weights.data();
     work.bias = biases.data();
     work.mean = static_cast<const float*>(mean.const_data_ptr());
@@ -290,10 +301,26 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     in_one_pass_or_two(
         work, choose(BITFAST_EACH(backward<T>)), choose(BITFAST_EACH(backward_sums<T>)),
         choose(BITFAST_EACH(backward_grad<T>)));
-    grad_weight = parameter_gradient(storage.pairs.second, work.division, weight);
-    grad_bias = parameter_gradient(storage.pairs.first, work.division, bias);
+    gradients.weight = parameter_gradient(storage.pairs.second, work.division, weight);
+    gradients.bias = parameter_gradient(storage.pairs.first, work.division, bias);
   });
-  return {grad_x, grad_weight, grad_bias};
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
+    const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+  const Gradients gradients =
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, false);
+  return {gradients.x, gradients.weight, gradients.bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_recompute(
+    const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+  const Gradients gradients =
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, true);
+  return {gradients.x, gradients.weight, gradients.bias, gradients.result};
 }
 
 }  // namespace
@@ -314,6 +341,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
   m.def(
       "group_norm_act_backward.native(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, Tensor bias, "
       "Tensor mean, Tensor rstd, int num_groups, str activation) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_act_recompute.native(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, Tensor bias, "
+      "Tensor mean, Tensor rstd, int num_groups, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
@@ -322,6 +352,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
   m.impl("group_norm_act_into.native", TORCH_BOX(&group_norm_act_into));
   m.impl("add_group_norm_act.native", TORCH_BOX(&add_group_norm_act));
   m.impl("group_norm_act_backward.native", TORCH_BOX(&group_norm_act_backward));
+  m.impl("group_norm_act_recompute.native", TORCH_BOX(&group_norm_act_recompute));
 }
 
 }  // namespace bitfast::group_norm_act

@@ -83,6 +83,7 @@ struct Backward {
   const T* grad_total;  // or null
   const T* x;
   T* grad_x;
+  T* result;  // of the forward pass, once more; or null
   const float *weight, *bias;
   const float *mean, *rstd;
   ChannelPairs sums;  // of the gradient before the activation, and of its product with the normalized x

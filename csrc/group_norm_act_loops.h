@@ -218,6 +218,11 @@ struct Channel {
   BITFAST_INLINE Vector before(Vector grad, Vector h) const {
     return activation == Activation::none ? grad : grad * derivative_at<activation>(h * weight + bias);
   }
+
+  template <Activation activation>
+  BITFAST_INLINE Vector result(Vector h) const {
+    return activated<activation>(h * weight + bias);
+  }
 };
 
 // 1/std of a group. That of a group of one value counts as 0: its result is constant, and its gradient 0.
@@ -367,6 +372,9 @@ BITFAST_INLINE void grad_at(
     result += load_up_to(work.grad_total + at, count);
   }
   store_up_to(work.grad_x + at, result, count);
+  if (work.result != nullptr) {
+    store_up_to(work.result + at, channel.template result<activation>(h), count);
+  }
 }
 
 template <typename T>

@@ -7,13 +7,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "float_data.h"
+#include "group_statistics.h"
 #include "instruction_sets.h"
 #include "kernel_dtypes.h"
 #include "memory_format.h"
@@ -154,22 +154,14 @@ Coefficients coefficients_of(const Norm& norm, const Tensor& x) {
   }
   const int64_t size = channels / norm.groups;
   for (int64_t first = 0; first < images * channels; first += size) {
-    double mean = 0, variance = 0;
+    const GroupStatistics group = statistics_of_group(means + first, variances + first, size, norm.eps);
+    const float center = static_cast<float>(group.mean);
     for (int64_t c = first; c < first + size; ++c) {
-      mean += means[c];
-    }
-    mean /= size;
-    for (int64_t c = first; c < first + size; ++c) {
-      variance += variances[c] + (means[c] - mean) * (means[c] - mean);
-    }
-    const float rstd = static_cast<float>(1.0 / std::sqrt(variance / size + norm.eps));
-    const float center = static_cast<float>(mean);
-    for (int64_t c = first; c < first + size; ++c) {
-      const float scale = weight.data()[c % channels] * rstd;
+      const float scale = weight.data()[c % channels] * group.rstd;
       result.center[c] = center;
       result.scale[c] = scale;
       // Corrected by the error of the rounded mean.
-      result.shift[c] = bias.data()[c % channels] - static_cast<float>(mean - center) * scale;
+      result.shift[c] = bias.data()[c % channels] - static_cast<float>(group.mean - center) * scale;
     }
   }
   return result;

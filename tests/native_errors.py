@@ -73,6 +73,15 @@ def norms() -> list[Wrong]:
             "mean and rstd must be float32, contiguous, of shape (N, num_groups)",
         ),
         Wrong("group_norm_act_backward", (X[:1], None, *saved), "grad must have the shape of x"),
+        Wrong("group_norm_act_recompute", (X, X[:1], *saved), "grad_total must have the shape of x"),
+        Wrong(
+            "group_statistics", (moments, 2, 1e-5), "moments must be float64, contiguous, of shape (2, N, C)"
+        ),
+        Wrong(
+            "group_statistics",
+            (moments.double(), 3, 1e-5),
+            "num_groups must divide the 4 channels of the moments, got 3",
+        ),
     ]  # fmt: skip
 
 

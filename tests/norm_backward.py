@@ -38,6 +38,20 @@ def drawn_arguments(
     return grad, grad_total if has_total else None, x, weight, bias, *statistics, groups, activation
 
 
+def recomputed_result(backend: str, arguments: Arguments) -> Tensor:
+    """Return the result that a backend's ``group_norm_act_recompute`` gives.
+
+    Its gradients must have the bits of those that the backend's backward gives.
+    """
+    x = arguments[2]
+    *gradients, result = getattr(torch.ops.bitfast.group_norm_act_recompute, backend)(*arguments)
+    expected = getattr(torch.ops.bitfast.group_norm_act_backward, backend)(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert (result.shape, result.dtype) == (x.shape, x.dtype)
+    assert result.stride() == gradients[0].stride()
+    return result
+
+
 def plain_gradients(arguments: Arguments, dtype: torch.dtype) -> list[Tensor]:
     """Return the gradients of x, weight and bias that PyTorch computes in a dtype."""
     grad, grad_total, x, weight, bias, _, _, groups, activation = arguments

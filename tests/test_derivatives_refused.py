@@ -62,9 +62,12 @@ def _norm_into(x: Tensor) -> None:
     OPERATORS.group_norm_act_into.native(x, None, *NORM, None, torch.empty_like(OTHER))
 
 
-def _norm_backward(backend: str, x: Tensor) -> None:
-    operator = getattr(OPERATORS.group_norm_act_backward, backend)
+def _norm_backward(backend: str, x: Tensor, name: str = "group_norm_act_backward") -> None:
+    operator = getattr(getattr(OPERATORS, name), backend)
     operator(OTHER, None, x, *NORM[:2], *STATISTICS, 2, "relu")
+
+
+_norm_recompute = partial(_norm_backward, name="group_norm_act_recompute")
 
 
 def _weight_backward(backend: str, x: Tensor) -> None:
@@ -121,10 +124,14 @@ UNDERIVED: dict[str, Callable[[Tensor], None]] = {
     "a whole network": _network,
     "packing": lambda x: OPERATORS.pack_norm_convolution.native(x[..., :1, :1].contiguous(), False),
     "moments": lambda x: OPERATORS.channel_moments.native(x),
+    "statistics": lambda x: OPERATORS.group_statistics.native(
+        x[:, :, 0].double().contiguous(), 2, 1e-5
+    ),
     **{
         f"{name} by {backend}": partial(run, backend)
         for name, run in {
             "backward of norms": _norm_backward,
+            "backward of norms with the result": _norm_recompute,
             "backward of weights": _weight_backward,
             "backward of all weights": _weights_backward,
             "backward of pools": _pool_backward,

@@ -14,6 +14,7 @@ from bitfast.backends import BackendUnavailableError, use_backend
 from bitfast.ops.group_norm_act import group_norm_act
 from tests.drawn_cases import norm_cases
 from tests.feature_maps import DTYPES, LAYOUTS
+from tests.norm_backward import drawn_arguments, recomputed_result
 from tests.plain_ops import plain_norm
 from tests.tolerances import Triples, assert_draws_within_contract
 
@@ -137,6 +138,30 @@ def test_gradients_are_within_the_contract(op, dtype, layout):
         return dict(zip(names, zip(actual, baseline, exact, strict=True), strict=True))
 
     assert_draws_within_contract(draw, 3)
+
+
+@pytest.mark.parametrize("has_total", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_that_gives_the_result_again(dtype, activation, layout, has_total):
+    def draw() -> Triples:
+        arguments = drawn_arguments(
+            (2, 24, 5, 3), 4, dtype, activation, mean=3.0, has_total=has_total, layout=layout
+        )
+        x, weight, bias = arguments[2:5]
+        result = recomputed_result("reference", arguments)
+        assert result.is_contiguous(memory_format=layout)
+        settings = (weight, bias, 4, activation)
+        return {"result": (result, plain_norm(x, *settings), oracle(x, *settings))}
+
+    assert_draws_within_contract(draw, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_a_backward_that_gives_the_result_again(layout):
+    arguments = drawn_arguments((2, 6, 4, 3), 2, torch.bfloat16, has_total=True, layout=layout)
+    torch.library.opcheck(torch.ops.bitfast.group_norm_act_recompute.reference, arguments)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

@@ -16,6 +16,7 @@ from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.drawn_cases import norm_cases
 from tests.feature_maps import LAYOUTS, away_from_kinks
 from tests.guarded import Guarded
+from tests.norm_backward import recomputed_result
 from tests.plain_ops import channel_moments, plain_norm
 from tests.requirements import NEEDS_EXTENSION
 from tests.threads import torch_threads
@@ -58,10 +59,10 @@ def draw(
         result, mean_, rstd = operators.group_norm_act.native(x, *arguments)
     extra = grad_total if with_residual else None
     grad = away_from_kinks(grad, total, weight, bias, groups, activation)
-    gradients = operators.group_norm_act_backward.native(
-        grad, extra, total, weight, bias, mean_, rstd, groups, activation
-    )
-    for tensor in (total, result, gradients[0]):
+    saved = (total, weight, bias, mean_, rstd, groups, activation)
+    gradients = operators.group_norm_act_backward.native(grad, extra, *saved)
+    again = recomputed_result("native", (grad, extra, *saved))
+    for tensor in (total, result, gradients[0], again):
         assert tensor.is_contiguous(memory_format=layout) or shape[0] == 0
 
     def outputs(dtype: torch.dtype) -> list[Tensor]:
@@ -69,10 +70,10 @@ def draw(
         output = plain_norm(*leaves, groups, activation)
         found = torch.autograd.grad(output, leaves, grad.to(dtype))
         added = 0 if extra is None else extra.to(dtype)
-        return [output.detach(), found[0] + added, *found[1:]]
+        return [output.detach(), output.detach(), found[0] + added, *found[1:]]
 
-    names = ("result", "grad_x", "grad_weight", "grad_bias")
-    columns = zip((result, *gradients), outputs(dtype), outputs(torch.float64), strict=True)
+    names = ("result", "result again", "grad_x", "grad_weight", "grad_bias")
+    columns = zip((result, again, *gradients), outputs(dtype), outputs(torch.float64), strict=True)
     return dict(zip(names, columns, strict=True))
 
 
@@ -285,3 +286,6 @@ def test_opcheck(dtype, layout):
         inputs = (x, moments, weight.detach(), bias.detach(), 2, 1e-5, "gelu", shortcut)
         torch.library.opcheck(operators.group_norm_act_.native, inputs)
         torch.library.opcheck(operators.group_norm_act_into.native, (*inputs, memory))
+    for total in (None, residual):
+        saved = (x, weight.detach(), bias.detach(), torch.zeros(2, 2), torch.ones(2, 2), 2, "gelu")
+        torch.library.opcheck(operators.group_norm_act_recompute.native, (residual, total, *saved))

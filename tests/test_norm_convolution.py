@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -185,6 +186,22 @@ def test_drawn_shapes(dtype, data, seed):
 def test_moments_far_from_zero(shape, dtype, poisoned):
     for x in (images(*shape, dtype=dtype, mean=100.0), 5 + images(*shape, dtype=dtype) / 100):
         assert_are_moments(operators.channel_moments.native(x), x)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 9, 7), (3, 64, 1, 1), (0, 8, 2, 2)])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_statistics_for_a_backward_pass(shape, mean):
+    x = images(*shape, mean=mean)
+    for groups in (1, 4, 8):
+        moments = channel_moments(x)
+        found = operators.group_statistics.native(moments, groups, EPS)
+        grouped = x.double().reshape(shape[0], groups, math.prod(shape[1:]) // groups)
+        center = grouped.mean(-1)
+        variance = (grouped - center[..., None]).square().mean(-1)
+        for actual, exact in zip(found, (center, (variance + EPS).rsqrt()), strict=True):
+            # Rounded once, from float64.
+            torch.testing.assert_close(actual, exact.float(), rtol=2**-23, atol=1e-9)
+        torch.library.opcheck(operators.group_statistics.native, (moments, groups, EPS))
 
 
 def test_moments_that_are_given_and_those_that_nobody_wants(dtype):

@@ -41,6 +41,7 @@ from bitfast.ops.group_norm_act_contract import (
     IN_PLACE_SIGNATURE,
     INTO_SIGNATURE,
     OP,
+    RECOMPUTE_SIGNATURE,
     SIGNATURE,
     add_fake,
     check,
@@ -48,6 +49,7 @@ from bitfast.ops.group_norm_act_contract import (
     differentiable_norm_gradients,
     fake,
     fake_backward,
+    fake_recompute,
     setup_context,
 )
 from bitfast.ops.group_norm_act_cuda import check_forward, is_slower_than_triton
@@ -166,11 +168,16 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
 # ---- the operators --------------------------------------------------------------------------------
 
 
-def define_kernel(backend: str, forward: Any, add_forward: Any, backward: Any) -> None:
-    """Define both operators of a backend and their backward, differentiable and traceable."""
+def define_kernel(
+    backend: str, forward: Any, add_forward: Any, backward: Any, recompute: Any = None
+) -> None:
+    """Define the operators of a backend, differentiable (forward) and traceable."""
     define_operator(OP, backend, SIGNATURE, forward, fake)
     define_operator(ADD_OP, backend, ADD_SIGNATURE, add_forward, add_fake)
     define_operator(f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, fake_backward)
+    if recompute is not None:
+        define_operator(f"{OP}_recompute", backend, RECOMPUTE_SIGNATURE, recompute, fake_recompute)
+        refuse_derivatives(f"{OP}_recompute", backend)
     _connect_gradients(backend)
 
 
@@ -181,8 +188,9 @@ def _complete_native_kernel() -> None:
     complete_operator(f"{OP}_into", "native", INTO_SIGNATURE, lambda *_: None)
     complete_operator(ADD_OP, "native", ADD_SIGNATURE, add_fake)
     complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, fake_backward)
-    for in_place in (f"{OP}_", f"{OP}_into"):
-        refuse_derivatives(in_place, "native")
+    complete_operator(f"{OP}_recompute", "native", RECOMPUTE_SIGNATURE, fake_recompute)
+    for name in (f"{OP}_", f"{OP}_into", f"{OP}_recompute"):
+        refuse_derivatives(name, "native")
     _connect_gradients("native")
 
 
@@ -224,6 +232,7 @@ define_kernel(
     reference.group_norm_act_forward,
     reference.add_group_norm_act_forward,
     reference.group_norm_act_backward,
+    reference.group_norm_act_recompute,
 )
 
 

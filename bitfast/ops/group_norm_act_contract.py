@@ -50,6 +50,12 @@ BACKWARD_SIGNATURE = (
 """Of every backend's ``group_norm_act_backward``. Returns the gradients of x, weight and bias. With a residual,
 x is the sum, and ``grad_total`` the gradient that reached the sum directly, which is added."""
 
+RECOMPUTE_SIGNATURE = BACKWARD_SIGNATURE.replace(
+    "-> (Tensor, Tensor, Tensor)", "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+"""Of every backend's ``group_norm_act_recompute``, for a forward pass that did not keep its result. Returns
+what the backward returns, and the result again: what the forward returned for x."""
+
 
 def check(
     op: str,
@@ -112,6 +118,12 @@ def fake_backward(
     """Return tensors without contents, like those that ``group_norm_act_backward`` returns."""
     grad_x = torch.empty_like(x, memory_format=memory_format_of(x))
     return grad_x, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def fake_recompute(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tensors without contents, like those that ``group_norm_act_recompute`` returns."""
+    grad_x, grad_weight, grad_bias = fake_backward(*arguments)
+    return grad_x, grad_weight, grad_bias, torch.empty_like(grad_x)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -47,6 +47,10 @@ ADD_SIGNATURE = (
 )
 """Of ``norm_convolution_add_``: adds the convolution to ``total`` in place, and returns the sum's moments."""
 
+STATISTICS_SIGNATURE = "(Tensor moments, int num_groups, float eps) -> (Tensor mean, Tensor rstd)"
+"""Of ``group_statistics``. Returns the mean and 1/std of each (image, group) of a norm from the moments of its
+input: float32, as ``group_norm_act_backward`` takes it after a forward pass by ``norm_convolution``."""
+
 WIDEST_3X3 = 256 * 256
 """Input times output channels of a 3x3 filter, at most: packed, filters take 16/9 of their memory."""
 
@@ -230,6 +234,11 @@ def _fake_add(x: Tensor, *rest: Any) -> Tensor:
     return _fake_moments(total, wants_moments)
 
 
+def _fake_statistics(moments: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    mean = moments.new_empty((moments.shape[1], num_groups), dtype=torch.float32)
+    return mean, torch.empty_like(mean)
+
+
 register_kernel(
     OP,
     "native",
@@ -241,7 +250,8 @@ register_kernel(
 if extension.CPU.problem is None:
     complete_operator(OP, "native", SIGNATURE, _fake)
     complete_operator(f"{OP}_add_", "native", ADD_SIGNATURE, _fake_add)
-    for _name in (OP, f"{OP}_add_", f"pack_{OP}", "channel_moments"):
+    complete_operator("group_statistics", "native", STATISTICS_SIGNATURE, _fake_statistics)
+    for _name in (OP, f"{OP}_add_", f"pack_{OP}", "channel_moments", "group_statistics"):
         refuse_derivatives(_name, "native")
 
 __all__ = [
