@@ -322,12 +322,22 @@ class DropPath(ChangeNotifier):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, ...) to the same shape; branches that are not dropped are divided by their probability."""
-        if not self.drop_prob or not self.training:
-            return x
-        keep = 1 - self.drop_prob
+        return x.div(self.keep_probability) * self.draw(x) if self.is_active() else x
+
+    def is_active(self) -> bool:
+        """Whether branches are dropped."""
+        return bool(self.drop_prob) and self.training
+
+    @property
+    def keep_probability(self) -> float:
+        """The probability that a branch is not dropped."""
+        return 1 - (self.drop_prob or 0)
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Return 0 for each image whose branch is dropped, else 1: shape (N, 1, ...), the dtype of x."""
         # The draw and its order are those of transformers, so that equal seeds give equal runs.
         draw = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
-        return x.div(keep) * (keep + draw).floor()
+        return (self.keep_probability + draw).floor()
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print(model)``."""

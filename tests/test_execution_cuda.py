@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,8 +65,8 @@ def one_after_the_other(model: Any, x: Tensor) -> list[Tensor]:
     """The hidden states and the result, by the same ops without a plan; channels_last."""
     steps = model.plans.steps(model)
     x = x.contiguous(memory_format=torch.channels_last)
-    weights = standardized_weights(steps.convolutions(), True)
-    outputs, result = op_by_op.compute(steps, x, weights, range(len(steps.outputs)))
+    standardize = partial(standardized_weights, channels_last=True)
+    outputs, result = op_by_op.compute(steps, x, standardize, range(len(steps.outputs)))
     return [*outputs, result]
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,8 +140,8 @@ class ForwardPass(nn.Module):
         replaced = self.layout_of_outputs(images) if torch.is_grad_enabled() and wanted else None
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        weights = standardized_weights(steps.convolutions(), channels_last)
-        return op_by_op.compute(steps, images, weights, wanted, replaced)
+        standardize = partial(standardized_weights, channels_last=channels_last)
+        return op_by_op.compute(steps, images, standardize, wanted, replaced)
 
     def layout_of_outputs(self, pixel_values: Tensor) -> Any:
         """Return a function that brings feature maps into the layout that plain convolutions would give them.

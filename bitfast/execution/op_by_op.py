@@ -1,12 +1,13 @@
 """A network's steps computed one op after the other: differentiable, traceable, on any device and backend.
 
-Networks are trained this way, and use it in inference where no plan can be made. A residual is added together
-with the norm that comes next, so that the sum is written once and read once.
+Networks are trained this way, and use it in inference where no plan can be made. A residual block is one op where
+that can be (:mod:`bitfast.execution.nodes`). A residual is added together with the norm that comes next, so that the
+sum is written once and read once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from bitfast.activations import activation_name
 from bitfast.blocks import add_to_shortcut
+from bitfast.execution.nodes import Node
 from bitfast.execution.steps import (
     IMAGES,
+    Block,
     CallModule,
     Convolve,
     Join,
@@ -29,18 +32,22 @@ from bitfast.execution.steps import (
     normalized,
 )
 from bitfast.execution.weights import Weights
-from bitfast.layers import GroupNormActivation
+from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
+from bitfast.ops.norm_convolution import uses_norm_convolution
 from bitfast.torch_state import is_concrete
 
 Layout = Callable[[Tensor], Tensor]
 """Returns a tensor in another memory format."""
 
+Standardize = Callable[[Sequence[WeightStandardizedConv2d]], Weights]
+"""Returns the standardized weights of those convolutions that do not standardize them themselves."""
+
 
 def compute(
     steps: Steps,
     images: Tensor,
-    weights: Weights,
+    standardize: Standardize,
     wanted: Container[int],
     replaced: Layout | None = None,
     source: int = IMAGES,
@@ -50,7 +57,8 @@ def compute(
     Args:
         steps: Of the network.
         images: (N, num_channels, H, W), in the layout to compute in.
-        weights: The standardized weights that are there already.
+        standardize: Called for the stem and the first stage, then for each other stage before it is computed. So
+            autograd has the gradients of a stage's weights as soon as it is through with that stage.
         wanted: The numbers of the stages (0 is the stem) whose outputs to return.
         replaced: Applied to each wanted output. The next step reads what it returns, in the layout to compute
             in. None: the outputs are returned as they are.
@@ -59,22 +67,156 @@ def compute(
     Returns:
         The wanted outputs, in order, and the result.
     """
-    outputs: list[Tensor] = []
-    wanted_values = [value for number, value in enumerate(steps.outputs) if number in wanted]
-    values: dict[int, Tensor] = {source: images}
-    sequence = steps.all()
-    for step, dead in zip(sequence, last_reads(sequence, {steps.result}), strict=True):
-        _compute_step(step, values, weights)
-        for value in dead:
-            values.pop(value, None)
-        times = wanted_values.count(step.result)  # a stage without blocks returns its input
-        if times:
-            x = values[step.result]
-            outer = x if replaced is None else replaced(x)
-            outputs += [outer] * times
-            if replaced is not None:  # so that gradients with respect to the output exist
-                values[step.result] = _laid_out_like(x, outer)
-    return outputs, values[steps.result]
+    return _Pass(steps, images, wanted, replaced, source).compute(standardize)
+
+
+class _Pass:
+    """One computation of a network."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        images: Tensor,
+        wanted: Container[int],
+        replaced: Layout | None,
+        source: int,
+    ) -> None:
+        self.steps = steps
+        self.replaced = replaced
+        self.values: dict[int, Tensor] = {source: images}
+        self.pending: dict[int, tuple[Tensor, Tensor]] = {}
+        """Values that are still to be computed: branch and shortcut, which the next norm adds."""
+        self.moments: dict[int, Tensor] = {}
+        """Of the channels of values, as ``norm_convolution`` computes them."""
+        self.weights: Weights = {}
+        self.outputs: list[Tensor] = []
+        self.wanted = [value for number, value in enumerate(steps.outputs) if number in wanted]
+        sequence = steps.all()
+        self.dead = iter(last_reads(sequence, {steps.result}))
+
+    def compute(self, standardize: Standardize) -> tuple[list[Tensor], Tensor]:
+        steps = self.steps
+        first, *others = steps.stages or ((),)
+        for blocks in ((steps.stem, *first), *others, (steps.norm,)):
+            self.weights = standardize(_convolutions_of(blocks))
+            for block in blocks:
+                self.compute_block(block)
+        return self.outputs, self.read(steps.result)
+
+    def compute_block(self, block: Block) -> None:
+        node = self.steps.nodes.get(block[-1].result) if block else None
+        if (
+            node is not None
+            and not torch.compiler.is_compiling()
+            and self.compute_node(node, block)
+        ):
+            self.forget([value for _ in block for value in next(self.dead)])
+            self.hand_out(block[-1].result)
+            return
+        for step in block:
+            self.compute_step(step)
+            self.forget(next(self.dead))
+            self.hand_out(step.result)
+
+    def compute_node(self, node: Node, block: Block) -> bool:
+        """Compute a block as one op; return whether that could be done."""
+        source, last = block[0].source, block[-1]
+        pending = self.pending.get(source) if node.form.links[0].norm is not None else None
+        x, residual = (self.read(source), None) if pending is None else pending
+        parameters = node.parameters(self.filters_of)
+        if not node.suits(x, residual, parameters):
+            return False
+        follows = isinstance(last, Convolve) and last.then is not None
+        sums = not follows or uses_norm_convolution(x.device.type, x.dtype)
+        moments = self.moments.get(source) if residual is None else None
+        computed = node.compute(x, residual, moments, parameters, sums=sums)
+        if computed.shortcut is None:
+            self.values[last.result] = computed.branch
+        else:
+            self.pending[last.result] = computed.branch, computed.shortcut
+        if computed.moments is not None:
+            self.moments[last.result] = computed.moments
+        return True
+
+    # ---- values ----------------------------------------------------------------------------------
+
+    def read(self, value: int) -> Tensor:
+        """Return a value."""
+        if value in self.pending:
+            self.values[value] = add_to_shortcut(*self.pending.pop(value))
+        return self.values[value]
+
+    def forget(self, values: Sequence[int]) -> None:
+        for value in values:
+            for kept in (self.values, self.pending, self.moments):
+                kept.pop(value, None)
+
+    def hand_out(self, value: int) -> None:
+        """Append a value to the outputs if it is wanted."""
+        times = self.wanted.count(value)  # a stage without blocks returns its input
+        if not times:
+            return
+        x = self.read(value)
+        outer = x if self.replaced is None else self.replaced(x)
+        self.outputs += [outer] * times
+        if self.replaced is not None:  # so that gradients with respect to the output exist
+            self.values[value] = _laid_out_like(x, outer)
+
+    def filters_of(self, convolution: WeightStandardizedConv2d) -> Tensor:
+        weight = self.weights.get(convolution)
+        return convolution.filters() if weight is None else weight
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def compute_step(self, step: Step) -> None:
+        values = self.values
+        if isinstance(step, Convolve):
+            self.convolve(step)
+        elif isinstance(step, Normalize):
+            values[step.result] = self.normalized(step.source, step.norm)
+        elif isinstance(step, Join):
+            branch = _through(step.drop_path, _norm(step.norm, self.read(step.source)))
+            total = add_to_shortcut(branch, self.read(step.shortcut))
+            values[step.result] = step.activation(total)
+        elif isinstance(step, Pool):
+            values[step.result] = step.pooler.with_zeros(self.read(step.source), step.zeros)
+        elif isinstance(step, ZeroPad):
+            values[step.result] = F.pad(self.read(step.source), (step.zeros,) * 4)
+        else:
+            values[step.result] = _call(step, self.read(step.source))
+
+    def convolve(self, step: Convolve) -> None:
+        convolution = step.convolution
+        if step.norm is None:
+            x = self.read(step.source)
+        else:
+            x = self.normalized(step.source, step.norm)
+        if convolution.pad is not None:
+            x = convolution.pad(x)
+        branch = convolution._conv_forward(x, self.filters_of(convolution), None)
+        if step.shortcut is None:
+            self.values[step.result] = branch
+            return
+        branch, shortcut = _through(step.drop_path, branch), self.read(step.shortcut)
+        if step.then is None or _may_differ(branch, shortcut):
+            self.values[step.result] = add_to_shortcut(branch, shortcut)
+        else:
+            self.pending[step.result] = branch, shortcut
+
+    def normalized(self, source: int, norm: GroupNormActivation) -> Tensor:
+        """Return the normalized value, which another step may have computed already."""
+        place, values = normalized(source), self.values
+        if place not in values:
+            pending = self.pending.pop(source, None)
+            if pending is None:
+                values[place] = _norm(norm, values[source])
+            else:
+                values[source], values[place] = add_group_norm_act(*pending, *_arguments(norm))
+        return values[place]
+
+
+def _convolutions_of(blocks: Sequence[Block]) -> list[WeightStandardizedConv2d]:
+    return [step.convolution for block in blocks for step in block if isinstance(step, Convolve)]
 
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
@@ -84,55 +226,11 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     return other
 
 
-def _compute_step(step: Step, values: dict[int, Tensor], weights: Weights) -> None:
-    if isinstance(step, Convolve):
-        _convolve(step, values, weights)
-    elif isinstance(step, Normalize):
-        values[step.result] = _normalized(step.source, step.norm, values)
-    elif isinstance(step, Join):
-        branch = _through(step.drop_path, _norm(step.norm, values[step.source]))
-        values[step.result] = step.activation(add_to_shortcut(branch, values[step.shortcut]))
-    elif isinstance(step, Pool):
-        values[step.result] = step.pooler.with_zeros(values[step.source], step.zeros)
-    elif isinstance(step, ZeroPad):
-        values[step.result] = F.pad(values[step.source], (step.zeros,) * 4)
-    else:
-        values[step.result] = _call(step, values[step.source])
-
-
-def _convolve(step: Convolve, values: dict[int, Tensor], weights: Weights) -> None:
-    convolution = step.convolution
-    x = values[step.source] if step.norm is None else _normalized(step.source, step.norm, values)
-    if convolution.pad is not None:
-        x = convolution.pad(x)
-    weight = weights.get(convolution)
-    if weight is None:
-        weight = convolution.filters()
-    branch = convolution._conv_forward(x, weight, None)
-    if step.shortcut is None:
-        values[step.result] = branch
-        return
-    branch, shortcut = _through(step.drop_path, branch), values[step.shortcut]
-    if step.then is None or _may_differ(branch, shortcut):
-        values[step.result] = add_to_shortcut(branch, shortcut)
-    else:
-        total, following = add_group_norm_act(branch, shortcut, *_arguments(step.then))
-        values[step.result], values[normalized(step.result)] = total, following
-
-
 def _may_differ(branch: Tensor, shortcut: Tensor) -> bool:
     """Whether branch and shortcut differ in shape, because somebody has changed a convolution."""
     return (
         is_concrete(branch) and not torch.compiler.is_compiling() and branch.shape != shortcut.shape
     )
-
-
-def _normalized(source: int, norm: GroupNormActivation, values: dict[int, Tensor]) -> Tensor:
-    """Return the normalized value, which another step may have computed already."""
-    place = normalized(source)
-    if place not in values:
-        values[place] = _norm(norm, values[source])
-    return values[place]
 
 
 def _norm(norm: GroupNormActivation, x: Tensor) -> Tensor:

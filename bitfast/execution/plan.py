@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -317,8 +318,8 @@ class _Planner:
         steps = self.steps._replace(stem=(), stages=(tuple(blocks),), norm=())
         steps = steps._replace(result=blocks[-1][-1].result)
         wanted = [self.steps.outputs.index(v) for v in self.kept(blocks) if self.is_wanted(v)]
-        weights = standardized_weights(steps.convolutions(), channels_last=False)
-        return op_by_op.compute(steps, x, weights, wanted, source=blocks[0][0].source)
+        standardize = partial(standardized_weights, channels_last=False)
+        return op_by_op.compute(steps, x, standardize, wanted, source=blocks[0][0].source)
 
     # ---- slices ----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from bitfast.blocks import (
     BitPreActivationBottleneckLayer,
     ResidualBlock,
 )
+from bitfast.execution.nodes import Node, bottleneck_node, preactivation_node
 from bitfast.layers import DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
 from bitfast.network import BitStage
 from bitfast.pooling import MaxPool2d
@@ -141,6 +142,7 @@ class Steps(NamedTuple):
         values: How many values there are.
         read: The modules that were read as steps, and those that only contain others.
         unusual: The modules that could not be read: hooked, wrapped, replaced or the like.
+        nodes: The blocks that may be one node of autograd's graph, by the value that they compute.
     """
 
     stem: Block
@@ -151,6 +153,7 @@ class Steps(NamedTuple):
     values: int
     read: tuple[nn.Module, ...]
     unusual: tuple[nn.Module, ...]
+    nodes: dict[int, Node]
 
     def blocks(self) -> list[Block]:
         """Return the stem, all blocks and the final norm, in order."""
@@ -225,6 +228,7 @@ class _Reader:
         self.values = 1
         self.seen: list[nn.Module] = []
         self.unusual: list[nn.Module] = []
+        self.nodes: dict[int, Node] = {}
 
     def read(
         self,
@@ -255,6 +259,7 @@ class _Reader:
             self.values,
             tuple(self.seen),
             tuple(self.unusual),
+            self.nodes,
         )
 
     def value(self) -> int:
@@ -352,12 +357,19 @@ class _Reader:
 
     def block(self, module: nn.Module, options: dict[str, Any] | None, x: int) -> tuple[Block, int]:
         """Return the steps of a block, and the number of its output."""
-        if options is None and self.can_read(module):
+        if self.can_read(module):
+            found = None
             if is_plain(module, BitPreActivationBottleneckLayer):
                 if self.can_read_preactivation(module):
-                    return self.preactivation(module, x)
+                    found = self.preactivation(module, x), preactivation_node(module)
             elif is_plain(module, BitBottleneckLayer) and self.can_read_bottleneck(module):
-                return self.bottleneck(module, x)
+                found = self.bottleneck(module, x), bottleneck_node(module)
+            if found is not None:
+                (steps, result), node = found
+                if options is not None:
+                    steps = (CallModule(x, module, result, options),)
+                self.nodes[result] = node._replace(recomputation=options)
+                return steps, result
         return self.call(module, x, options)
 
     def call(

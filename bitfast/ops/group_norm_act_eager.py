@@ -94,6 +94,36 @@ def launch(
     Raises:
         TypeError, ValueError: As the op.
     """
+    call = find_call(x, residual, weight, bias, num_groups, eps, activation)
+    if call is None:
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or bias.requires_grad
+        or (residual is not None and residual.requires_grad)
+    ):
+        if residual is None:
+            total, result = x, GroupNormAct.apply(call, x, weight, bias)
+        else:
+            total, result = AddGroupNormAct.apply(call, x, residual, weight, bias)
+    else:
+        total, result, _ = call.forward(x, residual, weight, bias, keeps_statistics=False)
+    if torch.is_autocast_enabled(call.device.type):
+        result = result.to(torch.get_autocast_dtype(call.device.type))
+    return total, result
+
+
+def find_call(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> PreparedCall | None:
+    """Return the prepared launches for such arguments; None where an operator is needed: see :func:`launch`."""
     try:
         key = (
             x.shape, x.stride(), x.dtype, x.device,
@@ -116,21 +146,7 @@ def launch(
         or (residual is not None and has_unusual_memory(residual))
     ):
         return None
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or weight.requires_grad
-        or bias.requires_grad
-        or (residual is not None and residual.requires_grad)
-    ):
-        if residual is None:
-            total, result = x, GroupNormAct.apply(call, x, weight, bias)
-        else:
-            total, result = AddGroupNormAct.apply(call, x, residual, weight, bias)
-    else:
-        total, result, _ = call.forward(x, residual, weight, bias, keeps_statistics=False)
-    if torch.is_autocast_enabled(call.device.type):
-        result = result.to(torch.get_autocast_dtype(call.device.type))
-    return total, result
+    return call
 
 
 class PreparedCall:
@@ -149,6 +165,8 @@ class PreparedCall:
         numbers = x.shape[0] * self.num_groups
         self.statistics = aligned_count(numbers)
         """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
+        self._backwards: dict[tuple[bool, bool], Any] = {}
+        """The launches of the backward pass, by whether there is a gradient to add, and a result to recompute."""
         self._settings = (
             tuple(x.shape), x.dtype, x.device, self.memory_format == torch.channels_last, self.num_groups
         )  # fmt: skip
@@ -167,19 +185,13 @@ class PreparedCall:
     def _training(self) -> Any:
         return self._prepare_forward(True)
 
-    def _prepare_backward(self, has_grad_total: bool) -> Any:
-        return prepare_backward(
+    def _prepare_backward(self, has_grad_total: bool, recomputes: bool) -> Any:
+        run = prepare_backward(
             self.backend, *self._settings, self.activation, *self.parameter_dtypes,
-            has_grad_total=has_grad_total,
+            has_grad_total=has_grad_total, recomputes=recomputes,
         )  # fmt: skip
-
-    @cached_property
-    def _backward(self) -> Any:
-        return self._prepare_backward(False)
-
-    @cached_property
-    def _backward_with_total(self) -> Any:
-        return self._prepare_backward(True)
+        self._backwards[has_grad_total, recomputes] = run
+        return run
 
     def forward(
         self,
@@ -224,20 +236,41 @@ class PreparedCall:
         """
         if grad is None:
             return grad_total, None, None
-        if not torch.is_grad_enabled() and self._takes(saved, grad, grad_total):
-            return self._launch_backward(saved, grad, grad_total)
-        if not can_use_backward_kernel(grad, grad_total):
+        if torch.is_grad_enabled() or not can_use_backward_kernel(grad, grad_total):
             return differentiable_norm_gradients(
                 saved[:3], self.num_groups, self.eps, self.activation, grad, grad_total
             )
+        return self.gradients(saved, grad, grad_total, False)[:3]
+
+    def gradients(
+        self,
+        saved: Sequence[Tensor],
+        grad: Tensor,
+        grad_total: Tensor | None,
+        recomputes: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the gradients of x (or the sum), weight and bias, and the result if it is to be recomputed.
+
+        Args:
+            saved, grad, grad_total: As in :meth:`backward`. No gradient is recorded.
+            recomputes: Whether to compute the result again.
+        """
+        if self._takes(saved, grad, grad_total):
+            return self._launch_backward(saved, grad, grad_total, recomputes)
         *inputs, statistics = saved
         mean, rstd = (
             part[: self.shape[0] * self.num_groups].view(self.shape[0], self.num_groups)
             for part in (statistics[: self.statistics], statistics[self.statistics :])
         )
-        operator = getattr(torch.ops.bitfast.group_norm_act_backward, self.backend)
-        settings = (self.num_groups, self.activation)
-        return call_without_autograd(operator, grad, grad_total, *inputs, mean, rstd, *settings)
+        operators = torch.ops.bitfast
+        overloads = (
+            operators.group_norm_act_recompute if recomputes else operators.group_norm_act_backward
+        )
+        found = call_without_autograd(
+            getattr(overloads, self.backend), grad, grad_total, *inputs, mean, rstd,
+            self.num_groups, self.activation,
+        )  # fmt: skip
+        return found if recomputes else (*found, None)
 
     def _takes(self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None) -> bool:
         """Whether the prepared kernels can take the tensors, and nobody has to see an operator."""
@@ -254,25 +287,27 @@ class PreparedCall:
         return True
 
     def _launch_backward(
-        self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None, recomputes: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         stream = current_stream(self.device)
         if stream is None:
             with as_current(self.device):
-                return self._launch_backward(saved, grad, grad_total)
+                return self._launch_backward(saved, grad, grad_total, recomputes)
         x, weight, bias, statistics = saved
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-        run, total_at = self._backward, 0
-        if grad_total is not None:
-            run, total_at = self._backward_with_total, grad_total.data_ptr()
+        result = torch.empty_like(x) if recomputes else None
+        run = self._backwards.get((grad_total is not None, recomputes))
+        if run is None:
+            run = self._prepare_backward(grad_total is not None, recomputes)
         mean = statistics.data_ptr()
         run(
-            stream, grad.data_ptr(), total_at, x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
-            mean, mean + 4 * self.statistics,
+            stream, grad.data_ptr(), 0 if grad_total is None else grad_total.data_ptr(), x.data_ptr(),
+            weight.data_ptr(), bias.data_ptr(), mean, mean + 4 * self.statistics,
             grad_x.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr(),
+            0 if result is None else result.data_ptr(),
         )  # fmt: skip
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, result
 
 
 _calls: BoundedCache[PreparedCall | None] = BoundedCache(most=1024)
@@ -354,4 +389,12 @@ class AddGroupNormAct(torch.autograd.Function):
         return (None, grad_x, grad_x, *others)
 
 
-__all__ = ["forget_calls", "kernels_of", "launch", "prepare_backward", "prepare_forward"]
+__all__ = [
+    "PreparedCall",
+    "find_call",
+    "forget_calls",
+    "kernels_of",
+    "launch",
+    "prepare_backward",
+    "prepare_forward",
+]

@@ -12,6 +12,7 @@ There is a kernel for AVX-512. Everywhere else, and for other filters, the layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -160,15 +161,22 @@ def has_norm_convolution_kernel(
         return False
     if weight.device.type != "cpu" or weight.is_inference():
         return False
+    return has_kernel_for(weight.shape, geometry, dtype, size)
+
+
+def has_kernel_for(
+    shape: torch.Size, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]
+) -> bool:
+    """Whether there is a kernel for weights of this shape, as :func:`has_norm_convolution_kernel` says it."""
     stride, padding, dilation = geometry
-    if weight.shape[2:] == (1, 1):
+    if shape[2:] == (1, 1):
         return stride[0] == stride[1] and padding == (0, 0)
     return (
-        weight.shape[2:] == (3, 3)
+        shape[2:] == (3, 3)
         and (stride, padding, dilation) == ((1, 1), (1, 1), (1, 1))
         and dtype == torch.float32
         and min(size) >= SMALLEST_3X3
-        and weight.shape[0] * weight.shape[1] <= WIDEST_3X3
+        and shape[0] * shape[1] <= WIDEST_3X3
     )
 
 
@@ -257,6 +265,7 @@ if extension.CPU.problem is None:
 __all__ = [
     "Norm",
     "add_norm_convolution_",
+    "has_kernel_for",
     "has_norm_convolution_kernel",
     "norm_convolution",
     "packed_for",

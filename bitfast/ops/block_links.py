@@ -1,0 +1,263 @@
+"""A link of a residual block in training: a norm with its activation, and the convolutions that read its result.
+
+Everything here is computed without autograd, which sees a whole block as one node
+(:mod:`bitfast.ops.residual_block`). A link keeps what its norm reads and that one's statistics. What the
+convolutions read is written again in the backward pass, by the kernel that computes the norm's gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfast import reference
+from bitfast.backends import select_backend
+from bitfast.ops import group_norm_act_gradients as norms
+from bitfast.ops.convolution_gradients import input_gradient, weight_gradient
+from bitfast.ops.derivatives import call_without_autograd
+from bitfast.ops.group_norm_act_gradients import NormSettings, Statistics
+from bitfast.ops.kept_weights import Geometry
+from bitfast.ops.norm_convolution import Norm
+from bitfast.ops.norm_convolution_training import norm_convolve
+from bitfast.ops.same_padding import OP as SAME_PADDING
+from bitfast.ops.same_padding import same_padding
+from bitfast.ops.same_padding_cuda import Window
+
+
+class Convolution(NamedTuple):
+    """What determines a convolution besides its filters.
+
+    Attributes:
+        geometry: Stride, zeros on each side, and dilation.
+        window: Kernel size, stride and dilation, by which the input gets TensorFlow's "same" padding first.
+    """
+
+    geometry: Geometry
+    window: Window | None = None
+
+
+class Link(NamedTuple):
+    """What determines a link besides its parameters.
+
+    Attributes:
+        norm: Of what the convolutions read. None: they read the link's input as it is.
+        convolutions: The first computes the branch, a second one the shortcut.
+    """
+
+    norm: NormSettings | None
+    convolutions: tuple[Convolution, ...]
+
+
+class Parameters(NamedTuple):
+    """The parameters of a link: those of the norm (none without one), and the standardized filters."""
+
+    norm: tuple[Tensor, ...]
+    filters: tuple[Tensor, ...]
+
+
+class Made(NamedTuple):
+    """What a link computes.
+
+    Attributes:
+        total: The link's input, or its sum with the residual.
+        statistics: Of ``total``; None without a norm.
+        outputs: Of each convolution; the shortcut is added to the first.
+        moments: Of the first output's channels, if the kernel has them.
+    """
+
+    total: Tensor
+    statistics: Statistics | None
+    outputs: Sequence[Tensor]
+    moments: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a link are wanted."""
+
+    input: bool
+    norm: bool
+    filters: tuple[bool, ...]
+
+
+def forward(
+    link: Link,
+    parameters: Parameters,
+    x: Tensor,
+    residual: Tensor | None = None,
+    moments: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    *,
+    keeps_statistics: bool = True,
+) -> Made:
+    """Compute a link.
+
+    Args:
+        link: Its settings.
+        parameters: Its parameters.
+        x: Shape (N, C, H, W).
+        residual: Added to x first; only with a norm. Of the shape and dtype of x.
+        moments: Of the channels of x, if they are known.
+        shortcut: Added to the first convolution's output.
+        keeps_statistics: Whether there is a backward pass.
+    """
+    if residual is None:
+        made = _fused(link, parameters, x, moments, shortcut)
+        if made is not None:
+            return made
+    total, read, statistics = x, x, None
+    if link.norm is not None:
+        total, read, statistics = norms.forward(
+            x, residual, *parameters.norm, link.norm, keeps_statistics
+        )
+    outputs = [
+        torch.conv2d(_padded(convolution, read), filters, None, *convolution.geometry)
+        for convolution, filters in zip(link.convolutions, parameters.filters, strict=True)
+    ]
+    if shortcut is not None:
+        outputs[0] = outputs[0].add_(shortcut)
+    return Made(total, statistics, outputs, None)
+
+
+def _fused(
+    link: Link,
+    parameters: Parameters,
+    x: Tensor,
+    moments: Tensor | None,
+    shortcut: Tensor | None,
+) -> Made | None:
+    """Compute a link by kernels that normalize what they read, where there are such."""
+    if x.device.type != "cpu" or any(c.window is not None for c in link.convolutions):
+        return None
+    norm = None if link.norm is None else Norm(*parameters.norm, *link.norm)
+    geometries = [convolution.geometry for convolution in link.convolutions]
+    made = norm_convolve(x, moments, norm, parameters.filters, geometries, True, shortcut)
+    if made is None:
+        return None
+    statistics = None
+    if made.mean is not None and made.rstd is not None:
+        statistics = Statistics.of_operators(made.mean, made.rstd)
+    return Made(x, statistics, made.results, made.moments[0])
+
+
+def gradients(
+    link: Link,
+    parameters: Parameters,
+    x: Tensor,
+    statistics: Statistics | None,
+    grads: Sequence[Tensor],
+    grad_total: Tensor | None,
+    wanted: Wanted,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return the gradients of x, of the norm's parameters and of the filters; None for those not wanted.
+
+    Args:
+        link: Its settings.
+        parameters: Its parameters.
+        x: What the norm read: ``Made.total``.
+        statistics: ``Made.statistics``.
+        grads: The gradients of the convolutions' outputs.
+        grad_total: The gradient that reached x in another way, which is added; or None.
+        wanted: Which gradients.
+    """
+    grad_read = None
+    if wanted.input or wanted.norm:
+        for convolution, filters, grad in zip(
+            link.convolutions, parameters.filters, grads, strict=True
+        ):
+            part = _input_gradient(convolution, filters, grad, x.shape)
+            grad_read = part if grad_read is None else grad_read.add_(part)
+    grad_x, grad_norm, read = grad_total, [None] * len(parameters.norm), x
+    wants_filters = any(wanted.filters)
+    if link.norm is None:
+        if grad_read is not None:
+            grad_x = grad_read if grad_total is None else grad_read.add_(grad_total)
+    elif grad_read is not None:
+        assert statistics is not None
+        grad_x, *grad_norm, read = norms.gradients(
+            grad_read, grad_total, x, *parameters.norm, statistics, link.norm, wants_filters
+        )
+    elif wants_filters:
+        _, read, _ = norms.forward(x, None, *parameters.norm, link.norm, False)
+    grad_filters = [
+        weight_gradient(_padded(convolution, read), grad, filters, convolution.geometry)
+        if is_wanted
+        else None
+        for convolution, filters, grad, is_wanted in zip(
+            link.convolutions, parameters.filters, grads, wanted.filters, strict=True
+        )
+    ]
+    return grad_x, grad_norm, grad_filters
+
+
+def _input_gradient(
+    convolution: Convolution, filters: Tensor, grad: Tensor, shape: torch.Size
+) -> Tensor:
+    sides = _sides(convolution, shape)
+    if not any(sides):
+        return input_gradient(grad, filters, shape, convolution.geometry)
+    images, channels, height, width = shape
+    top, bottom, left, right = sides
+    padded = torch.Size((images, channels, height + top + bottom, width + left + right))
+    return _pad(
+        input_gradient(grad, filters, padded, convolution.geometry), [-side for side in sides]
+    )
+
+
+def _padded(convolution: Convolution, x: Tensor) -> Tensor:
+    sides = _sides(convolution, x.shape)
+    return _pad(x, sides) if any(sides) else x
+
+
+def _sides(convolution: Convolution, shape: torch.Size) -> list[int]:
+    """Return (top, bottom, left, right) of the "same" padding."""
+    window = convolution.window
+    return [0, 0, 0, 0] if window is None else same_padding(shape[2:], *window)
+
+
+def _pad(x: Tensor, sides: list[int]) -> Tensor:
+    backend = select_backend(SAME_PADDING, x.device.type, x.dtype)
+    return call_without_autograd(getattr(torch.ops.bitfast.same_pad, backend), x, sides, 0.0)
+
+
+def size_after(
+    convolution: Convolution, kernel_size: Sequence[int], size: Sequence[int]
+) -> tuple[int, ...]:
+    """Return height and width of a convolution's result, given those of its input."""
+    sides = [0, 0, 0, 0] if convolution.window is None else same_padding(size, *convolution.window)
+    padded = reference.padded_size(size, sides)
+    return tuple(
+        (n + 2 * zeros - dilation * (k - 1) - 1) // stride + 1
+        for n, k, stride, zeros, dilation in zip(
+            padded, kernel_size, *convolution.geometry, strict=True
+        )
+    )
+
+
+def composite(link: Link, parameters: Parameters, x: Tensor) -> list[Tensor]:
+    """Compute the outputs of a link in plain PyTorch, differentiable to any order."""
+    read = x
+    if link.norm is not None:
+        read = reference.group_norm_act_forward(x, *parameters.norm, *link.norm)[0]
+    outputs = []
+    for convolution, filters in zip(link.convolutions, parameters.filters, strict=True):
+        padded = read
+        if convolution.window is not None:
+            padded = reference.same_pad_forward(read, _sides(convolution, x.shape), 0.0)
+        outputs.append(torch.conv2d(padded, filters, None, *convolution.geometry))
+    return outputs
+
+
+__all__ = [
+    "Convolution",
+    "Link",
+    "Made",
+    "Parameters",
+    "Wanted",
+    "composite",
+    "forward",
+    "gradients",
+    "size_after",
+]

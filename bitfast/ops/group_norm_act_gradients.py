@@ -1,0 +1,115 @@
+"""group_norm_act and its gradients without autograd, for nodes of autograd that compute more than a norm.
+
+The gradients come with the result, computed again from the input and the statistics: so it need not be kept.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfast.backends import select_backend
+from bitfast.memory_format import memory_format_of
+from bitfast.ops import group_norm_act_eager as eager
+from bitfast.ops.derivatives import call_without_autograd
+from bitfast.ops.eager import may_launch
+from bitfast.ops.group_norm_act_contract import OP
+
+
+class NormSettings(NamedTuple):
+    """The arguments of ``group_norm_act`` that are no tensors."""
+
+    num_groups: int
+    eps: float
+    activation: str
+
+
+class Statistics(NamedTuple):
+    """The statistics of a norm's input.
+
+    Attributes:
+        call: The prepared launches that computed them, in a buffer of their own; None: operators did.
+        tensors: That buffer; or the mean and 1/std, each of shape (N, num_groups).
+    """
+
+    call: eager.PreparedCall | None
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of_operators(cls, mean: Tensor, rstd: Tensor) -> Statistics:
+        """Return statistics as operators take them."""
+        return cls(None, (mean, rstd))
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    settings: NormSettings,
+    keeps_statistics: bool,
+) -> tuple[Tensor, Tensor, Statistics | None]:
+    """Return x (plus the residual), its norm, and the statistics if they are kept.
+
+    Args:
+        x, residual, weight, bias: As ``add_group_norm_act`` takes them, and right for it. The result has the
+            dtype of x.
+        settings: The other arguments.
+        keeps_statistics: Whether :func:`gradients` will be called.
+    """
+    call = None
+    if may_launch(OP, x):
+        call = eager.find_call(x, residual, weight, bias, *settings)
+    if call is not None:
+        total, result, buffer = call.forward(x, residual, weight, bias, keeps_statistics)
+        return total, result, None if buffer is None else Statistics(call, (buffer,))
+    backend = select_backend(OP, x.device.type, x.dtype, memory_format_of(x))
+    operators = torch.ops.bitfast
+    if residual is None:
+        operator = getattr(operators.group_norm_act, backend)
+        result, mean, rstd = call_without_autograd(operator, x, weight, bias, *settings)
+        return x, result, Statistics.of_operators(mean, rstd)
+    operator = getattr(operators.add_group_norm_act, backend)
+    total, result, mean, rstd = call_without_autograd(
+        operator, x, residual, weight, bias, *settings
+    )
+    return total, result, Statistics.of_operators(mean, rstd)
+
+
+def gradients(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Statistics,
+    settings: NormSettings,
+    recomputes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x, weight and bias, and the norm's result if ``recomputes``.
+
+    Args:
+        grad: The gradient of the result.
+        grad_total: The gradient that reached x in another way, which is added; or None.
+        x: What was normalized: ``total`` of :func:`forward`.
+        weight, bias, statistics, settings: As in :func:`forward`.
+        recomputes: Whether to compute the result again.
+    """
+    call = statistics.call
+    if call is not None:
+        return call.gradients((x, weight, bias, *statistics.tensors), grad, grad_total, recomputes)
+    backend = select_backend(OP, x.device.type, x.dtype, memory_format_of(x))
+    operators = torch.ops.bitfast
+    overloads = (
+        operators.group_norm_act_recompute if recomputes else operators.group_norm_act_backward
+    )
+    arguments = (grad, grad_total, x, weight, bias, *statistics.tensors)
+    found = call_without_autograd(
+        getattr(overloads, backend), *arguments, settings.num_groups, settings.activation
+    )
+    return found if recomputes else (*found, None)
+
+
+__all__ = ["NormSettings", "Statistics", "forward", "gradients"]
