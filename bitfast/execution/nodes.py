@@ -1,6 +1,6 @@
 """The residual blocks of a network that may be computed as one node of autograd's graph each.
 
-:mod:`bitfast.ops.residual_block` computes such a block. Where it cannot, the block's steps are computed one by one.
+:mod:`bitfast.ops.residual_block` computes such a block. Where it cannot, its steps are computed one by one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Node(NamedTuple):
         form: What the op computes.
         parts: The modules that hold the form's parameters, in order.
         drop_path: Stochastic depth of the branch.
-        recomputation: The options of ``torch.utils.checkpoint.checkpoint`` if the backward pass recomputes the block.
+        recomputation: The options of ``torch.utils.checkpoint.checkpoint`` if the backward pass computes the
+            block again.
     """
 
     form: Form
@@ -165,7 +166,7 @@ def bottleneck_node(block: BitBottleneckLayer) -> Node:
         Link(_settings_of(block.norm1), (_convolution_of(block.conv2),)),
         Link(_settings_of(block.norm2), (_convolution_of(block.conv3),)),
     )
-    activation = activation_name(block.activation)  # type: ignore[arg-type]
+    activation = activation_name(block.activation)
     assert activation is not None
     join = Join(
         _settings_of(block.norm3),
@@ -183,9 +184,9 @@ def _settings_of(norm: GroupNormActivation) -> NormSettings:
 
 def _convolution_of(convolution: WeightStandardizedConv2d) -> Convolution:
     pad = convolution.pad
-    is_padded = isinstance(pad, DynamicPad2d) and convolution.kernel_size != (1, 1)
-    window = (pad.kernel_size, pad.stride, pad.dilation) if is_padded else None
-    return Convolution(convolution.geometry, window)
+    if not isinstance(pad, DynamicPad2d) or convolution.kernel_size == (1, 1):
+        return Convolution(convolution.geometry)
+    return Convolution(convolution.geometry, (pad.kernel_size, pad.stride, pad.dilation))
 
 
 __all__ = ["FiltersOf", "Node", "bottleneck_node", "preactivation_node"]

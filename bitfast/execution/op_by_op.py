@@ -1,8 +1,8 @@
 """A network's steps computed one op after the other: differentiable, traceable, on any device and backend.
 
-Networks are trained this way, and use it in inference where no plan can be made. A residual block is one op where
-that can be (:mod:`bitfast.execution.nodes`). A residual is added together with the norm that comes next, so that the
-sum is written once and read once.
+Networks are trained this way, and use it in inference where no plan can be made. A residual block is one op
+where that can be (:mod:`bitfast.execution.nodes`). A residual is added together with the norm that comes next,
+so that the sum is written once and read once.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def compute(
     Args:
         steps: Of the network.
         images: (N, num_channels, H, W), in the layout to compute in.
-        standardize: Called for the stem and the first stage, then for each other stage before it is computed. So
-            autograd has the gradients of a stage's weights as soon as it is through with that stage.
+        standardize: Called for the stem and the first stage, then for each other stage before it is computed.
+            So autograd has the gradients of a stage's weights as soon as it is through with that stage.
         wanted: The numbers of the stages (0 is the stem) whose outputs to return.
         replaced: Applied to each wanted output. The next step reads what it returns, in the layout to compute
             in. None: the outputs are returned as they are.
@@ -187,10 +187,8 @@ class _Pass:
 
     def convolve(self, step: Convolve) -> None:
         convolution = step.convolution
-        if step.norm is None:
-            x = self.read(step.source)
-        else:
-            x = self.normalized(step.source, step.norm)
+        source, norm = step.source, step.norm
+        x = self.read(source) if norm is None else self.normalized(source, norm)
         if convolution.pad is not None:
             x = convolution.pad(x)
         branch = convolution._conv_forward(x, self.filters_of(convolution), None)
@@ -211,7 +209,10 @@ class _Pass:
             if pending is None:
                 values[place] = _norm(norm, values[source])
             else:
-                values[source], values[place] = add_group_norm_act(*pending, *_arguments(norm))
+                branch, shortcut = pending
+                values[source], values[place] = add_group_norm_act(
+                    branch, shortcut, *_arguments(norm)
+                )
         return values[place]
 
 

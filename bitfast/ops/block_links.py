@@ -1,4 +1,4 @@
-"""A link of a residual block in training: a norm with its activation, and the convolutions that read its result.
+"""A link of a residual block in training: a norm with activation, and the convolutions that read its result.
 
 Everything here is computed without autograd, which sees a whole block as one node
 (:mod:`bitfast.ops.residual_block`). A link keeps what its norm reads and that one's statistics. What the
@@ -8,7 +8,7 @@ convolutions read is written again in the backward pass, by the kernel that comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from bitfast.ops.convolution_gradients import input_gradient, weight_gradient
 from bitfast.ops.derivatives import call_without_autograd
 from bitfast.ops.group_norm_act_gradients import NormSettings, Statistics
 from bitfast.ops.kept_weights import Geometry
-from bitfast.ops.norm_convolution import Norm
 from bitfast.ops.norm_convolution_training import norm_convolve
 from bitfast.ops.same_padding import OP as SAME_PADDING
 from bitfast.ops.same_padding import same_padding
@@ -52,10 +51,15 @@ class Link(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """The parameters of a link: those of the norm (none without one), and the standardized filters."""
+    """The parameters of a link, or other values that belong to them: see ``Form.cut``.
 
-    norm: tuple[Tensor, ...]
-    filters: tuple[Tensor, ...]
+    Attributes:
+        norm: The weight and the bias of the norm; none without one.
+        filters: The standardized filters of each convolution.
+    """
+
+    norm: tuple[Any, ...]
+    filters: tuple[Any, ...]
 
 
 class Made(NamedTuple):
@@ -109,9 +113,8 @@ def forward(
             return made
     total, read, statistics = x, x, None
     if link.norm is not None:
-        total, read, statistics = norms.forward(
-            x, residual, *parameters.norm, link.norm, keeps_statistics
-        )
+        norm = link.norm.of(parameters.norm)
+        total, read, statistics = norms.forward(x, residual, norm, keeps_statistics)
     outputs = [
         torch.conv2d(_padded(convolution, read), filters, None, *convolution.geometry)
         for convolution, filters in zip(link.convolutions, parameters.filters, strict=True)
@@ -131,7 +134,7 @@ def _fused(
     """Compute a link by kernels that normalize what they read, where there are such."""
     if x.device.type != "cpu" or any(c.window is not None for c in link.convolutions):
         return None
-    norm = None if link.norm is None else Norm(*parameters.norm, *link.norm)
+    norm = None if link.norm is None else link.norm.of(parameters.norm)
     geometries = [convolution.geometry for convolution in link.convolutions]
     made = norm_convolve(x, moments, norm, parameters.filters, geometries, True, shortcut)
     if made is None:
@@ -169,18 +172,21 @@ def gradients(
         ):
             part = _input_gradient(convolution, filters, grad, x.shape)
             grad_read = part if grad_read is None else grad_read.add_(part)
-    grad_x, grad_norm, read = grad_total, [None] * len(parameters.norm), x
+    grad_x, read = grad_total, x
+    grad_norm: list[Tensor | None] = [None] * len(parameters.norm)
     wants_filters = any(wanted.filters)
     if link.norm is None:
         if grad_read is not None:
             grad_x = grad_read if grad_total is None else grad_read.add_(grad_total)
     elif grad_read is not None:
         assert statistics is not None
-        grad_x, *grad_norm, read = norms.gradients(
-            grad_read, grad_total, x, *parameters.norm, statistics, link.norm, wants_filters
+        grad_x, grad_weight, grad_bias, result = norms.gradients(
+            grad_read, grad_total, x, link.norm.of(parameters.norm), statistics, wants_filters
         )
+        grad_norm = [grad_weight, grad_bias]
+        read = x if result is None else result
     elif wants_filters:
-        _, read, _ = norms.forward(x, None, *parameters.norm, link.norm, False)
+        _, read, _ = norms.forward(x, None, link.norm.of(parameters.norm), False)
     grad_filters = [
         weight_gradient(_padded(convolution, read), grad, filters, convolution.geometry)
         if is_wanted
@@ -223,7 +229,7 @@ def _pad(x: Tensor, sides: list[int]) -> Tensor:
 
 
 def size_after(
-    convolution: Convolution, kernel_size: Sequence[int], size: Sequence[int]
+    convolution: Convolution, kernel_size: Sequence[int], size: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Return height and width of a convolution's result, given those of its input."""
     sides = [0, 0, 0, 0] if convolution.window is None else same_padding(size, *convolution.window)
@@ -240,7 +246,7 @@ def composite(link: Link, parameters: Parameters, x: Tensor) -> list[Tensor]:
     """Compute the outputs of a link in plain PyTorch, differentiable to any order."""
     read = x
     if link.norm is not None:
-        read = reference.group_norm_act_forward(x, *parameters.norm, *link.norm)[0]
+        read = reference.group_norm_act_forward(x, *link.norm.of(parameters.norm))[0]
     outputs = []
     for convolution, filters in zip(link.convolutions, parameters.filters, strict=True):
         padded = read

@@ -1,7 +1,7 @@
 """The gradients of a convolution, in plain functions: for backward passes that are written by hand.
 
-On CPUs with AVX-512 kernels of bitfast compute those that they compute faster than torch does. The gradient of the
-input is a convolution itself, of the gradient with the filters turned round (Dumoulin & Visin, "A guide to
+On CPUs with AVX-512, kernels of bitfast compute those that they compute faster than torch does. The gradient of
+the input is a convolution itself, of the gradient with the filters turned round (Dumoulin & Visin, "A guide to
 convolution arithmetic for deep learning", 2016, https://arxiv.org/abs/1603.07285).
 """
 

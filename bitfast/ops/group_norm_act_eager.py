@@ -166,7 +166,7 @@ class PreparedCall:
         self.statistics = aligned_count(numbers)
         """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self._backwards: dict[tuple[bool, bool], Any] = {}
-        """The launches of the backward pass, by whether there is a gradient to add, and a result to recompute."""
+        """The launches of the backward pass, by whether they add a gradient and whether they give the result."""
         self._settings = (
             tuple(x.shape), x.dtype, x.device, self.memory_format == torch.channels_last, self.num_groups
         )  # fmt: skip

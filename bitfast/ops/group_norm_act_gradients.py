@@ -5,6 +5,7 @@ The gradients come with the result, computed again from the input and the statis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from bitfast.ops import group_norm_act_eager as eager
 from bitfast.ops.derivatives import call_without_autograd
 from bitfast.ops.eager import may_launch
 from bitfast.ops.group_norm_act_contract import OP
+from bitfast.ops.norm_convolution import Norm
 
 
 class NormSettings(NamedTuple):
@@ -24,6 +26,11 @@ class NormSettings(NamedTuple):
     num_groups: int
     eps: float
     activation: str
+
+    def of(self, parameters: Sequence[Tensor]) -> Norm:
+        """Return the norm with this weight and bias."""
+        weight, bias = parameters
+        return Norm(weight, bias, self.num_groups, self.eps, self.activation)
 
 
 class Statistics(NamedTuple):
@@ -46,35 +53,29 @@ class Statistics(NamedTuple):
 def forward(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    settings: NormSettings,
+    norm: Norm,
     keeps_statistics: bool,
 ) -> tuple[Tensor, Tensor, Statistics | None]:
     """Return x (plus the residual), its norm, and the statistics if they are kept.
 
     Args:
-        x, residual, weight, bias: As ``add_group_norm_act`` takes them, and right for it. The result has the
-            dtype of x.
-        settings: The other arguments.
+        x, residual, norm: The arguments of ``add_group_norm_act``. The result has the dtype of x.
         keeps_statistics: Whether :func:`gradients` will be called.
     """
     call = None
     if may_launch(OP, x):
-        call = eager.find_call(x, residual, weight, bias, *settings)
+        call = eager.find_call(x, residual, *norm)
     if call is not None:
-        total, result, buffer = call.forward(x, residual, weight, bias, keeps_statistics)
+        total, result, buffer = call.forward(x, residual, norm.weight, norm.bias, keeps_statistics)
         return total, result, None if buffer is None else Statistics(call, (buffer,))
     backend = select_backend(OP, x.device.type, x.dtype, memory_format_of(x))
     operators = torch.ops.bitfast
     if residual is None:
         operator = getattr(operators.group_norm_act, backend)
-        result, mean, rstd = call_without_autograd(operator, x, weight, bias, *settings)
+        result, mean, rstd = call_without_autograd(operator, x, *norm)
         return x, result, Statistics.of_operators(mean, rstd)
     operator = getattr(operators.add_group_norm_act, backend)
-    total, result, mean, rstd = call_without_autograd(
-        operator, x, residual, weight, bias, *settings
-    )
+    total, result, mean, rstd = call_without_autograd(operator, x, residual, *norm)
     return total, result, Statistics.of_operators(mean, rstd)
 
 
@@ -82,10 +83,8 @@ def gradients(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    norm: Norm,
     statistics: Statistics,
-    settings: NormSettings,
     recomputes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of x, weight and bias, and the norm's result if ``recomputes``.
@@ -94,21 +93,23 @@ def gradients(
         grad: The gradient of the result.
         grad_total: The gradient that reached x in another way, which is added; or None.
         x: What was normalized: ``total`` of :func:`forward`.
-        weight, bias, statistics, settings: As in :func:`forward`.
+        norm, statistics: As in :func:`forward`.
         recomputes: Whether to compute the result again.
     """
     call = statistics.call
     if call is not None:
-        return call.gradients((x, weight, bias, *statistics.tensors), grad, grad_total, recomputes)
+        return call.gradients(
+            (x, norm.weight, norm.bias, *statistics.tensors), grad, grad_total, recomputes
+        )
     backend = select_backend(OP, x.device.type, x.dtype, memory_format_of(x))
     operators = torch.ops.bitfast
     overloads = (
         operators.group_norm_act_recompute if recomputes else operators.group_norm_act_backward
     )
-    arguments = (grad, grad_total, x, weight, bias, *statistics.tensors)
     found = call_without_autograd(
-        getattr(overloads, backend), *arguments, settings.num_groups, settings.activation
-    )
+        getattr(overloads, backend), grad, grad_total, x, norm.weight, norm.bias,
+        *statistics.tensors, norm.num_groups, norm.activation,
+    )  # fmt: skip
     return found if recomputes else (*found, None)
 
 

@@ -1,11 +1,11 @@
 """A residual block of convolutions and norms as one differentiable op.
 
 He et al., "Identity Mappings in Deep Residual Networks", 2016 (https://arxiv.org/abs/1603.05027): the block of
-Big Transfer, and the older one of the same authors (https://arxiv.org/abs/1512.03385), by which ViT hybrids begin.
+Big Transfer, and the older one of the same authors (https://arxiv.org/abs/1512.03385), which ViT hybrids have.
 
 For autograd a block is one node. It keeps what each norm reads and that one's statistics, and no normalized
-activation: those are computed again in the backward pass, by the kernels that compute the norms' gradients. That is
-about half of what a node per convolution and norm would keep.
+activation: those are computed again in the backward pass, by the kernels that compute the norms' gradients.
+That is about half of what a node per convolution and norm would keep.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Form(NamedTuple):
     """What determines a block besides its parameters.
 
     Attributes:
-        links: In order. A second convolution of the first computes the shortcut, which else is the block's input.
+        links: In order. A second convolution of the first computes the shortcut, which is else the input.
         join: None: the branch is added to the shortcut.
     """
 
@@ -71,7 +71,7 @@ def _take(values: Iterator[Any], count: int) -> tuple[Any, ...]:
 
 
 class Drop(NamedTuple):
-    """Stochastic depth: the branch is divided by ``keep``, and multiplied by ``mask``, of shape (N, 1, 1, 1)."""
+    """Stochastic depth: the branch is divided by ``keep``, then multiplied by ``mask``, (N, 1, 1, 1)."""
 
     keep: float
     mask: Tensor
@@ -103,7 +103,7 @@ def residual_block(
 ) -> Computed:
     """Compute a block.
 
-    What a preactivation block adds is best added by the norm that reads the sum next: of the block that follows.
+    What a preactivation block adds is best added by the norm that reads the sum next: the next block's.
 
     Args:
         form: What block it is.
@@ -119,7 +119,7 @@ def residual_block(
     Returns:
         The branch, of shape (N, out, H', W'), and the shortcut, or their sum; like x in dtype and layout.
     """
-    settings = _Settings(form, sums or form.join is not None, None if drop is None else drop.keep)
+    settings = _Settings(form, sums or form.join is not None, 1.0 if drop is None else drop.keep)
     mask = None if drop is None else drop.mask
     if torch.is_grad_enabled() and _any_requires_grad((x, residual, *parameters)):
         branch, shortcut, total, moments = _ResidualBlock.apply(
@@ -144,7 +144,7 @@ def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
 class _Settings(NamedTuple):
     form: Form
     sums: bool
-    keep: float | None
+    keep: float
 
 
 class _Kept(NamedTuple):
@@ -214,7 +214,7 @@ def _join(
     kept: _Kept,
     branch: Tensor,
     shortcut: Tensor,
-    keep: float | None,
+    keep: float,
     mask: Tensor | None,
     parameters: Sequence[Tensor],
     keeps: bool,
@@ -223,12 +223,12 @@ def _join(
     join = form.join
     assert join is not None
     kept.maps.append(branch)
-    _, branch, statistics = norms.forward(branch, None, *parameters[:2], join.norm, keeps)
+    _, branch, statistics = norms.forward(branch, None, join.norm.of(parameters[:2]), keeps)
     kept.statistics.append(statistics)
     if join.shortcut_norm is not None:
         kept.maps.append(shortcut)
         _, shortcut, statistics = norms.forward(
-            shortcut, None, *parameters[2:], join.shortcut_norm, keeps
+            shortcut, None, join.shortcut_norm.of(parameters[2:]), keeps
         )
         kept.statistics.append(statistics)
     if mask is not None:
@@ -408,7 +408,7 @@ def _join_gradients(
         statistics = kept.statistics[place]
         assert statistics is not None
         grad_x, *others, _ = norms.gradients(
-            grad, None, kept.maps[place], *pair, statistics, norm, False
+            grad, None, kept.maps[place], norm.of(pair), statistics, False
         )
         grads.extend(others)
         return grad_x
@@ -456,11 +456,10 @@ def _composite(
         shortcut = outputs[1] if len(outputs) > 1 else shortcut
     join = form.join
     if join is not None:
-        branch = reference.group_norm_act_forward(branch, *of_join[:2], *join.norm)[0]
+        branch = reference.group_norm_act_forward(branch, *join.norm.of(of_join[:2]))[0]
         if join.shortcut_norm is not None:
-            shortcut = reference.group_norm_act_forward(
-                shortcut, *of_join[2:], *join.shortcut_norm
-            )[0]
+            norm = join.shortcut_norm.of(of_join[2:])
+            shortcut = reference.group_norm_act_forward(shortcut, *norm)[0]
     if mask is not None:
         branch = branch.div(settings.keep) * mask
     if join is not None:
