@@ -29,6 +29,11 @@ TRITON_TYPES = {
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 PASSES = (False, True)  # forward and backward
+NORM_PASSES: tuple[dict[str, bool], ...] = (
+    {"backward": False},
+    {"backward": True},
+    {"backward": True, "recomputes": True},
+)
 
 
 class Variant(NamedTuple):
@@ -99,9 +104,9 @@ def norms_of(model: str) -> list[Norm]:
 def model_launches(model: str, dtypes: Dtypes) -> Iterator[Launch]:
     """Yield the launches of a model's norms, channels_last, and weights, forward and backward."""
     weights = shapes_of(model, 224).weights
+    for which, norm, batch in product(NORM_PASSES, norms_of(model), BATCHES[model]):
+        yield from norm_launches(norm, batch, dtypes, **which)
     for backward in PASSES:
-        for norm, batch in product(norms_of(model), BATCHES[model]):
-            yield from norm_launches(norm, batch, dtypes, backward=backward)
         for shape, turned in product(dict.fromkeys(weights), (False, True)):
             yield weight_launch(shape, dtypes, backward=backward, to_channels_last=turned)
         yield all_weights_launch(weights, dtypes, backward=backward)
@@ -116,14 +121,14 @@ def other_launches(norms: Iterable[Norm], dtypes: Dtypes) -> Iterator[Launch]:
     """
     batches_of = {Norm(256, 56, 56, True, True): (8, 128), Norm(1024, 14, 14, True, True): (8,)}
     for activation, (norm, batches) in product(ACTIVATIONS, batches_of.items()):
-        for batch, backward in product(batches, PASSES):
-            yield from norm_launches(norm, batch, dtypes, backward=backward, activation=activation)
-    for norm, backward in product(norms, PASSES):
-        yield from norm_launches(norm, 8, dtypes, backward=backward, is_channels_last=False)
+        for batch, which in product(batches, NORM_PASSES):
+            yield from norm_launches(norm, batch, dtypes, activation=activation, **which)
+    for norm, which in product(norms, NORM_PASSES):
+        yield from norm_launches(norm, 8, dtypes, is_channels_last=False, **which)
     giants = ((64, 4096, 8192, 32), (2**25, 7, 7, 2**20), (2**20, 56, 56, 2**15))
-    for (channels, height, width, groups), backward in product(giants, PASSES):
+    for (channels, height, width, groups), which in product(giants, NORM_PASSES):
         norm = Norm(channels, height, width, True, True)
-        yield from norm_launches(norm, 2, dtypes, backward=backward, groups=groups)
+        yield from norm_launches(norm, 2, dtypes, groups=groups, **which)
     inference = partial(norm_launches, dtypes=dtypes, backward=False, keeps_statistics=False)
     for (norm, batches), has_sum in product(batches_of.items(), (False, True)):
         norm = norm._replace(has_residual=has_sum, is_sum_used=has_sum)

@@ -120,10 +120,12 @@ def norm_launches(
     groups: int = GROUPS,
     keeps_statistics: bool = True,
     in_place: bool = False,
+    recomputes: bool = False,
 ) -> list[Launch]:
     """Return the launches of one norm as they are planned without a GPU.
 
-    ``keeps_statistics`` and ``in_place`` (the sum takes the place of x) are of forward launches.
+    ``keeps_statistics`` and ``in_place`` (the sum takes the place of x) are of forward launches, ``recomputes``
+    (they give the result again) of backward launches.
     """
     shape = (batch, norm.channels, norm.height, norm.width)
     layout = torch.channels_last if is_channels_last else torch.contiguous_format
@@ -134,6 +136,7 @@ def norm_launches(
         return norm_kernels.backward_launches(
             x, x if norm.is_sum_used else None, x, parameter, parameter, statistic, statistic,
             activation, is_channels_last, grad_x=x, grad_weight=parameter, grad_bias=parameter,
+            result=torch.empty_like(x) if recomputes else None,
         )  # fmt: skip
     other = torch.empty_like(x) if norm.has_residual else None
     total = (x if in_place else torch.empty_like(x)) if norm.has_residual else None

@@ -1,6 +1,9 @@
 // The backward pass of group_norm_act on CUDA GPUs: the entries, which plan and launch.
 #include "gpu.h"
 
+#include <cmath>
+#include <type_traits>
+
 #include "group_norm_act_backward_cuda.h"
 #include "group_norm_act_backward_on_chip.h"
 #include "group_norm_act_backward_plan.h"
@@ -15,6 +18,7 @@ struct Addresses {
   const void *grad, *grad_total, *x, *weight, *bias;
   const float *mean, *rstd;
   void *grad_x, *grad_weight, *grad_bias;
+  void* result;  // null: nobody wants it
   void* workspace;
 };
 
@@ -30,6 +34,12 @@ const char* plan_call(const Call& call, BackwardPlan& plan, Device& device) {
   return nullptr;
 }
 
+// Calls function with whether the result is written, a constant: what does not write it pays nothing for it.
+template <typename Function>
+const char* dispatch_recomputing(const void* result, const Function& function) {
+  return result != nullptr ? function(std::true_type{}) : function(std::false_type{});
+}
+
 template <typename Kernel>
 const char* launch_on_chip(const OnChipArguments& arguments, void* stream) {
   const OnChipPlan& plan = arguments.plan;
@@ -40,6 +50,10 @@ const char* launch_on_chip(const OnChipArguments& arguments, void* stream) {
   const int64_t rounds = ceil_div(arguments.units, resident);
   shape.blocks = ceil_div(arguments.units, rounds) * plan.cluster;
   return launch<Kernel>(shape, arguments, stream);
+}
+
+int64_t distance(const void* from, const void* to) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from));
 }
 
 const char* run_on_chip(const Call& call, const BackwardPlan& plan, const Addresses& at, void* stream) {
@@ -62,10 +76,16 @@ const char* run_on_chip(const Call& call, const BackwardPlan& plan, const Addres
   arguments.weight_dtype = static_cast<Dtype>(call.weight_dtype);
   arguments.bias_dtype = static_cast<Dtype>(call.bias_dtype);
   arguments.is_relu = static_cast<Activation>(call.activation) == Activation::relu;
+  arguments.result_after = distance(at.grad_x, at.result);
+  arguments.grad_after = distance(at.x, at.grad);
+  arguments.least = arguments.is_relu ? 0.0f : -INFINITY;
   return dispatch(static_cast<Dtype>(call.dtype), [&](auto zero) {
-    using T = decltype(zero);
-    return plan.on_chip.threads == 192 ? launch_on_chip<OnChipBackward<T, 192, blocks_of(192)>>(arguments, stream)
-                                       : launch_on_chip<OnChipBackward<T, 384, blocks_of(384)>>(arguments, stream);
+    return dispatch_recomputing(at.result, [&](auto recomputes) {
+      using Small = OnChipBackward<decltype(zero), 192, blocks_of(192), recomputes>;
+      using Large = OnChipBackward<decltype(zero), 384, blocks_of(384), recomputes>;
+      return plan.on_chip.threads == 192 ? launch_on_chip<Small>(arguments, stream)
+                                         : launch_on_chip<Large>(arguments, stream);
+    });
   });
 }
 
@@ -77,7 +97,9 @@ const char* launch_two_passes(const TwoPassArguments& arguments, int64_t images,
   if (const char* error = launch<First>({blocks, 1, First::shared_bytes(plan)}, arguments, stream)) return error;
   const LaunchShape averages{images * arguments.groups, 1, AverageGroup::shared_bytes};
   if (const char* error = launch<AverageGroup>(averages, arguments, stream)) return error;
-  return launch<WriteTile<T, vector>>({blocks}, arguments, stream);
+  return dispatch_recomputing(arguments.result, [&](auto recomputes) {
+    return launch<WriteTile<T, vector, recomputes>>({blocks}, arguments, stream);
+  });
 }
 
 const char* run_two_passes(const Call& call, const BackwardPlan& plan, const Addresses& at, void* stream) {
@@ -86,6 +108,7 @@ const char* run_two_passes(const Call& call, const BackwardPlan& plan, const Add
   arguments.grad_total = at.grad_total;
   arguments.x = at.x;
   arguments.grad_x = at.grad_x;
+  arguments.result = at.result;
   arguments.weight = at.weight;
   arguments.bias = at.bias;
   arguments.mean = at.mean;
@@ -119,7 +142,8 @@ const char* merge_sums(const Call& call, const BackwardPlan& plan, const Address
 }
 
 bool are_aligned(const Addresses& at) {
-  for (const void* map : {at.grad, at.grad_total, at.x, static_cast<const void*>(at.grad_x)}) {
+  const void *grad_x = at.grad_x, *result = at.result;
+  for (const void* map : {at.grad, at.grad_total, at.x, grad_x, result}) {
     if (reinterpret_cast<uintptr_t>(map) % 16 != 0) return false;
   }
   return true;
@@ -153,7 +177,7 @@ BITFAST_ENTRY const char* bitfast_group_norm_act_backward_workspace(
 BITFAST_ENTRY const char* bitfast_group_norm_act_backward(
     const bitfast::group_norm_act_backward::GroupNormActBackwardCall* call, void* stream, const void* grad,
     const void* grad_total, const void* x, const void* weight, const void* bias, const float* mean, const float* rstd,
-    void* grad_x, void* grad_weight, void* grad_bias, void* workspace) {
+    void* grad_x, void* grad_weight, void* grad_bias, void* result, void* workspace) {
   return bitfast::group_norm_act_backward::run_backward(
-      *call, {grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias, workspace}, stream);
+      *call, {grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias, result, workspace}, stream);
 }

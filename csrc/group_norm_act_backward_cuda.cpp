@@ -1,4 +1,5 @@
-// group_norm_act_backward.native on CUDA tensors; csrc/group_norm_act.cpp has its schema.
+// group_norm_act_backward.native and group_norm_act_recompute.native on CUDA tensors; csrc/group_norm_act.cpp has their
+// schemas.
 #include "errors.h"
 
 #include "group_norm_act_backward_cuda.h"
@@ -48,9 +49,15 @@ Tensor in_dtype_of(const Tensor& parameter, const Tensor& gradient) {
   return gradient.scalar_type() == dtype ? gradient : torch::stable::to(gradient, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
+// The gradients of x, weight and bias, and the result of the forward pass if it is computed again.
+struct Gradients {
+  Tensor x, weight, bias, result;
+};
+
+Gradients gradients_of(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation,
+    bool recomputes) {
   check_arguments(grad, grad_total, x, weight, bias, mean, rstd, num_groups);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor dense_weight = readable_parameter(weight), dense_bias = readable_parameter(bias);
@@ -71,6 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
   const std::optional<Tensor> dense_total =
       grad_total.has_value() ? std::optional<Tensor>(readable(*grad_total)) : std::nullopt;
   const Tensor grad_x = empty_channels_last(x);
+  Tensor result;
+  if (recomputes) result = empty_channels_last(x);
   const Tensor grad_weight = torch::stable::new_empty(dense_weight, {call.channels});
   const Tensor grad_bias = torch::stable::new_empty(dense_bias, {call.channels});
   check_launch(bitfast_group_norm_act_backward(
@@ -78,16 +87,34 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
       dense_total.has_value() ? dense_total->const_data_ptr() : nullptr, dense_x.const_data_ptr(),
       dense_weight.const_data_ptr(), dense_bias.const_data_ptr(), static_cast<const float*>(mean.const_data_ptr()),
       static_cast<const float*>(rstd.const_data_ptr()), grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(),
-      grad_bias.mutable_data_ptr(), workspace.mutable_data_ptr()));
+      grad_bias.mutable_data_ptr(), recomputes ? result.mutable_data_ptr() : nullptr, workspace.mutable_data_ptr()));
+  const auto in_format_of_x = [&](const Tensor& map) { return torch::stable::contiguous(map, memory_format_of(x)); };
   return {
-      torch::stable::contiguous(grad_x, memory_format_of(x)), in_dtype_of(weight, grad_weight),
-      in_dtype_of(bias, grad_bias)};
+      in_format_of_x(grad_x), in_dtype_of(weight, grad_weight), in_dtype_of(bias, grad_bias),
+      recomputes ? in_format_of_x(result) : result};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
+    const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+  const Gradients gradients =
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, false);
+  return {gradients.x, gradients.weight, gradients.bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_recompute(
+    const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+  const Gradients gradients =
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, true);
+  return {gradients.x, gradients.weight, gradients.bias, gradients.result};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CUDA, m) {
   m.impl("group_norm_act_backward.native", TORCH_BOX(&group_norm_act_backward));
+  m.impl("group_norm_act_recompute.native", TORCH_BOX(&group_norm_act_recompute));
 }
 
 }  // namespace bitfast::group_norm_act_backward

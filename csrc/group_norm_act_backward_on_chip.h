@@ -7,6 +7,7 @@
 //   First pass: sums of dz and dz (x - mean) for each channel. dz stays in registers.
 //   Then all threads of the block add up, and the groups' sums are sent to all blocks of the cluster.
 //   Second pass: dx = scale dz - mean(scale dz) - (x - mean) rstd^2 mean(scale dz (x - mean)); scale = weight rstd.
+//   Where the forward pass did not keep its result, that is written beside dx.
 // Wherever a piece is used up, the next unit's is copied to its place, so that memory never idles: those of grad in the
 // first pass, those of x in the second. With a grad_total, its pieces take the place of grad's in between.
 #pragma once
@@ -28,6 +29,10 @@ struct OnChipArguments {
   int units, slices, pixels, channels, groups;
   Dtype weight_dtype, bias_dtype;
   bool is_relu;  // or none
+  // Of kernels that recompute, whose threads have no registers for two more addresses: how many bytes the result lies
+  // after grad_x, and grad after x; and the least number of the result.
+  int64_t result_after, grad_after;
+  float least;
 };
 
 template <int count>
@@ -78,7 +83,7 @@ BITFAST_GPU float number_of(uint32_t raw, Dtype dtype) {
 }
 
 // What a thread holds and does.
-template <typename T, int threads>
+template <typename T, int threads, bool recomputes>
 struct OnChipThread {
   static constexpr int vector = vector_size<T>;
   static constexpr int batch = 2;  // pieces whose loads from shared memory are under way together
@@ -337,7 +342,22 @@ struct OnChipThread {
     sync_block();
   }
 
-  // Writes dx of a unit. Where x was, and with a grad_total where grad was, goes what the next unit needs.
+  // What the activation made of a piece of x. The bias comes from shared memory for each: no register is free for it.
+  BITFAST_GPU uint4 activated(
+      const uint4& x, const float (&mean)[vector], const float (&scale)[vector], const float* bias_at) const {
+    float numbers[vector], bias[vector];
+    unpack<T>(x, numbers);
+    load_floats(bias, bias_at);
+#pragma unroll
+    for (int i = 0; i < vector; ++i) {
+      const float z = fused_multiply_add(numbers[i] - mean[i], scale[i], bias[i]);
+      numbers[i] = z < a.least ? a.least : z;  // NaN stays NaN
+    }
+    return pack<T>(numbers);
+  }
+
+  // Writes dx of a unit, and its result if the kernel recomputes. Where x was, and with a grad_total where grad was, goes
+  // what the next unit needs.
   BITFAST_GPU void second_pass(
       int round, unsigned char* grad_x, bool has_next, const unsigned char* next_x, const unsigned char* next_grad) {
     const float* channel = parameters_of(round) + column * vector;
@@ -347,6 +367,7 @@ struct OnChipThread {
     load_floats(factor, coefficients + column * vector);
     load_floats(subtracted, coefficients + plan.width + column * vector);
     const bool has_total = a.grad_total != nullptr;
+    const unsigned char* refill = recomputes ? next_x + a.grad_after : next_grad;
 #pragma unroll
     for (int j = 0; j < batches; ++j) {
       if (has_total) wait_copies<batches - 1>();
@@ -377,10 +398,14 @@ struct OnChipThread {
 #pragma unroll
             for (int i = 0; i < vector; ++i) result[i] += total[i];
           }
-          store_16(grad_x + static_cast<int64_t>(k) * pitch, pack<T>(result));
+          unsigned char* to = grad_x + static_cast<int64_t>(k) * pitch;
+          store_16(to, pack<T>(result));
+          if constexpr (recomputes) {
+            store_16(to + a.result_after, activated(x[u], mean, scale, channel + plan.width));
+          }
           if (has_next) {
             copy_piece(x_slots, next_x, k);
-            if (has_total) copy_piece(grad_slots, next_grad, k);
+            if (has_total) copy_piece(grad_slots, refill, k);
           }
         }
       }
@@ -412,14 +437,14 @@ struct OnChipThread {
   }
 };
 
-template <typename T, int block_threads, int blocks_per_multiprocessor>
+template <typename T, int block_threads, int blocks_per_multiprocessor, bool recomputes>
 struct OnChipBackward {
   using Arguments = OnChipArguments;
   static constexpr int threads = block_threads;
   static constexpr int min_blocks = blocks_per_multiprocessor;
   static constexpr int capability = 90;
 
-  BITFAST_GPU static void run(const Arguments& arguments) { OnChipThread<T, threads>(arguments).work(); }
+  BITFAST_GPU static void run(const Arguments& arguments) { OnChipThread<T, threads, recomputes>(arguments).work(); }
 };
 
 }  // namespace bitfast::group_norm_act_backward

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "gpu.h"
+#include "gpu_activation.h"
 #include "gpu_activation_slopes.h"
 #include "group_norm_act_backward_plan.h"
 
@@ -19,7 +20,7 @@ constexpr int pixel_batch = 2;  // pixels of a thread whose loads are under way 
 
 struct TwoPassArguments {
   const void *grad, *grad_total, *x;  // grad_total may be null
-  void* grad_x;
+  void *grad_x, *result;  // result: written if the kernel recomputes
   const void *weight, *bias;
   const float *mean, *rstd;
   float* sums;         // [images * tiles][dz, dz h][channels]
@@ -99,9 +100,8 @@ struct Strip {
 
   BITFAST_GPU int64_t offset_of(int64_t p) const { return (image * a.pixels + p) * a.channels + channel; }
 
-  // Turns x into x - mean, and grad into dz.
-  BITFAST_GPU void differentiate(float (&x)[vector], float (&grad)[vector]) const {
-    float z[vector];
+  // Turns x into x - mean, and grad into dz. z: what was activated.
+  BITFAST_GPU void differentiate(float (&x)[vector], float (&grad)[vector], float (&z)[vector]) const {
 #pragma unroll
     for (int i = 0; i < vector; ++i) {
       x[i] -= mean[i];
@@ -146,10 +146,10 @@ struct SumTile {
 #pragma unroll
       for (int u = 0; u < pixel_batch; ++u) {
         if (first + u * rows < strip.end) {
-          float centered[vector], dz[vector];
+          float centered[vector], dz[vector], z[vector];
           numbers_of<T>(x[u], centered);
           numbers_of<T>(grad[u], dz);
-          strip.differentiate(centered, dz);
+          strip.differentiate(centered, dz, z);
 #pragma unroll
           for (int i = 0; i < vector; ++i) {
             sum[i] += dz[i];
@@ -230,8 +230,9 @@ struct AverageGroup {
   }
 };
 
-// dx of a tile, rstd (weight dz - mean(weight dz) - h mean(weight dz h)), plus grad_total.
-template <typename T, int vector>
+// dx of a tile, rstd (weight dz - mean(weight dz) - h mean(weight dz h)), plus grad_total. If it recomputes, also the
+// result of the forward pass.
+template <typename T, int vector, bool recomputes>
 struct WriteTile {
   using Arguments = TwoPassArguments;
   static constexpr int threads = two_pass_threads;
@@ -264,10 +265,17 @@ struct WriteTile {
 #pragma unroll
       for (int u = 0; u < pixel_batch; ++u) {
         if (first + u * rows < strip.end) {
-          float centered[vector], dz[vector], added[vector] = {}, result[vector];
+          float centered[vector], dz[vector], z[vector], added[vector] = {}, result[vector];
           numbers_of<T>(x[u], centered);
           numbers_of<T>(grad[u], dz);
-          strip.differentiate(centered, dz);
+          strip.differentiate(centered, dz, z);
+          if constexpr (recomputes) {
+            dispatch_activation(a.activation, [&](auto activation) {
+#pragma unroll
+              for (float& number : z) number = activate<activation>(number);
+            });
+            store_numbers(static_cast<T*>(a.result) + strip.offset_of(first + u * rows), z);
+          }
           if (a.grad_total != nullptr) numbers_of<T>(total[u], added);
 #pragma unroll
           for (int i = 0; i < vector; ++i) {

@@ -200,9 +200,10 @@ def backward_launches(
     grad_x: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    result: Tensor | None = None,
     device: Device | None = None,
 ) -> list[Launch]:
-    """Return the launches that fill the gradients.
+    """Return the launches that fill the gradients, and ``result`` if that is given.
 
     Args:
         grad: The gradient of the result; dense in the layout of x.
@@ -210,6 +211,7 @@ def backward_launches(
         x: The tensor that was normalized: with a residual, the sum.
         weight, bias, mean, rstd, activation, is_channels_last: As in the forward launches.
         grad_x, grad_weight, grad_bias: To fill, in the dtypes of x, weight and bias.
+        result: To fill with what the forward launches gave for x; like x.
         device: The GPU to fill with programs; by default the one that x is on.
     """
     batch, channels, height, width = x.shape
@@ -223,6 +225,8 @@ def backward_launches(
     sums = _buffers(x, (batch * p.splits, channels), "channel_d", "channel_dh")
     norm = {"weight": weight, "bias": bias, "mean": mean, "rstd": rstd}
     gradients = {"grad": grad, "grad_total": grad_total if has_grad_total else grad}
+    written = {"grad_x": grad_x, "result": grad_x if result is None else result}
+    flags = {"HAS_GRAD_TOTAL": has_grad_total, "RECOMPUTES": result is not None}
     tensor = x.numel() * x.element_size()
     last = _parameter_launch(sums, grad_weight, grad_bias)
     if p.is_whole:
@@ -233,14 +237,14 @@ def backward_launches(
                 **gradients,
                 "x": x,
                 **norm,
-                "grad_x": grad_x,
+                **written,
                 **sums,
                 "pixels": pixels,
             },
-            {**constants, "HAS_GRAD_TOTAL": has_grad_total, "PACKED": _is_packed(x)},
+            {**constants, **flags, "PACKED": _is_packed(x)},
             p.warps,
             (2 + has_grad_total) * tensor,
-            tensor + _nbytes(sums),
+            (1 + flags["RECOMPUTES"]) * tensor + _nbytes(sums),
         )
         return [whole, last]
     partials = _buffers(x, (batch, p.splits * p.parts, groups), "partial_d", "partial_dh")
@@ -258,15 +262,11 @@ def backward_launches(
     second = Launch(
         backward_kernels.backward_apply_kernel,
         p.programs,
-        {**gradients, "x": x, **norm, **partials, "grad_x": grad_x, **ranges},
-        {
-            **constants,
-            "HAS_GRAD_TOTAL": has_grad_total,
-            "TABLE": next_power_of_two(p.splits * p.parts),
-        },
+        {**gradients, "x": x, **norm, **partials, **written, **ranges},
+        {**constants, **flags, "TABLE": next_power_of_two(p.splits * p.parts)},
         p.warps,
         (2 + has_grad_total) * tensor + _nbytes(partials),
-        tensor,
+        (1 + flags["RECOMPUTES"]) * tensor,
     )
     return [first, second, last]
 

@@ -2,13 +2,15 @@
 
 With h = (x - mean) rstd, z = h weight + bias and d = grad activation'(z), all recomputed from x:
   dbias = sum d,  dweight = sum d h,  dx = rstd (d weight - (sum d weight + h sum d weight h) / count),
-the first two sums over images and pixels, the last two over a group's pixels and channels.
+the first two sums over images and pixels, the last two over a group's pixels and channels. Where the forward
+pass did not keep its result, activation(z), that is stored beside dx.
 """
 
 import triton
 import triton.language as tl
 
 from .group_norm_act_tiles import (
+    activate,
     activation_slope,
     as_float32,
     channels,
@@ -43,10 +45,10 @@ def _channel_statistics(
 def _normalized_and_slope(
     value, channel_mean, channel_rstd, scale, shift, ACTIVATION: tl.constexpr
 ):
-    """Return h and the activation's derivative of a chunk of float32."""
+    """Return h, z and the activation's derivative of a chunk of float32."""
     normalized = (value - channel_mean[None, :]) * channel_rstd[None, :]
-    slope = activation_slope(normalized * scale[None, :] + shift[None, :], ACTIVATION)
-    return normalized, slope
+    before = normalized * scale[None, :] + shift[None, :]
+    return normalized, before, activation_slope(before, ACTIVATION)
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def _add_sums(
     ACTIVATION: tl.constexpr,
 ):
     """Add d and d h of a chunk to sums [BLOCK_P, BLOCK_C]."""
-    normalized, slope = _normalized_and_slope(
+    normalized, _, slope = _normalized_and_slope(
         values.to(tl.float32), channel_mean, channel_rstd, scale, shift, ACTIVATION
     )
     d = tl.where(inside, grads.to(tl.float32) * slope, 0.0)
@@ -76,6 +78,7 @@ def _write_tile(
     values,
     grad_total,
     grad_x,
+    result,
     first,
     stop,
     channel_mean,
@@ -91,17 +94,18 @@ def _write_tile(
     C: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_GRAD_TOTAL: tl.constexpr,
+    RECOMPUTES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Write dx of a tile, plus the gradient that reached the sum directly."""
+    """Write dx of a tile, plus the gradient that reached the sum directly; and the result again if asked."""
     for i in tl.static_range(CHUNKS):
         pixel = first + i * BLOCK_P
         inside = mask(pixel, stop, exists, IS_WHOLE and i < CHUNKS - 1, BLOCK_P)
         place = offset_of_pixel(pixel, C, CHANNELS_LAST)
-        normalized, slope = _normalized_and_slope(
+        normalized, before, slope = _normalized_and_slope(
             as_float32(values[i], zero, PACKED),
             channel_mean,
             channel_rstd,
@@ -115,6 +119,9 @@ def _write_tile(
         if HAS_GRAD_TOTAL:
             value += tl.load(grad_total + place + offset, inside, other=0.0).to(tl.float32)
         tl.store(grad_x + place + offset, value.to(grad_x.dtype.element_ty), inside)
+        if RECOMPUTES:
+            activated = activate(before, ACTIVATION).to(result.dtype.element_ty)
+            tl.store(result + place + offset, activated, inside)
 
 
 @triton.jit
@@ -127,6 +134,7 @@ def backward_kernel(
     mean,
     rstd,
     grad_x,
+    result,
     channel_d,
     channel_dh,
     pixels,
@@ -134,6 +142,7 @@ def backward_kernel(
     PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_GRAD_TOTAL: tl.constexpr,
+    RECOMPUTES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -191,6 +200,7 @@ def backward_kernel(
         values,
         grad_total + base,
         grad_x + base,
+        result + base,
         0,
         pixels,
         channel_mean,
@@ -206,6 +216,7 @@ def backward_kernel(
         C,
         ACTIVATION,
         HAS_GRAD_TOTAL,
+        RECOMPUTES,
         CHANNELS_LAST,
         True,
         CHUNKS,
@@ -296,6 +307,7 @@ def backward_apply_kernel(
     partial_d,
     partial_dh,
     grad_x,
+    result,
     pixels,
     pixels_per_split,
     splits,
@@ -303,6 +315,7 @@ def backward_apply_kernel(
     PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_GRAD_TOTAL: tl.constexpr,
+    RECOMPUTES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -345,6 +358,7 @@ def backward_apply_kernel(
             values,
             grad_total + base,
             grad_x + base,
+            result + base,
             first,
             stop,
             channel_mean,
@@ -360,6 +374,7 @@ def backward_apply_kernel(
             C,
             ACTIVATION,
             HAS_GRAD_TOTAL,
+            RECOMPUTES,
             CHANNELS_LAST,
             False,
             CHUNKS,

@@ -18,9 +18,9 @@ from .launch import Launch, PreparedLaunch, aligned_count, as_current, device_of
 Forward = Callable[[int, int, int, int, int, int, int, int, int], None]
 """Takes stream, x, residual, weight, bias, total, result, mean, rstd; 0 for missing tensors."""
 
-Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int], None]
-"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; 0 for missing
-tensors."""
+Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int, int], None]
+"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias, result; 0 for
+missing tensors."""
 
 
 def prepare_forward(
@@ -112,6 +112,7 @@ def prepare_backward(
     bias_dtype: torch.dtype,
     *,
     has_grad_total: bool = False,
+    recomputes: bool = False,
 ) -> Backward:
     """Return a function that launches ``group_norm_act.backward_launches``, which see for the tensors.
 
@@ -119,6 +120,7 @@ def prepare_backward(
         shape, dtype, device, is_channels_last, groups, activation, weight_dtype, bias_dtype: As in
             :func:`prepare_forward`; the gradients have the dtypes of what they belong to.
         has_grad_total: Whether ``grad_total`` is added to the gradient of x.
+        recomputes: Whether ``result``, what the forward pass gave for x, is stored too.
     """
 
     def example() -> Tensor:
@@ -129,7 +131,7 @@ def prepare_backward(
     launches = backward_launches(
         example(), example() if has_grad_total else None, example(), weight, bias, statistic, statistic,
         activation, is_channels_last, grad_x=example(), grad_weight=weight, grad_bias=bias,
-        device=device_of(device),
+        result=example() if recomputes else None, device=device_of(device),
     )  # fmt: skip
     *others, last = _prepare_all(launches, device)
     sums = aligned_count(launches[-1].arguments["channel_d"].numel())
@@ -143,7 +145,7 @@ def prepare_backward(
 
 def _empty_backward(last: PreparedLaunch) -> Backward:
     def launch_all(stream: int, *addresses: int) -> None:
-        *_, grad_weight, grad_bias = addresses
+        *_, grad_weight, grad_bias, _ = addresses
         last(stream, 0, 0, grad_weight, grad_bias)
 
     return launch_all
@@ -153,11 +155,11 @@ def _whole_backward(
     whole: PreparedLaunch, last: PreparedLaunch, sums: int, device: torch.device
 ) -> Backward:
     def launch_all(stream: int, *addresses: int) -> None:
-        *inputs, grad_x, grad_weight, grad_bias = addresses
+        *inputs, grad_x, grad_weight, grad_bias, result = addresses
         buffer = torch.empty(2 * sums, dtype=torch.float32, device=device)
         d = buffer.data_ptr()
         dh = d + 4 * sums
-        whole(stream, *inputs, grad_x, d, dh)
+        whole(stream, *inputs, grad_x, result, d, dh)
         last(stream, d, dh, grad_weight, grad_bias)
 
     return launch_all
@@ -172,14 +174,14 @@ def _split_backward(
     device: torch.device,
 ) -> Backward:
     def launch_all(stream: int, *addresses: int) -> None:
-        *inputs, grad_x, grad_weight, grad_bias = addresses
+        *inputs, grad_x, grad_weight, grad_bias, result = addresses
         buffer = torch.empty(2 * sums + 2 * partials, dtype=torch.float32, device=device)
         d = buffer.data_ptr()
         dh, part_d = d + 4 * sums, d + 8 * sums
         part_dh = part_d + 4 * partials
         grad, _, *others = inputs
         first(stream, grad, *others, d, dh, part_d, part_dh)
-        second(stream, *inputs, part_d, part_dh, grad_x)
+        second(stream, *inputs, part_d, part_dh, grad_x, result)
         last(stream, d, dh, grad_weight, grad_bias)
 
     return launch_all

@@ -63,10 +63,9 @@ def all_norms(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     ops = torch.ops.bitfast
     total, result, mean, rstd = ops.add_group_norm_act.triton(x, x, weight, bias, 8, 1e-5, "relu")
     plain = ops.group_norm_act.triton(x, weight, bias, 8, 1e-5, "gelu")
-    gradients = ops.group_norm_act_backward.triton(
-        result, total, total, weight, bias, mean, rstd, 8, "relu"
-    )
-    return [total, result, *plain, *gradients]
+    saved = (result, total, total, weight, bias, mean, rstd, 8, "relu")
+    gradients = ops.group_norm_act_backward.triton(*saved)
+    return [total, result, *plain, *gradients, *ops.group_norm_act_recompute.triton(*saved)]
 
 
 def all_of_one_weight(weight: Tensor) -> list[Tensor]:

@@ -62,3 +62,9 @@ def plain_gradients(arguments: Arguments, dtype: torch.dtype) -> list[Tensor]:
     if grad_total is not None:
         grad_x = grad_x + grad_total.to(dtype)
     return [grad_x, *others]
+
+
+def plain_result(arguments: Arguments, dtype: torch.dtype) -> Tensor:
+    """Return the result of the forward pass that PyTorch computes in a dtype."""
+    _, _, x, weight, bias, _, _, groups, activation = arguments
+    return plain_norm(*(t.to(dtype).contiguous() for t in (x, weight, bias)), groups, activation)

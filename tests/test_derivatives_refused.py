@@ -144,6 +144,7 @@ ALSO_TRITON = {
     f"{name} by triton": partial(run, "triton")
     for name, run in {
         "backward of norms": _norm_backward,
+        "backward of norms with the result": _norm_recompute,
         "backward of weights": _weight_backward,
         "backward of all weights": _weights_backward,
     }.items()

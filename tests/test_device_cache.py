@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,10 +87,10 @@ def add_norm(ops: Any) -> Any:
     return ops.add_group_norm_act.triton(x, x, weight, bias, 2, 1e-5, "relu")
 
 
-def norm_backward(ops: Any) -> Any:
+def norm_backward(name: str, ops: Any) -> Any:
     x, weight, bias = norm_inputs()
-    result, mean, rstd = ops.group_norm_act.triton(x, weight, bias, 2, 1e-5, "relu")
-    return ops.group_norm_act_backward.triton(result, None, x, weight, bias, mean, rstd, 2, "relu")
+    result, *statistics = ops.group_norm_act.triton(x, weight, bias, 2, 1e-5, "relu")
+    return getattr(ops, name).triton(result, None, x, weight, bias, *statistics, 2, "relu")
 
 
 def weight_backward(ops: Any) -> Any:
@@ -107,7 +108,10 @@ def all_weights_backward(ops: Any) -> Any:
 CALLS: dict[str, Callable[[Any], Any]] = {
     "group_norm_act": lambda ops: ops.group_norm_act.triton(*norm_inputs(), 2, 1e-5, "relu"),
     "add_group_norm_act": add_norm,
-    "group_norm_act_backward": norm_backward,
+    **{
+        name: partial(norm_backward, name)
+        for name in ("group_norm_act_backward", "group_norm_act_recompute")
+    },
     "weight_standardization": lambda ops: ops.weight_standardization.triton(weights()[0], 1e-8, None),
     "weight_standardization_backward": weight_backward,
     "weight_standardization_all": lambda ops: (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from bitfast.ops.group_norm_act_backward_cuda import (
 )
 from tests.drawn_cases import NormCase, norm_cases
 from tests.emulated import A100, DTYPES, H100, at_page_end, call, emulate, library
-from tests.norm_backward import Arguments, drawn_arguments, plain_gradients
+from tests.norm_backward import Arguments, drawn_arguments, plain_gradients, plain_result
 from tests.tolerances import Triples, assert_draws_within_contract
 
 SOURCE = "csrc/group_norm_act_backward.cu"
@@ -58,19 +58,33 @@ def on_chip_cluster(arguments: Arguments, device: tuple[int, int, int]) -> float
 
 
 def run(
-    arguments: Arguments, device: tuple[int, int, int] = H100, seed: int = 0
+    arguments: Arguments,
+    device: tuple[int, int, int] = H100,
+    seed: int = 0,
+    *,
+    recomputes: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, weight and bias; reads or writes past an end are faults."""
+    """Return the gradients of x, weight and bias, and the result if it is wanted.
+
+    Reads or writes past an end are faults.
+    """
     grad, grad_total, x, weight, bias, mean, rstd, *_ = arguments
     emulate(library(SOURCE), device, seed)
     call_settings = settings_of(arguments)
     workspace = at_page_end(torch.empty(max(1, workspace_bytes(call_settings) // 4)), NAN)
-    results = tuple(at_page_end(t, NAN) for t in (x, weight, bias))
+    results = [at_page_end(t, NAN) for t in (x, weight, bias)]
+    result = at_page_end(x, NAN) if recomputes else None
     maps = [None if t is None else at_page_end(t) for t in (grad, grad_total, x)]
     others = [at_page_end(t) for t in (weight, bias, mean, rstd)]
     entry = library(SOURCE).bitfast_group_norm_act_backward
-    call(entry, ctypes.byref(call_settings), None, *maps, *others, *results, workspace)
-    return results
+    call(entry, ctypes.byref(call_settings), None, *maps, *others, *results, result, workspace)
+    return (*results, *(() if result is None else (result,)))
+
+
+def assert_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Hold tensors to the same bits."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
 
 
 def check(
@@ -79,14 +93,18 @@ def check(
     seed: int = 0,
     count: int = 1,
 ) -> None:
-    """Hold the gradients to the accuracy contract."""
+    """Hold the gradients, and the result that comes beside them, to the accuracy contract."""
 
     def triples() -> Triples:
         arguments = draw()
-        found = run(arguments, device, seed)
-        plain = plain_gradients(arguments, arguments[2].dtype)
-        exact = plain_gradients(arguments, torch.float64)
-        names = ("grad_x", "grad_weight", "grad_bias")
+        gradients = run(arguments, device, seed)
+        found = run(arguments, device, seed, recomputes=True)
+        assert_equal(found[:3], gradients)
+        plain, exact = (
+            [*plain_gradients(arguments, dtype), plain_result(arguments, dtype)]
+            for dtype in (arguments[2].dtype, torch.float64)
+        )
+        names = ("grad_x", "grad_weight", "grad_bias", "result")
         # Plain PyTorch's gradients of parameters have the dtype of x, ours that of the parameter.
         return {
             name: (ours, theirs.to(ours.dtype), oracle)
@@ -231,10 +249,9 @@ def test_an_empty_batch_has_no_gradients_of_parameters(device: tuple[int, int, i
 @pytest.mark.parametrize("shape", [(3, 64, 28, 28), (5, 256, 7, 7), (2, 6, 40, 40)])
 def test_the_same_bits_each_time(shape: tuple[int, int, int, int]) -> None:
     arguments = drawn_arguments(shape, shape[1] // 2, torch.bfloat16, has_total=True)
-    first, *others = (run(arguments, FEW, seed) for seed in range(3))
+    first, *others = (run(arguments, FEW, seed, recomputes=True) for seed in range(3))
     for other in others:
-        for ours, theirs in zip(first, other, strict=True):
-            assert torch.equal(ours, theirs)
+        assert_equal(first, other)
 
 
 @pytest.mark.parametrize("activation", ["relu", "none", "gelu", "selu"])
@@ -254,7 +271,9 @@ def test_what_is_not_finite(activation: str, device: tuple[int, int, int]) -> No
     _, *statistics = reference.group_norm_act_forward(x, weight, bias, 32, 1e-5, activation)
     arguments = (grad, total, x, weight, bias, *statistics, 32, activation)
     for ours, theirs in zip(
-        run(arguments, device), reference.group_norm_act_backward(*arguments), strict=True
+        run(arguments, device, recomputes=True),
+        reference.group_norm_act_recompute(*arguments),
+        strict=True,
     ):
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.isinf(), theirs.isinf())
@@ -277,9 +296,10 @@ def test_what_is_refused() -> None:
     entry = library(SOURCE).bitfast_group_norm_act_backward
     grad, total, x, *others = arguments[:7]
     shifted = torch.empty(grad.numel() + 1, dtype=grad.dtype)[1:]
-    maps = (shifted, total, x)
-    with pytest.raises(RuntimeError, match="not aligned to 16 bytes"):
-        call(entry, ctypes.byref(settings_of(arguments)), None, *maps, *others, *results, None)
+    for maps, result in (((shifted, total, x), None), ((grad, total, x), shifted)):
+        given = (*maps, *others, *results, result, None)
+        with pytest.raises(RuntimeError, match="not aligned to 16 bytes"):
+            call(entry, ctypes.byref(settings_of(arguments)), None, *given)
     with pytest.raises(RuntimeError, match="the sizes of the backward pass are wrong"):
         workspace_bytes(Call(1, 16, 8, 3, 0, 0, 0, 1))
 
@@ -296,8 +316,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("kernels", "poisoned")
+@pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("has_total", [False, True])
-def test_a_prepared_call_gives_the_same_bits(has_total: bool) -> None:
+def test_a_prepared_call_gives_the_same_bits(has_total: bool, recomputes: bool) -> None:
     arguments = drawn_arguments(
         (2, 64, 9, 9), 32, torch.bfloat16, has_total=has_total, weight_dtype=torch.float16
     )
@@ -305,14 +326,13 @@ def test_a_prepared_call_gives_the_same_bits(has_total: bool) -> None:
     x, weight, bias = tensors[2:5]
     prepared = prepare_backward(
         x.shape, x.dtype, x.device, True, groups, activation, weight.dtype, bias.dtype,
-        has_grad_total=has_total,
+        has_grad_total=has_total, recomputes=recomputes,
     )  # fmt: skip
-    results = [torch.full_like(t, NAN) for t in (x, weight, bias)]
+    results = [torch.full_like(t, NAN) for t in (x, weight, bias, x)[: 3 + recomputes]]
     for _ in range(2):
         addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
-        prepared(0, *addresses)
-        for ours, theirs in zip(results, run(arguments, FEW), strict=True):
-            assert torch.equal(ours, theirs)
+        prepared(0, *addresses, *([] if recomputes else [0]))
+        assert_equal(results, run(arguments, FEW, recomputes=recomputes))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -336,13 +356,17 @@ def test_the_check_before_the_first_use_passes() -> None:
 def test_the_check_before_the_first_use_finds_what_differs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = reference.group_norm_act_backward
+    right = reference.group_norm_act_recompute
 
     def wrong(*arguments: Any) -> tuple[Tensor, ...]:
-        grad_x, grad_weight, grad_bias = right(*arguments)
-        return grad_x, grad_weight, grad_bias * 1.1
+        return tuple(
+            tensor * 1.1 if number == which else tensor
+            for number, tensor in enumerate(right(*arguments))
+        )
 
-    monkeypatch.setattr(reference, "group_norm_act_backward", wrong)
-    problem = check_backward(torch.device("cpu"), [Case((2, 64, 5, 5), torch.bfloat16)])
-    assert problem is not None
-    assert "the error of grad_bias" in problem
+    monkeypatch.setattr(reference, "group_norm_act_recompute", wrong)
+    case = Case((2, 64, 5, 5), torch.bfloat16, recomputes=True)
+    for which, name in ((2, "grad_bias"), (3, "result")):  # noqa: B007 (``wrong`` reads it)
+        problem = check_backward(torch.device("cpu"), [case])
+        assert problem is not None
+        assert f"the error of {name}" in problem

@@ -121,11 +121,24 @@ class Draw:
         grad = away_from_kinks(grad, *inputs, self.groups, self.activation)
         names = ("grad_x", "grad_weight", "grad_bias")
         written = {name: Guarded(t) for name, t in zip(names, inputs, strict=True)}
-        launches = kernels.backward_launches(
-            grad, grad_total, *inputs, *statistics, self.activation, self.is_channels_last,
-            **{name: g.tensor for name, g in written.items()},
-        )  # fmt: skip
-        self.run(launches, written)
+
+        def launches(**outputs: Tensor) -> list[Any]:
+            return kernels.backward_launches(
+                grad, grad_total, *inputs, *statistics, self.activation, self.is_channels_last, **outputs
+            )  # fmt: skip
+
+        self.run(launches(**{name: g.tensor for name, g in written.items()}), written)
+        again = {
+            name: Guarded(t) for name, t in zip((*names, "result"), (*inputs, total), strict=True)
+        }
+        for launch in launches(**{name: g.tensor for name, g in again.items()}):
+            launch.launch()
+        for name, guarded in again.items():
+            guarded.check()
+            assert name == "result" or torch.equal(guarded.tensor, written[name].tensor)
+        arguments = (*inputs, self.groups, self.activation)
+        exact_result = exact_norm(*arguments)
+        self.results["result again"] = again["result"].tensor, plain_norm(*arguments), exact_result
 
         def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
             leaves = [t.detach().to(dtype).clone().requires_grad_() for t in inputs]
@@ -291,6 +304,10 @@ def test_opcheck(layout, with_residual):
         torch.library.opcheck(operators.add_group_norm_act.triton, (*inputs, 2, 1e-5, "relu"))
     else:
         torch.library.opcheck(operators.group_norm_act.triton, (*inputs, 2, 1e-5, "relu"))
+    statistics = (torch.zeros(2, 2, device=DEVICE), torch.ones(2, 2, device=DEVICE))
+    grads = (residual, residual if with_residual else None)
+    saved = (x, weight, bias, *statistics, 2, "relu")
+    torch.library.opcheck(operators.group_norm_act_recompute.triton, (*grads, *saved))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

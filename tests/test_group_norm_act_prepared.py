@@ -167,28 +167,31 @@ def test_a_prepared_sum_in_place(way):
     assert torch.equal(residual, expected.result)
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
 @pytest.mark.parametrize("has_grad_total", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_prepared_gradients_have_the_same_bits(way, layout, has_grad_total):
+def test_prepared_gradients_have_the_same_bits(way, layout, has_grad_total, recomputes):
     weight, bias = parameters()
     prepared = prepare_backward(
         SHAPE, torch.bfloat16, torch.device(DEVICE), layout == torch.channels_last, GROUPS, "gelu",
-        weight.dtype, bias.dtype, has_grad_total=has_grad_total,
+        weight.dtype, bias.dtype, has_grad_total=has_grad_total, recomputes=recomputes,
     )  # fmt: skip
     for _ in range(2):
         x, grad = draw(layout), draw(layout)
         grad_total = draw(layout) if has_grad_total else None
         statistics = Ordinary(x, None, weight, bias, layout)
         inputs = (grad, grad_total, x, weight, bias, statistics.mean, statistics.rstd)
-        expected = [torch.empty_like(t) for t in (x, weight, bias)]
-        names = ("grad_x", "grad_weight", "grad_bias")
+        outputs = (x, weight, bias, *([x] if recomputes else []))
+        expected = [torch.empty_like(t) for t in outputs]
+        names = ("grad_x", "grad_weight", "grad_bias", "result")[: len(outputs)]
         run(
             kernels.backward_launches(
                 *inputs, "gelu", layout == torch.channels_last, **dict(zip(names, expected, strict=True))
             )
         )  # fmt: skip
-        actual = [Guarded(t) for t in (x, weight, bias)]
-        prepared(STREAM, *map(pointer, inputs), *(pointer(g.tensor) for g in actual))
+        actual = [Guarded(t) for t in outputs]
+        addresses = [pointer(g.tensor) for g in actual]
+        prepared(STREAM, *map(pointer, inputs), *addresses, *([] if recomputes else [0]))
         for guarded, tensor in zip(actual, expected, strict=True):
             guarded.check()
             assert torch.equal(guarded.tensor, tensor)
@@ -203,7 +206,8 @@ def test_a_prepared_empty_batch():
     backward = prepare_backward(shape, torch.float32, device, False, GROUPS, "relu", *settings)
     gradients = Guarded(weight), Guarded(bias)
     backward(
-        STREAM, 0, 0, 0, pointer(weight), pointer(bias), 0, 0, 0, *(pointer(g.tensor) for g in gradients)
+        STREAM, 0, 0, 0, pointer(weight), pointer(bias), 0, 0, 0,
+        *(pointer(g.tensor) for g in gradients), 0,
     )  # fmt: skip
     assert not any(g.tensor.any() for g in gradients)
 

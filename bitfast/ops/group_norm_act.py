@@ -169,15 +169,13 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def define_kernel(
-    backend: str, forward: Any, add_forward: Any, backward: Any, recompute: Any = None
+    backend: str, forward: Any, add_forward: Any, backward: Any, recompute: Any
 ) -> None:
     """Define the operators of a backend, differentiable (forward) and traceable."""
     define_operator(OP, backend, SIGNATURE, forward, fake)
     define_operator(ADD_OP, backend, ADD_SIGNATURE, add_forward, add_fake)
     define_operator(f"{OP}_backward", backend, BACKWARD_SIGNATURE, backward, fake_backward)
-    if recompute is not None:
-        define_operator(f"{OP}_recompute", backend, RECOMPUTE_SIGNATURE, recompute, fake_recompute)
-        refuse_derivatives(f"{OP}_recompute", backend)
+    define_operator(f"{OP}_recompute", backend, RECOMPUTE_SIGNATURE, recompute, fake_recompute)
     _connect_gradients(backend)
 
 
@@ -189,15 +187,16 @@ def _complete_native_kernel() -> None:
     complete_operator(ADD_OP, "native", ADD_SIGNATURE, add_fake)
     complete_operator(f"{OP}_backward", "native", BACKWARD_SIGNATURE, fake_backward)
     complete_operator(f"{OP}_recompute", "native", RECOMPUTE_SIGNATURE, fake_recompute)
-    for name in (f"{OP}_", f"{OP}_into", f"{OP}_recompute"):
-        refuse_derivatives(name, "native")
+    for in_place in (f"{OP}_", f"{OP}_into"):
+        refuse_derivatives(in_place, "native")
     _connect_gradients("native")
 
 
 def _connect_gradients(backend: str) -> None:
     """Make the forward operators of one backend differentiable by its backward operator."""
     backward_op = getattr(torch.ops.bitfast.group_norm_act_backward, backend)
-    refuse_derivatives(f"{OP}_backward", backend)
+    for name in ("backward", "recompute"):
+        refuse_derivatives(f"{OP}_{name}", backend)
 
     def gradients(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None
@@ -238,10 +237,11 @@ define_kernel(
 
 # ---- Triton ---------------------------------------------------------------------------------------
 
-define_kernel("triton", kernels.forward, kernels.add_forward, kernels.backward)
+define_kernel("triton", kernels.forward, kernels.add_forward, kernels.backward, kernels.recompute)
 show_launches(OP, kernels.forward)
 show_launches(ADD_OP, kernels.add_forward)
 show_launches(f"{OP}_backward", kernels.backward)
+show_launches(f"{OP}_recompute", kernels.recompute)
 register_triton_kernels(OP)
 
 

@@ -18,9 +18,9 @@ from bitfast.kernels.launch import as_current
 from bitfast.ops.first_use import difference
 from bitfast.ops.native_cuda import ADDRESS, DTYPES, entry, workspace_size
 
-Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int], None]
-"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias; 0 for a missing
-``grad_total``."""
+Backward = Callable[[int, int, int, int, int, int, int, int, int, int, int, int], None]
+"""Takes stream, grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias, result; 0 for a
+missing ``grad_total`` or ``result``."""
 
 
 class Call(ctypes.Structure):
@@ -43,6 +43,7 @@ def prepare_backward(
     bias_dtype: torch.dtype,
     *,
     has_grad_total: bool = False,
+    recomputes: bool = False,
 ) -> Backward:
     """Return a function that launches the kernels.
 
@@ -51,13 +52,14 @@ def prepare_backward(
     recorded: memory for partial results is allocated in each call, on the current stream.
 
     Args:
-        shape: (N, C, H, W), of grad, grad_total, x and grad_x; N may be 0.
+        shape: (N, C, H, W), of grad, grad_total, x, grad_x and result; N may be 0.
         dtype: Of these.
         device: Where the tensors will be.
         is_channels_last: True: there are no kernels for another format.
         groups, activation: As in the op.
         weight_dtype, bias_dtype: Of the parameters and their gradients.
-        has_grad_total: As in ``kernels.group_norm_act_prepared``; these kernels see it by the address.
+        has_grad_total, recomputes: As in ``kernels.group_norm_act_prepared``; these kernels see it by the
+            addresses.
 
     Raises:
         RuntimeError: there are no CUDA kernels here, or these cannot take the arguments.
@@ -76,7 +78,7 @@ def prepare_backward(
     )
     told = ctypes.byref(call)
     size = workspace_size("bitfast_group_norm_act_backward_workspace", told, device)
-    launch = entry("bitfast_group_norm_act_backward", *(ADDRESS,) * 13)
+    launch = entry("bitfast_group_norm_act_backward", *(ADDRESS,) * 14)
 
     def launch_all(stream: int, *addresses: int) -> None:
         workspace = torch.empty(size, dtype=torch.float32, device=device)
@@ -96,6 +98,7 @@ class Case(NamedTuple):
     groups: int = 32
     activation: str = "relu"
     has_total: bool = False
+    recomputes: bool = False
 
 
 CHECKED = (
@@ -105,9 +108,12 @@ CHECKED = (
     Case((2, 64, 20, 20), torch.float32, activation="none"),
     Case((2, 48, 30, 30), torch.bfloat16, groups=16, activation="gelu"),
     Case((2, 6, 30, 30), torch.float32, groups=2, has_total=True),
+    Case((40, 64, 50, 50), torch.bfloat16, has_total=True, recomputes=True),
+    Case((600, 64, 2, 3), torch.bfloat16, activation="none", recomputes=True),
+    Case((2, 48, 30, 30), torch.bfloat16, groups=16, activation="gelu", recomputes=True),
 )
 """By clusters that do several units (on an H100), and by clusters that do one; by single blocks; in two
-passes, with vectors and one number at a time."""
+passes, with vectors and one number at a time. Last, those that also give the result."""
 
 
 def check_backward(device: torch.device, cases: Sequence[Case] = CHECKED) -> str | None:
@@ -131,9 +137,9 @@ class _Tensors(NamedTuple):
 
 def _problem_of(case: Case, device: torch.device) -> str | None:
     given = _draw(case, device)
-    results = _gradients(case, given)
-    expected = _expected_gradients(case, given)
-    names = ("grad_x", "grad_weight", "grad_bias")
+    results = _run(case, given)
+    expected = _expected(case, given)
+    names = ("grad_x", "grad_weight", "grad_bias", "result")[: len(results)]
     for name, result, right in zip(names, results, expected, strict=True):
         roundings = 64 if result.dtype == torch.float32 else 4
         problem = difference(name, result, right, roundings)
@@ -142,23 +148,25 @@ def _problem_of(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def _gradients(case: Case, given: _Tensors) -> list[Tensor]:
+def _run(case: Case, given: _Tensors) -> list[Tensor]:
     """Return what the kernels compute."""
-    device, weight, bias = given.x.device, given.weight, given.bias
-    results = [torch.full_like(t, float("nan")) for t in (given.x, weight, bias)]
+    device, x, weight, bias = given.x.device, given.x, given.weight, given.bias
+    maps = (x, weight, bias, *([x] if case.recomputes else []))
+    results = [torch.full_like(t, float("nan")) for t in maps]
     run = prepare_backward(
         case.shape, case.dtype, device, True, case.groups, case.activation, weight.dtype, bias.dtype,
-        has_grad_total=case.has_total,
+        has_grad_total=case.has_total, recomputes=case.recomputes,
     )  # fmt: skip
+    addresses = [0 if t is None else t.data_ptr() for t in (*given, *results)]
     with as_current(device):
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        run(stream, *(0 if t is None else t.data_ptr() for t in (*given, *results)))
+        run(stream, *addresses, *([] if case.recomputes else [0]))
     return results
 
 
-def _expected_gradients(case: Case, given: _Tensors) -> list[Tensor]:
+def _expected(case: Case, given: _Tensors) -> list[Tensor]:
     """Return the same in float64."""
-    grad_x = torch.empty_like(given.x, dtype=torch.float64)
+    grad_x, result = (torch.empty_like(given.x, dtype=torch.float64) for _ in range(2))
     grad_weight, grad_bias = (
         torch.zeros_like(grad_x[0, :, 0, 0]),
         torch.zeros_like(grad_x[0, :, 0, 0]),
@@ -169,12 +177,12 @@ def _expected_gradients(case: Case, given: _Tensors) -> list[Tensor]:
         grad, x, mean, rstd = (
             t[part].double() for t in (given.grad, given.x, given.mean, given.rstd)
         )
-        grad_x[part], of_weight, of_bias = reference.group_norm_act_backward(
+        grad_x[part], of_weight, of_bias, result[part] = reference.group_norm_act_recompute(
             grad, total, x, weight, bias, mean, rstd, case.groups, case.activation
         )
         grad_weight += of_weight
         grad_bias += of_bias
-    return [grad_x, grad_weight, grad_bias]
+    return [grad_x, grad_weight, grad_bias, *([result] if case.recomputes else [])]
 
 
 def _parts(case: Case) -> Iterator[slice]:

@@ -52,7 +52,12 @@ def prepare_forward(backend: str, *arguments: Any, **options: Any) -> Callable[.
 
 
 def prepare_backward(backend: str, *arguments: Any, **options: Any) -> Callable[..., None]:
-    """Return a function that launches a backend's kernels, as :func:`prepare_forward`."""
+    """Return a function that launches a backend's kernels, as :func:`prepare_forward`.
+
+    It takes the stream, and the addresses of grad, grad_total, x, weight, bias, mean, rstd, grad_x,
+    grad_weight, grad_bias, result; 0 for missing tensors. With ``recomputes=True``, ``result`` is filled with
+    what the forward pass gave for x.
+    """
     if backend == "native":
         return group_norm_act_backward_cuda.prepare_backward(*arguments, **options)
     from bitfast.kernels import group_norm_act_prepared
@@ -166,7 +171,7 @@ class PreparedCall:
         self.statistics = aligned_count(numbers)
         """How many numbers the means take in the buffer of statistics, rounded up so that 1/std is aligned."""
         self._backwards: dict[tuple[bool, bool], Any] = {}
-        """The launches of the backward pass, by whether they add a gradient and whether they give the result."""
+        """The launches of the backward pass, by whether they add a gradient and give the result again."""
         self._settings = (
             tuple(x.shape), x.dtype, x.device, self.memory_format == torch.channels_last, self.num_groups
         )  # fmt: skip

@@ -55,7 +55,17 @@ def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return result, mean, rstd
 
 
-def backward(
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernels."""
+    return _gradients(*arguments, recomputes=False)[:3]
+
+
+def recompute(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward kernels, which store the result of the forward pass again."""
+    return _gradients(*arguments, recomputes=True)
+
+
+def _gradients(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
@@ -65,8 +75,9 @@ def backward(
     rstd: Tensor,
     num_groups: int,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernels."""
+    *,
+    recomputes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bitfast.kernels import group_norm_act as kernels
 
     memory_format = memory_format_of(x)
@@ -74,6 +85,7 @@ def backward(
     if grad_total is not None:
         grad_total = grad_total.contiguous(memory_format=memory_format)
     grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    result = torch.empty_like(x) if recomputes else None
     launches = kernels.backward_launches(
         grad.contiguous(memory_format=memory_format),
         grad_total,
@@ -87,9 +99,10 @@ def backward(
         grad_x=grads[0],
         grad_weight=grads[1],
         grad_bias=grads[2],
+        result=result,
     )
     launch_kernels(launches, x)
-    return grads
+    return *grads, x if result is None else result
 
 
-__all__ = ["add_forward", "backward", "forward"]
+__all__ = ["add_forward", "backward", "forward", "recompute"]

@@ -19,6 +19,7 @@ from bitfast.backends import requested_backends, select_backend, use_backend
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
 from tests.feature_maps import DTYPES, LAYOUTS
 from tests.interpreter import DEVICE
+from tests.norm_backward import drawn_arguments, plain_result, recomputed_result
 from tests.plain_ops import plain_norm
 from tests.tolerances import assert_within_contract, relative_error
 
@@ -162,6 +163,24 @@ def test_gradients_with_a_residual(dtype, layout):
     names = ("x", "residual", "weight", "bias")
     for name, a, p, o in zip(names, actual, baseline, oracle, strict=True):
         assert_within_contract(a, p, o, f"gradient of {name}")
+
+
+@pytest.mark.parametrize(("activation", "dtype", "layout"), VARIANTS)
+def test_a_backward_that_gives_the_result_again(activation, dtype, layout):
+    for shape, groups in (s for s in shapes_for(activation) if s in (SMALL[0], *LARGE[:2])):
+        arguments = drawn_arguments(
+            shape,
+            groups,
+            dtype,
+            activation,
+            mean=-2.3,
+            has_total=True,
+            layout=layout,
+            device=DEVICE,
+        )
+        result = recomputed_result("triton", arguments)
+        expected = (plain_result(arguments, kind) for kind in (dtype, torch.float64))
+        assert_within_contract(result, *expected, f"{shape}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

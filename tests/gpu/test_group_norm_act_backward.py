@@ -11,7 +11,13 @@ from torch import Tensor
 from bitfast import extension, reference
 from bitfast.activations import ACTIVATIONS
 from bitfast.ops.group_norm_act_backward_cuda import check_backward
-from tests.norm_backward import Arguments, drawn_arguments, plain_gradients
+from tests.norm_backward import (
+    Arguments,
+    drawn_arguments,
+    plain_gradients,
+    plain_result,
+    recomputed_result,
+)
 from tests.tolerances import assert_within_contract
 
 pytestmark = pytest.mark.skipif(
@@ -34,12 +40,15 @@ def run(arguments: Arguments) -> tuple[Tensor, ...]:
 
 def check(arguments: Arguments) -> None:
     x = arguments[2]
-    plain, exact = (plain_gradients(arguments, dtype) for dtype in (x.dtype, torch.float64))
-    found = run(arguments)
+    plain, exact = (
+        [*plain_gradients(arguments, dtype), plain_result(arguments, dtype)]
+        for dtype in (x.dtype, torch.float64)
+    )
+    found = (*run(arguments), recomputed_result("native", arguments))
     assert found[0].stride() == x.stride()
-    for name, *columns in zip(("x", "weight", "bias"), found, plain, exact, strict=True):
-        ours, theirs, oracle = columns
-        assert_within_contract(ours, theirs.to(ours.dtype), oracle, f"gradient of {name}")
+    names = ("gradient of x", "gradient of weight", "gradient of bias", "result")
+    for name, ours, theirs, oracle in zip(names, found, plain, exact, strict=True):
+        assert_within_contract(ours, theirs.to(ours.dtype), oracle, name)
 
 
 def test_the_check_before_the_first_use() -> None:
