@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,13 +22,18 @@ from bitfast.layers import (
     DynamicPad2d,
     GroupNormActivation,
     WeightStandardizedConv2d,
+    pair_of,
 )
+from bitfast.ops import stem_training as stem
 from bitfast.ops.block_links import Convolution, Link, size_after
 from bitfast.ops.common import autocast_dtype
 from bitfast.ops.eager import PLAIN_TYPES
 from bitfast.ops.group_norm_act_gradients import NormSettings
 from bitfast.ops.residual_block import Computed, Drop, Form, Join, residual_block
+from bitfast.pooling import MaxPool2d
 from bitfast.torch_state import is_concrete
+
+Part: TypeAlias = GroupNormActivation | WeightStandardizedConv2d
 
 FiltersOf = Callable[[WeightStandardizedConv2d], Tensor]
 """Returns the standardized weight of a convolution."""
@@ -46,30 +51,23 @@ class Node(NamedTuple):
     """
 
     form: Form
-    parts: tuple[GroupNormActivation | WeightStandardizedConv2d, ...]
+    parts: tuple[Part, ...]
     drop_path: nn.Module
     recomputation: dict[str, Any] | None = None
 
-    def parameters(self, filters_of: FiltersOf) -> list[Tensor]:
-        """Return the parameters as the op takes them."""
-        found: list[Tensor] = []
-        for part in self.parts:
-            if isinstance(part, WeightStandardizedConv2d):
-                found.append(filters_of(part))
-            else:
-                found += part.weight, part.bias
-        return found
+    @property
+    def takes_residual(self) -> bool:
+        """Whether the block begins with a norm, which can add a residual to what it reads."""
+        return self.form.links[0].norm is not None
 
     def suits(self, x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> bool:
         """Whether the op can compute the block for this input, and nobody has to see its parts."""
         dtype = autocast_dtype(x) or x.dtype
         maps = [x] if residual is None else [x, residual]
         return (
-            is_concrete(x)
-            and all(type(m) in PLAIN_TYPES and m.dtype == dtype for m in maps)
-            and all(type(p) in PLAIN_TYPES and p.device == x.device for p in parameters)
+            _are_plain(x, [*maps, *parameters])
+            and all(m.dtype == dtype for m in maps)
             and all(p.dtype == dtype for p in parameters if p.dim() == 4)
-            and 0 not in x.shape
             and self.knows_drop_path()
             and self.keeps_sizes(x.shape)
         )
@@ -132,6 +130,103 @@ class Node(NamedTuple):
         return residual_block(self.form, x, residual, moments, drop, parameters, sums=sums)
 
 
+class StemNode(NamedTuple):
+    """A stem that may be computed as one node.
+
+    Attributes:
+        form: What the op computes.
+        parts: The modules that hold the form's parameters, in order.
+    """
+
+    form: stem.Form
+    parts: tuple[Part, ...]
+
+    @property
+    def takes_residual(self) -> bool:
+        """False: a stem reads images."""
+        return False
+
+    def suits(self, x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> bool:
+        """Whether the op can compute the stem of these images, and nobody has to see its parts."""
+        dtype = autocast_dtype(x) or x.dtype
+        size = size_after(self.form.convolution, parameters[0].shape[2:], tuple(x.shape[2:]))
+        size = tuple(n + 2 * self.form.zeros for n in size)
+        (top, bottom, left, right), (reach, _, _) = (
+            self.form.pool.sides(size),
+            self.form.pool.window,
+        )
+        return (
+            _are_plain(x, [x, *parameters])
+            and x.is_floating_point()
+            and parameters[0].dtype == dtype
+            and size[0] + top + bottom >= reach[0]
+            and size[1] + left + right >= reach[1]
+            and min(size) > 0
+        )
+
+    def compute(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        moments: Tensor | None,
+        parameters: Sequence[Tensor],
+        *,
+        sums: bool,
+    ) -> Computed:
+        """Compute the stem; see :func:`~bitfast.ops.stem_training.stem_training`."""
+        return Computed(stem.stem_training(self.form, x, parameters), None, None)
+
+
+AnyNode: TypeAlias = Node | StemNode
+
+
+def parameters_of(node: AnyNode, filters_of: FiltersOf) -> list[Tensor]:
+    """Return the parameters of a node as its op takes them."""
+    found: list[Tensor] = []
+    for part in node.parts:
+        if isinstance(part, WeightStandardizedConv2d):
+            found.append(filters_of(part))
+        else:
+            found += part.weight, part.bias
+    return found
+
+
+def _are_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether x and all others are plain tensors on one device, and nothing traces or transforms the call."""
+    return (
+        is_concrete(x)
+        and 0 not in x.shape
+        and all(type(t) in PLAIN_TYPES and t.device == x.device for t in tensors)
+    )
+
+
+def stem_node(
+    convolution: WeightStandardizedConv2d,
+    zeros: int,
+    norm: GroupNormActivation | None,
+    pooler: MaxPool2d,
+    pool_zeros: int,
+) -> StemNode | None:
+    """Return the node of a stem; None if one node cannot compute it.
+
+    Args:
+        convolution: Of the images.
+        zeros: On each side of its result, before the norm.
+        norm: Or None.
+        pooler: Pads, and pools.
+        pool_zeros: On each side, before the pooler.
+    """
+    is_dynamic = isinstance(pooler.pad, DynamicPad2d)
+    if is_dynamic and pool_zeros:
+        return None
+    window = pair_of(pooler.kernel_size), pair_of(pooler.stride), pair_of(pooler.dilation)
+    value = pooler.pad.value if isinstance(pooler.pad, DynamicPad2d) else 0.0
+    pool = stem.Pool(window, None if is_dynamic else pool_zeros, value)
+    settings = None if norm is None else _settings_of(norm)
+    parts: list[Part] = [convolution] if norm is None else [convolution, norm]
+    return StemNode(stem.Form(_convolution_of(convolution), zeros, settings, pool), tuple(parts))
+
+
 def preactivation_node(block: BitPreActivationBottleneckLayer) -> Node:
     """Return the node of a block that begins with a norm, all parts of which run as written."""
     parts: list[Any] = [block.norm1, block.conv1]
@@ -189,4 +284,13 @@ def _convolution_of(convolution: WeightStandardizedConv2d) -> Convolution:
     return Convolution(convolution.geometry, (pad.kernel_size, pad.stride, pad.dilation))
 
 
-__all__ = ["FiltersOf", "Node", "bottleneck_node", "preactivation_node"]
+__all__ = [
+    "AnyNode",
+    "FiltersOf",
+    "Node",
+    "StemNode",
+    "bottleneck_node",
+    "parameters_of",
+    "preactivation_node",
+    "stem_node",
+]

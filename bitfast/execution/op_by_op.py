@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitfast.activations import activation_name
 from bitfast.blocks import add_to_shortcut
-from bitfast.execution.nodes import Node
+from bitfast.execution.nodes import AnyNode, parameters_of
 from bitfast.execution.steps import (
     IMAGES,
     Block,
@@ -118,12 +118,12 @@ class _Pass:
             self.forget(next(self.dead))
             self.hand_out(step.result)
 
-    def compute_node(self, node: Node, block: Block) -> bool:
+    def compute_node(self, node: AnyNode, block: Block) -> bool:
         """Compute a block as one op; return whether that could be done."""
         source, last = block[0].source, block[-1]
-        pending = self.pending.get(source) if node.form.links[0].norm is not None else None
+        pending = self.pending.get(source) if node.takes_residual else None
         x, residual = (self.read(source), None) if pending is None else pending
-        parameters = node.parameters(self.filters_of)
+        parameters = parameters_of(node, self.filters_of)
         if not node.suits(x, residual, parameters):
             return False
         follows = isinstance(last, Convolve) and last.then is not None

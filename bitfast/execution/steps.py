@@ -19,7 +19,7 @@ from bitfast.blocks import (
     BitPreActivationBottleneckLayer,
     ResidualBlock,
 )
-from bitfast.execution.nodes import Node, bottleneck_node, preactivation_node
+from bitfast.execution.nodes import AnyNode, bottleneck_node, preactivation_node, stem_node
 from bitfast.layers import DynamicPad2d, GroupNormActivation, WeightStandardizedConv2d
 from bitfast.network import BitStage
 from bitfast.pooling import MaxPool2d
@@ -153,7 +153,7 @@ class Steps(NamedTuple):
     values: int
     read: tuple[nn.Module, ...]
     unusual: tuple[nn.Module, ...]
-    nodes: dict[int, Node]
+    nodes: dict[int, AnyNode]
 
     def blocks(self) -> list[Block]:
         """Return the stem, all blocks and the final norm, in order."""
@@ -228,7 +228,7 @@ class _Reader:
         self.values = 1
         self.seen: list[nn.Module] = []
         self.unusual: list[nn.Module] = []
-        self.nodes: dict[int, Node] = {}
+        self.nodes: dict[int, AnyNode] = {}
 
     def read(
         self,
@@ -338,6 +338,13 @@ class _Reader:
                 return self.call(stem, IMAGES)
         if zeros or not steps:
             return self.call(stem, IMAGES)
+        first, *between, last = steps
+        is_usual = [type(step) for step in between] in ([], [Normalize], [ZeroPad, Normalize])
+        if is_usual and isinstance(first, Convolve) and isinstance(last, Pool):
+            zeros = sum(step.zeros for step in between if isinstance(step, ZeroPad))
+            norm = next((step.norm for step in between if isinstance(step, Normalize)), None)
+            node = stem_node(first.convolution, zeros, norm, last.pooler, last.zeros)
+            self.nodes |= {} if node is None else {x: node}
         return tuple(steps), x
 
     # ---- stages and blocks ---------------------------------------------------------------------------

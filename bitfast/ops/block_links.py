@@ -207,14 +207,14 @@ def _input_gradient(
     images, channels, height, width = shape
     top, bottom, left, right = sides
     padded = torch.Size((images, channels, height + top + bottom, width + left + right))
-    return _pad(
+    return pad(
         input_gradient(grad, filters, padded, convolution.geometry), [-side for side in sides]
     )
 
 
 def _padded(convolution: Convolution, x: Tensor) -> Tensor:
     sides = _sides(convolution, x.shape)
-    return _pad(x, sides) if any(sides) else x
+    return pad(x, sides) if any(sides) else x
 
 
 def _sides(convolution: Convolution, shape: torch.Size) -> list[int]:
@@ -223,7 +223,8 @@ def _sides(convolution: Convolution, shape: torch.Size) -> list[int]:
     return [0, 0, 0, 0] if window is None else same_padding(shape[2:], *window)
 
 
-def _pad(x: Tensor, sides: list[int]) -> Tensor:
+def pad(x: Tensor, sides: list[int]) -> Tensor:
+    """Pad x with zeros by (top, bottom, left, right) of them, or crop it by negative numbers."""
     backend = select_backend(SAME_PADDING, x.device.type, x.dtype)
     return call_without_autograd(getattr(torch.ops.bitfast.same_pad, backend), x, sides, 0.0)
 
@@ -265,5 +266,6 @@ __all__ = [
     "composite",
     "forward",
     "gradients",
+    "pad",
     "size_after",
 ]

@@ -112,8 +112,8 @@ def residual_block(
         moments: Of the channels of x: see :func:`~bitfast.ops.norm_convolution.norm_convolution`. Not if there
             is a residual.
         drop: Stochastic depth, or None.
-        parameters: Those of each link in order, its norm's weight and bias and its standardized filters, which have
-            the dtype of x; then weight and bias of the join's norm, and of its shortcut's norm.
+        parameters: Those of each link in order, its norm's weight and bias and its standardized filters, which
+            have the dtype of x; then weight and bias of the join's norm, and of its shortcut's norm.
         sums: Whether branch and shortcut are to be added. They are where the form has a join.
 
     Returns:
@@ -162,7 +162,8 @@ class _Kept(NamedTuple):
 
 
 _Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""The branch or the result, the shortcut if a convolution computes it and it is not added, x + residual, moments."""
+"""The branch or the result; the shortcut if a convolution computes it and nobody has added it; x + residual;
+moments."""
 
 
 def _compute(
@@ -344,7 +345,7 @@ def _gradients(
     """Return the gradients of the block's input and of its parameters, by kernels."""
     form, kept = settings.form, saved.kept
     shares, of_join = form.cut(saved.parameters)
-    needed, needed_of_join = form.cut(needs.parameters)
+    needed, _ = form.cut(needs.parameters)
     layout = memory_format_of(kept.maps[0])
     grad = laid_out(grad, layout)
     if grad_shortcut is not None:
@@ -392,7 +393,7 @@ def _gradients(
 def _join_gradients(
     settings: _Settings, saved: _Saved, parameters: Sequence[Tensor], grad: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return the gradients of the branch and the shortcut before their norms, and of these norms' parameters."""
+    """Return the gradients of branch and shortcut before their norms, and of these norms' parameters."""
     form, kept = settings.form, saved.kept
     join = form.join
     assert join is not None
