@@ -148,6 +148,15 @@ def plain_standardizations(*weights: Tensor, dtype: torch.dtype | None = None) -
     return results
 
 
+def is_clear_of_the_kink(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Whether a norm's result is not so near to 0 that rounding decides on which side of ReLU's kink it is.
+
+    One such pixel would change gradients by 1e-3, which says nothing about accuracy: none reaches it.
+    """
+    exact = F.group_norm(x.double(), GROUPS, weight.double(), bias.double())
+    return exact.abs() > CLEAR[FLOAT if x.is_cuda else x.dtype]
+
+
 # ---- from a function to a problem -------------------------------------------------------------------
 
 
@@ -329,6 +338,45 @@ def norm_convolution_problem(inputs: Inputs, out_channels: int, kernel_size: int
     functions = {PLAIN: lambda: plain(*given), OURS: ours}
     flops = 2 * x[:, 0].numel() * weight.numel()
     return functions_problem("group_norm_act", functions, lambda: plain(*doubled(given)), flops)
+
+
+def recompute_problem(inputs: Inputs) -> Problem:
+    """The backward pass of a norm whose result was not kept, and that result."""
+    given = x, *_ = inputs.with_norm()
+    grad = torch.randn_like(x) * is_clear_of_the_kink(*given)
+    backend = select_backend("group_norm_act", x.device.type, x.dtype, LAYOUTS[inputs.layout])
+    ops = torch.ops.bitfast
+    forward, operator = (
+        getattr(op, backend) for op in (ops.group_norm_act, ops.group_norm_act_recompute)
+    )
+    statistics = forward(*given, GROUPS, 1e-5, "relu")[1:]
+
+    def plain(*tensors: Tensor) -> Results:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with torch.enable_grad():
+            result = plain_norm(*leaves)
+        return [*torch.autograd.grad(result, leaves, grad.to(result.dtype)), result.detach()]
+
+    functions = {
+        PLAIN: lambda: plain(*given),
+        OURS: lambda: operator(grad, None, *given, *statistics, GROUPS, "relu"),
+    }
+    return functions_problem("group_norm_act", functions, lambda: plain(*doubled(given)))
+
+
+def statistics_problem() -> Problem:
+    """A norm's statistics from the moments of its input's channels."""
+    moments = torch.rand(2, 8, 256, dtype=torch.float64)
+
+    def exact() -> list[Tensor]:
+        means, variances = moments.unflatten(2, (GROUPS, -1))
+        return [means.mean(2), (variances.mean(2) + means.var(2, correction=0) + 1e-5).rsqrt()]
+
+    functions: dict[str, Make] = {
+        PLAIN: lambda: [statistic.float() for statistic in exact()],
+        OURS: lambda: torch.ops.bitfast.group_statistics.native(moments, GROUPS, 1e-5),
+    }
+    return functions_problem("norm_convolution", functions, exact)
 
 
 def dispatch_problem(is_recorded: bool) -> Problem:

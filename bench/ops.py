@@ -9,7 +9,6 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitfast.ops.group_norm_act import add_group_norm_act
@@ -20,7 +19,6 @@ from .cases import Case, Problem, Results, name_of
 from .op_problems import (
     BFLOAT,
     CHANNELS_LAST,
-    CLEAR,
     FLOAT,
     GROUPS,
     HALF,
@@ -33,6 +31,7 @@ from .op_problems import (
     case_of,
     dispatch_problem,
     images_and_filters,
+    is_clear_of_the_kink,
     norm_convolution_problem,
     norm_dispatch_problem,
     our_norm,
@@ -45,18 +44,10 @@ from .op_problems import (
     plain_standardizations,
     plain_stem,
     pool_dispatch_problem,
+    recompute_problem,
+    statistics_problem,
     weight_dispatch_problem,
 )  # fmt: skip
-
-
-def is_clear_of_the_kink(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Whether a norm's result is not so near to 0 that rounding decides on which side of ReLU's kink it is.
-
-    One such pixel would change gradients by 1e-3, which says nothing about accuracy: none reaches it.
-    """
-    exact = F.group_norm(x.double(), GROUPS, weight.double(), bias.double())
-    return exact.abs() > CLEAR[FLOAT if x.is_cuda else x.dtype]
-
 
 PAD = Family("same_padding", "pad", plain_pad, lambda x: same_pad(x, 3, 2))
 POOL = Family(
@@ -150,11 +141,23 @@ def cpu_cases(threads: int) -> Iterator[Case]:
             "norm_convolution", f"{words} {name_of(dtype)} channels_last", dtype, threads,
             is_quick=maps[0] == 8 and maps[-1] == 14,
         )  # fmt: skip
+    yield recompute_case(Inputs((8, 1024, 14, 14), FLOAT, CHANNELS_LAST), threads)
+    name = "statistics of 8x256 channels"
+    yield case_of(statistics_problem, "norm_convolution", name, FLOAT, threads, is_quick=True)
     for family, shapes, quick in CPU_FAMILIES:
         for shape, dtype, layout in product(shapes, (FLOAT, BFLOAT), LAYOUTS):
             is_chosen = quick == "each" or f"{name_of(dtype)} {layout}" in quick
             is_quick = is_chosen and shape in (STEM[0], STAGE, ALL_WEIGHTS)
             yield family.case(Inputs(shape, dtype, layout), threads, is_quick=is_quick)
+
+
+def recompute_case(inputs: Inputs, threads: int, **options: Any) -> Case:
+    """Return the row of a norm's backward pass that gives the result of the forward pass again."""
+    words = f"{'x'.join(map(str, inputs.shape))} backward with the result {name_of(inputs.dtype)}"
+    return case_of(
+        partial(recompute_problem, inputs), NORM.op, f"{words} {inputs.layout}", inputs.dtype, threads,
+        is_quick=True, is_training=True, **options,
+    )  # fmt: skip
 
 
 def dispatch_cases(
@@ -179,6 +182,8 @@ def gpu_cases() -> Iterator[Case]:
     others = (RESIDUAL_NORM, NORM_TRAINING, RESIDUAL_NORM_TRAINING)
     yield from gpu_norms((NORM,), (128,), GPU_NORMS)
     yield from gpu_norms(others, (128,), GPU_NORMS[:1])
+    maps = Inputs((128, *STAGE[1:]), BFLOAT, CHANNELS_LAST, "cuda")
+    yield recompute_case(maps, 0, device="cuda", clock="kernels")
     for layout, dtype in product((CHANNELS_LAST, NCHW), (BFLOAT, FLOAT)):
         inputs = Inputs((128, *STEM[0][1:]), dtype, layout, "cuda")
         yield POOL.case(inputs, 0, is_quick=dtype is BFLOAT)
