@@ -179,5 +179,6 @@ BITFAST_ENTRY const char* bitfast_group_norm_act_backward(
     const void* grad_total, const void* x, const void* weight, const void* bias, const float* mean, const float* rstd,
     void* grad_x, void* grad_weight, void* grad_bias, void* result, void* workspace) {
   return bitfast::group_norm_act_backward::run_backward(
-      *call, {grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias, result, workspace}, stream);
+      *call, {grad, grad_total, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias, result, workspace},
+      stream);
 }

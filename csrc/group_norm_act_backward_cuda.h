@@ -21,11 +21,11 @@ extern "C" {
 const char* bitfast_group_norm_act_backward_workspace(
     const bitfast::group_norm_act_backward::GroupNormActBackwardCall* call, int64_t* bytes);
 
-// The gradients of x, weight and bias, each of the dtype of what it belongs to; and, if it is not null, the result of the
-// forward pass for x. The feature maps (grad, grad_total, which may be null, x, grad_x and result) begin at multiples of
+// The gradients of x, weight and bias, each of the dtype of what it belongs to; and the result of the forward pass for x
+// if that is not null. The feature maps (grad, grad_total, which may be null, x, grad_x, result) begin at multiples of
 // 16 bytes; mean and rstd are float32, one for each image and group; the workspace is aligned to 4 bytes. grad_x and
-// result may be none of the others. Kernels are launched on a stream of the current device. Both functions return null,
-// or what went wrong.
+// result may be none of the others. Kernels are launched on a stream of the current device. Both functions return
+// null, or what went wrong.
 const char* bitfast_group_norm_act_backward(
     const bitfast::group_norm_act_backward::GroupNormActBackwardCall* call, void* stream, const void* grad,
     const void* grad_total, const void* x, const void* weight, const void* bias, const float* mean, const float* rstd,

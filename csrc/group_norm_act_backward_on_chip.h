@@ -356,8 +356,8 @@ struct OnChipThread {
     return pack<T>(numbers);
   }
 
-  // Writes dx of a unit, and its result if the kernel recomputes. Where x was, and with a grad_total where grad was, goes
-  // what the next unit needs.
+  // Writes dx of a unit, and its result if the kernel recomputes. Where x was, and with a grad_total where grad was,
+  // goes what the next unit needs.
   BITFAST_GPU void second_pass(
       int round, unsigned char* grad_x, bool has_next, const unsigned char* next_x, const unsigned char* next_grad) {
     const float* channel = parameters_of(round) + column * vector;
