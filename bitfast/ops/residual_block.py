@@ -310,9 +310,10 @@ class _Saved(NamedTuple):
 
     @classmethod
     def of(cls, ctx: Any) -> _Saved:
-        tensors = iter(ctx.saved_tensors)
-        count = len(ctx.saved_tensors) - 2 - ctx.maps - sum(ctx.counts)
-        parameters = _take(tensors, count)
+        # Once: whoever recomputes or moves what is saved does so each time it is asked for.
+        saved = ctx.saved_tensors
+        tensors = iter(saved)
+        parameters = _take(tensors, len(saved) - 2 - ctx.maps - sum(ctx.counts))
         mask, before = next(tensors), next(tensors)
         maps = [next(tensors) for _ in range(ctx.maps)]
         statistics = [
