@@ -119,7 +119,12 @@ def _plain_input_gradient(
 ) -> Tensor:
     # Its memory is not read, but on a CPU its layout decides how torch computes.
     if grad.device.type == "cpu":
-        x = torch.empty(tuple(input_shape), dtype=grad.dtype, memory_format=torch.channels_last)
+        x = torch.empty(
+            tuple(input_shape),
+            dtype=grad.dtype,
+            device=grad.device,  # not the default device, which may be another
+            memory_format=torch.channels_last,
+        )
     else:
         x = grad.new_empty(1).expand(input_shape)
     gradient, _, _ = _plain_gradients(grad, x, weight, geometry, (True, False, False))
