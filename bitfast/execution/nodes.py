@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,7 +70,7 @@ class Node(NamedTuple):
             and all(m.dtype == dtype for m in maps)
             and all(p.dtype == dtype for p in parameters if p.dim() == 4)
             and self.knows_drop_path()
-            and self.keeps_sizes(x.shape)
+            and self.keeps_sizes(x.shape, [p.shape for p in parameters if p.dim() == 4])
         )
 
     def knows_drop_path(self) -> bool:
@@ -77,9 +78,20 @@ class Node(NamedTuple):
         drop_path = self.drop_path
         return isinstance(drop_path, (nn.Identity, DropPath)) or not drop_path.training
 
-    def keeps_sizes(self, shape: Sequence[int]) -> bool:
-        """Whether branch and shortcut have one size, and the convolutions take what they are given."""
-        filters = [p.weight.shape for p in self.parts if isinstance(p, WeightStandardizedConv2d)]
+    def pads_with_zeros(self) -> bool:
+        """Whether the paddings hold zeros, as the op takes them to."""
+        convolutions = (p for p in self.parts if isinstance(p, WeightStandardizedConv2d))
+        return not any(
+            isinstance(each.pad, DynamicPad2d) and each.pad.value != 0 for each in convolutions
+        )
+
+    def keeps_sizes(self, shape: Sequence[int], filters: Sequence[torch.Size]) -> bool:
+        """Whether branch and shortcut have one size, and the convolutions take what they are given.
+
+        Args:
+            shape: Of the input.
+            filters: The shapes of the filters, in order.
+        """
         size = shortcut = tuple(shape[2:])
         number = 0
         for link in self.form.links:

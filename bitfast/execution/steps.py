@@ -375,7 +375,8 @@ class _Reader:
                 (steps, result), node = found
                 if options is not None:
                     steps = (CallModule(x, module, result, options),)
-                self.nodes[result] = node._replace(recomputation=options)
+                if node.pads_with_zeros():
+                    self.nodes[result] = node._replace(recomputation=options)
                 return steps, result
         return self.call(module, x, options)
 
