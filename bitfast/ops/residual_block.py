@@ -24,6 +24,7 @@ from bitfast.ops import group_norm_act_gradients as norms
 from bitfast.ops.block_links import Convolution, Link, Parameters, Wanted
 from bitfast.ops.derivatives import can_use_backward_kernel, differentiable_gradients
 from bitfast.ops.group_norm_act_gradients import NormSettings, Statistics
+from bitfast.torch_state import is_transformed
 
 
 class Join(NamedTuple):
@@ -121,6 +122,11 @@ def residual_block(
     """
     settings = _Settings(form, sums or form.join is not None, 1.0 if drop is None else drop.keep)
     mask = None if drop is None else drop.mask
+    if is_transformed():
+        # Transforms and forward mode see into plain PyTorch only.
+        total = x if residual is None else x + residual
+        result, own = _composite(settings, mask, total, parameters)
+        return Computed(result, None if settings.sums else own, None)
     if torch.is_grad_enabled() and _any_requires_grad((x, residual, *parameters)):
         branch, shortcut, total, moments = _ResidualBlock.apply(
             settings, x, residual, moments, mask, *parameters
