@@ -89,10 +89,10 @@ class _Pass:
         self.moments: dict[int, Tensor] = {}
         """Of the channels of values, as ``norm_convolution`` computes them."""
         self.weights: Weights = {}
-        self.outputs: list[Tensor] = []
+        self.replacements: list[Tensor] = []
         self.wanted = [value for number, value in enumerate(steps.outputs) if number in wanted]
-        sequence = steps.all()
-        self.dead = iter(last_reads(sequence, {steps.result}))
+        kept = {steps.result} if replaced is not None else {steps.result, *self.wanted}
+        self.dead = iter(last_reads(steps.all(), kept))
 
     def compute(self, standardize: Standardize) -> tuple[list[Tensor], Tensor]:
         steps = self.steps
@@ -101,7 +101,8 @@ class _Pass:
             self.weights = standardize(_convolutions_of(blocks))
             for block in blocks:
                 self.compute_block(block)
-        return self.outputs, self.read(steps.result)
+        outputs = self.replacements if self.replaced is not None else map(self.read, self.wanted)
+        return list(outputs), self.read(steps.result)
 
     def compute_block(self, block: Block) -> None:
         node = self.steps.nodes.get(block[-1].result) if block else None
@@ -111,12 +112,12 @@ class _Pass:
             and self.compute_node(node, block)
         ):
             self.forget([value for _ in block for value in next(self.dead)])
-            self.hand_out(block[-1].result)
+            self.replace(block[-1].result)
             return
         for step in block:
             self.compute_step(step)
             self.forget(next(self.dead))
-            self.hand_out(step.result)
+            self.replace(step.result)
 
     def compute_node(self, node: AnyNode, block: Block) -> bool:
         """Compute a block as one op; return whether that could be done."""
@@ -151,20 +152,21 @@ class _Pass:
             for kept in (self.values, self.pending, self.moments):
                 kept.pop(value, None)
 
-    def hand_out(self, value: int) -> None:
-        """Append a value to the outputs if it is wanted."""
+    def replace(self, value: int) -> None:
+        """Let a wanted value be what is returned for it, so that gradients with respect to that exist."""
         times = self.wanted.count(value)  # a stage without blocks returns its input
-        if not times:
+        if self.replaced is None or not times:
             return
         x = self.read(value)
-        outer = x if self.replaced is None else self.replaced(x)
-        self.outputs += [outer] * times
-        if self.replaced is not None:  # so that gradients with respect to the output exist
-            self.values[value] = _laid_out_like(x, outer)
+        outer = self.replaced(x)
+        self.replacements += [outer] * times
+        self.values[value] = _laid_out_like(x, outer)
 
     def filters_of(self, convolution: WeightStandardizedConv2d) -> Tensor:
         weight = self.weights.get(convolution)
-        return convolution.filters() if weight is None else weight
+        if weight is None:
+            weight = self.weights[convolution] = convolution.filters()
+        return weight
 
     # ---- steps -----------------------------------------------------------------------------------
 
