@@ -88,8 +88,8 @@ def shapes_of(model: str, image_size: int) -> Shapes:
     with (
         torch.device("meta"),
         mock.patch.object(layers, "weight_standardization", standardize),
-        mock.patch.object(nodes.Node, "suits", lambda *_: False),
-        mock.patch.object(nodes.StemNode, "suits", lambda *_: False),
+        mock.patch.object(nodes.Node, "suits", return_value=False),
+        mock.patch.object(nodes.StemNode, "suits", return_value=False),
         mock.patch.object(op_by_op, "group_norm_act", normalize),
         mock.patch.object(op_by_op, "add_group_norm_act", add_and_normalize),
     ):

@@ -141,7 +141,7 @@ def _fused(
         return None
     statistics = None
     if made.mean is not None and made.rstd is not None:
-        statistics = Statistics.of_operators(made.mean, made.rstd)
+        statistics = Statistics.of_operator("native", made.mean, made.rstd)
     return Made(x, statistics, made.results, made.moments[0])
 
 

@@ -37,17 +37,18 @@ class Statistics(NamedTuple):
     """The statistics of a norm's input.
 
     Attributes:
-        call: The prepared launches that computed them, in a buffer of their own; None: operators did.
+        origin: The prepared launches that computed them, in a buffer of their own; or the backend whose operator
+            did. These compute the gradients too, whatever is demanded by then.
         tensors: That buffer; or the mean and 1/std, each of shape (N, num_groups).
     """
 
-    call: eager.PreparedCall | None
+    origin: eager.PreparedCall | str
     tensors: tuple[Tensor, ...]
 
     @classmethod
-    def of_operators(cls, mean: Tensor, rstd: Tensor) -> Statistics:
-        """Return statistics as operators take them."""
-        return cls(None, (mean, rstd))
+    def of_operator(cls, backend: str, mean: Tensor, rstd: Tensor) -> Statistics:
+        """Return statistics that a backend's operator has computed, or could have."""
+        return cls(backend, (mean, rstd))
 
 
 def forward(
@@ -73,10 +74,10 @@ def forward(
     if residual is None:
         operator = getattr(operators.group_norm_act, backend)
         result, mean, rstd = call_without_autograd(operator, x, *norm)
-        return x, result, Statistics.of_operators(mean, rstd)
+        return x, result, Statistics.of_operator(backend, mean, rstd)
     operator = getattr(operators.add_group_norm_act, backend)
     total, result, mean, rstd = call_without_autograd(operator, x, residual, *norm)
-    return total, result, Statistics.of_operators(mean, rstd)
+    return total, result, Statistics.of_operator(backend, mean, rstd)
 
 
 def gradients(
@@ -96,18 +97,17 @@ def gradients(
         norm, statistics: As in :func:`forward`.
         recomputes: Whether to compute the result again.
     """
-    call = statistics.call
-    if call is not None:
-        return call.gradients(
+    origin = statistics.origin
+    if not isinstance(origin, str):
+        return origin.gradients(
             (x, norm.weight, norm.bias, *statistics.tensors), grad, grad_total, recomputes
         )
-    backend = select_backend(OP, x.device.type, x.dtype, memory_format_of(x))
     operators = torch.ops.bitfast
     overloads = (
         operators.group_norm_act_recompute if recomputes else operators.group_norm_act_backward
     )
     found = call_without_autograd(
-        getattr(overloads, backend), grad, grad_total, x, norm.weight, norm.bias,
+        getattr(overloads, origin), grad, grad_total, x, norm.weight, norm.bias,
         *statistics.tensors, norm.num_groups, norm.activation,
     )  # fmt: skip
     return found if recomputes else (*found, None)

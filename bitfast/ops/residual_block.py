@@ -124,8 +124,8 @@ def residual_block(
     mask = None if drop is None else drop.mask
     if is_transformed():
         # Transforms and forward mode see into plain PyTorch only.
-        total = x if residual is None else x + residual
-        result, own = _composite(settings, mask, total, parameters)
+        read = x if residual is None else x + residual
+        result, own = _composite(settings, mask, read, parameters)
         return Computed(result, None if settings.sums else own, None)
     if torch.is_grad_enabled() and _any_requires_grad((x, residual, *parameters)):
         branch, shortcut, total, moments = _ResidualBlock.apply(
@@ -267,7 +267,7 @@ class _ResidualBlock(torch.autograd.Function):
         outputs, kept = _compute(settings, x, residual, moments, mask, parameters, keeps=True)
         ctx.settings, ctx.has_residual = settings, residual is not None
         # What the statistics are of is told apart from their tensors, which autograd may move elsewhere.
-        ctx.calls = [None if each is None else each.call for each in kept.statistics]
+        ctx.origins = ["" if each is None else each.origin for each in kept.statistics]
         tensors = [each.tensors if each is not None else () for each in kept.statistics]
         ctx.counts = list(map(len, tensors))
         ctx.maps = len(kept.maps)
@@ -323,8 +323,8 @@ class _Saved(NamedTuple):
         mask, before = next(tensors), next(tensors)
         maps = [next(tensors) for _ in range(ctx.maps)]
         statistics = [
-            Statistics(call, _take(tensors, count)) if count else None
-            for call, count in zip(ctx.calls, ctx.counts, strict=True)
+            Statistics(origin, _take(tensors, count)) if count else None
+            for origin, count in zip(ctx.origins, ctx.counts, strict=True)
         ]
         return cls(parameters, mask, _Kept(maps, statistics, before))
 

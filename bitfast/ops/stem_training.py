@@ -134,7 +134,7 @@ class _Stem(torch.autograd.Function):
         result, kept = _compute(form, images, parameters, keeps=True)
         statistics = kept.statistics
         ctx.form, ctx.size, ctx.count = form, kept.size, len(parameters)
-        ctx.call = None if statistics is None else statistics.call
+        ctx.origin = "" if statistics is None else statistics.origin
         tensors = () if statistics is None else statistics.tensors
         ctx.save_for_backward(images, *parameters, kept.taps, kept.normed, *tensors)
         return result
@@ -145,7 +145,7 @@ class _Stem(torch.autograd.Function):
         images, *others = ctx.saved_tensors
         parameters = others[: ctx.count]
         taps, normed, *tensors = others[ctx.count :]
-        statistics = Statistics(ctx.call, tuple(tensors)) if tensors else None
+        statistics = Statistics(ctx.origin, tuple(tensors)) if tensors else None
         kept = _Kept(taps, normed, statistics, ctx.size)
         if can_use_backward_kernel(grad):
             _, *needs = ctx.needs_input_grad
