@@ -150,7 +150,7 @@ def gradients(
     parameters: Parameters,
     x: Tensor,
     statistics: Statistics | None,
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     grad_total: Tensor | None,
     wanted: Wanted,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
@@ -161,7 +161,7 @@ def gradients(
         parameters: Its parameters.
         x: What the norm read: ``Made.total``.
         statistics: ``Made.statistics``.
-        grads: The gradients of the convolutions' outputs.
+        grads: The gradients of the convolutions' outputs; None if no gradient of that convolution is wanted.
         grad_total: The gradient that reached x in another way, which is added; or None.
         wanted: Which gradients.
     """
@@ -170,6 +170,7 @@ def gradients(
         for convolution, filters, grad in zip(
             link.convolutions, parameters.filters, grads, strict=True
         ):
+            assert grad is not None
             part = _input_gradient(convolution, filters, grad, x.shape)
             grad_read = part if grad_read is None else grad_read.add_(part)
     grad_x, read = grad_total, x
@@ -189,7 +190,7 @@ def gradients(
         _, read, _ = norms.forward(x, None, link.norm.of(parameters.norm), False)
     grad_filters = [
         weight_gradient(_padded(convolution, read), grad, filters, convolution.geometry)
-        if is_wanted
+        if is_wanted and grad is not None
         else None
         for convolution, filters, grad, is_wanted in zip(
             link.convolutions, parameters.filters, grads, wanted.filters, strict=True

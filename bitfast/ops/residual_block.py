@@ -374,13 +374,14 @@ def _gradients(
     reach = []
     for need in needed:
         reach.append(reached)
-        reached = reached or any((*need.norm, *need.filters))
+        # The gradient of a second convolution, the shortcut's, comes from elsewhere.
+        reached = reached or any((*need.norm, *need.filters[:1]))
     grads: list[Tensor | None] = []
     grad_input: Tensor | None = grad
     for number in reversed(range(len(form.links))):
         need = needed[number]
         wanted = Wanted(reach[number], any(need.norm), need.filters)
-        if grad_input is None:
+        if grad_input is None and not any(need.filters[1:]):
             grads[:0] = [None] * (len(need.norm) + len(need.filters))
             continue
         outer = [grad_input]
