@@ -24,6 +24,7 @@ from bitfast.ops.norm_convolution_training import norm_convolve
 from bitfast.ops.same_padding import OP as SAME_PADDING
 from bitfast.ops.same_padding import same_padding
 from bitfast.ops.same_padding_cuda import Window
+from bitfast.torch_state import is_dispatch_watched
 
 
 class Convolution(NamedTuple):
@@ -120,8 +121,13 @@ def forward(
         for convolution, filters in zip(link.convolutions, parameters.filters, strict=True)
     ]
     if shortcut is not None:
-        outputs[0] = outputs[0].add_(shortcut)
+        outputs[0] = added_to(outputs[0], shortcut)
     return Made(total, statistics, outputs, None)
+
+
+def added_to(x: Tensor, other: Tensor) -> Tensor:
+    """Return x + other in the memory of x, unless a mode may hold on to x: selective checkpoints keep results."""
+    return x + other if is_dispatch_watched() else x.add_(other)
 
 
 def _fused(
@@ -264,6 +270,7 @@ __all__ = [
     "Made",
     "Parameters",
     "Wanted",
+    "added_to",
     "composite",
     "forward",
     "gradients",

@@ -24,7 +24,7 @@ from bitfast.ops import group_norm_act_gradients as norms
 from bitfast.ops.block_links import Convolution, Link, Parameters, Wanted
 from bitfast.ops.derivatives import can_use_backward_kernel, differentiable_gradients
 from bitfast.ops.group_norm_act_gradients import NormSettings, Statistics
-from bitfast.torch_state import is_transformed
+from bitfast.torch_state import is_dispatch_watched, is_transformed
 
 
 class Join(NamedTuple):
@@ -206,11 +206,11 @@ def _compute(
         return (result, None, None, None), kept
     branch = value
     if mask is not None:
-        branch, moments = branch.div_(settings.keep).mul_(mask), None
+        branch, moments = _dropped(branch, settings.keep, mask), None
     new_total = None if residual is None else total
     if settings.sums:
         if last is None:
-            branch = branch.add_(shortcut)
+            branch = links.added_to(branch, shortcut)
         return (branch, None, new_total, moments), kept
     own = shortcut if form.has_shortcut_convolution else None
     return (branch, own, new_total, None), kept
@@ -239,12 +239,19 @@ def _join(
         )
         kept.statistics.append(statistics)
     if mask is not None:
-        branch = branch.div_(keep).mul_(mask)
-    total = branch.add_(shortcut)
-    result = total.relu_() if join.activation == "relu" else ACTIVATIONS[join.activation](total)
+        branch = _dropped(branch, keep, mask)
+    total = links.added_to(branch, shortcut)
+    overwrites = join.activation == "relu" and not is_dispatch_watched()
+    result = total.relu_() if overwrites else ACTIVATIONS[join.activation](total)
     # The gradient of ReLU can be told from its result, which the next block keeps too.
-    before = None if join.activation == "none" else total
+    before = {"none": None, "relu": result}.get(join.activation, total)
     return result, kept._replace(before=before)
+
+
+def _dropped(branch: Tensor, keep: float | None, mask: Tensor) -> Tensor:
+    if is_dispatch_watched():  # see links.added_to
+        return branch.div(keep).mul(mask)
+    return branch.div_(keep).mul_(mask)
 
 
 # ---- autograd -------------------------------------------------------------------------------------
