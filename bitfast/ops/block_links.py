@@ -140,6 +140,8 @@ def _fused(
     """Compute a link by kernels that normalize what they read, where there are such."""
     if x.device.type != "cpu" or any(c.window is not None for c in link.convolutions):
         return None
+    if not x.is_contiguous(memory_format=torch.channels_last):  # which their results would be
+        return None
     norm = None if link.norm is None else link.norm.of(parameters.norm)
     geometries = [convolution.geometry for convolution in link.convolutions]
     made = norm_convolve(x, moments, norm, parameters.filters, geometries, True, shortcut)
