@@ -12,15 +12,12 @@
 #include <vector>
 
 #include "checks.h"
+#include "convolution_checks.h"
 #include "float_data.h"
 #include "group_statistics.h"
 #include "instruction_sets.h"
 #include "kernel_dtypes.h"
 #include "memory_format.h"
-
-#if BITFAST_X86
-#include <cpuid.h>
-#endif
 
 #define BITFAST_LOOPS "norm_convolution_loops.h"
 #define BITFAST_OP norm_convolution
@@ -35,97 +32,6 @@ namespace {
 constexpr int64_t task_bytes = 256 * 1024, few_rows = 4 * tile_rows;
 // A task of fewer multiplications than this is not worth another thread.
 constexpr int64_t multiplications_per_task = 1 << 18;
-
-// Why the kernels of a dtype cannot, or should not, run on this CPU; empty if they should.
-std::string problem_with(bool bfloat16) {
-#if BITFAST_X86
-  if (instruction_set() != InstructionSet::avx512) {
-    return "the CPU lacks AVX-512, or ATEN_CPU_CAPABILITY forbids it";
-  }
-  if (!bfloat16) {
-    return "";
-  }
-  if (!__builtin_cpu_supports("avx512bf16")) {
-    return "the CPU lacks AVX512_BF16";
-  }
-  static const bool has_amx = [] {  // asked once: virtual machines make this instruction slow
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1u) != 0;
-  }();
-  return has_amx ? "the CPU has AMX, with which oneDNN is faster" : "";
-#else
-  return "it is written for x86 CPUs and compiled by GCC";
-#endif
-}
-
-// ---- packed weights --------------------------------------------------------------------------------
-
-// G g G' of a 3x3 filter.
-void transform_filter(const float* filter, double (&result)[positions]) {
-  double half[4][3];
-  for (int j = 0; j < 3; ++j) {
-    const double a = filter[j], b = filter[3 + j], c = filter[6 + j];
-    half[0][j] = a;
-    half[1][j] = (a + b + c) / 2;
-    half[2][j] = (a - b + c) / 2;
-    half[3][j] = c;
-  }
-  for (int i = 0; i < 4; ++i) {
-    const double a = half[i][0], b = half[i][1], c = half[i][2];
-    result[4 * i] = a;
-    result[4 * i + 1] = (a + b + c) / 2;
-    result[4 * i + 2] = (a - b + c) / 2;
-    result[4 * i + 3] = c;
-  }
-}
-
-template <typename T>
-int64_t index_in_panel(int64_t channel, int64_t column) {
-  constexpr int64_t per_word = 4 / sizeof(T);
-  return (channel / per_word * panel_columns + column) * per_word + channel % per_word;
-}
-
-// Panels of 32 output channels; for 3x3 filters each has its 16 positions one after the other.
-Tensor pack(const Tensor& weight, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
-      "weight must be float32, contiguous, of shape (out, in, height, width)");
-  const int64_t out = weight.size(0), in = weight.size(1), taps = weight.size(2) * weight.size(3);
-  const bool is_pointwise = weight.size(2) == 1 && weight.size(3) == 1;
-  STD_TORCH_CHECK(
-      is_pointwise || (weight.size(2) == 3 && weight.size(3) == 3 && dtype == ScalarType::Float),
-      "weights are packed for 1x1 convolutions, and in float32 for 3x3 convolutions");
-  const int64_t parts = is_pointwise ? 1 : positions;
-  const float* source = static_cast<const float*>(weight.const_data_ptr());
-  Tensor packed;
-  dispatch_kernel_dtype("norm_convolution", dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t panels = ceil_div(out, panel_columns);
-    const int64_t part = words_of(in, sizeof(T)) * panel_columns * 4 / static_cast<int64_t>(sizeof(T));
-    packed = torch::stable::new_empty(weight, {panels * parts * part}, dtype);
-    T* target = static_cast<T*>(packed.mutable_data_ptr());
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      std::fill_n(target + begin * parts * part, (end - begin) * parts * part, T(0.0f));
-      for (int64_t o = begin * panel_columns; o < std::min(out, end * panel_columns); ++o) {
-        T* panel = target + o / panel_columns * parts * part;
-        for (int64_t i = 0; i < in; ++i) {
-          const float* filter = source + (o * in + i) * taps;
-          const int64_t index = index_in_panel<T>(i, o % panel_columns);
-          if (is_pointwise) {
-            panel[index] = static_cast<T>(*filter);
-          } else {
-            double transformed[positions];
-            transform_filter(filter, transformed);
-            for (int64_t p = 0; p < positions; ++p) {
-              panel[p * part + index] = static_cast<T>(static_cast<float>(transformed[p]));
-            }
-          }
-        }
-      }
-    });
-  });
-  return packed;
-}
 
 // ---- the norm of the input ---------------------------------------------------------------------------
 
@@ -278,18 +184,14 @@ void run_tasks(const Work<T>& work, int64_t kernel_size, const Tensor& like) {
   });
 }
 
-bool is_dense_channels_last(const Tensor& x) {
-  return x.numel() == 0 || is_channels_last(x) || (x.is_contiguous() && (x.size(1) == 1 || x.size(2) * x.size(3) == 1));
-}
-
 // Filters as the operators take them.
-struct Filters {
+struct PackedFilters {
   const Tensor& packed;
   int64_t kernel_size, stride;
 };
 
 template <typename T>
-Work<T> work_of(const Tensor& x, const Filters& filters, const Tensor& result) {
+Work<T> work_of(const Tensor& x, const PackedFilters& filters, const Tensor& result) {
   Work<T> work{};
   work.images = x.size(0);
   work.in_channels = x.size(1);
@@ -312,13 +214,19 @@ Work<T> work_of(const Tensor& x, const Filters& filters, const Tensor& result) {
   return work;
 }
 
-// Writes the convolution to the result, or adds it to what the result holds. Returns the moments of the result, of
-// no images if nobody wants them.
+// Writes the convolution to the result, added to `addend` if there is one, which may be the result itself. Returns the
+// moments of the result, of no images if nobody wants them.
 Tensor convolve(
-    const Tensor& x, const Norm& norm, const Filters& filters, const Tensor& result, bool adds, bool wants_moments) {
+    const Tensor& x, const Norm& norm, const PackedFilters& filters, const Tensor& result,
+    const std::optional<Tensor>& addend, bool wants_moments) {
   STD_TORCH_CHECK(
       is_dense_channels_last(x) && is_dense_channels_last(result), "x and the result must be channels_last");
-  const std::string problem = problem_with(x.scalar_type() == ScalarType::BFloat16);
+  if (addend.has_value()) {
+    STD_TORCH_CHECK(
+        addend->scalar_type() == x.scalar_type() && have_same_shape(*addend, result) && is_dense_channels_last(*addend),
+        "residual must have the dtype and the shape of the convolution, and be channels_last");
+  }
+  const std::string problem = convolution_problem(x.scalar_type() == ScalarType::BFloat16);
   STD_TORCH_CHECK(problem.empty(), "norm_convolution cannot run here: ", problem);
   const int64_t images = wants_moments ? x.size(0) : 0;
   Tensor moments = torch::stable::new_empty(result, {2, images, result.size(1)}, ScalarType::Double);
@@ -326,7 +234,7 @@ Tensor convolve(
     using T = decltype(zero);
     Work<T> work = work_of<T>(x, filters, result);
     work.activation = activation_named(norm.activation);
-    work.adds = adds;
+    work.addend = addend.has_value() ? static_cast<const T*>(addend->const_data_ptr()) : nullptr;
     Coefficients coefficients;
     if (norm.weight.has_value()) {
       coefficients = coefficients_of(norm, x);
@@ -351,7 +259,7 @@ Tensor convolve(
 // The mean and the variance of each image's channels, of shape (2, N, C).
 Tensor channel_moments(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && is_dense_channels_last(x), "x must be channels_last, of shape (N, C, H, W)");
-  const std::string problem = problem_with(false);
+  const std::string problem = convolution_problem(false);
   STD_TORCH_CHECK(problem.empty(), "channel_moments cannot run here: ", problem);
   const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   Tensor moments = torch::stable::new_empty(x, {2, images, channels}, ScalarType::Double);
@@ -408,13 +316,14 @@ void check_convolution(const Tensor& x, int64_t kernel_size, int64_t stride) {
 std::tuple<Tensor, Tensor> norm_convolution(
     const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
     const std::optional<Tensor>& norm_bias, int64_t num_groups, double eps, const std::string& activation,
-    const Tensor& packed, int64_t out_channels, int64_t kernel_size, int64_t stride, bool wants_moments) {
+    const Tensor& packed, int64_t out_channels, int64_t kernel_size, int64_t stride, bool wants_moments,
+    const std::optional<Tensor>& residual) {
   check_convolution(x, kernel_size, stride);
   const int64_t height = ceil_div(x.size(2), stride), width = ceil_div(x.size(3), stride);
   const Tensor result =
       empty_4d({x.size(0), out_channels, height, width}, x.scalar_type(), x.device(), MemoryFormat::ChannelsLast);
   const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation);
-  return {result, convolve(x, norm, {packed, kernel_size, stride}, result, false, wants_moments)};
+  return {result, convolve(x, norm, {packed, kernel_size, stride}, result, residual, wants_moments)};
 }
 
 Tensor norm_convolution_add(
@@ -427,11 +336,7 @@ Tensor norm_convolution_add(
           total.size(2) == ceil_div(x.size(2), stride) && total.size(3) == ceil_div(x.size(3), stride),
       "total must have the dtype and the shape of the convolution");
   const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation);
-  return convolve(x, norm, {packed, kernel_size, stride}, total, true, wants_moments);
-}
-
-Tensor pack_norm_convolution(const Tensor& weight, bool as_bfloat16) {
-  return pack(weight, as_bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  return convolve(x, norm, {packed, kernel_size, stride}, total, total, wants_moments);
 }
 
 }  // namespace
@@ -439,11 +344,10 @@ Tensor pack_norm_convolution(const Tensor& weight, bool as_bfloat16) {
 STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
   m.def("norm_convolution_problem(bool bfloat16) -> str");
   m.def("channel_moments.native(Tensor x) -> Tensor");
-  m.def("pack_norm_convolution.native(Tensor weight, bool as_bfloat16) -> Tensor");
   m.def(
       "norm_convolution.native(Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, int num_groups, "
-      "float eps, str activation, Tensor packed, int out_channels, int kernel_size, int stride, bool wants_moments) "
-      "-> (Tensor, Tensor)");
+      "float eps, str activation, Tensor packed, int out_channels, int kernel_size, int stride, bool wants_moments, "
+      "Tensor? residual=None) -> (Tensor, Tensor)");
   m.def(
       "norm_convolution_add_.native(Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, "
       "int num_groups, float eps, str activation, Tensor packed, Tensor(a!) total, int kernel_size, int stride, "
@@ -451,12 +355,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CompositeExplicitAutograd, m) {
-  m.impl("norm_convolution_problem", TORCH_BOX(&problem_with));
+  m.impl("norm_convolution_problem", TORCH_BOX(&convolution_problem));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
   m.impl("channel_moments.native", TORCH_BOX(&channel_moments));
-  m.impl("pack_norm_convolution.native", TORCH_BOX(&pack_norm_convolution));
   m.impl("norm_convolution.native", TORCH_BOX(&norm_convolution));
   m.impl("norm_convolution_add_.native", TORCH_BOX(&norm_convolution_add));
 }

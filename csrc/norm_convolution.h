@@ -7,19 +7,13 @@
 
 #include "activation.h"
 #include "ceil_div.h"
+#include "convolution_words.h"
 
 namespace bitfast::norm_convolution {
 
-// The product of matrices is computed in tiles of up to this many rows (pixels) and two vectors of columns
-// (output channels): what fits into the 32 registers of AVX-512 beside two vectors of weights.
-constexpr int64_t tile_rows = 14, panel_columns = 32;
-// Words of 4 bytes, each one float32 or two bfloat16 channels, that a row of a packed tile has before the next.
-constexpr int64_t chunk_words = 16;
-
-// Words per row of the packed input and per column of the packed weight: whole chunks.
-inline int64_t words_of(int64_t channels, int64_t element_bytes) {
-  return ceil_div(channels * element_bytes, 4 * chunk_words) * chunk_words;
-}
+// The product of matrices is computed in tiles of up to this many rows (pixels) and a panel of columns (output
+// channels): what fits into the 32 registers of AVX-512 beside two vectors of weights.
+constexpr int64_t tile_rows = 14;
 
 // Rows cut into tiles of equal size, but for the last.
 struct Tiles {
@@ -43,7 +37,7 @@ struct Work {
   const float *center, *scale, *shift;  // for each image and input channel; null: x is taken as it is
   const float* weight;                  // packed
   T* result;
-  bool adds;                // to what the result holds
+  const T* addend;          // of the result's layout, or null; may be the result itself
   double *means, *squares;  // for each image, piece and output channel, or null
   int64_t rows;    // in an image
   int64_t piece;   // rows; the last piece may have fewer
@@ -76,13 +70,6 @@ Task task_of(const Work<T>& work, int64_t number) {
 }
 
 // ---- Winograd's 3x3 convolution ----------------------------------------------------------------------
-
-// 16 products for each square of 2x2 outputs, instead of 36.
-constexpr int64_t positions = 16;
-
-inline int64_t squares_in_row(int64_t width) {
-  return ceil_div(width, 2);
-}
 
 // The words of one of the 16 packed inputs of `squares` squares. The odd number of cache lines between them keeps
 // their rows from falling on each other in the cache.

@@ -2,6 +2,7 @@
 // Included once per instruction set with 16 lanes, inside its namespace.
 #include "vectors.h"
 #include "activation_vectors.h"
+#include "convolution_pieces.h"
 #include "moments.h"
 
 static_assert(lanes == chunk_words && 2 * lanes == panel_columns);
@@ -10,17 +11,6 @@ static_assert(lanes == chunk_words && 2 * lanes == panel_columns);
 
 // Words that are multiplied and added one after the other.
 constexpr int64_t summed_words = 128;
-
-// total + a b, in each word: of one float32, or of two bfloat16.
-template <typename T>
-BITFAST_INLINE Vector multiply_add(Vector total, Vector a, Vector b) {
-  if constexpr (sizeof(T) == 4) {
-    return total + a * b;
-  } else {
-    return reinterpret_cast<Vector>(_mm512_dpbf16_ps(
-        reinterpret_cast<__m512>(total), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
-  }
-}
 
 // The product of `rows` packed rows and a panel of two vectors of packed columns. (The sums are an array of this
 // function's own: one that the caller goes on to use was kept in memory by GCC 12, not in registers.)
@@ -96,21 +86,6 @@ void moments_of_pixels(
 
 // ---- the input: normalized, activated, packed ------------------------------------------------------
 
-struct Normalization {
-  Vector center, scale, shift;
-
-  template <Activation activation>
-  BITFAST_INLINE Vector apply(Vector x) const {
-    return activated<activation>((x - center) * scale + shift);
-  }
-};
-
-template <typename T, typename Count>
-BITFAST_INLINE Normalization normalization_from(const Work<T>& work, int64_t image, int64_t channel, Count count) {
-  const int64_t at = image * work.in_channels + channel;
-  return {load_up_to(work.center + at, count), load_up_to(work.scale + at, count), load_up_to(work.shift + at, count)};
-}
-
 // A chunk of one vector of float32, or of two that are rounded to bfloat16. (A template, so that only the set of
 // instructions that has them compiles those for bfloat16.)
 template <int vectors>
@@ -155,15 +130,6 @@ BITFAST_INLINE void pack_chunk(
     }
     store_chunk(target + r * chunk_words, values);
   }
-}
-
-// Calls function(activation, normalizes) with both as compile-time constants.
-template <typename T, typename Function>
-void dispatch_normalization(const Work<T>& work, const Function& function) {
-  if (work.center == nullptr) {
-    return function(std::integral_constant<Activation, Activation::none>{}, std::false_type{});
-  }
-  dispatch_activation(work.activation, [&](auto activation) { function(activation, std::true_type{}); });
 }
 
 template <typename T>
@@ -287,14 +253,21 @@ void multiply_pixels(
     __builtin_prefetch(target + r * work.out_channels, 1);
     __builtin_prefetch(target + r * work.out_channels + panel_columns - 1, 1);
   }
+  if (work.addend != nullptr && work.addend != work.result) {
+    const T* addend = work.addend + (target - work.result);
+    for (int r = 0; r < rows; ++r) {
+      __builtin_prefetch(addend + r * work.out_channels);
+      __builtin_prefetch(addend + r * work.out_channels + panel_columns - 1);
+    }
+  }
   Vector total[rows][2];
   multiply<T>(packed, panel, work.words(), total);
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < 2; ++v) {
       T* to = target + r * work.out_channels + v * lanes;
       const auto part = part_of(count, v);
-      if (work.adds) {
-        total[r][v] += load_up_to(to, part);
+      if (work.addend != nullptr) {
+        total[r][v] += load_up_to(work.addend + (to - work.result), part);
       }
       total[r][v] = write(to, total[r][v], part);
     }
@@ -332,72 +305,9 @@ void pointwise(const Work<T>& work, const Task& task, float* scratch) {
 // Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (https://arxiv.org/abs/1509.09308),
 // F(2x2, 3x3): Y = A' [(G g G') * (B' d B)] A, with each 4x4 piece d of the input, overlapping by two.
 
-// The rows of the input that a task needs, one chunk of channels, normalized, with zeros around the image.
-template <Activation activation, bool normalizes, typename Count>
-void fill_rows(const Work<float>& work, const Task& task, int64_t channel, Count count, float* target) {
-  const int64_t across = 2 * squares_in_row(work.width) + 2;
-  const int64_t first = 2 * task.first_row - 1, last = first + 2 * task.rows + 2;
-  Normalization norm;
-  if constexpr (normalizes) {
-    norm = normalization_from(work, task.image, channel, count);
-  }
-  for (int64_t y = first; y < last; ++y, target += across * lanes) {
-    const bool inside = y >= 0 && y < work.in_height;
-    const float* row = work.x + ((task.image * work.in_height + y) * work.in_width - 1) * work.in_channels + channel;
-    for (int64_t x = 0; x < across; ++x) {
-      Vector value{};
-      if (inside && x >= 1 && x <= work.in_width) {
-        value = load_up_to(row + x * work.in_channels, count);
-        if constexpr (normalizes) {
-          value = norm.template apply<activation>(value);
-        }
-      }
-      store(target + x * lanes, value);
-    }
-  }
-}
-
-// B' of a column of four values.
-struct Column {
-  Vector v[4];
-
-  BITFAST_INLINE static Column of(const float* top, int64_t stride) {
-    const Vector a = load(top), b = load(top + stride), c = load(top + 2 * stride), d = load(top + 3 * stride);
-    return {{a - c, b + c, c - b, b - d}};
-  }
-};
-
-// B' d B for the squares of the task, from the rows of a chunk of channels to the packed tiles.
-inline void transform_input(const float* rows, int64_t row_count, int64_t across, const Tiles& tiles, int64_t words,
-                            int64_t chunk, float* packed) {
-  const int64_t stride = (2 * across + 2) * lanes, position = position_words(tiles.rows, words);
-  int64_t tile = 0, in_tile = 0;
-  for (int64_t y = 0; y < row_count; ++y) {
-    const float* top = rows + 2 * y * stride;
-    Column a = Column::of(top, stride), b = Column::of(top + lanes, stride);
-    for (int64_t x = 0; x < across; ++x) {
-      const Column c = Column::of(top + (2 * x + 2) * lanes, stride);
-      const Column d = Column::of(top + (2 * x + 3) * lanes, stride);
-      const int64_t size = tiles.rows_of(tile);
-      float* target = packed + tile * tiles.size * words + (chunk * size + in_tile) * chunk_words;
-      for (int i = 0; i < 4; ++i, target += 4 * position) {
-        store(target, a.v[i] - c.v[i]);
-        store(target + position, b.v[i] + c.v[i]);
-        store(target + 2 * position, c.v[i] - b.v[i]);
-        store(target + 3 * position, b.v[i] - d.v[i]);
-      }
-      a = c;
-      b = d;
-      if (++in_tile == size) {
-        ++tile;
-        in_tile = 0;
-      }
-    }
-  }
-}
-
 inline void pack_squares(const Work<float>& work, const Task& task, const Tiles& tiles, float* packed, float* rows) {
-  const int64_t across = squares_in_row(work.width);
+  const int64_t across = squares_in_row(work.width), words = work.words();
+  const int64_t position = position_words(tiles.rows, words);
   dispatch_normalization(work, [&](auto activation, auto normalizes) {
     for (int64_t chunk = 0; chunk * lanes < work.in_channels; ++chunk) {
       const int64_t channel = chunk * lanes, left = work.in_channels - channel;
@@ -406,7 +316,16 @@ inline void pack_squares(const Work<float>& work, const Task& task, const Tiles&
       } else {
         fill_rows<activation, normalizes>(work, task, channel, left, rows);
       }
-      transform_input(rows, task.rows, across, tiles, work.words(), chunk, packed);
+      int64_t tile = 0, in_tile = 0;
+      transform_input(rows, task.rows, across, position, [&] {
+        const int64_t size = tiles.rows_of(tile);
+        float* target = packed + tile * tiles.size * words + (chunk * size + in_tile) * chunk_words;
+        if (++in_tile == size) {
+          ++tile;
+          in_tile = 0;
+        }
+        return target;
+      });
     }
   });
 }
@@ -449,7 +368,9 @@ inline void write_squares(
         for (int i = 0; i < 2 && top + i < work.height; ++i) {
           for (int j = 0; j < 2 && 2 * x + j < work.width; ++j) {
             float* target = row + (i * work.width + 2 * x + j) * work.out_channels + v * lanes;
-            const Vector before = work.adds ? load_up_to(target, count - v * lanes) : Vector{};
+            const Vector before = work.addend == nullptr
+                ? Vector{}
+                : load_up_to(work.addend + (target - work.result), count - v * lanes);
             store_up_to(target, outputs[i][j] + before, count - v * lanes);
           }
         }

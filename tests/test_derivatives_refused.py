@@ -99,6 +99,13 @@ def _added_normalizing(x: Tensor) -> None:
     OPERATORS.norm_convolution_add_.native(OTHER, None, *NORM, _filters(), x, 1, 1, False)
 
 
+def _weight_of_convolution(x: Tensor) -> None:
+    result = torch.empty(4, 4, 1, 1)
+    OPERATORS.convolution_weight_gradient.native(
+        x, *(None,) * 4, 1, "none", OTHER, *GEOMETRY, False, result
+    )
+
+
 @cache
 def _model() -> Any:
     model = our_model("BitModel", num_channels=4, hidden_sizes=[16], depths=[1])
@@ -122,6 +129,7 @@ UNDERIVED: dict[str, Callable[[Tensor], None]] = {
     "normalizing": _normalizing,
     "added normalizing": _added_normalizing,
     "a whole network": _network,
+    "a convolution's weight": _weight_of_convolution,
     "packing": lambda x: OPERATORS.pack_norm_convolution.native(x[..., :1, :1].contiguous(), False),
     "moments": lambda x: OPERATORS.channel_moments.native(x),
     "statistics": lambda x: OPERATORS.group_statistics.native(

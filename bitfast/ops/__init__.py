@@ -4,6 +4,7 @@ Each is imported from its module, ``bitfast.ops.<op>``. Importing the package re
 """
 
 from bitfast.ops import (  # noqa: F401
+    convolution_gradients,
     group_norm_act,
     norm_convolution,
     norm_convolution_cuda,

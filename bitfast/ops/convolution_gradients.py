@@ -1,8 +1,11 @@
 """The gradients of a convolution, in plain functions: for backward passes that are written by hand.
 
-On CPUs with AVX-512, kernels of bitfast compute those that they compute faster than torch does. The gradient of
-the input is a convolution itself, of the gradient with the filters turned round (Dumoulin & Visin, "A guide to
-convolution arithmetic for deep learning", 2016, https://arxiv.org/abs/1603.07285).
+On CPUs with AVX-512 kernels of bitfast compute those that they compute faster than torch does, as
+:func:`_has_input_kernel` and :func:`_way_of` say. The gradient of the input is a convolution itself, of the
+gradient with the filters turned round (Dumoulin & Visin, "A guide to convolution arithmetic for deep learning",
+2016, https://arxiv.org/abs/1603.07285). That of the weight is a product of matrices for each place in the
+filter, summed over pixels; for 3x3 filters in float32, over squares of 2x2 pixels, with 16 products instead of
+36: Winograd's convolution (see ``norm_convolution``), transposed.
 """
 
 from __future__ import annotations
@@ -12,11 +15,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitfast.ops.derivatives import call_without_autograd
+from bitfast import extension
+from bitfast.ops.derivatives import call_without_autograd, refuse_derivatives
 from bitfast.ops.kept_weights import Geometry
-from bitfast.ops.norm_convolution import NO_NORM, has_kernel_for, uses_norm_convolution
+from bitfast.ops.norm_convolution import (
+    NO_NORM,
+    SMALLEST_3X3,
+    Norm,
+    has_kernel_for,
+    packed_weight,
+    uses_norm_convolution,
+)
 
-OP = "convolution_gradients"
+OP = "convolution_weight_gradient"
+
+FEWEST_CHANNELS = 16
+"""Of the input of a convolution whose weight's gradient a kernel of ours computes; it takes 32 at once."""
+
+WIDEST_3X3_GRADIENT = 512 * 512
+"""Input times output channels of a 3x3 filter, at most, whose gradient is summed over squares: the sums take
+16/9 of the filters' memory."""
 
 
 def input_gradient(
@@ -37,23 +55,26 @@ def input_gradient(
         ValueError: grad, weight and input_shape do not belong together.
     """
     _check_channels(grad, weight, input_shape[1])
-    stride, _, _ = geometry
-    size = input_shape[2:]
-    if not _can_use_kernels(grad, weight) or not has_kernel_for(
-        _turned_shape(weight), geometry, grad.dtype, size
-    ):
+    if not _has_input_kernel(grad, weight, input_shape, geometry):
         return _plain_input_gradient(grad, weight, input_shape, geometry)
-    result = _convolve(_dense(grad), _turned(weight), weight.shape[1], weight.shape[2])
-    if stride == (1, 1):
+    _, channels, kernel_size, _ = weight.shape
+    result, _ = call_without_autograd(
+        torch.ops.bitfast.norm_convolution.native,
+        _dense(grad), None, *NO_NORM, packed_weight(weight, turned=True), channels, kernel_size, 1, False,
+    )  # fmt: skip
+    (vertical, horizontal), _, _ = geometry
+    if (vertical, horizontal) == (1, 1):
         return result
     # The other pixels of the input reach no result.
-    gradient = grad.new_zeros(input_shape).contiguous(memory_format=torch.channels_last)
-    gradient[:, :, :: stride[0], :: stride[1]] = result
+    gradient = _empty_input(grad, input_shape).zero_()
+    gradient[:, :, ::vertical, ::horizontal] = result
     return gradient
 
 
 def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient of a convolution's weight.
+
+    How it is summed, and so its last bits, depends on the number of threads.
 
     Args:
         x: The input, of shape (N, in, H, W).
@@ -68,8 +89,40 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry)
         ValueError: x, grad and weight do not belong together.
     """
     _check_channels(grad, weight, x.shape[1])
+    way = _way_of(x, grad, weight, geometry)
+    if way is not None:
+        return _kernel_gradient(way, x, (None, None), NO_NORM, grad, weight, geometry)
     _, gradient, _ = _plain_gradients(grad, x, weight, geometry, (False, True, False))
-    return gradient
+    result = torch.empty_like(weight)
+    return gradient if gradient.stride() == result.stride() else result.copy_(gradient)
+
+
+def norm_weight_gradient(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: Norm,
+    grad: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+) -> Tensor | None:
+    """Return :func:`weight_gradient` of an input that is normalized and activated while it is read.
+
+    Args:
+        x: What is normalized.
+        mean, rstd: Of its groups: float32, shape (N, groups).
+        norm: The norm.
+        grad, weight, geometry: As in :func:`weight_gradient`.
+
+    Returns:
+        As :func:`weight_gradient`; None where no kernel does this.
+    """
+    _check_channels(grad, weight, x.shape[1])
+    way = _way_of(x, grad, weight, geometry)
+    if way is None:
+        return None
+    parameters = (norm.weight, norm.bias, norm.num_groups, norm.eps, norm.activation)
+    return _kernel_gradient(way, x, (mean, rstd), parameters, grad, weight, geometry)
 
 
 def _check_channels(grad: Tensor, weight: Tensor, channels: int) -> None:
@@ -80,35 +133,61 @@ def _check_channels(grad: Tensor, weight: Tensor, channels: int) -> None:
         )
 
 
-def _can_use_kernels(grad: Tensor, weight: Tensor) -> bool:
-    return grad.dtype == weight.dtype and uses_norm_convolution(grad.device.type, grad.dtype)
+# ---- who computes what ----------------------------------------------------------------------------
 
 
-# ---- what the kernels need ------------------------------------------------------------------------
+def _has_input_kernel(
+    grad: Tensor, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
+) -> bool:
+    """Whether kernels compute the gradient of the input: what ``norm_convolution`` has for turned filters."""
+    out_channels, channels, *size = weight.shape
+    turned = torch.Size((channels, out_channels, *size))
+    return (
+        grad.dtype == weight.dtype
+        and has_kernel_for(turned, geometry, grad.dtype, input_shape[2:])
+        and uses_norm_convolution(grad.device.type, grad.dtype)
+    )
+
+
+DIRECT, WINOGRAD = "direct", "winograd"
+
+
+def _way_of(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+    """Return how a kernel computes the gradient of the weight; None if torch is to."""
+    if not (x.dtype == grad.dtype == weight.dtype) or x.shape[1] < FEWEST_CHANNELS:
+        return None
+    if not uses_norm_convolution(x.device.type, x.dtype):
+        return None
+    if (
+        weight.shape[2:] == (3, 3)
+        and geometry == ((1, 1), (1, 1), (1, 1))
+        and x.dtype == torch.float32
+        and min(x.shape[2:]) >= SMALLEST_3X3
+        and weight.shape[0] * weight.shape[1] <= WIDEST_3X3_GRADIENT
+    ):
+        return WINOGRAD
+    return DIRECT
+
+
+def _kernel_gradient(way, x, statistics, norm, grad, weight, geometry) -> Tensor:
+    result = torch.empty_like(weight)
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    gradient = result if is_dense else torch.empty(weight.shape, dtype=weight.dtype)
+    norm_weight, norm_bias, num_groups, _, activation = norm
+    call_without_autograd(
+        torch.ops.bitfast.convolution_weight_gradient.native,
+        _dense(x), *statistics, norm_weight, norm_bias, num_groups, activation,
+        _dense(grad), *geometry, way == WINOGRAD, gradient,
+    )  # fmt: skip
+    return result if is_dense else result.copy_(gradient)
+
+
+def _empty_input(grad: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=grad.dtype, memory_format=torch.channels_last)
 
 
 def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _turned_shape(weight: Tensor) -> torch.Size:
-    out, channels, *size = weight.shape
-    return torch.Size((channels, out, *size))
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """Return the filters of the input's gradient, packed."""
-    turned = weight.transpose(0, 1).flip(2, 3).float().contiguous()
-    pack = torch.ops.bitfast.pack_norm_convolution.native
-    return call_without_autograd(pack, turned, weight.dtype == torch.bfloat16)
-
-
-def _convolve(x: Tensor, packed: Tensor, out_channels: int, kernel_size: int) -> Tensor:
-    result, _ = call_without_autograd(
-        torch.ops.bitfast.norm_convolution.native,
-        x, None, *NO_NORM, packed, out_channels, kernel_size, 1, False,
-    )  # fmt: skip
-    return result
 
 
 # ---- torch's own ----------------------------------------------------------------------------------
@@ -118,15 +197,8 @@ def _plain_input_gradient(
     grad: Tensor, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     # Its memory is not read, but on a CPU its layout decides how torch computes.
-    if grad.device.type == "cpu":
-        x = torch.empty(
-            tuple(input_shape),
-            dtype=grad.dtype,
-            device=grad.device,  # not the default device, which may be another
-            memory_format=torch.channels_last,
-        )
-    else:
-        x = grad.new_empty(1).expand(input_shape)
+    is_on_cpu = grad.device.type == "cpu"
+    x = _empty_input(grad, input_shape) if is_on_cpu else grad.new_empty(1).expand(input_shape)
     gradient, _, _ = _plain_gradients(grad, x, weight, geometry, (True, False, False))
     return gradient
 
@@ -140,4 +212,8 @@ def _plain_gradients(
     )
 
 
-__all__ = ["input_gradient", "weight_gradient"]
+if extension.CPU.problem is None:
+    torch.library.register_fake(f"bitfast::{OP}.native", lambda *_: None)
+    refuse_derivatives(OP, "native")
+
+__all__ = ["input_gradient", "norm_weight_gradient", "weight_gradient"]

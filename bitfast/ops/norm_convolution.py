@@ -37,10 +37,11 @@ _NORM = (
 )
 
 SIGNATURE = (
-    f"{_NORM}, Tensor packed, int out_channels, int kernel_size, int stride, bool wants_moments)"
-    " -> (Tensor, Tensor)"
+    f"{_NORM}, Tensor packed, int out_channels, int kernel_size, int stride, bool wants_moments,"
+    " Tensor? residual=None) -> (Tensor, Tensor)"
 )
-"""Of ``norm_convolution``. Returns the convolution and its moments (of 0 images unless ``wants_moments``)."""
+"""Of ``norm_convolution``. Returns the convolution, with the residual added to it, and the result's moments (of
+0 images unless ``wants_moments``)."""
 
 ADD_SIGNATURE = (
     f"{_NORM}, Tensor packed, Tensor(a!) total, int kernel_size, int stride, bool wants_moments)"
@@ -211,11 +212,21 @@ def packed_for(weight: Tensor, weight_eps: float, dtype: torch.dtype) -> Tensor:
     """Return the standardized weight, packed for inputs of a dtype, from the kept weights."""
 
     def make() -> Tensor:
-        standardized = weight_standardization(weight, weight_eps, torch.float32).contiguous()
-        pack = torch.ops.bitfast.pack_norm_convolution.native
-        return pack(standardized, dtype == torch.bfloat16)
+        standardized = weight_standardization(weight, weight_eps, torch.float32)
+        return packed_weight(standardized.to(dtype))
 
     return kept_weights.get(weight, (OP, weight_eps, dtype), make)
+
+
+def packed_weight(standardized: Tensor, turned: bool = False) -> Tensor:
+    """Return a standardized weight as the kernels read it, for inputs of its dtype.
+
+    Args:
+        standardized: Shape (out, in, height, width).
+        turned: Pack the filters of the gradient of the convolution's input.
+    """
+    pack = torch.ops.bitfast.pack_norm_convolution.native
+    return call_without_autograd(pack, standardized, standardized.dtype == torch.bfloat16, turned)
 
 
 # ---- the operators --------------------------------------------------------------------------------
@@ -233,7 +244,7 @@ def _fake_moments(result: Tensor, wants_moments: bool) -> Tensor:
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, out_channels, _, stride, wants_moments = rest
+    out_channels, _, stride, wants_moments = rest[7:11]
     return _fake_result(x, out_channels, stride, wants_moments)
 
 
@@ -269,6 +280,7 @@ __all__ = [
     "has_norm_convolution_kernel",
     "norm_convolution",
     "packed_for",
+    "packed_weight",
     "uses_norm_convolution",
     "why_no_norm_convolution",
 ]

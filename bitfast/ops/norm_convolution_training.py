@@ -13,7 +13,13 @@ from torch import Tensor
 
 from bitfast.ops.derivatives import call_without_autograd
 from bitfast.ops.kept_weights import Geometry
-from bitfast.ops.norm_convolution import NO_NORM, Norm, has_kernel_for, uses_norm_convolution
+from bitfast.ops.norm_convolution import (
+    NO_NORM,
+    Norm,
+    has_kernel_for,
+    packed_weight,
+    uses_norm_convolution,
+)
 
 
 class Link(NamedTuple):
@@ -53,7 +59,7 @@ def norm_convolve(
     """
     if not _has_kernels(x, weights, geometries):
         return None
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = _dense(x)
     mean = rstd = None
     if norm is not None:
         if moments is None:
@@ -63,27 +69,19 @@ def norm_convolve(
         )
     results, found = [], []
     for number, (weight, (stride, _, _)) in enumerate(zip(weights, geometries, strict=True)):
-        given = (x, moments, *(norm or NO_NORM), packed(weight))
-        if number == 0 and residual is not None:
-            result = residual.clone(memory_format=torch.channels_last)
-            of_result = call_without_autograd(
-                torch.ops.bitfast.norm_convolution_add_.native,
-                *given, result, weight.shape[2], stride[0], wants_moments,
-            )  # fmt: skip
-        else:
-            result, of_result = call_without_autograd(
-                torch.ops.bitfast.norm_convolution.native,
-                *given, weight.shape[0], weight.shape[2], stride[0], wants_moments,
-            )  # fmt: skip
+        addend = _dense(residual) if number == 0 and residual is not None else None
+        result, of_result = call_without_autograd(
+            torch.ops.bitfast.norm_convolution.native,
+            x, moments, *(norm or NO_NORM), packed_weight(weight), weight.shape[0], weight.shape[2], stride[0],
+            wants_moments, addend,
+        )  # fmt: skip
         results.append(result)
         found.append(of_result if wants_moments else None)
     return Link(results, found, mean, rstd)
 
 
-def packed(weight: Tensor) -> Tensor:
-    """Return a weight as the kernels read it."""
-    pack = torch.ops.bitfast.pack_norm_convolution.native
-    return call_without_autograd(pack, weight.float().contiguous(), weight.dtype == torch.bfloat16)
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _has_kernels(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
