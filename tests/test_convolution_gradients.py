@@ -15,6 +15,7 @@ from bitfast.activations import ACTIVATIONS
 from bitfast.backends import use_backend
 from bitfast.ops.convolution_gradients import (
     FEWEST_CHANNELS,
+    add_input_gradient_,
     input_gradient,
     norm_weight_gradient,
     weight_gradient,
@@ -76,8 +77,13 @@ def draw(
         weight_gradient(x, grad, weight, geometry),
     )
     assert found[1].stride() == torch.empty_like(weight).stride()
-    names = ("input", "weight")
-    return {n: triple for n, *triple in zip(names, found, plain, exact, strict=True)}
+    before = images(*shape, dtype=dtype)
+    total = add_input_gradient_(before.clone(), grad, weight, geometry)
+    return {
+        "input": (found[0], plain[0], exact[0]),
+        "weight": (found[1], plain[1], exact[1]),
+        "total": (total, before + plain[0], before.double() + exact[0]),
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,6 +112,7 @@ def test_drawn_shapes(dtype, data, seed):
         (64, 41, 128, 1, geometry_of()),
         (40, 37, 72, 3, geometry_of(1, 1)),
         (96, 7, 160, 3, geometry_of(1, 1)),
+        (320, 7, 264, 3, geometry_of(1, 1)),
         (48, 33, 64, 3, geometry_of(2, 1)),
         (64, 28, 96, 1, geometry_of(2)),
     ],

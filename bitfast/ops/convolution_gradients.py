@@ -11,6 +11,7 @@ filter, summed over pixels; for 3x3 filters in float32, over squares of 2x2 pixe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from bitfast.ops.kept_weights import Geometry
 from bitfast.ops.norm_convolution import (
     NO_NORM,
     SMALLEST_3X3,
+    WIDEST_3X3_IN_TRAINING,
     Norm,
     has_kernel_for,
     packed_weight,
@@ -31,10 +33,6 @@ OP = "convolution_weight_gradient"
 
 FEWEST_CHANNELS = 16
 """Of the input of a convolution whose weight's gradient a kernel of ours computes; it takes 32 at once."""
-
-WIDEST_3X3_GRADIENT = 512 * 512
-"""Input times output channels of a 3x3 filter, at most, whose gradient is summed over squares: the sums take
-16/9 of the filters' memory."""
 
 
 def input_gradient(
@@ -57,11 +55,7 @@ def input_gradient(
     _check_channels(grad, weight, input_shape[1])
     if not _has_input_kernel(grad, weight, input_shape, geometry):
         return _plain_input_gradient(grad, weight, input_shape, geometry)
-    _, channels, kernel_size, _ = weight.shape
-    result, _ = call_without_autograd(
-        torch.ops.bitfast.norm_convolution.native,
-        _dense(grad), None, *NO_NORM, packed_weight(weight, turned=True), channels, kernel_size, 1, False,
-    )  # fmt: skip
+    result = _turned_convolution(grad, weight)
     (vertical, horizontal), _, _ = geometry
     if (vertical, horizontal) == (1, 1):
         return result
@@ -69,6 +63,24 @@ def input_gradient(
     gradient = _empty_input(grad, input_shape).zero_()
     gradient[:, :, ::vertical, ::horizontal] = result
     return gradient
+
+
+def add_input_gradient_(total: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Add :func:`input_gradient` to ``total`` in place, where several convolutions read the same; return it."""
+    _check_channels(grad, weight, total.shape[1])
+    if not _has_input_kernel(grad, weight, total.shape, geometry):
+        return total.add_(_plain_input_gradient(grad, weight, total.shape, geometry))
+    (vertical, horizontal), _, _ = geometry
+    if (vertical, horizontal) != (1, 1) or not total.is_contiguous(
+        memory_format=torch.channels_last
+    ):
+        total[:, :, ::vertical, ::horizontal] += _turned_convolution(grad, weight)
+        return total
+    call_without_autograd(
+        torch.ops.bitfast.norm_convolution_add_.native,
+        _dense(grad), None, *NO_NORM, packed_weight(weight, turned=True), total, weight.shape[2], 1, False,
+    )  # fmt: skip
+    return total
 
 
 def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -141,10 +153,10 @@ def _has_input_kernel(
 ) -> bool:
     """Whether kernels compute the gradient of the input: what ``norm_convolution`` has for turned filters."""
     out_channels, channels, *size = weight.shape
-    turned = torch.Size((channels, out_channels, *size))
+    turned = (channels, out_channels, *size)
     return (
         grad.dtype == weight.dtype
-        and has_kernel_for(turned, geometry, grad.dtype, input_shape[2:])
+        and has_kernel_for(turned, geometry, grad.dtype, input_shape[2:], WIDEST_3X3_IN_TRAINING)
         and uses_norm_convolution(grad.device.type, grad.dtype)
     )
 
@@ -163,13 +175,21 @@ def _way_of(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> str 
         and geometry == ((1, 1), (1, 1), (1, 1))
         and x.dtype == torch.float32
         and min(x.shape[2:]) >= SMALLEST_3X3
-        and weight.shape[0] * weight.shape[1] <= WIDEST_3X3_GRADIENT
+        and weight.shape[0] * weight.shape[1] <= WIDEST_3X3_IN_TRAINING
     ):
         return WINOGRAD
     return DIRECT
 
 
-def _kernel_gradient(way, x, statistics, norm, grad, weight, geometry) -> Tensor:
+def _kernel_gradient(
+    way: str,
+    x: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None],
+    norm: tuple[Any, ...],
+    grad: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+) -> Tensor:
     result = torch.empty_like(weight)
     is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     gradient = result if is_dense else torch.empty(weight.shape, dtype=weight.dtype)
@@ -180,6 +200,16 @@ def _kernel_gradient(way, x, statistics, norm, grad, weight, geometry) -> Tensor
         _dense(grad), *geometry, way == WINOGRAD, gradient,
     )  # fmt: skip
     return result if is_dense else result.copy_(gradient)
+
+
+def _turned_convolution(grad: Tensor, weight: Tensor) -> Tensor:
+    """Convolve grad with the turned filters: the input's gradient, where its stride is 1."""
+    _, channels, kernel_size, _ = weight.shape
+    result, _ = call_without_autograd(
+        torch.ops.bitfast.norm_convolution.native,
+        _dense(grad), None, *NO_NORM, packed_weight(weight, turned=True), channels, kernel_size, 1, False,
+    )  # fmt: skip
+    return result
 
 
 def _empty_input(grad: Tensor, shape: Sequence[int]) -> Tensor:
@@ -216,4 +246,4 @@ if extension.CPU.problem is None:
     torch.library.register_fake(f"bitfast::{OP}.native", lambda *_: None)
     refuse_derivatives(OP, "native")
 
-__all__ = ["input_gradient", "norm_weight_gradient", "weight_gradient"]
+__all__ = ["add_input_gradient_", "input_gradient", "norm_weight_gradient", "weight_gradient"]

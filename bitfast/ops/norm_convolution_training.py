@@ -15,6 +15,7 @@ from bitfast.ops.derivatives import call_without_autograd
 from bitfast.ops.kept_weights import Geometry
 from bitfast.ops.norm_convolution import (
     NO_NORM,
+    WIDEST_3X3_IN_TRAINING,
     Norm,
     has_kernel_for,
     packed_weight,
@@ -86,7 +87,8 @@ def _dense(x: Tensor) -> Tensor:
 
 def _has_kernels(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
     return uses_norm_convolution(x.device.type, x.dtype) and all(
-        weight.dtype == x.dtype and has_kernel_for(weight.shape, geometry, x.dtype, x.shape[2:])
+        weight.dtype == x.dtype
+        and has_kernel_for(weight.shape, geometry, x.dtype, x.shape[2:], WIDEST_3X3_IN_TRAINING)
         for weight, geometry in zip(weights, geometries, strict=True)
     )
 
