@@ -41,25 +41,43 @@ PASSES = 1000
 # ---- calls ----------------------------------------------------------------------------------------------
 
 
-def calls_of(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+def calls_of(
+    function: Callable[..., Any], *arguments: Any, most: int | None = 12
+) -> dict[str, Any]:
     """Count what a warm function makes Python and torch call: Python functions, functions written in C, and
-    entries into torch's dispatcher, those that operators make included and left out; and by name the most."""
+    entries into torch's dispatcher, those that operators make included and left out; and by name the ``most``
+    (None: all). What autograd's nodes call counts as called from Python."""
     for _ in range(WARM_UPS):
         function(*arguments)
     python, builtin = python_calls_of(function, *arguments)
     # A dispatch mode would be seen, and no plan would run; a profiler is not.
     with torch.autograd.profiler.profile() as profile:
         function(*arguments)
-    events = [event for event in profile.function_events or () if "::" in event.name]
+    events = [event for event in profile.function_events or () if is_operator(event)]
     operators = Counter(event.name for event in events)
     return {
         "python_calls": python.total(),
         "builtin_calls": builtin,
         "operators": operators.total(),
-        "operators_from_python": sum(event.cpu_parent is None for event in events),
-        "python_calls_most": dict(python.most_common(12)),
-        "operators_most": dict(operators.most_common(12)),
+        "operators_from_python": sum(is_outermost(event) for event in events),
+        "python_calls_most": dict(python.most_common(most)),
+        "operators_most": dict(operators.most_common(most)),
     }
+
+
+def is_operator(event: Any) -> bool:
+    """Whether a profiler's event is a call of an operator; autograd notes its nodes and their functions too."""
+    return "::" in event.name and "autograd::" not in event.name
+
+
+def is_outermost(event: Any) -> bool:
+    """Whether no operator has made the call: Python has, or a node of autograd."""
+    parent = event.cpu_parent
+    while parent is not None:
+        if is_operator(parent):
+            return False
+        parent = parent.cpu_parent
+    return True
 
 
 def python_calls_of(function: Callable[..., Any], *arguments: Any) -> tuple[Counter[str], int]:
