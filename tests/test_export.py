@@ -20,7 +20,7 @@ from torch.export import Dim
 import bitfast
 from bitfast import extension
 from bitfast.export import exportable
-from bitfast.ops.norm_convolution import why_no_norm_convolution
+from bitfast.ops.norm_convolution import _why_no_norm_convolution, why_no_norm_convolution
 from tests.model_pairs import (
     assert_as_exact,
     flatten,
@@ -136,7 +136,7 @@ def test_a_program_calls_the_ops_of_the_backend(layer_type, dtype, backend):
 )
 def test_a_program_traced_without_gradients(name, layer_type):
     model = evaluated(name, layer_type=layer_type)
-    why_no_norm_convolution.cache_clear()  # the question is no part of the program
+    _why_no_norm_convolution.cache_clear()  # the question is no part of the program
     with torch.no_grad():
         program = exported(model)
     assert operators(program)

@@ -19,7 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import bitfast
 from bitfast.ops.flops import register_flop_formulas
-from bitfast.ops.norm_convolution import why_no_norm_convolution
+from bitfast.ops.norm_convolution import _why_no_norm_convolution, why_no_norm_convolution
 from bitfast.ops.packed_convolution import _why_not_packed
 from tests.foreign_models import timm_resnet
 from tests.model_pairs import CLASSES, RELATIVE_FLOAT64, assert_close, flatten, pair
@@ -178,7 +178,7 @@ def test_a_mode_sees_each_convolution_and_no_question_to_the_machine():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = ours(x).pooler_output
-        why_no_norm_convolution.cache_clear()
+        _why_no_norm_convolution.cache_clear()
         _why_not_packed.cache_clear()
         with OperatorCalls() as calls:
             actual = ours(x).pooler_output

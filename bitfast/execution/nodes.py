@@ -31,6 +31,7 @@ from bitfast.ops.common import autocast_dtype
 from bitfast.ops.eager import PLAIN_TYPES
 from bitfast.ops.group_norm_act_gradients import NormSettings
 from bitfast.ops.residual_block import Computed, Drop, Form, Join, residual_block
+from bitfast.ops.residual_block_operator import is_one_operator, residual_block_operator
 from bitfast.pooling import MaxPool2d
 from bitfast.torch_state import is_concrete
 
@@ -60,6 +61,10 @@ class Node(NamedTuple):
     def takes_residual(self) -> bool:
         """Whether the block begins with a norm, which can add a residual to what it reads."""
         return self.form.links[0].norm is not None
+
+    def may_be_compiled(self, x: Tensor) -> bool:
+        """Whether the op can be part of a compiled program: elsewhere compilers see the block's steps."""
+        return self.recomputation is None and is_one_operator(x)
 
     def suits(self, x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> bool:
         """Whether the op can compute the block for this input, and nobody has to see its parts."""
@@ -139,6 +144,9 @@ class Node(NamedTuple):
         drop = None
         if isinstance(self.drop_path, DropPath) and self.drop_path.is_active():
             drop = Drop(self.drop_path.keep_probability, self.drop_path.draw(x))
+        if torch.compiler.is_compiling():
+            x = x if residual is None else add_to_shortcut(x, residual)
+            return residual_block_operator(self.form, x, moments, drop, parameters)
         return residual_block(self.form, x, residual, moments, drop, parameters, sums=sums)
 
 
@@ -156,6 +164,10 @@ class StemNode(NamedTuple):
     @property
     def takes_residual(self) -> bool:
         """False: a stem reads images."""
+        return False
+
+    def may_be_compiled(self, x: Tensor) -> bool:
+        """False: compilers see the stem's steps."""
         return False
 
     def suits(self, x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> bool:

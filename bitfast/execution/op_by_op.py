@@ -106,11 +106,7 @@ class _Pass:
 
     def compute_block(self, block: Block) -> None:
         node = self.steps.nodes.get(block[-1].result) if block else None
-        if (
-            node is not None
-            and not torch.compiler.is_compiling()
-            and self.compute_node(node, block)
-        ):
+        if node is not None and self.compute_node(node, block):
             self.forget([value for _ in block for value in next(self.dead)])
             self.replace(block[-1].result)
             return
@@ -124,6 +120,8 @@ class _Pass:
         source, last = block[0].source, block[-1]
         pending = self.pending.get(source) if node.takes_residual else None
         x, residual = (self.read(source), None) if pending is None else pending
+        if torch.compiler.is_compiling() and not node.may_be_compiled(x):
+            return False
         parameters = parameters_of(node, self.filters_of)
         if not node.suits(x, residual, parameters):
             return False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitfast import extension
+from bitfast.memory_format import memory_format_of
 from bitfast.ops.derivatives import call_without_autograd, refuse_derivatives
 from bitfast.ops.kept_weights import Geometry
 from bitfast.ops.norm_convolution import (
@@ -36,7 +37,11 @@ FEWEST_CHANNELS = 16
 
 
 def input_gradient(
-    grad: Tensor, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
+    grad: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    geometry: Geometry,
+    like: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of a convolution's input.
 
@@ -45,6 +50,7 @@ def input_gradient(
         weight: Shape (out, in, height, width), as the convolution used it, of the dtype of grad.
         input_shape: (N, in, H, W).
         geometry: Stride, padding and dilation.
+        like: Of the shape, dtype, device and layout of the input; its contents are not read. None: it is made.
 
     Returns:
         Shape ``input_shape``, of the dtype of grad.
@@ -54,7 +60,7 @@ def input_gradient(
     """
     _check_channels(grad, weight, input_shape[1])
     if not _has_input_kernel(grad, weight, input_shape, geometry):
-        return _plain_input_gradient(grad, weight, input_shape, geometry)
+        return _plain_input_gradient(grad, weight, input_shape, geometry, like)
     result = _turned_convolution(grad, weight)
     (vertical, horizontal), _, _ = geometry
     if (vertical, horizontal) == (1, 1):
@@ -213,7 +219,10 @@ def _turned_convolution(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _empty_input(grad: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), dtype=grad.dtype, memory_format=torch.channels_last)
+    # On a CPU convolutions are fastest channels_last, whatever the layout of grad.
+    layout = torch.channels_last if grad.device.type == "cpu" else memory_format_of(grad)
+    # The device of grad is not the default device, which may be another.
+    return torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -224,11 +233,14 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _plain_input_gradient(
-    grad: Tensor, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
+    grad: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    geometry: Geometry,
+    like: Tensor | None = None,
 ) -> Tensor:
-    # Its memory is not read, but on a CPU its layout decides how torch computes.
-    is_on_cpu = grad.device.type == "cpu"
-    x = _empty_input(grad, input_shape) if is_on_cpu else grad.new_empty(1).expand(input_shape)
+    # Its memory is not read, but its layout decides how torch computes.
+    x = _empty_input(grad, input_shape) if like is None else like
     gradient, _, _ = _plain_gradients(grad, x, weight, geometry, (True, False, False))
     return gradient
 

@@ -114,7 +114,7 @@ def refuse_derivatives(name: str, backend: str) -> None:
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     LIBRARY.impl(f"{name}.{backend}", check_and_run, "Autograd", with_keyset=True)
-    _refuse_transforms(operator)
+    refuse_transforms(operator)
 
 
 def refusing_derivatives(
@@ -126,7 +126,7 @@ def refusing_derivatives(
     where compiled models call the operator.
     """
     operator = getattr(getattr(torch.ops.bitfast, name), backend)
-    _refuse_transforms(operator)
+    refuse_transforms(operator)
 
     def check_and_run(*arguments: Any) -> Any:
         _check_no_derivative(operator, arguments)
@@ -143,7 +143,7 @@ def call_without_autograd(operator: torch._ops.OpOverload, *arguments: Any) -> A
         return operator(*arguments)
 
 
-def _refuse_transforms(operator: torch._ops.OpOverload) -> None:
+def refuse_transforms(operator: torch._ops.OpOverload) -> None:
     def refuse(*_: Any) -> Any:
         raise NotImplementedError(
             f"{operator} has no derivative and no batching rule, so that function transforms (torch.func, vmap)"

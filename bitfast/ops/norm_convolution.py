@@ -27,7 +27,7 @@ from bitfast.ops.group_norm_act import OP as GROUP_NORM_ACT
 from bitfast.ops.kept_weights import Geometry, kept_weights
 from bitfast.ops.packed_convolution import uses_packed_weights
 from bitfast.ops.weight_standardization import weight_standardization
-from bitfast.torch_state import unseen
+from bitfast.torch_state import constant_when_compiled, unseen
 
 OP = "norm_convolution"
 
@@ -190,9 +190,14 @@ def has_kernel_for(
     )
 
 
-@lru_cache
+@constant_when_compiled
 def why_no_norm_convolution(dtype: torch.dtype) -> str | None:
     """Return why the kernels of this dtype cannot, or should not, run on this machine; None if they should."""
+    return _why_no_norm_convolution(dtype)
+
+
+@lru_cache
+def _why_no_norm_convolution(dtype: torch.dtype) -> str | None:
     if dtype not in NATIVE_CPU_DTYPES:
         return f"the kernels are for float32 and bfloat16, not {dtype}"
     if extension.CPU.problem is not None:
