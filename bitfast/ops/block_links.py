@@ -16,7 +16,12 @@ from torch import Tensor
 from bitfast import reference
 from bitfast.backends import select_backend
 from bitfast.ops import group_norm_act_gradients as norms
-from bitfast.ops.convolution_gradients import input_gradient, weight_gradient
+from bitfast.ops.convolution_gradients import (
+    add_input_gradient_,
+    input_gradient,
+    norm_weight_gradient,
+    weight_gradient,
+)
 from bitfast.ops.derivatives import call_without_autograd
 from bitfast.ops.group_norm_act_gradients import NormSettings, Statistics
 from bitfast.ops.kept_weights import Geometry
@@ -173,52 +178,90 @@ def gradients(
         grad_total: The gradient that reached x in another way, which is added; or None.
         wanted: Which gradients.
     """
-    grad_read = None
-    if wanted.input or wanted.norm:
-        for convolution, filters, grad in zip(
-            link.convolutions, parameters.filters, grads, strict=True
-        ):
-            assert grad is not None
-            part = _input_gradient(convolution, filters, grad, x.shape)
-            grad_read = part if grad_read is None else grad_read.add_(part)
+    grad_filters = _filter_gradients_of_normed(link, parameters, x, statistics, grads, wanted)
+    is_missing = [
+        is_wanted and found is None
+        for is_wanted, found in zip(wanted.filters, grad_filters, strict=True)
+    ]
+    grad_read = _read_gradient(link, parameters, x, grads) if wanted.input or wanted.norm else None
     grad_x, read = grad_total, x
     grad_norm: list[Tensor | None] = [None] * len(parameters.norm)
-    wants_filters = any(wanted.filters)
     if link.norm is None:
         if grad_read is not None:
             grad_x = grad_read if grad_total is None else grad_read.add_(grad_total)
     elif grad_read is not None:
         assert statistics is not None
         grad_x, grad_weight, grad_bias, result = norms.gradients(
-            grad_read, grad_total, x, link.norm.of(parameters.norm), statistics, wants_filters
+            grad_read, grad_total, x, link.norm.of(parameters.norm), statistics, any(is_missing)
         )
         grad_norm = [grad_weight, grad_bias]
         read = x if result is None else result
-    elif wants_filters:
+    elif any(is_missing):
         _, read, _ = norms.forward(x, None, link.norm.of(parameters.norm), False)
-    grad_filters = [
-        weight_gradient(_padded(convolution, read), grad, filters, convolution.geometry)
-        if is_wanted and grad is not None
-        else None
-        for convolution, filters, grad, is_wanted in zip(
-            link.convolutions, parameters.filters, grads, wanted.filters, strict=True
-        )
-    ]
+    for number, (convolution, filters, grad) in enumerate(
+        zip(link.convolutions, parameters.filters, grads, strict=True)
+    ):
+        if is_missing[number] and grad is not None:
+            grad_filters[number] = weight_gradient(
+                _padded(convolution, read), grad, filters, convolution.geometry
+            )
     return grad_x, grad_norm, grad_filters
 
 
-def _input_gradient(
-    convolution: Convolution, filters: Tensor, grad: Tensor, shape: torch.Size
+def _filter_gradients_of_normed(
+    link: Link,
+    parameters: Parameters,
+    x: Tensor,
+    statistics: Statistics | None,
+    grads: Sequence[Tensor | None],
+    wanted: Wanted,
+) -> list[Tensor | None]:
+    """Return those gradients of filters that kernels compute which normalize x while they read it."""
+    found: list[Tensor | None] = [None] * len(link.convolutions)
+    if link.norm is None or statistics is None or x.device.type != "cpu":
+        return found
+    if not isinstance(statistics.origin, str):
+        return found
+    mean, rstd = statistics.tensors
+    for number, (convolution, filters, grad) in enumerate(
+        zip(link.convolutions, parameters.filters, grads, strict=True)
+    ):
+        if wanted.filters[number] and grad is not None and convolution.window is None:
+            norm = link.norm.of(parameters.norm)
+            found[number] = norm_weight_gradient(
+                x, mean, rstd, norm, grad, filters, convolution.geometry
+            )
+    return found
+
+
+def _read_gradient(
+    link: Link, parameters: Parameters, x: Tensor, grads: Sequence[Tensor | None]
 ) -> Tensor:
-    sides = _sides(convolution, shape)
+    """Return the gradient of what the convolutions read, of the shape of x."""
+    total: Tensor | None = None
+    for convolution, filters, grad in zip(
+        link.convolutions, parameters.filters, grads, strict=True
+    ):
+        assert grad is not None
+        if total is None:
+            total = _input_gradient(convolution, filters, grad, x)
+        elif convolution.window is None:
+            total = add_input_gradient_(total, grad, filters, convolution.geometry)
+        else:
+            total = total.add_(_input_gradient(convolution, filters, grad, x))
+    assert total is not None
+    return total
+
+
+def _input_gradient(convolution: Convolution, filters: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    sides = _sides(convolution, x.shape)
     if not any(sides):
-        return input_gradient(grad, filters, shape, convolution.geometry)
-    images, channels, height, width = shape
+        return input_gradient(grad, filters, x.shape, convolution.geometry, like=x)
+    images, channels, height, width = x.shape
     top, bottom, left, right = sides
     padded = torch.Size((images, channels, height + top + bottom, width + left + right))
-    return pad(
-        input_gradient(grad, filters, padded, convolution.geometry), [-side for side in sides]
-    )
+    gradient = input_gradient(grad, filters, padded, convolution.geometry)
+    return pad(gradient, [-side for side in sides])
 
 
 def _padded(convolution: Convolution, x: Tensor) -> Tensor:

@@ -29,9 +29,7 @@ from bitfast.ops.residual_block_form import form_of, text_of
 OP = "residual_block"
 BACKWARD_OP = f"{OP}_backward"
 
-SIGNATURE = (
-    "(Tensor x, Tensor? moments, Tensor? mask, Tensor[] parameters, str form, float keep, bool keeps) -> Tensor[]"
-)
+SIGNATURE = "(Tensor x, Tensor? moments, Tensor? mask, Tensor[] parameters, str form, float keep, bool keeps) -> Tensor[]"
 """Takes what :func:`~bitfast.ops.residual_block.residual_block` takes, without a residual; ``mask`` and ``keep``
 are those of stochastic depth. Returns the result, its moments (of 0 images where they are not known) and, if
 ``keeps``, what the backward pass reads: what each norm reads, but for x; the mean and 1/std of that; and what the
