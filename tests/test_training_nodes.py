@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bitfast
-from tests.model_pairs import CLASSES, assert_close, images_without_kinks
+from tests.model_pairs import CLASSES, images_without_kinks
 from tests.threads import torch_threads
 from tests.tolerances import Triples, assert_draws_within_contract
 from tests.training_models import (
@@ -126,8 +126,8 @@ def test_contract(kind, dtype):
     if dtype == "float32":
         assert_draws_within_contract(draw, 5)
         return
-    # bfloat16 carries activations across the kinks of ReLU and max-pool, where gradients jump: the largest error
-    # is luck. The root mean square is held.
+    # bfloat16 carries activations across the kinks of ReLU and max-pool, where gradients jump: the largest
+    # error is luck. The root mean square is held.
     draws = [draw() for _ in range(12)]
     for name in draws[0]:
         actual, plain, oracle = (
