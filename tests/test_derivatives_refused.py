@@ -117,6 +117,12 @@ def _network(x: Tensor) -> None:
     OPERATORS.network.planned(x, parameters, name, 1, [1], True, True, None, "")
 
 
+def _block_backward(x: Tensor) -> None:
+    form = "[[[null,[[[[1,1],[0,0],[1,1]],null]]]],null]"  # one convolution
+    arguments = (None, [FILTERS], None, [], form, 1.0, True, [True])
+    OPERATORS.residual_block_backward.native(OTHER, x, *arguments)
+
+
 def _resize(backend: str, x: Tensor) -> None:
     operator = getattr(OPERATORS.resize_normalize, backend)
     operator([x[0]], [4, 4], [4, 4], [0, 0], 3, [], [], [], torch.float32, False, [1])
@@ -129,6 +135,7 @@ UNDERIVED: dict[str, Callable[[Tensor], None]] = {
     "normalizing": _normalizing,
     "added normalizing": _added_normalizing,
     "a whole network": _network,
+    "backward of a block": _block_backward,
     "a convolution's weight": _weight_of_convolution,
     "packing": lambda x: OPERATORS.pack_norm_convolution.native(x[..., :1, :1].contiguous(), False),
     "moments": lambda x: OPERATORS.channel_moments.native(x),

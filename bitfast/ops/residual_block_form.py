@@ -18,7 +18,7 @@ def text_of(form: Form) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return what ``json.dumps`` does, which compilers cannot trace. Python writes floats so that they are read exactly."""
+    """Return what ``json.dumps`` does, which compilers cannot trace. Floats are read again exactly."""
     if isinstance(value, tuple):
         return "[" + ",".join([_text(part) for part in value]) + "]"
     if isinstance(value, str):

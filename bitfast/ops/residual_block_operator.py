@@ -1,25 +1,25 @@
 """A residual block as one operator of a compiled program, and its gradients as another.
 
-A compiler sees neither into the kernels of the CPU nor into the order in which :mod:`bitfast.ops.residual_block`
-calls them; from a block taken apart it would make torch's own convolutions and norms that are written twice. So a
-compiled step of training runs what an eager one runs. On a GPU the compiler is shown the parts: there it fuses.
+On the CPU a compiler sees neither into the kernels nor into the order in which :mod:`bitfast.ops.residual_block`
+calls them: of a block's parts it would make torch's own convolutions, and write every normalized map. So there a
+compiled step of training runs what an eager one runs. On a GPU the compiler is shown the parts, and fuses them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from bitfast.ops import residual_block as blocks
 from bitfast.ops.block_links import size_after
-from bitfast.ops.common import LIBRARY, autocast_dtype, define_operator
+from bitfast.ops.common import autocast_dtype, define_operator
 from bitfast.ops.derivatives import (
     call_without_autograd,
+    connect_derivatives,
     refuse_derivatives,
-    refuse_transforms,
 )
 from bitfast.ops.group_norm_act_gradients import Statistics
 from bitfast.ops.norm_convolution import has_kernel_for, uses_norm_convolution
@@ -29,7 +29,10 @@ from bitfast.ops.residual_block_form import form_of, text_of
 OP = "residual_block"
 BACKWARD_OP = f"{OP}_backward"
 
-SIGNATURE = "(Tensor x, Tensor? moments, Tensor? mask, Tensor[] parameters, str form, float keep, bool keeps) -> Tensor[]"
+SIGNATURE = (
+    "(Tensor x, Tensor? moments, Tensor? mask, Tensor[] parameters, str form, float keep, bool keeps)"
+    " -> Tensor[]"
+)
 """Takes what :func:`~bitfast.ops.residual_block.residual_block` takes, without a residual; ``mask`` and ``keep``
 are those of stochastic depth. Returns the result, its moments (of 0 images where they are not known) and, if
 ``keeps``, what the backward pass reads: what each norm reads, but for x; the mean and 1/std of that; and what the
@@ -39,8 +42,8 @@ BACKWARD_SIGNATURE = (
     "(Tensor grad, Tensor x, Tensor? mask, Tensor[] parameters, Tensor? result, Tensor[] kept, str form,"
     " float keep, bool wants_input, bool[] wanted) -> Tensor[]"
 )
-"""Takes the gradient of the result, and what the forward operator took, kept and returned. Returns the gradient of x if
-it is wanted, and of the parameters those that are, each with the strides of its parameter."""
+"""Takes the gradient of the result, and what the forward operator took, kept and returned. Returns the gradient of
+x if it is wanted, and of the parameters those that are, each like its parameter."""
 
 
 def is_one_operator(x: Tensor) -> bool:
@@ -74,10 +77,6 @@ def residual_block_operator(
 
 
 # ---- what the operators take and return -------------------------------------------------------------
-
-
-def _settings(form: Form, mask: Tensor | None, keep: float) -> blocks._Settings:
-    return blocks._Settings(form, True, None if mask is None else keep)
 
 
 def _knows_moments(
@@ -146,7 +145,7 @@ def _forward(
     form = form_of(text)
     with torch.no_grad():
         (result, _, _, found), kept = blocks._compute(
-            _settings(form, mask, keep), x, None, moments, mask, parameters, keeps=keeps
+            blocks._Settings(form, True, keep), x, None, moments, mask, parameters, keeps=keeps
         )
         result = _in_channels_last(result)
         if not _knows_moments(form, mask, parameters, x.dtype):
@@ -272,7 +271,7 @@ def _backward(
     needs = blocks._Needs(wants_input, tuple(wanted))
     with torch.no_grad():
         grad_x, grads = blocks._gradients(
-            _settings(form, mask, keep), saved, grad, None, None, needs
+            blocks._Settings(form, True, keep), saved, grad, None, None, needs
         )
     found = []
     if wants_input:
@@ -281,7 +280,7 @@ def _backward(
     for gradient, parameter, is_wanted in zip(grads, parameters, wanted, strict=True):
         if is_wanted:
             assert gradient is not None
-            found.append(_with_strides(gradient, _strides_of_gradient(parameter)))
+            found.append(_with_strides(gradient, torch.empty_like(parameter, device="meta").stride()))
     return found
 
 
@@ -300,26 +299,25 @@ def _fake_backward(
     form_of(text)
     of_input = [torch.empty_like(x, memory_format=torch.channels_last)] if wants_input else []
     of_parameters = [
-        torch.empty_strided(p.shape, _strides_of_gradient(p), dtype=p.dtype, device=p.device)
-        for p, is_wanted in zip(parameters, wanted, strict=True)
+        torch.empty_like(parameter)
+        for parameter, is_wanted in zip(parameters, wanted, strict=True)
         if is_wanted
     ]
     return [*of_input, *of_parameters]
 
 
-def _strides_of_gradient(parameter: Tensor) -> tuple[int, ...]:
-    """Return the strides of a parameter's gradient: those of the parameter, whose memory is dense."""
-    return parameter.stride()
+def _refuse_transforms(*_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "bitfast.residual_block.native has no derivative under function transforms (torch.func, vmap) and in"
+        " forward mode; call the model itself, which can be transformed, not a program compiled from it"
+    )
 
 
 # ---- the operators ----------------------------------------------------------------------------------
 
 define_operator(OP, "native", SIGNATURE, _forward, _fake)
 define_operator(BACKWARD_OP, "native", BACKWARD_SIGNATURE, _backward, _fake_backward)
-torch.library.register_autograd(
-    f"bitfast::{OP}.native", _run_backward, setup_context=_setup_context, lib=LIBRARY
-)
-refuse_transforms(torch.ops.bitfast.residual_block.native)
+connect_derivatives(OP, "native", _setup_context, _run_backward, _refuse_transforms)
 refuse_derivatives(BACKWARD_OP, "native")
 
 __all__ = ["is_one_operator", "residual_block_operator"]
