@@ -109,7 +109,8 @@ BITFAST_INLINE void expand(Doubles a, Doubles b, Doubles c, Doubles (&result)[4]
 
 // G g G' of the filters of an output channel and `count` input channels.
 template <typename Count>
-BITFAST_INLINE void transform_filters(const Filters<float>& filters, int64_t out, int64_t in, Count count, Vector (&result)[positions]) {
+BITFAST_INLINE void transform_filters(
+    const Filters<float>& filters, int64_t out, int64_t in, Count count, Vector (&result)[positions]) {
   const auto tap = [&](int row, int column) {
     const int place = filters.turned ? 8 - (3 * row + column) : 3 * row + column;
     return __builtin_convertvector(load_up_to(filters.source + (out * 9 + place) * filters.in + in, count), Doubles);

@@ -106,9 +106,11 @@ int64_t scratch_words(const Work<T>& work) {
   const int64_t panels = ceil_div(work.panels(), work.column_blocks);
   const int64_t chunks = ceil_div(ceil_div(work.out_channels, chunk_words), work.row_blocks);
   const int64_t words = work.rows_at_once() * work.words_of_row();
-  const int64_t x = work.versions() * (panels * work.most_packed_rows() * work.words_of_row() * panel_columns + chunk_words);
+  const int64_t panel = work.most_packed_rows() * work.words_of_row() * panel_columns;
+  const int64_t x = work.versions() * (panels * panel + chunk_words);
   const int64_t grad = (work.is_winograd ? positions : 1) * (chunks * words * chunk_words + chunk_words);
-  const int64_t rows = work.is_winograd ? (2 * work.squares_at_once() + 2) * (2 * work.words_of_row() + 2) * chunk_words : 0;
+  const int64_t rows =
+      work.is_winograd ? (2 * work.squares_at_once() + 2) * (2 * work.words_of_row() + 2) * chunk_words : 0;
   return x + grad + rows;
 }
 

@@ -79,8 +79,8 @@ std::vector<Summed> summed_of(const Work<T>& work, const std::vector<Segment>& s
       }
       Summed& last = all.back();
       const int64_t offset = (segment.packed_row + row * work.row_step()) * row_words;
-      const bool follows =
-          !last.stretches.empty() && last.stretches.back().offset + last.stretches.back().words * panel_columns == offset;
+      const bool follows = !last.stretches.empty() &&
+          last.stretches.back().offset + last.stretches.back().words * panel_columns == offset;
       if (follows) {
         last.stretches.back().words += words;
       } else {
@@ -193,7 +193,8 @@ BITFAST_INLINE void pack_row(
           const int64_t p = k * pixels;
           const bool has_first = p >= row.begin && p < row.end, has_second = p + 1 >= row.begin && p + 1 < row.end;
           const bool has_any = k >= first_some && k < last_some && (has_first || (pixels == 2 && has_second));
-          store(to + k * apart, has_any ? word_of(from + p * row.step, row.step, has_first, has_second, count, norm) : Vector{});
+          const T* pixel = from + p * row.step;
+          store(to + k * apart, has_any ? word_of(pixel, row.step, has_first, has_second, count, norm) : Vector{});
         }
       };
       pack_others(std::min(first, end));
@@ -270,7 +271,8 @@ void pack_x(const Work<T>& work, const Task& task, const std::vector<Segment>& s
 // square, it is G' [sum of (A g A') * (B' d B)] G.
 
 inline void pack_x_squares(
-    const Work<float>& work, const Task& task, const std::vector<Segment>& segments, const Packed& packed, float* rows) {
+    const Work<float>& work, const Task& task, const std::vector<Segment>& segments, const Packed& packed,
+    float* rows) {
   const int64_t across = work.words_of_row();
   dispatch_normalization(work, [&](auto activation, auto normalizes) {
     for (const Segment& segment : segments) {
@@ -279,7 +281,7 @@ inline void pack_x_squares(
         if (left <= 0) {
           break;
         }
-        float* target = packed.x + v / 2 * packed.x_panel + v % 2 * lanes + segment.word * panel_columns - panel_columns;
+        float* target = packed.x + v / 2 * packed.x_panel + v % 2 * lanes + (segment.word - 1) * panel_columns;
         for (int64_t row = 0; row < segment.rows; row += work.squares_at_once()) {
           const Segment part{
               segment.image, segment.first_row + row, std::min(work.squares_at_once(), segment.rows - row), 0, 0};
@@ -346,7 +348,8 @@ inline void pack_grad_squares(
 
 template <typename T>
 void multiply_block(
-    const Work<T>& work, const Task& task, const std::vector<Summed>& all, const Packed& packed, float* sums, bool adds) {
+    const Work<T>& work, const Task& task, const std::vector<Summed>& all, const Packed& packed, float* sums,
+    bool adds) {
   const int64_t row_words = work.words_of_row() * panel_columns;
   const int64_t last_tile = std::min(2 * task.chunks.last, work.tiles());
   for (int64_t panel = task.panels.first; panel < task.panels.last; ++panel) {
