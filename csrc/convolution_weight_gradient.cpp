@@ -233,9 +233,9 @@ void convolution_weight_gradient(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bitfast, m) {
   m.def(
-      "convolution_weight_gradient.native(Tensor x, Tensor? mean, Tensor? rstd, Tensor? norm_weight, Tensor? norm_bias, "
-      "int num_groups, str activation, Tensor grad, int[] stride, int[] padding, int[] dilation, bool winograd, "
-      "Tensor(a!) result) -> ()");
+      "convolution_weight_gradient.native(Tensor x, Tensor? mean, Tensor? rstd, Tensor? norm_weight, "
+      "Tensor? norm_bias, int num_groups, str activation, Tensor grad, int[] stride, int[] padding, int[] dilation, "
+      "bool winograd, Tensor(a!) result) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitfast, CPU, m) {
