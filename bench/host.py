@@ -202,12 +202,12 @@ def without_operators(call: Any, places: list[Any]) -> Iterator[int]:
 # ---- whole models ---------------------------------------------------------------------------------------
 
 
-def model_of(library: str, **settings: Any) -> nn.Module:
+def model_of(library: str, architecture: str = "BitModel", **settings: Any) -> nn.Module:
     """Return a model of transformers, or of whichever checkout bitfast is imported from."""
     if library == "transformers":
         import_torchvision()
     classes = importlib.import_module(library)
-    return classes.BitModel(classes.BitConfig(**settings)).eval()
+    return getattr(classes, architecture)(classes.BitConfig(**settings)).eval()
 
 
 @torch.no_grad()

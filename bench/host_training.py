@@ -2,7 +2,7 @@
 
 Counted are calls and nodes of autograd, of each direction: of a whole step of R50x1 on a tiny image, and of one
 block, by which a deeper network differs. Milliseconds are the least of many steps of a network with R50x1's
-steps but next to no arithmetic. On a GPU nobody waits for it: they are what the host takes to launch everything.
+steps but next to no arithmetic. On a GPU, for which nobody waits, they are the host's: to launch everything.
 
 The GPU's path is measured where there is no GPU too: in Triton's interpreter, with launches that do nothing.
 (What the type of the device decides is then decided for the CPU, which asks somewhat more.) With ``--base``

@@ -35,7 +35,7 @@ class Bound(NamedTuple):
 
 BOUNDS = {
     "cpu": {"forward": Bound(640, 20, 11_000), "backward": Bound(470, 42, 8_000)},
-    "gpu": {"forward": Bound(430, 14, 7_700), "backward": Bound(335, 41, 5_800)},
+    "gpu": {"forward": Bound(445, 14, 7_900), "backward": Bound(355, 41, 6_500)},
 }
 NODES_OF_STANDARDIZATION = {"cpu": 3, "gpu": 0}
 """In one block more. On a GPU one node standardizes the weights of a stage, however many they are."""
@@ -86,9 +86,8 @@ def test_a_block_is_one_node(path: str, counts: Counts) -> None:
 def test_every_block_is_one_node(counts: Counts) -> None:
     nodes = counts["step"]["forward"]["nodes"]
     assert nodes["_ResidualBlockBackward"] == sum(host_training.DEPTHS)
-    # The stem's.
-    assert [name for name in nodes if "Convolution" in name] == ["ConvolutionBackward0"]
-    assert nodes["ConvolutionBackward0"] == 1
+    assert nodes["_StemBackward"] == 1
+    assert not [name for name in nodes if "Convolution" in name]
 
 
 def test_each_step_makes_the_same_calls(path: str) -> None:
