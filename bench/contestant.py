@@ -8,7 +8,8 @@ many calls took, and "kernels" by samples of the GPU's share. None ends it.
 
 What a description says, by key: ``package`` is whose code computes ("transformers", "timm", "torchvision",
 "bitfast", "onnxruntime", "openvino"; "case" for any case of the benchmark); ``dtype`` and ``device``;
-``form`` is "eager", "compiled" (with ``mode``), "autocast", "compiled autocast", "accelerated" or "captured";
+``form`` is "eager", "compiled" (with ``mode``), "autocast", "compiled autocast", "accelerated", "captured" or
+"captured autocast";
 ``fused`` says which convolutions of bitfast normalize what they read on a GPU: those that do so by default
 (""), those that the "table" of plans names, or all that have a kernel ("everywhere"); ``folder`` holds the
 checkpoint, ``onnx`` the same network for other runtimes, ``input`` the images and ``grad`` the gradient of the
@@ -232,7 +233,28 @@ def call_of(model: Any, images: Any, work: Work) -> Call:
             optimizer.step()
         return [parameter.grad for parameter in parameters]
 
-    return step
+    return captured(step) if "captured" in work["form"] else step
+
+
+def captured(step: Call) -> Call:
+    """Return what replays a step that is recorded as a CUDA graph."""
+    import torch
+
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def in_form(model: Any, images: Any, work: Work) -> Any:
@@ -246,7 +268,7 @@ def in_form(model: Any, images: Any, work: Work) -> Any:
             config.freezing = True
             return torch.compile(model)
         return torch.compile(model, mode=work["mode"], dynamic=False)
-    if work["form"] == "captured":
+    if work["form"] == "captured" and not work["is_training"]:
         import bitfast
 
         bitfast.capture(model, images)

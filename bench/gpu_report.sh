@@ -69,6 +69,7 @@ bench_step bench-unproved 150 "$its_cases" --only "$its_cases"
 step tilings 120 "$python" -m bench.norm_convolution_tilings --seconds 80 \
     --output "$out/tilings.json" --markdown "$out/tilings.md"
 bench_step bench "${SECONDS_OF_BENCH:-180}" report --skip "$its_cases" --charts "$out"
+step host 120 "$python" -m bench.host_training --output "$out/host_training.json"
 # shellcheck disable=SC2086
 step tests 240 "$python" $pytest $spread --ignore-glob=$unproved tests/gpu $kernels
 if command -v compute-sanitizer > /dev/null

@@ -158,7 +158,8 @@ def gpu_entries(dtype: str, *, is_training: bool = False) -> tuple[Entry, ...]:
     dtype, form = ("bfloat16", "autocast") if dtype == "autocast" else (dtype, "eager")
     theirs, ours = (Entry(p, p, dtype, form) for p in ("transformers", "bitfast"))
     if is_training:
-        return theirs, ours
+        form = "captured" if form == "eager" else f"captured {form}"
+        return theirs, ours, Entry("bitfast, CUDA graph", "bitfast", dtype, form)
     in_last = Entry("transformers channels_last", "transformers", dtype, is_channels_last=True)
     return theirs, in_last, ours, Entry("bitfast, CUDA graph", "bitfast", dtype, "captured")
 

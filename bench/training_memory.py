@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -147,7 +147,7 @@ class Memory(NamedTuple):
 
 
 def kept_tensors(forward: Callable[[], Any], others: Sequence[Tensor]) -> list[Tensor]:
-    """Return what autograd keeps of a forward pass: one tensor of each storage, but for those of other tensors."""
+    """Return what autograd keeps of a forward pass: a tensor of each storage, those of ``others`` left out."""
     known = {x.untyped_storage()._cdata for x in others}
     found: dict[int, Tensor] = {}
 
@@ -223,7 +223,7 @@ def memory_of(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     with torch.device("meta"):
-        model = host.model_of(library, "BitForImageClassification", **settings).train()
+        model: Any = host.model_of(library, "BitForImageClassification", **settings).train()
         images = torch.empty(batch, 3, size, size)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

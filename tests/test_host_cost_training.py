@@ -1,7 +1,7 @@
-"""What a training step costs the host, counted: of a whole step of R50x1, and of one block of it, by direction.
+"""What a training step costs the host, counted by direction: of R50x1, and of one block of it.
 
-The bounds are near what is counted, so that the cost cannot creep back. ``python -m bench.host_training`` prints
-it beside transformers', and times it.
+The bounds are near what is counted, so that the cost cannot creep back. ``python -m bench.host_training``
+prints it beside transformers', and times it.
 """
 
 from __future__ import annotations

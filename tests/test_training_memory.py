@@ -132,5 +132,5 @@ def test_where_no_image_fits_the_batch_is_0() -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="dtype must be one of .*, got 'float16'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'float16'"):
         memory.memory_of("bitfast", TINY, 1, 64, "float16")

@@ -72,8 +72,7 @@ def standardized_weights(
         convolutions: Those whose weight is no plain parameter, or has no contents, are left to themselves.
         channels_last: Whether the results are channels_last; else each has the layout of its weight.
     """
-    # A compiled program, or the replay of a graph, does not see whether parameters have changed.
-    if torch.compiler.is_compiling() or is_capturing():
+    if torch.compiler.is_compiling():
         return recorded_weights(convolutions, channels_last)
     plain = [convolution for convolution in convolutions if _has_plain_weight(convolution)]
     recorded: list[WeightStandardizedConv2d] = []
@@ -81,6 +80,10 @@ def standardized_weights(
     for convolution in plain:
         needs_gradient = torch.is_grad_enabled() and convolution.weight.requires_grad
         (recorded if needs_gradient else others).append(convolution)
+    if is_capturing():
+        # The replay of a graph does not see whether parameters have changed: nothing kept is used. But weights go
+        # together as in the passes before: launches need what those have copied to the device.
+        return recorded_weights(recorded, channels_last) | recorded_weights(others, channels_last)
     # A weight that needs a gradient is about to be changed by an optimizer.
     kept_weights.drop(convolution.weight for convolution in recorded)
     return recorded_weights(recorded, channels_last) | kept_standardized(others, channels_last)
