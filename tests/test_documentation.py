@@ -173,7 +173,16 @@ def test_processing_images_on_a_gpu(example: Example) -> None:
     assert found["pixel_values"].is_cuda
 
 
-@runs("docs/training.md", "loss.backward")
+@needs_cuda
+@runs("docs/training.md", "torch.cuda.graph")
+def test_capturing_a_training_step(example: Example) -> None:
+    model = our_model("BitForImageClassification", num_labels=1000).cuda().train()
+    batches = [(torch.randn(128, 3, 224, 224), torch.randint(1000, (128,)))]
+    found = example.run(torch=torch, model=model, batches=batches)
+    assert torch.isfinite(found["loss"])
+
+
+@runs("docs/training.md", "lr=0.003")
 def test_a_training_step(example: Example) -> None:
     model = our_model("BitForImageClassification")
     before = model.classifier[1].weight.clone()

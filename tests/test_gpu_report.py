@@ -17,6 +17,7 @@ STEPS = (
         "bench-unproved",
         "tilings",
         "bench",
+        "host",
         "tests",
     ),
     *("memcheck-checks", "racecheck-checks", "memcheck", "racecheck"),

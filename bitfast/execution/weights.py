@@ -81,8 +81,8 @@ def standardized_weights(
         needs_gradient = torch.is_grad_enabled() and convolution.weight.requires_grad
         (recorded if needs_gradient else others).append(convolution)
     if is_capturing():
-        # The replay of a graph does not see whether parameters have changed: nothing kept is used. But weights go
-        # together as in the passes before: launches need what those have copied to the device.
+        # The replay of a graph does not see whether parameters have changed: nothing kept is used. But weights
+        # go together as in the passes before: launches need what those have copied to the device.
         return recorded_weights(recorded, channels_last) | recorded_weights(others, channels_last)
     # A weight that needs a gradient is about to be changed by an optimizer.
     kept_weights.drop(convolution.weight for convolution in recorded)
