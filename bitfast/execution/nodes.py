@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,12 +34,15 @@ from bitfast.ops.group_norm_act_gradients import NormSettings
 from bitfast.ops.residual_block import Computed, Drop, Form, Join, residual_block
 from bitfast.ops.residual_block_operator import is_one_operator, residual_block_operator
 from bitfast.pooling import MaxPool2d
-from bitfast.torch_state import is_concrete
 
 Part: TypeAlias = GroupNormActivation | WeightStandardizedConv2d
 
 FiltersOf = Callable[[WeightStandardizedConv2d], Tensor]
 """Returns the standardized weight of a convolution."""
+
+MOST_VERDICTS = 64
+
+_kind: Any = attrgetter("__class__", "shape", "dtype", "device")
 
 
 class Node(NamedTuple):
@@ -48,6 +52,7 @@ class Node(NamedTuple):
         form: What the op computes.
         parts: The modules that hold the form's parameters, in order.
         drop_path: Stochastic depth of the branch.
+        verdicts: Whether :meth:`suits` is true, by the metadata of its arguments.
         recomputation: The options of ``torch.utils.checkpoint.checkpoint`` if the backward pass computes the
             block again.
     """
@@ -55,6 +60,7 @@ class Node(NamedTuple):
     form: Form
     parts: tuple[Part, ...]
     drop_path: nn.Module
+    verdicts: dict[Any, bool]
     recomputation: dict[str, Any] | None = None
 
     @property
@@ -67,8 +73,21 @@ class Node(NamedTuple):
         return self.recomputation is None and is_one_operator(x)
 
     def suits(self, x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> bool:
-        """Whether the op can compute the block for this input, and nobody has to see its parts."""
+        """Whether the op can compute the block for this input, which nothing traces or transforms."""
         dtype = autocast_dtype(x) or x.dtype
+        if torch.compiler.is_compiling():
+            return self._suits(x, residual, parameters, dtype)
+        key = dtype, _kind(x), residual is None or _kind(residual), *map(_kind, parameters)
+        verdict = self.verdicts.get(key)
+        if verdict is None:
+            if len(self.verdicts) >= MOST_VERDICTS:
+                self.verdicts.clear()
+            verdict = self.verdicts[key] = self._suits(x, residual, parameters, dtype)
+        return verdict and self.knows_drop_path()
+
+    def _suits(
+        self, x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor], dtype: torch.dtype
+    ) -> bool:
         maps = [x] if residual is None else [x, residual]
         return (
             _are_plain(x, [*maps, *parameters])
@@ -81,7 +100,11 @@ class Node(NamedTuple):
     def knows_drop_path(self) -> bool:
         """Whether the branch is dropped as :class:`DropPath` does it, or not at all."""
         drop_path = self.drop_path
-        return isinstance(drop_path, (nn.Identity, DropPath)) or not drop_path.training
+        return (
+            type(drop_path) is nn.Identity
+            or isinstance(drop_path, DropPath)
+            or not drop_path.training
+        )
 
     def pads_with_zeros(self) -> bool:
         """Whether the paddings hold zeros, as the op takes them to."""
@@ -208,19 +231,20 @@ def parameters_of(node: AnyNode, filters_of: FiltersOf) -> list[Tensor]:
     """Return the parameters of a node as its op takes them."""
     found: list[Tensor] = []
     for part in node.parts:
+        own: Any = part._parameters
         if isinstance(part, WeightStandardizedConv2d):
             found.append(filters_of(part))
+        elif "weight" in own and "bias" in own:  # without the search of ``nn.Module.__getattr__``
+            found += own["weight"], own["bias"]
         else:
             found += part.weight, part.bias
     return found
 
 
 def _are_plain(x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether x and all others are plain tensors on one device, and nothing traces or transforms the call."""
-    return (
-        is_concrete(x)
-        and 0 not in x.shape
-        and all(type(t) in PLAIN_TYPES and t.device == x.device for t in tensors)
+    """Whether x and all others are plain tensors on one device."""
+    return 0 not in x.shape and all(
+        type(t) in PLAIN_TYPES and t.device == x.device for t in tensors
     )
 
 
@@ -264,7 +288,7 @@ def preactivation_node(block: BitPreActivationBottleneckLayer) -> Node:
         Link(_settings_of(block.norm2), (_convolution_of(block.conv2),)),
         Link(_settings_of(block.norm3), (_convolution_of(block.conv3),)),
     )
-    return Node(Form(links), tuple(parts), block.drop_path)
+    return Node(Form(links), tuple(parts), block.drop_path, {})
 
 
 def bottleneck_node(block: BitBottleneckLayer) -> Node:
@@ -292,7 +316,7 @@ def bottleneck_node(block: BitBottleneckLayer) -> Node:
         None if shortcut_norm is None else _settings_of(shortcut_norm),
         activation,
     )
-    return Node(Form(links, join), tuple(parts), block.drop_path)
+    return Node(Form(links, join), tuple(parts), block.drop_path, {})
 
 
 def _settings_of(norm: GroupNormActivation) -> NormSettings:

@@ -89,6 +89,9 @@ class _Pass:
         self.moments: dict[int, Tensor] = {}
         """Of the channels of values, as ``norm_convolution`` computes them."""
         self.weights: Weights = {}
+        self.may_use_nodes = is_concrete(images)
+        self.adds: dict[torch.dtype, bool] = {}
+        """Whether convolutions add to the shortcut themselves, by the dtype of the feature maps."""
         self.replacements: list[Tensor] = []
         self.wanted = [value for number, value in enumerate(steps.outputs) if number in wanted]
         kept = {steps.result} if replaced is not None else {steps.result, *self.wanted}
@@ -105,7 +108,7 @@ class _Pass:
         return list(outputs), self.read(steps.result)
 
     def compute_block(self, block: Block) -> None:
-        node = self.steps.nodes.get(block[-1].result) if block else None
+        node = self.steps.nodes.get(block[-1].result) if block and self.may_use_nodes else None
         if node is not None and self.compute_node(node, block):
             self.forget([value for _ in block for value in next(self.dead)])
             self.replace(block[-1].result)
@@ -126,7 +129,7 @@ class _Pass:
         if not node.suits(x, residual, parameters):
             return False
         follows = isinstance(last, Convolve) and last.then is not None
-        sums = not follows or uses_norm_convolution(x.device.type, x.dtype)
+        sums = not follows or self.convolutions_add(x)
         moments = self.moments.get(source) if residual is None else None
         computed = node.compute(x, residual, moments, parameters, sums=sums)
         if computed.shortcut is None:
@@ -136,6 +139,11 @@ class _Pass:
         if computed.moments is not None:
             self.moments[last.result] = computed.moments
         return True
+
+    def convolutions_add(self, x: Tensor) -> bool:
+        if x.dtype not in self.adds:
+            self.adds[x.dtype] = uses_norm_convolution(x.device.type, x.dtype)
+        return self.adds[x.dtype]
 
     # ---- values ----------------------------------------------------------------------------------
 

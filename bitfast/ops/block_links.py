@@ -122,7 +122,7 @@ def forward(
         norm = link.norm.of(parameters.norm)
         total, read, statistics = norms.forward(x, residual, norm, keeps_statistics)
     outputs = [
-        torch.conv2d(_padded(convolution, read), filters, None, *convolution.geometry)
+        torch.conv2d(padded(convolution, read), filters, None, *convolution.geometry)
         for convolution, filters in zip(link.convolutions, parameters.filters, strict=True)
     ]
     if shortcut is not None:
@@ -203,7 +203,7 @@ def gradients(
     ):
         if is_missing[number] and grad is not None:
             grad_filters[number] = weight_gradient(
-                _padded(convolution, read), grad, filters, convolution.geometry
+                padded(convolution, read), grad, filters, convolution.geometry
             )
     return grad_x, grad_norm, grad_filters
 
@@ -244,16 +244,17 @@ def _read_gradient(
     ):
         assert grad is not None
         if total is None:
-            total = _input_gradient(convolution, filters, grad, x)
+            total = input_gradient_of(convolution, filters, grad, x)
         elif convolution.window is None:
             total = add_input_gradient_(total, grad, filters, convolution.geometry)
         else:
-            total = total.add_(_input_gradient(convolution, filters, grad, x))
+            total = total.add_(input_gradient_of(convolution, filters, grad, x))
     assert total is not None
     return total
 
 
-def _input_gradient(convolution: Convolution, filters: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+def input_gradient_of(convolution: Convolution, filters: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of x, of which only shape and layout are read, before a convolution's padding."""
     sides = _sides(convolution, x.shape)
     if not any(sides):
         return input_gradient(grad, filters, x.shape, convolution.geometry, like=x)
@@ -264,7 +265,8 @@ def _input_gradient(convolution: Convolution, filters: Tensor, grad: Tensor, x: 
     return pad(gradient, [-side for side in sides])
 
 
-def _padded(convolution: Convolution, x: Tensor) -> Tensor:
+def padded(convolution: Convolution, x: Tensor) -> Tensor:
+    """Return x with a convolution's "same" padding."""
     sides = _sides(convolution, x.shape)
     return pad(x, sides) if any(sides) else x
 
@@ -319,6 +321,8 @@ __all__ = [
     "composite",
     "forward",
     "gradients",
+    "input_gradient_of",
     "pad",
+    "padded",
     "size_after",
 ]

@@ -261,7 +261,7 @@ class PreparedCall:
             recomputes: Whether to compute the result again.
         """
         if self._takes(saved, grad, grad_total):
-            return self._launch_backward(saved, grad, grad_total, recomputes)
+            return self.launch_backward(saved, grad, grad_total, recomputes)
         *inputs, statistics = saved
         mean, rstd = (
             part[: self.shape[0] * self.num_groups].view(self.shape[0], self.num_groups)
@@ -291,13 +291,14 @@ class PreparedCall:
                 return False
         return True
 
-    def _launch_backward(
+    def launch_backward(
         self, saved: Sequence[Tensor], grad: Tensor, grad_total: Tensor | None, recomputes: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return what :meth:`gradients` does. The tensors are plain, dense, aligned, and nobody watches."""
         stream = current_stream(self.device)
         if stream is None:
             with as_current(self.device):
-                return self._launch_backward(saved, grad, grad_total, recomputes)
+                return self.launch_backward(saved, grad, grad_total, recomputes)
         x, weight, bias, statistics = saved
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)

@@ -23,7 +23,16 @@ from bitfast.ops import block_links as links
 from bitfast.ops import group_norm_act_gradients as norms
 from bitfast.ops.block_links import Convolution, Link, Parameters, Wanted
 from bitfast.ops.derivatives import can_use_backward_kernel, differentiable_gradients
+from bitfast.ops.eager import is_unwatched, may_launch
+from bitfast.ops.group_norm_act_contract import OP as NORM
 from bitfast.ops.group_norm_act_gradients import NormSettings, Statistics
+from bitfast.ops.residual_block_eager import (
+    PreparedBlock,
+    cut_saved,
+    find_block,
+    keep_block,
+    key_of,
+)
 from bitfast.torch_state import is_dispatch_watched, is_transformed
 
 
@@ -128,9 +137,18 @@ def residual_block(
         result, own = _composite(settings, mask, read, parameters)
         return Computed(result, None if settings.sums else own, None)
     if torch.is_grad_enabled() and _any_requires_grad((x, residual, *parameters)):
-        branch, shortcut, total, moments = _ResidualBlock.apply(
-            settings, x, residual, moments, mask, *parameters
-        )
+        block, key = None, None
+        if not settings.sums and may_launch(NORM, x):
+            key = key_of(settings, x, residual, parameters)
+            block = find_block(key, x, residual, parameters)
+        if block is not None:
+            branch, shortcut, total = _PreparedBlock.apply(
+                settings, block, x, residual, mask, *parameters
+            )
+        else:
+            branch, shortcut, total, moments = _ResidualBlock.apply(
+                settings, key, x, residual, moments, mask, *parameters
+            )
     else:
         (branch, shortcut, total, moments), _ = _compute(
             settings, x, residual, moments, mask, parameters, keeps=False
@@ -264,14 +282,18 @@ class _ResidualBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         settings: _Settings,
+        key: Any,
         x: Tensor,
         residual: Tensor | None,
         moments: Tensor | None,
         mask: Tensor | None,
         *parameters: Tensor,
     ) -> _Outputs:
-        """Return the outputs of :func:`_compute`."""
+        """Return the outputs of :func:`_compute`. With a key, prepare later calls if that can be done."""
         outputs, kept = _compute(settings, x, residual, moments, mask, parameters, keeps=True)
+        if key is not None:
+            convolutions = [link.convolutions for link in settings.form.links]
+            keep_block(key, convolutions, settings.keep, kept.maps, kept.statistics)
         ctx.settings, ctx.has_residual = settings, residual is not None
         # What the statistics are of is told apart from their tensors, which autograd may move elsewhere.
         ctx.origins = ["" if each is None else each.origin for each in kept.statistics]
@@ -311,7 +333,64 @@ class _ResidualBlock(torch.autograd.Function):
             )
         else:
             grad_x, grads = _differentiable(ctx.settings, saved, grad, grad_shortcut, grad_total)
-        return None, grad_x, grad_x if ctx.has_residual else None, None, None, *grads
+        return None, None, grad_x, grad_x if ctx.has_residual else None, None, None, *grads
+
+
+class _PreparedBlock(torch.autograd.Function):
+    """A prepared block as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: _Settings,
+        block: PreparedBlock,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the branch, the shortcut if it is not the input, and x + residual if there is one."""
+        outputs, maps, statistics = block.forward(x, residual, mask, parameters)
+        ctx.settings, ctx.block, ctx.shape = settings, block, outputs[0].shape
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(*parameters, mask, *maps, *statistics)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_shortcut: Tensor | None, grad_total: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, residual and the parameters."""
+        settings, block = ctx.settings, ctx.block
+        saved = cut_saved(block, ctx.saved_tensors)
+        if grad is None:
+            grad = saved.maps[0].new_zeros(ctx.shape)
+        if not block.has_shortcut_convolution:
+            grad_shortcut = None
+        elif grad_shortcut is None:
+            grad_shortcut = grad.new_zeros(ctx.shape)
+        _, _, needs_x, needs_residual, _, *needs = ctx.needs_input_grad
+        needs_input = needs_x or needs_residual
+        grads = (grad, grad_shortcut, grad_total)
+        can_use_kernels = can_use_backward_kernel(*grads)
+        found = None
+        if can_use_kernels and is_unwatched():
+            found = block.gradients(saved, *grads, (needs_input, *needs))
+        if found is None:
+            origins = (link.norm for link in block.links)
+            statistics = [
+                Statistics(origin, (buffer,))
+                for origin, buffer in zip(origins, saved.statistics, strict=True)
+            ]
+            kept = _Kept(list(saved.maps), list(statistics), None)
+            same = _Saved(saved.parameters, saved.mask, kept)
+            if can_use_kernels:
+                found = _gradients(settings, same, *grads, _Needs(needs_input, tuple(needs)))
+            else:
+                found = _differentiable(settings, same, *grads)
+        grad_x, of_parameters = found
+        return None, None, grad_x, grad_x if ctx.has_residual else None, None, *of_parameters
 
 
 class _Saved(NamedTuple):
@@ -344,7 +423,7 @@ class _Needs(NamedTuple):
 
     @classmethod
     def of(cls, ctx: Any) -> _Needs:
-        _, x, residual, _, _, *parameters = ctx.needs_input_grad
+        _, _, x, residual, _, _, *parameters = ctx.needs_input_grad
         return cls(x or residual, tuple(parameters))
 
 

@@ -280,7 +280,9 @@ def _backward(
     for gradient, parameter, is_wanted in zip(grads, parameters, wanted, strict=True):
         if is_wanted:
             assert gradient is not None
-            found.append(_with_strides(gradient, torch.empty_like(parameter, device="meta").stride()))
+            found.append(
+                _with_strides(gradient, torch.empty_like(parameter, device="meta").stride())
+            )
     return found
 
 
