@@ -46,11 +46,11 @@ def recorded_weights(
         convolutions: Those that are not among the results standardize their weights themselves.
         channels_last: Whether the results are channels_last; else each has the layout of its weight.
     """
-    together = [
-        convolution
-        for convolution in convolutions
-        if _has_plain_weight(convolution) and standardizes_together(convolution.weight)
-    ]
+    plain = [convolution for convolution in convolutions if _has_plain_weight(convolution)]
+    # Asked once for all weights of a kind: there may be hundreds.
+    kinds = {(weight.device, weight.dtype): weight for weight in (c.weight for c in plain)}
+    pays = {kind: standardizes_together(weight) for kind, weight in kinds.items()}
+    together = [c for c in plain if pays[c.weight.device, c.weight.dtype]]
     by_eps: dict[float, list[WeightStandardizedConv2d]] = {}
     for convolution in together:
         by_eps.setdefault(convolution.eps, []).append(convolution)
