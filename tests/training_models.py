@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfast.ops import residual_block
 from tests.model_pairs import assert_close, pair
@@ -124,11 +125,19 @@ def counted_nodes() -> Iterator[Passes]:
         yield passes
 
 
+class Watch(TorchDispatchMode):
+    """Sees each operator, and changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return function(*args, **(kwargs or {}))
+
+
 __all__ = [
     "BLOCKS",
     "KINDS",
     "OTHERS",
     "Passes",
+    "Watch",
     "assert_alike",
     "assert_close",
     "assert_same",
