@@ -78,6 +78,12 @@ def is_dispatch_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+@constant_when_compiled
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces. (When traced itself, torch 2.11's function always returns True.)"""
+    return torch.compiler.is_exporting()
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
     """Hide what the block computes from tracers, modes, transforms and autograd.
@@ -108,6 +114,7 @@ __all__ = [
     "is_batched",
     "is_concrete",
     "is_dispatch_watched",
+    "is_exporting",
     "is_in_forward_mode",
     "is_transformed",
     "must_use_plain_pytorch",

@@ -70,7 +70,7 @@ class Node(NamedTuple):
 
     def may_be_compiled(self, x: Tensor) -> bool:
         """Whether the op can be part of a compiled program: elsewhere compilers see the block's steps."""
-        return self.recomputation is None and is_one_operator(x)
+        return is_one_operator(x)
 
     def suits(self, x: Tensor, residual: Tensor | None, parameters: Sequence[Tensor]) -> bool:
         """Whether the op can compute the block for this input, which nothing traces or transforms."""

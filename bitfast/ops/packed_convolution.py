@@ -21,7 +21,12 @@ from bitfast.ops.derivatives import refusing_derivatives
 from bitfast.ops.kept_weights import Geometry, Pair, kept_weights
 from bitfast.ops.weight_standardization import OP as STANDARDIZATION
 from bitfast.ops.weight_standardization import weight_standardization
-from bitfast.torch_state import constant_when_compiled, is_dispatch_watched, unseen
+from bitfast.torch_state import (
+    constant_when_compiled,
+    is_dispatch_watched,
+    is_exporting,
+    unseen,
+)
 
 OP = "packed_convolution"
 
@@ -73,7 +78,7 @@ def uses_packed_weights(device_type: str, dtype: torch.dtype) -> bool:
         select_backend(OP, device_type, dtype) == "native"
         and select_backend(STANDARDIZATION, device_type, dtype) == "native"
         and _is_onednn_on()
-        and not _is_exporting()
+        and not is_exporting()
         and not is_dispatch_watched()
     )
 
@@ -88,12 +93,6 @@ def why_not_packed(dtype: torch.dtype) -> str | None:
 def _is_onednn_on() -> bool:
     """Whether nobody has switched torch's oneDNN off (``torch.backends.mkldnn.flags``)."""
     return torch._C._get_mkldnn_enabled()
-
-
-@constant_when_compiled
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` traces. (When traced itself, torch 2.11's function always returns True.)"""
-    return torch.compiler.is_exporting()
 
 
 @lru_cache

@@ -1,8 +1,8 @@
 """A residual block as one operator of a compiled program, and its gradients as another.
 
-On the CPU a compiler sees neither into the kernels nor into the order in which :mod:`bitfast.ops.residual_block`
-calls them: of a block's parts it would make torch's own convolutions, and write every normalized map. So there a
-compiled step of training runs what an eager one runs. On a GPU the compiler is shown the parts, and fuses them.
+On the CPU a compiler does not see into the kernels: of a block's parts it would make torch's own convolutions,
+and write every normalized map. So there a compiled step of training runs what an eager one runs, as
+:mod:`bitfast.ops.residual_block` has it. On a GPU the compiler is shown the parts, and fuses them.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ SIGNATURE = (
     "(Tensor x, Tensor? moments, Tensor? mask, Tensor[] parameters, str form, float keep, bool keeps)"
     " -> Tensor[]"
 )
-"""Takes what :func:`~bitfast.ops.residual_block.residual_block` takes, without a residual; ``mask`` and ``keep``
+"""Takes what :func:`~bitfast.ops.residual_block.residual_block` does, without a residual; ``mask`` and ``keep``
 are those of stochastic depth. Returns the result, its moments (of 0 images where they are not known) and, if
-``keeps``, what the backward pass reads: what each norm reads, but for x; the mean and 1/std of that; and what the
-join's activation reads. All maps are channels_last."""
+``keeps``, what the backward pass reads: what each norm reads, but for x; the mean and 1/std of that; and what
+the join's activation reads, unless that is ReLU. All maps are channels_last."""
 
 BACKWARD_SIGNATURE = (
     "(Tensor grad, Tensor x, Tensor? mask, Tensor[] parameters, Tensor? result, Tensor[] kept, str form,"
     " float keep, bool wants_input, bool[] wanted) -> Tensor[]"
 )
-"""Takes the gradient of the result, and what the forward operator took, kept and returned. Returns the gradient of
-x if it is wanted, and of the parameters those that are, each like its parameter."""
+"""Takes the gradient of the result, and what the forward operator took, kept and returned; ``result`` where the
+join's activation is ReLU. Returns the gradient of x if it is wanted, and of the parameters those that are, each
+like its parameter."""
 
 
 def is_one_operator(x: Tensor) -> bool:

@@ -27,6 +27,7 @@ from bitfast.ops.derivatives import (
 from bitfast.ops.eager import BoundedCache, has_unusual_memory, may_launch
 from bitfast.ops.same_padding_cuda import Window
 from bitfast.reference import Ints
+from bitfast.torch_state import is_exporting
 
 OP = "same_padding"
 
@@ -140,12 +141,14 @@ def same_max_pool(
     sides = _check_padding(x, padding, window)
     if not torch.compiler.is_compiling():
         _check_output(x.shape, sides, window)
-    backend = _select(x)
+    with_taps = x.requires_grad and torch.is_grad_enabled()
+    # The gradient that compilers make of the reference for a CPU takes more than twice as long as the kernels.
+    is_trained = with_taps and x.device.type == "cpu" and not is_exporting()
+    backend = select_backend(OP, "cpu", x.dtype) if is_trained else _select(x)
     if backend == "reference":
         if padding != "same":
             sides = _padding_read(x.shape[2:], window, sides)
         return reference.same_max_pool(x, *window, sides, value)
-    with_taps = x.requires_grad and torch.is_grad_enabled()
     pool = getattr(torch.ops.bitfast.same_max_pool, backend)
     return pool(x, *window, sides, value, with_taps)[0]
 
