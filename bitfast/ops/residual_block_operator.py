@@ -195,7 +195,8 @@ def _shapes(
     form: Form, shape: Sequence[int], parameters: Sequence[Tensor]
 ) -> list[tuple[int, ...]]:
     """Return the shape of the result, and of what each norm reads but the first link's."""
-    images, _, *size = shape
+    images, _, *rest = shape
+    size = tuple(rest)
     shares, _ = form.cut(parameters)
     shapes: list[tuple[int, ...]] = []
     shortcut: tuple[int, ...] = ()
@@ -204,7 +205,7 @@ def _shapes(
             (images, filters.shape[0], *size_after(convolution, filters.shape[2:], size))
             for convolution, filters in zip(link.convolutions, share.filters, strict=True)
         ]
-        _, _, *size = made[0]
+        size = made[0][2:]
         shapes.append(made[0])
         shortcut = made[1] if len(made) > 1 else shortcut
     result = shapes[-1]
