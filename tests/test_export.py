@@ -20,7 +20,7 @@ from torch.export import Dim
 import bitfast
 from bitfast import extension
 from bitfast.export import exportable
-from bitfast.ops.norm_convolution import _why_no_norm_convolution, why_no_norm_convolution
+from bitfast.ops.norm_convolution import _why_no_norm_convolution
 from tests.model_pairs import (
     assert_as_exact,
     flatten,

@@ -131,7 +131,7 @@ def forward(
 
 
 def added_to(x: Tensor, other: Tensor) -> Tensor:
-    """Return x + other in the memory of x, unless a mode may hold on to x: selective checkpoints keep results."""
+    """Return x + other in the memory of x, unless a mode may hold on to x, as selective checkpoints do."""
     return x + other if is_dispatch_watched() else x.add_(other)
 
 

@@ -37,8 +37,8 @@ class Statistics(NamedTuple):
     """The statistics of a norm's input.
 
     Attributes:
-        origin: The prepared launches that computed them, in a buffer of their own; or the backend whose operator
-            did. These compute the gradients too, whatever is demanded by then.
+        origin: The prepared launches that computed them, in a buffer of their own; or the backend whose
+            operator did. These compute the gradients too, whatever is demanded by then.
         tensors: That buffer; or the mean and 1/std, each of shape (N, num_groups).
     """
 

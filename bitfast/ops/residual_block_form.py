@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from bitfast.activations import ACTIVATIONS
 from bitfast.ops.block_links import Convolution, Link
 from bitfast.ops.group_norm_act_gradients import NormSettings
-from bitfast.ops.residual_block import Form, Join
+from bitfast.ops.residual_block_contract import Form, Join
 
 
 def text_of(form: Form) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bitfast.ops import residual_block as blocks
+from bitfast.ops import residual_block_passes as passes
 from bitfast.ops.block_links import size_after
 from bitfast.ops.common import autocast_dtype, define_operator
 from bitfast.ops.derivatives import (
@@ -23,7 +23,15 @@ from bitfast.ops.derivatives import (
 )
 from bitfast.ops.group_norm_act_gradients import Statistics
 from bitfast.ops.norm_convolution import has_kernel_for, uses_norm_convolution
-from bitfast.ops.residual_block import Computed, Drop, Form
+from bitfast.ops.residual_block_contract import (
+    Computed,
+    Drop,
+    Form,
+    Kept,
+    Needs,
+    Saved,
+    Settings,
+)
 from bitfast.ops.residual_block_form import form_of, text_of
 
 OP = "residual_block"
@@ -145,8 +153,8 @@ def _forward(
 ) -> list[Tensor]:
     form = form_of(text)
     with torch.no_grad():
-        (result, _, _, found), kept = blocks._compute(
-            blocks._Settings(form, True, keep), x, None, moments, mask, parameters, keeps=keeps
+        (result, _, _, found), kept = passes.compute(
+            Settings(form, True, keep), x, None, moments, mask, parameters, keeps=keeps
         )
         result = _in_channels_last(result)
         if not _knows_moments(form, mask, parameters, x.dtype):
@@ -269,12 +277,10 @@ def _backward(
         for groups in norms
     ]
     before = next(given) if _keeps_sum(form) else result
-    saved = blocks._Saved(tuple(parameters), mask, blocks._Kept(maps, statistics, before))
-    needs = blocks._Needs(wants_input, tuple(wanted))
+    saved = Saved(tuple(parameters), mask, Kept(maps, statistics, before))
+    needs = Needs(wants_input, tuple(wanted))
     with torch.no_grad():
-        grad_x, grads = blocks._gradients(
-            blocks._Settings(form, True, keep), saved, grad, None, None, needs
-        )
+        grad_x, grads = passes.gradients(Settings(form, True, keep), saved, grad, None, None, needs)
     found = []
     if wants_input:
         assert grad_x is not None
