@@ -137,7 +137,7 @@ class _ResidualBlock(torch.autograd.Function):
             *parameters, mask, kept.before, *kept.maps, *(t for each in tensors for t in each)
         )
         if outputs[3] is not None:
-            ctx.mark_nondifferentiable(outputs[3])
+            ctx.mark_non_differentiable(outputs[3])
         ctx.set_materialize_grads(False)
         return outputs
 

@@ -1,8 +1,8 @@
 """Residual blocks on a GPU, computed straight through: what the host decides is decided once for each metadata.
 
 :mod:`bitfast.ops.residual_block` decides anew in each call, for which a GPU would have to wait. Where all norms
-of a block are prepared launches (:mod:`bitfast.ops.group_norm_act_eager`), the block is prepared as a whole, the
-first time that it is computed.
+of a block are prepared launches (:mod:`bitfast.ops.group_norm_act_eager`), the block is prepared as a whole,
+the first time that it is computed.
 """
 
 from __future__ import annotations
