@@ -68,6 +68,25 @@ Division divide(const Tensor& x, int64_t groups, int64_t element_bytes) {
   return division;
 }
 
+// For what goes through channels_last memory in order: whole pixels, of an image or of a piece of it.
+Division divide_pixels(const Tensor& x, int64_t groups, int64_t element_bytes) {
+  Division division = divide(x, groups, element_bytes);
+  if (!division.channels_last) {
+    return division;
+  }
+  division.block = division.channels;
+  division.blocks = 1;
+  const int64_t threads = torch::stable::get_num_threads(), images = division.images;
+  const int64_t most = std::max<int64_t>(1, division.channels * division.pixels / elements_per_task);
+  int64_t pieces = 1;
+  while (pieces < std::min(most, threads) && images * pieces % threads != 0 && images * pieces < 4 * threads) {
+    ++pieces;
+  }
+  division.piece = ceil_div(division.pixels, pieces);
+  division.pieces = ceil_div(division.pixels, division.piece);
+  return division;
+}
+
 template <typename Work>
 void for_each_task(const Work& work, void (*step)(const Work&, const Task&)) {
   const Division& division = work.division;
@@ -285,7 +304,7 @@ Gradients gradients_of(
   dispatch_kernel_dtype("group_norm_act", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Backward<T> work{};
-    work.division = divide(dense_x, num_groups, sizeof(T));
+    work.division = divide_pixels(dense_x, num_groups, sizeof(T));
     PairStorage storage(work.division);
     work.activation = activation_named(activation);
     work.grad = static_cast<const T*>(dense_grad.const_data_ptr());

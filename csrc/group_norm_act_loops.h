@@ -235,21 +235,40 @@ BITFAST_INLINE float rstd_of(const Backward<T>& work, int64_t group) {
 // float64.
 constexpr int64_t short_sum = 8;
 
-// The vector of `count` channels from `channel`.
+// Pixels of a channels_last task that are gone through for one strip of channels before the next: few where they are
+// wide, so that memory is read in order, more or less.
 template <typename T>
-BITFAST_INLINE Channel channels_from(const Backward<T>& work, const Task& task, int64_t channel, int64_t count) {
-  const int64_t size = work.division.group_size();
-  const float* mean = work.mean + task.image * work.division.groups;
-  Channel result{};
-  for (int64_t i = 0; i < std::min<int64_t>(count, lanes); ++i) {
-    const int64_t c = task.first_channel + channel + i;
-    result.mean[i] = mean[c / size];
-    result.rstd[i] = rstd_of(work, task.image * work.division.groups + c / size);
-    result.weight[i] = work.weight[c];
-    result.bias[i] = work.bias[c];
-  }
-  return result;
+BITFAST_INLINE int64_t pixels_at_once(const Backward<T>& work) {
+  constexpr int64_t nearest_bytes = 16 * 1024;
+  const int64_t pixel_bytes = work.division.channels * static_cast<int64_t>(sizeof(T));
+  return std::clamp<int64_t>(nearest_bytes / pixel_bytes, 2 * short_sum, short_sum * short_sum);
 }
+
+// A number of each of a task's channels.
+struct ChannelNumbers {
+  std::vector<float> mean, rstd, weight, bias;
+
+  template <typename T>
+  ChannelNumbers(const Backward<T>& work, const Task& task)
+      : mean(task.channels), rstd(task.channels), weight(task.channels), bias(task.channels) {
+    const int64_t size = work.division.group_size();
+    for (int64_t c = 0; c < task.channels; ++c) {
+      const int64_t group = task.image * work.division.groups + (task.first_channel + c) / size;
+      mean[c] = work.mean[group];
+      rstd[c] = rstd_of(work, group);
+      weight[c] = work.weight[task.first_channel + c];
+      bias[c] = work.bias[task.first_channel + c];
+    }
+  }
+
+  // The vector of `count` channels from `channel`.
+  template <typename Count>
+  BITFAST_INLINE Channel from(int64_t channel, Count count) const {
+    return {
+        load_up_to(mean.data() + channel, count), load_up_to(rstd.data() + channel, count),
+        load_up_to(weight.data() + channel, count), load_up_to(bias.data() + channel, count)};
+  }
+};
 
 // One channel in all lanes.
 template <typename T>
@@ -259,39 +278,74 @@ BITFAST_INLINE Channel channel_at(const Backward<T>& work, const Task& task, int
   return {all(work.mean[group]), all(rstd_of(work, group)), all(work.weight[c]), all(work.bias[c])};
 }
 
-template <typename T, Activation activation, int vectors, typename Count>
-void strip_sums(const Backward<T>& work, const Task& task, int64_t channel, Count count, ChannelPairs sums) {
-  const int64_t stride = work.division.channels;
-  const int64_t start = offset_of(work.division, task) + channel;
-  Channel channels[vectors];
-  for (int v = 0; v < vectors; ++v) {
-    channels[v] = channels_from(work, task, channel + v * lanes, count);
+typedef double Doubles __attribute__((vector_size(2 * vector_bytes)));
+
+template <typename Count>
+BITFAST_INLINE void add_to(double* sums, Vector more, Count count) {
+  if constexpr (std::is_same_v<Count, All>) {
+    Doubles sum;
+    std::memcpy(&sum, sums, sizeof sum);
+    sum += __builtin_convertvector(more, Doubles);
+    std::memcpy(sums, &sum, sizeof sum);
+  } else {
+    for (int64_t c = 0; c < std::min<int64_t>(count, lanes); ++c) {
+      sums[c] += more[c];
+    }
   }
-  for (int64_t p = 0; p < task.pixels; p += short_sum * short_sum) {
-    const int64_t end = std::min(p + short_sum * short_sum, task.pixels);
-    Vector sum[vectors] = {}, product[vectors] = {};
-    for (int64_t first = p; first < end; first += short_sum) {
-      Vector few[vectors] = {}, few_products[vectors] = {};
-      for (int64_t i = first; i < std::min(first + short_sum, end); ++i) {
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t at = start + i * stride + v * lanes;
-          const Vector h = channels[v].normalized(load_up_to(work.x + at, count));
-          const Vector g = channels[v].template before<activation>(load_up_to(work.grad + at, count), h);
-          few[v] += g;
-          few_products[v] += g * h;
-        }
-      }
+}
+
+// Brings what is read a few pixels later.
+template <typename T>
+BITFAST_INLINE void prefetch_later(const Backward<T>& work, int64_t at) {
+  const int64_t later = at + 2 * short_sum * work.division.channels;
+  __builtin_prefetch(work.x + later);
+  __builtin_prefetch(work.grad + later);
+}
+
+// Adds to the sums of a strip of channels, from element `start` on, those of a few more pixels.
+template <typename T, Activation activation, int vectors, typename Count>
+BITFAST_INLINE void strip_sums(
+    const Backward<T>& work, const Channel (&channels)[vectors], int64_t start, int64_t pixels, Count count,
+    ChannelPairs sums) {
+  Vector sum[vectors] = {}, product[vectors] = {};
+  for (int64_t first = 0; first < pixels; first += short_sum) {
+    Vector few[vectors] = {}, few_products[vectors] = {};
+    for (int64_t i = first; i < std::min(first + short_sum, pixels); ++i) {
       for (int v = 0; v < vectors; ++v) {
-        sum[v] += few[v];
-        product[v] += few_products[v];
+        const int64_t at = start + i * work.division.channels + v * lanes;
+        prefetch_later(work, at);
+        const Vector h = channels[v].normalized(load_up_to(work.x + at, count));
+        const Vector g = channels[v].template before<activation>(load_up_to(work.grad + at, count), h);
+        few[v] += g;
+        few_products[v] += g * h;
       }
     }
     for (int v = 0; v < vectors; ++v) {
-      for (int64_t c = 0; c < std::min<int64_t>(count, lanes); ++c) {
-        sums.first[v * lanes + c] += sum[v][c];
-        sums.second[v * lanes + c] += product[v][c];
-      }
+      sum[v] += few[v];
+      product[v] += few_products[v];
     }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    add_to(sums.first + v * lanes, sum[v], count);
+    add_to(sums.second + v * lanes, product[v], count);
+  }
+}
+
+// Calls function(channels, first channel, start, pixels, count) for each strip of a few pixels of a channels_last task,
+// whose first element is `start`.
+template <typename T, typename Function>
+BITFAST_INLINE void for_each_strip_of_pixels(const Backward<T>& work, const Task& task, const Function& function) {
+  const ChannelNumbers numbers(work, task);
+  const int64_t at_once = pixels_at_once(work);
+  for (int64_t p = 0; p < task.pixels; p += at_once) {
+    const int64_t pixels = std::min(at_once, task.pixels - p);
+    for_each_strip(task.channels, [&](auto vectors, int64_t c, auto count) {
+      Channel channels[vectors];
+      for (int v = 0; v < vectors; ++v) {
+        channels[v] = numbers.from(c + v * lanes, count);
+      }
+      function(channels, c, offset_of(work.division, task) + p * work.division.channels + c, pixels, count);
+    });
   }
 }
 
@@ -329,8 +383,8 @@ void backward_sums(const Backward<T>& work, const Task& task) {
     }
     std::fill_n(sums.first, task.channels, 0.0);
     std::fill_n(sums.second, task.channels, 0.0);
-    for_each_strip(task.channels, [&](auto vectors, int64_t c, auto count) {
-      strip_sums<T, activation, vectors>(work, task, c, count, {sums.first + c, sums.second + c});
+    for_each_strip_of_pixels(work, task, [&](const auto& channels, int64_t c, int64_t start, int64_t pixels, auto count) {
+      strip_sums<T, activation>(work, channels, start, pixels, count, {sums.first + c, sums.second + c});
     });
   });
 }
@@ -395,17 +449,17 @@ void backward_grad(const Backward<T>& work, const Task& task) {
       }
       return;
     }
-    for_each_strip(task.channels, [&](auto vectors, int64_t c, auto count) {
-      Channel channels[vectors];
+    for_each_strip_of_pixels(work, task, [&](const auto& channels, int64_t c, int64_t start, int64_t pixels, auto count) {
+      constexpr int vectors = std::extent_v<std::remove_reference_t<decltype(channels)>>;
       Vector offsets[vectors], projections[vectors];
       for (int v = 0; v < vectors; ++v) {
-        channels[v] = channels_from(work, task, c + v * lanes, count);
         offsets[v] = load_up_to(offset + c + v * lanes, count);
         projections[v] = load_up_to(projection + c + v * lanes, count);
       }
-      for (int64_t i = 0; i < task.pixels; ++i) {
+      for (int64_t i = 0; i < pixels; ++i) {
         for (int v = 0; v < vectors; ++v) {
-          const int64_t at = start + i * division.channels + c + v * lanes;
+          const int64_t at = start + i * division.channels + v * lanes;
+          prefetch_later(work, at);
           grad_at<T, activation>(work, channels[v], offsets[v], projections[v], at, count);
         }
       }
