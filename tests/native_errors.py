@@ -213,7 +213,7 @@ def image_plans() -> list[Wrong]:
 def convolutions() -> list[Wrong]:
     """Return wrong calls of norm_convolution's operators; most of them need AVX-512 to come that far."""
     op, pack = "norm_convolution", "pack_norm_convolution"
-    unpacked = "weight must be float32, contiguous, of shape (out, in, height, width)"
+    unpacked = "weight must be float32 or bfloat16, of shape (out, in, height, width)"
     kernels = "weights are packed for 1x1 convolutions, and in float32 for 3x3 convolutions"
     calls = [
         Wrong(pack, (X[0], False), unpacked),
@@ -233,7 +233,41 @@ def refused_convolutions(op: str) -> list[Wrong]:
     return [
         Wrong(op, call, f"norm_convolution cannot run here: {problem_here()}"),
         Wrong("channel_moments", (LAST,), f"channel_moments cannot run here: {problem_here()}"),
+        Wrong(
+            "pack_norm_convolution",
+            (torch.zeros(4, 4, 1, 1), False),
+            f"weights cannot be packed here: {problem_here()}",
+        ),
+        weight_gradient(f"convolution_weight_gradient cannot run here: {problem_here()}"),
     ]
+
+
+def weight_gradient(
+    words: str, x: Tensor | None = None, statistics: Any = (None, None), norm: Any = (None, None, 2),
+    grad: Tensor | None = None, stride: Any = (1, 1), winograd: bool = False, result: Tensor | None = None,
+) -> Wrong:  # fmt: skip
+    """Return a call for the gradient of 1x1 filters, with some arguments replaced."""
+    x = channels_last(2, 4, 3, 3) if x is None else x
+    grad = channels_last(2, 4, 3, 3) if grad is None else grad
+    result = torch.zeros(4, 4, 1, 1) if result is None else result
+    arguments = (
+        x,
+        *statistics,
+        *norm,
+        "relu",
+        grad,
+        list(stride),
+        [0, 0],
+        [1, 1],
+        winograd,
+        result,
+    )
+    return Wrong("convolution_weight_gradient", arguments, words)
+
+
+def channels_last(*shape: int) -> Tensor:
+    """Return zeros."""
+    return torch.zeros(shape).contiguous(memory_format=torch.channels_last)
 
 
 def fused_convolutions() -> list[Wrong]:
@@ -265,6 +299,46 @@ def fused_convolutions() -> list[Wrong]:
             "norm_convolution_add_",
             (LAST, moments, *norm, packed, LAST[:1], 1, 1, False),
             "total must have the dtype and the shape of the convolution",
+        ),
+        Wrong(
+            op,
+            (LAST, moments, *norm, packed, 4, 1, 1, False, LAST[:1]),
+            "residual must have the dtype and the shape of the convolution, and be channels_last",
+        ),
+        *weight_gradients(),
+    ]  # fmt: skip
+
+
+def weight_gradients() -> list[Wrong]:
+    """Return wrong calls for the gradient of a convolution's weight."""
+    statistics = torch.zeros(2, 2), torch.zeros(2, 2)
+    return [
+        weight_gradient("stride must be two numbers of at least 1", stride=(0, 1)),
+        weight_gradient(
+            "grad and result must have the dtype of x", grad=channels_last(2, 4, 3, 3).bfloat16()
+        ),
+        weight_gradient(
+            "result must have the channels of grad and x", result=torch.zeros(5, 4, 1, 1)
+        ),
+        weight_gradient("grad must have as many images as x", grad=channels_last(1, 4, 3, 3)),
+        weight_gradient(
+            "grad must have the shape of the convolution's result", grad=channels_last(2, 4, 2, 3)
+        ),
+        weight_gradient("x and grad must be channels_last", x=torch.zeros(2, 4, 3, 3)),
+        weight_gradient(
+            "result must be contiguous or channels_last", result=torch.zeros(4, 8, 1, 1)[:, ::2]
+        ),
+        weight_gradient(
+            "Winograd's products are for 3x3 filters of stride and padding 1, in float32", winograd=True
+        ),
+        weight_gradient("a norm has a weight, a bias, a mean and an rstd", norm=(C4, C4, 2)),
+        weight_gradient(
+            "mean and rstd must be float32, contiguous, of shape (N, num_groups)",
+            statistics=(C4, torch.zeros(3)), norm=(C4, C4, 2),
+        ),
+        weight_gradient(
+            "the norm's weight and bias must have shape (C,)",
+            statistics=statistics, norm=(C4, C3, 2),
         ),
     ]  # fmt: skip
 

@@ -45,5 +45,6 @@ def test_every_check_of_the_sources_was_failed(installed: list[list[Message]]) -
             if not any(words in message for message in said):
                 unheard.add((path.name, words))
     if not is_fused:  # this CPU refuses before it looks at the arguments
-        unheard = {check for check in unheard if check[0] != "norm_convolution.cpp"}
+        fused = {"norm_convolution.cpp", "convolution_weight_gradient.cpp"}
+        unheard = {check for check in unheard if check[0] not in fused}
     assert {words for _, words in unheard} <= SAID_BY_TORCH_FIRST, unheard

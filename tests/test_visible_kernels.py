@@ -36,11 +36,11 @@ def test_a_single_weight_is_seen(seen):
     assert launches(seen["weight"]) == ["forward_kernel", "backward_kernel"]
 
 
-def test_a_model_is_one_graph_with_its_norms_and_one_weight_preparation(seen):
+def test_a_model_is_one_graph_with_its_norms_and_a_weight_preparation_for_each_stage(seen):
     operators = [call for call in seen["model"] if call.startswith("bitfast.weight")]
     assert operators == [
-        "bitfast.weight_standardization_all.triton",
-        "bitfast.weight_standardization_all_backward.triton",
+        *["bitfast.weight_standardization_all.triton"] * 2,
+        *["bitfast.weight_standardization_all_backward.triton"] * 2,
     ]
     assert not [call for call in seen["model"] if "group_norm" in call]
     # Two blocks of three norms and the final one, each in one launch at this size.

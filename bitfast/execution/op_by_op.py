@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitfast.activations import activation_name
 from bitfast.blocks import add_to_shortcut
-from bitfast.execution.nodes import AnyNode, parameters_of
+from bitfast.execution.nodes import AnyNode, Node, parameters_of
 from bitfast.execution.steps import (
     IMAGES,
     Block,
@@ -34,7 +34,7 @@ from bitfast.execution.steps import (
 from bitfast.execution.weights import Weights
 from bitfast.layers import GroupNormActivation, WeightStandardizedConv2d
 from bitfast.ops.group_norm_act import add_group_norm_act, group_norm_act
-from bitfast.ops.norm_convolution import uses_norm_convolution
+from bitfast.ops.norm_convolution import may_train
 from bitfast.torch_state import is_concrete
 
 Layout = Callable[[Tensor], Tensor]
@@ -121,6 +121,10 @@ class _Pass:
     def compute_node(self, node: AnyNode, block: Block) -> bool:
         """Compute a block as one op; return whether that could be done."""
         source, last = block[0].source, block[-1]
+        if isinstance(last, CallModule) and not torch.compiler.is_compiling():
+            assert isinstance(node, Node)
+            self.recompute(node, last)
+            return True
         pending = self.pending.get(source) if node.takes_residual else None
         x, residual = (self.read(source), None) if pending is None else pending
         if torch.compiler.is_compiling() and not node.may_be_compiled(x):
@@ -140,9 +144,26 @@ class _Pass:
             self.moments[last.result] = computed.moments
         return True
 
+    def recompute(self, node: Node, step: CallModule) -> None:
+        """Compute a block in a checkpoint, with its weights standardized there: only its input is kept."""
+        assert step.options is not None
+        once = node._replace(recomputation=None)
+
+        def compute(x: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            parameters = parameters_of(once, WeightStandardizedConv2d.filters)
+            if not once.suits(x, None, parameters):
+                return step.module(x), None
+            computed = once.compute(x, None, moments, parameters, sums=True)
+            return computed.branch, computed.moments
+
+        x, moments = self.read(step.source), self.moments.get(step.source)
+        self.values[step.result], moments = checkpoint(compute, x, moments, **step.options)
+        if moments is not None:
+            self.moments[step.result] = moments.detach()
+
     def convolutions_add(self, x: Tensor) -> bool:
         if x.dtype not in self.adds:
-            self.adds[x.dtype] = uses_norm_convolution(x.device.type, x.dtype)
+            self.adds[x.dtype] = may_train(x.device.type, x.dtype)
         return self.adds[x.dtype]
 
     # ---- values ----------------------------------------------------------------------------------

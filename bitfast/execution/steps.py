@@ -338,7 +338,7 @@ class _Reader:
                 return self.call(stem, IMAGES)
         if zeros or not steps:
             return self.call(stem, IMAGES)
-        first, *between, last = steps
+        first, *between, last = steps[0], *steps[1:-1], steps[-1]
         is_usual = [type(step) for step in between] in ([], [Normalize], [ZeroPad, Normalize])
         if is_usual and isinstance(first, Convolve) and isinstance(last, Pool):
             zeros = sum(step.zeros for step in between if isinstance(step, ZeroPad))

@@ -26,8 +26,8 @@ from bitfast.ops.norm_convolution import (
     WIDEST_3X3_IN_TRAINING,
     Norm,
     has_kernel_for,
+    may_train,
     packed_weight,
-    uses_norm_convolution,
 )
 
 OP = "convolution_weight_gradient"
@@ -163,7 +163,7 @@ def _has_input_kernel(
     return (
         grad.dtype == weight.dtype
         and has_kernel_for(turned, geometry, grad.dtype, input_shape[2:], WIDEST_3X3_IN_TRAINING)
-        and uses_norm_convolution(grad.device.type, grad.dtype)
+        and may_train(grad.device.type, grad.dtype)
     )
 
 
@@ -174,7 +174,7 @@ def _way_of(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> str 
     """Return how a kernel computes the gradient of the weight; None if torch is to."""
     if not (x.dtype == grad.dtype == weight.dtype) or x.shape[1] < FEWEST_CHANNELS:
         return None
-    if not uses_norm_convolution(x.device.type, x.dtype):
+    if not may_train(x.device.type, x.dtype):
         return None
     if (
         weight.shape[2:] == (3, 3)

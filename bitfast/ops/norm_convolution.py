@@ -154,6 +154,18 @@ def uses_norm_convolution(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
+def may_train(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the kernels may compute convolutions of such tensors, and their gradients, in training.
+
+    Where a backend is demanded that cannot take the dtype, as for inference, training goes without.
+    """
+    return (
+        device_type == "cpu"
+        and dtype in NATIVE_CPU_DTYPES
+        and uses_norm_convolution(device_type, dtype)
+    )
+
+
 def has_norm_convolution_kernel(
     weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: torch.Size
 ) -> bool:
@@ -295,6 +307,7 @@ __all__ = [
     "add_norm_convolution_",
     "has_kernel_for",
     "has_norm_convolution_kernel",
+    "may_train",
     "norm_convolution",
     "packed_for",
     "packed_weight",

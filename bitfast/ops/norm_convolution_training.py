@@ -18,8 +18,8 @@ from bitfast.ops.norm_convolution import (
     WIDEST_3X3_IN_TRAINING,
     Norm,
     has_kernel_for,
+    may_train,
     packed_weight,
-    uses_norm_convolution,
 )
 
 
@@ -86,7 +86,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _has_kernels(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
-    return uses_norm_convolution(x.device.type, x.dtype) and all(
+    return may_train(x.device.type, x.dtype) and all(
         weight.dtype == x.dtype
         and has_kernel_for(weight.shape, geometry, x.dtype, x.shape[2:], WIDEST_3X3_IN_TRAINING)
         for weight, geometry in zip(weights, geometries, strict=True)

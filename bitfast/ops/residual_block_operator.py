@@ -22,7 +22,7 @@ from bitfast.ops.derivatives import (
     refuse_derivatives,
 )
 from bitfast.ops.group_norm_act_gradients import Statistics
-from bitfast.ops.norm_convolution import has_kernel_for, uses_norm_convolution
+from bitfast.ops.norm_convolution import has_kernel_for, may_train
 from bitfast.ops.residual_block_contract import (
     Computed,
     Drop,
@@ -64,7 +64,7 @@ def is_one_operator(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         and x.device.type == "cpu"
-        and uses_norm_convolution("cpu", autocast_dtype(x) or x.dtype)
+        and may_train("cpu", autocast_dtype(x) or x.dtype)
     )
 
 
