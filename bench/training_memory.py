@@ -226,7 +226,14 @@ def memory_of(
         model: Any = host.model_of(library, "BitForImageClassification", **settings).train()
         images = torch.empty(batch, 3, size, size)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        # torch knows of no autocast that it could switch on again for what is recomputed.
+        model.gradient_checkpointing_enable(
+            {
+                "use_reentrant": False,
+                "preserve_rng_state": False,
+                "context_fn": lambda: (nullcontext(), autocast(dtype == "autocast")),
+            }
+        )
     parameters = list(model.parameters())
 
     def forward() -> Tensor:

@@ -239,7 +239,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def counted_blocks() -> Iterator[list[Any]]:
-    """Collect the forms of the blocks that are computed. With a hook a block would be called as it is written."""
+    """Collect the forms of the blocks that are computed. With a hook, a block would be called as written."""
     calls: list[Any] = []
 
     def noted(form: Any, *arguments: Any, **options: Any) -> Any:
