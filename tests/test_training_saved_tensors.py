@@ -19,6 +19,7 @@ from tests.threads import torch_threads
 from tests.training_models import (
     BLOCKS,
     KINDS,
+    SOME,
     Watch,
     assert_same,
     counted_nodes,
@@ -28,15 +29,6 @@ from tests.training_models import (
     models,
     objective,
 )
-
-SOME = ["preactivation", "bottleneck", "preactivation, drop path"]
-PATHS = [
-    "bit.encoder.stages.1.layers.0",
-    "bit.encoder.stages.1.layers.1.norm2",
-    "bit.encoder.stages.0.layers.0.conv2",
-    "bit.encoder.stages.2",
-]
-"""Modules that are hooked."""
 
 
 @pytest.fixture(params=SOME)

@@ -20,6 +20,8 @@ from tests.threads import in_threads, torch_threads
 from tests.training_models import (
     BLOCKS,
     KINDS,
+    PATHS,
+    SOME,
     Watch,
     assert_alike,
     assert_same,
@@ -30,15 +32,6 @@ from tests.training_models import (
     models,
     objective,
 )
-
-SOME = ["preactivation", "bottleneck", "preactivation, drop path"]
-PATHS = [
-    "bit.encoder.stages.1.layers.0",
-    "bit.encoder.stages.1.layers.1.norm2",
-    "bit.encoder.stages.0.layers.0.conv2",
-    "bit.encoder.stages.2",
-]
-"""Modules that are hooked."""
 
 
 @pytest.fixture(params=SOME)

@@ -39,6 +39,14 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 BLOCKS = sum(TINY["depths"])
 SIZE = 20
+SOME = ["preactivation", "bottleneck", "preactivation, drop path"]
+PATHS = [
+    "bit.encoder.stages.1.layers.0",
+    "bit.encoder.stages.1.layers.1.norm2",
+    "bit.encoder.stages.0.layers.0.conv2",
+    "bit.encoder.stages.2",
+]
+"""Modules that are hooked."""
 
 
 def models(
