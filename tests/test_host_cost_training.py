@@ -48,7 +48,7 @@ Counts = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module", params=BOUNDS)
 def path(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and not uses_norm_convolution("cpu", torch.float32):
-        pytest.skip("the convolutions of the extension cannot run here")
+        pytest.skip("what is counted needs AVX-512 and the extension, which are not both here")
     return request.param
 
 

@@ -150,7 +150,7 @@ def test_layouts(case, dtype):
 def test_an_output_may_be_unused(case):
     case = replace(case, sums=False)
     if not case.is_preactivation:
-        pytest.skip("has one output")
+        pytest.skip("this form has one output, so that none can be left out")
     ours = Inputs.of(case)
     exact = ours.to(torch.float64)
     for number in range(2):
@@ -338,7 +338,7 @@ def test_moments_of_the_input_may_be_given():
     first = Inputs.of(case)
     made = residual_block(case.form, first.x, None, None, None, first.parameters, sums=True)
     if made.moments is None:
-        pytest.skip("no kernel computes moments here")
+        pytest.skip("only kernels for AVX-512 compute moments, and this CPU or build lacks them")
     following = whole(replace(case, channels=(4, 2, 3), size=tuple(made.branch.shape[2:])))
     second_ = Inputs.of(following)
     x = made.branch.detach().requires_grad_()
