@@ -8,6 +8,7 @@ Microseconds are the least of many repetitions, of a network with R50x1's steps 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import subprocess
@@ -93,12 +94,15 @@ def python_calls_of(function: Callable[..., Any], *arguments: Any) -> tuple[Coun
         elif event == "c_call":
             builtin += 1
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # when it comes is chance, and what it calls back is not the function's
     sys.setprofile(note)
     try:
         function(*arguments)
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     return python, builtin
 
 

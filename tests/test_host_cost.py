@@ -7,6 +7,7 @@ the lowerings are below that, so that the cost cannot creep back. ``python -m be
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -175,6 +176,24 @@ def test_calls_of_python_and_of_c_are_counted_and_none_of_the_counting() -> None
     assert {name.split()[-1]: n for name, n in python.items()} == {"outer": 1, "inner": 3}
     assert builtin == 1
     assert sys.getprofile() is None
+
+
+def test_a_collection_of_garbage_is_not_counted() -> None:
+    """Hypothesis, for one, is called back before and after each."""
+
+    def called_back(_: str, __: dict[str, int]) -> None:
+        pass
+
+    def allocate() -> list[list[int]]:
+        return [[i] for i in range(100_000)]
+
+    gc.callbacks.append(called_back)
+    try:
+        python, _ = host.python_calls_of(allocate)
+    finally:
+        gc.callbacks.remove(called_back)
+    assert {name.split()[-1] for name in python} <= {"allocate", "<listcomp>"}
+    assert gc.isenabled()
 
 
 def test_another_checkout_is_measured_as_this_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
