@@ -72,7 +72,6 @@ struct Coefficients {
 struct Norm {
   std::optional<Tensor> mean, rstd, weight, bias;
   int64_t groups;
-  std::string activation;
 };
 
 Coefficients coefficients_of(const Norm& norm, const Tensor& x) {
@@ -191,7 +190,7 @@ void run(const Work<T>& work, const Tensor& result) {
 void convolution_weight_gradient(
     const Tensor& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& rstd,
     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, int64_t num_groups,
-    const std::string& activation, const Tensor& grad, const std::vector<int64_t>& stride,
+    StringHandle activation, const Tensor& grad, const std::vector<int64_t>& stride,
     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool winograd, const Tensor& result) {
   const Convolution convolution{
       pair_of("stride", stride, 1), pair_of("padding", padding, 0), pair_of("dilation", dilation, 1)};
@@ -208,10 +207,10 @@ void convolution_weight_gradient(
     using T = decltype(zero);
     Work<T> work = work_of<T>(x, grad, result, convolution);
     work.is_winograd = winograd;
-    work.activation = activation_named(activation);
+    work.activation = take_activation(activation);
     Coefficients coefficients;
     if (norm_weight.has_value()) {
-      coefficients = coefficients_of({mean, rstd, norm_weight, norm_bias, num_groups, activation}, x);
+      coefficients = coefficients_of({mean, rstd, norm_weight, norm_bias, num_groups}, x);
       work.center = coefficients.center.data();
       work.scale = coefficients.scale.data();
       work.shift = coefficients.shift.data();

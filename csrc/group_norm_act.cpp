@@ -157,7 +157,7 @@ struct Norm {
   const Tensor &weight, &bias;
   int64_t num_groups;
   double eps;
-  const std::string& activation;
+  Activation activation;
 };
 
 // What only some norms read or write. Feature maps are dense, in the layout of x.
@@ -179,7 +179,7 @@ void normalize(const Tensor& x, const Norm& norm, const Options& options, const 
     Forward<T> work{};
     work.division = divide(x, norm.num_groups, sizeof(T));
     PairStorage storage(work.division);
-    work.activation = activation_named(norm.activation);
+    work.activation = norm.activation;
     work.eps = norm.eps;
     work.x = static_cast<const T*>(x.const_data_ptr());
     work.residual = data_of<const T>(options.residual);
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 // known, and a shortcut added before the activation.
 void group_norm_act_into(
     const Tensor& x, const std::optional<Tensor>& moments, const Tensor& weight, const Tensor& bias, int64_t num_groups,
-    double eps, const std::string& activation, const std::optional<Tensor>& shortcut, const Tensor& result) {
+    double eps, StringHandle activation, const std::optional<Tensor>& shortcut, const Tensor& result) {
   check_arguments(x, weight, bias, num_groups);
   check_same_layout("result", result, x);
   if (shortcut.has_value()) {
@@ -238,26 +238,27 @@ void group_norm_act_into(
   Options options;
   options.moments = moments;
   options.shortcut = shortcut;
-  normalize(x, {weight, bias, num_groups, eps, activation}, options, result);
+  normalize(x, {weight, bias, num_groups, eps, take_activation(activation)}, options, result);
 }
 
 void group_norm_act_in_place(
     const Tensor& x, const std::optional<Tensor>& moments, const Tensor& weight, const Tensor& bias, int64_t num_groups,
-    double eps, const std::string& activation, const std::optional<Tensor>& shortcut) {
+    double eps, StringHandle activation, const std::optional<Tensor>& shortcut) {
   group_norm_act_into(x, moments, weight, bias, num_groups, eps, activation, shortcut, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(
     const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t num_groups, double eps,
-    const std::string& activation) {
-  auto [total, result, mean, rstd] = forward(x, std::nullopt, {weight, bias, num_groups, eps, activation});
+    StringHandle activation) {
+  const Norm norm{weight, bias, num_groups, eps, take_activation(activation)};
+  auto [total, result, mean, rstd] = forward(x, std::nullopt, norm);
   return {result, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_group_norm_act(
     const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, int64_t num_groups, double eps,
-    const std::string& activation) {
-  return forward(x, residual, {weight, bias, num_groups, eps, activation});
+    StringHandle activation) {
+  return forward(x, residual, {weight, bias, num_groups, eps, take_activation(activation)});
 }
 
 // A parameter's gradient: for each channel the sum of what each image and piece contributes.
@@ -281,7 +282,7 @@ struct Gradients {
 
 Gradients gradients_of(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, Activation activation,
     bool recomputes) {
   check_arguments(x, weight, bias, num_groups);
   check_like("grad", grad, x);
@@ -306,7 +307,7 @@ Gradients gradients_of(
     Backward<T> work{};
     work.division = divide_pixels(dense_x, num_groups, sizeof(T));
     PairStorage storage(work.division);
-    work.activation = activation_named(activation);
+    work.activation = activation;
     work.grad = static_cast<const T*>(dense_grad.const_data_ptr());
     work.grad_total = data_of<const T>(dense_grad_total);
     work.x = static_cast<const T*>(dense_x.const_data_ptr());
@@ -328,17 +329,17 @@ Gradients gradients_of(
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, StringHandle activation) {
   const Gradients gradients =
-      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, false);
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, take_activation(activation), false);
   return {gradients.x, gradients.weight, gradients.bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_recompute(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, StringHandle activation) {
   const Gradients gradients =
-      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, true);
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, take_activation(activation), true);
   return {gradients.x, gradients.weight, gradients.bias, gradients.result};
 }
 

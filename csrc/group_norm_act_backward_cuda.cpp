@@ -56,7 +56,7 @@ struct Gradients {
 
 Gradients gradients_of(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation,
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, Activation activation,
     bool recomputes) {
   check_arguments(grad, grad_total, x, weight, bias, mean, rstd, num_groups);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -69,7 +69,7 @@ Gradients gradients_of(
   call.dtype = number_of(x);
   call.weight_dtype = number_of(dense_weight);
   call.bias_dtype = number_of(dense_bias);
-  call.activation = static_cast<int32_t>(activation_named(activation));
+  call.activation = static_cast<int32_t>(activation);
   int64_t bytes = 0;
   check_launch(bitfast_group_norm_act_backward_workspace(&call, &bytes));
 
@@ -96,17 +96,17 @@ Gradients gradients_of(
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, StringHandle activation) {
   const Gradients gradients =
-      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, false);
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, take_activation(activation), false);
   return {gradients.x, gradients.weight, gradients.bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_recompute(
     const Tensor& grad, const std::optional<Tensor>& grad_total, const Tensor& x, const Tensor& weight,
-    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, const std::string& activation) {
+    const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t num_groups, StringHandle activation) {
   const Gradients gradients =
-      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, activation, true);
+      gradients_of(grad, grad_total, x, weight, bias, mean, rstd, num_groups, take_activation(activation), true);
   return {gradients.x, gradients.weight, gradients.bias, gradients.result};
 }
 

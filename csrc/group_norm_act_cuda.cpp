@@ -26,7 +26,7 @@ struct Norm {
   const Tensor &weight, &bias;
   int64_t num_groups;
   double eps;
-  const std::string& activation;
+  Activation activation;
 };
 
 void check_feature_map(const char* name, const Tensor& map, const Tensor& x) {
@@ -57,7 +57,7 @@ void launch(
   call.channels = x.size(1);
   call.groups = norm.num_groups;
   call.eps = static_cast<float>(norm.eps);
-  call.activation = static_cast<int32_t>(activation_named(norm.activation));
+  call.activation = static_cast<int32_t>(norm.activation);
   call.dtype = number_of(x);
   call.weight_dtype = number_of(weight);
   call.bias_dtype = number_of(bias);
@@ -98,23 +98,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_act(
     const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t num_groups, double eps,
-    const std::string& activation) {
-  auto [total, result, mean, rstd] = forward(x, nullptr, {weight, bias, num_groups, eps, activation});
+    StringHandle activation) {
+  const Norm norm{weight, bias, num_groups, eps, take_activation(activation)};
+  auto [total, result, mean, rstd] = forward(x, nullptr, norm);
   return {result, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_group_norm_act(
     const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, int64_t num_groups, double eps,
-    const std::string& activation) {
-  return forward(x, &residual, {weight, bias, num_groups, eps, activation});
+    StringHandle activation) {
+  return forward(x, &residual, {weight, bias, num_groups, eps, take_activation(activation)});
 }
 
 // The result alone, in memory of the caller's, which may be that of x.
 void group_norm_act_into(
     const Tensor& x, const std::optional<Tensor>& moments, const Tensor& weight, const Tensor& bias, int64_t num_groups,
-    double eps, const std::string& activation, const std::optional<Tensor>& shortcut, const Tensor& result) {
+    double eps, StringHandle activation, const std::optional<Tensor>& shortcut, const Tensor& result) {
   STD_TORCH_CHECK(!moments.has_value() && !shortcut.has_value(), "the CUDA kernels take no moments and no shortcut");
-  const Norm norm{weight, bias, num_groups, eps, activation};
+  const Norm norm{weight, bias, num_groups, eps, take_activation(activation)};
   check_arguments(x, norm);
   check_feature_map("result", result, x);
   const DeviceGuard guard(x.get_device_index());
@@ -129,7 +130,7 @@ void group_norm_act_into(
 
 void group_norm_act_in_place(
     const Tensor& x, const std::optional<Tensor>& moments, const Tensor& weight, const Tensor& bias, int64_t num_groups,
-    double eps, const std::string& activation, const std::optional<Tensor>& shortcut) {
+    double eps, StringHandle activation, const std::optional<Tensor>& shortcut) {
   group_norm_act_into(x, moments, weight, bias, num_groups, eps, activation, shortcut, x);
 }
 

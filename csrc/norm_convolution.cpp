@@ -45,7 +45,7 @@ struct Norm {
   std::optional<Tensor> moments, weight, bias;
   int64_t groups;
   double eps;
-  std::string activation;
+  Activation activation;
 };
 
 Coefficients coefficients_of(const Norm& norm, const Tensor& x) {
@@ -233,7 +233,7 @@ Tensor convolve(
   dispatch_kernel_dtype("norm_convolution", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Work<T> work = work_of<T>(x, filters, result);
-    work.activation = activation_named(norm.activation);
+    work.activation = norm.activation;
     work.addend = addend.has_value() ? static_cast<const T*>(addend->const_data_ptr()) : nullptr;
     Coefficients coefficients;
     if (norm.weight.has_value()) {
@@ -287,7 +287,7 @@ Tensor channel_moments(const Tensor& x) {
 
 Norm norm_of(
     const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& bias, int64_t num_groups, double eps, const std::string& activation) {
+    const std::optional<Tensor>& bias, int64_t num_groups, double eps, Activation activation) {
   Norm norm{moments, weight, bias, num_groups, eps, activation};
   if (!weight.has_value()) {
     return norm;
@@ -315,27 +315,27 @@ void check_convolution(const Tensor& x, int64_t kernel_size, int64_t stride) {
 
 std::tuple<Tensor, Tensor> norm_convolution(
     const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias, int64_t num_groups, double eps, const std::string& activation,
+    const std::optional<Tensor>& norm_bias, int64_t num_groups, double eps, StringHandle activation,
     const Tensor& packed, int64_t out_channels, int64_t kernel_size, int64_t stride, bool wants_moments,
     const std::optional<Tensor>& residual) {
   check_convolution(x, kernel_size, stride);
   const int64_t height = ceil_div(x.size(2), stride), width = ceil_div(x.size(3), stride);
   const Tensor result =
       empty_4d({x.size(0), out_channels, height, width}, x.scalar_type(), x.device(), MemoryFormat::ChannelsLast);
-  const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation);
+  const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, take_activation(activation));
   return {result, convolve(x, norm, {packed, kernel_size, stride}, result, residual, wants_moments)};
 }
 
 Tensor norm_convolution_add(
     const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias, int64_t num_groups, double eps, const std::string& activation,
+    const std::optional<Tensor>& norm_bias, int64_t num_groups, double eps, StringHandle activation,
     const Tensor& packed, const Tensor& total, int64_t kernel_size, int64_t stride, bool wants_moments) {
   check_convolution(x, kernel_size, stride);
   STD_TORCH_CHECK(
       total.dim() == 4 && total.scalar_type() == x.scalar_type() && total.size(0) == x.size(0) &&
           total.size(2) == ceil_div(x.size(2), stride) && total.size(3) == ceil_div(x.size(3), stride),
       "total must have the dtype and the shape of the convolution");
-  const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, activation);
+  const Norm norm = norm_of(x, moments, norm_weight, norm_bias, num_groups, eps, take_activation(activation));
   return convolve(x, norm, {packed, kernel_size, stride}, total, total, wants_moments);
 }
 
