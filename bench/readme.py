@@ -39,6 +39,8 @@ SUMMARY = (
     Line("inference, batch 8, float32", f"inference: {R50X1} 8, 2 threads"),
     Line("inference, batch 8, bfloat16", f"inference: {R50X1} 8, 2 threads", *BFLOAT16),
     Line("training step, batch 8, float32", f"training: {R50X1} 8, 2 threads"),
+    Line("training step, batch 8, autocast", f"training: {R50X1} 8, 2 threads", "transformers autocast",
+         "bitfast autocast"),
     Line("32 photographs to `pixel_values`", "preprocessing: 32 photographs of mixed size, 2 threads",
          "transformers slow"),
     Line("inference, batch 128, bfloat16, eager", f"inference: {R50X1} 128 bfloat16, GPU"),

@@ -21,7 +21,8 @@ inline Activation activation_named(std::string_view name) {
 }
 
 // The activation that an operator's argument names; the string, which is the operator's, is deleted. (An argument of
-// type std::string is never freed: torch 2.13 copies it to another string on the heap, and forgets that one.)
+// type std::string would never be freed: the headers of torch 2.13 and before copy it to another string on the heap
+// and forget that one, https://github.com/pytorch/pytorch/pull/190493.)
 inline Activation take_activation(StringHandle argument) {
   size_t length = 0;
   const char* text = nullptr;

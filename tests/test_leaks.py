@@ -1,7 +1,7 @@
 """What a call takes from the C library's heap it gives back, to the last string.
 
-A lost string is small, but it lies between feature maps, and keeps the heap from joining what they free. With 48
-bytes a call, each training step of R50x1 on a CPU took 100 MB more than the one before.
+A lost string is small, but it lies between feature maps, and keeps the heap from joining what they free. With
+48 bytes a call, each training step of R50x1 on a CPU took 100 MB more than the one before.
 """
 
 from __future__ import annotations
